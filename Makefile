@@ -1,0 +1,39 @@
+# On a bare machine with Python 3.11, each alone creates .venv, installs what it needs and runs:
+#   make demo    the quickstart example
+#   make test    all tests; those marked gpu are skipped where there is no such GPU
+#   make lint    ruff and mypy
+# Versions are pinned in constraints.txt. TORCH chooses another torch, and with it triton:
+#   make test TORCH=torch==2.11.0
+#   make test TORCH="torch==2.11.0 triton==3.6.0"    where that torch is a CPU build, which does not bring triton along
+TORCH ?= torch==2.13.0
+
+PYTHON := $(shell command -v python3.11 || command -v python3)
+PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check -c .venv/constraints.txt
+
+.PHONY: test demo lint
+test: .venv/installed
+	.venv/bin/pytest -q -n auto --maxprocesses 4 --durations 10
+
+demo: .venv/installed
+	.venv/bin/python examples/quickstart.py
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/installed: .venv/torch pyproject.toml
+	@echo "Installing the project ..."
+	@$(PIP) $(TORCH:%='%') -e '.[dev,hf,debug]'
+	@touch $@
+
+ifneq ($(strip $(TORCH)),$(shell cat .venv/torch 2>/dev/null))
+.PHONY: .venv/torch
+endif
+.venv/torch: constraints.txt
+	@echo "Installing $(TORCH) into a fresh .venv ..."
+	@$(PYTHON) -m venv --clear .venv
+	@grep -vE '^(torch|triton)==' constraints.txt > .venv/constraints.txt
+	@$(PIP) $(TORCH:%='%')
+	@.venv/bin/python -c 'import triton' 2>/dev/null || grep '^triton==' constraints.txt >> .venv/constraints.txt
+	@echo '$(strip $(TORCH))' > $@

@@ -1,0 +1,122 @@
+"""Times launches of the linear kernel, to choose those in kernels/launch.py: python benchmarks/sweep_linear.py"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+
+import torch
+from timing import copies_for, time_graph
+
+from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.kernels.launch import Launch, plan_linear
+from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.kernels.linear import linear
+
+SHAPES = ((4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336))
+
+
+def candidates(m: int) -> list[Launch]:
+    rows = {
+        1: [(64, 16, 64), (64, 16, 128), (128, 16, 64), (128, 16, 128)],
+        32: [(64, 32, 64), (64, 32, 128), (128, 32, 64), (128, 32, 128)],
+        64: [(64, 64, 64), (64, 64, 128), (128, 64, 64), (128, 64, 128)],
+        128: [(64, 128, 64), (128, 128, 64)],
+        256: [(64, 128, 64), (128, 128, 64), (64, 256, 64), (128, 256, 64), (256, 128, 64)],
+    }[max(b for b in (1, 32, 64, 128, 256) if b <= max(m, 1))]
+    out = []
+    for (bn, bm, bk), warps, stages, split in itertools.product(
+        rows, (4, 8), (2, 3, 4, 5), (1, 2, 4, 8) if m <= 256 else (1,)
+    ):
+        if (warps == 8 and bn * bk < 128 * 64) or (warps == 4 and bn * bm > 128 * 128):
+            continue
+        if (m >= 128 and stages == 5) or bm * bk * 2 * stages > 200 << 10:
+            continue
+        out.append(Launch(bn, bm, bk, split, warps, stages))
+    return out
+
+
+def random_packed(n: int, k: int, kind: str, group: int) -> PackedFP4:
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    low, high = (0x08, 0x7E) if kind == "e4m3" else (112, 132)
+    scales = torch.randint(low, high, (n, k // group), dtype=torch.uint8, device="cuda")
+    return pack(FP4Weight(codes, scales, torch.rand(n, device="cuda") + 0.5, kind, group))
+
+
+def warm(args):
+    launches, dtype, kind, group = args
+    packed = random_packed(256, 1024, kind, group)
+    for la in launches:
+        for m in (256,):
+            try:
+                linear(torch.randn(m, 1024, device="cuda", dtype=dtype), packed, None, la)
+            except Exception as error:
+                print("cannot", la, str(error)[:100], flush=True)
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 32, 64, 128, 256, 1024, 4096])
+    parser.add_argument("--kind", default="e4m3")
+    parser.add_argument("--group", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument("--top", type=int, default=4)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    begin = time.time()
+    launches = sorted({la for m in args.tokens for la in candidates(m)}, key=str)
+    unique = {(*(getattr(la, f) for f in la.__slots__ if f != "split_k"), la.split_k > 1): la for la in launches}
+    with multiprocessing.get_context("spawn").Pool(15) as pool:
+        chunks = [(list(unique.values())[i::15], torch.bfloat16, args.kind, args.group) for i in range(15)]
+        # splits share all but one constant; compile each as well
+        chunks = [(launches[i::15], *c[1:]) for i, c in enumerate(chunks)]
+        pool.map(warm, chunks)
+    print(f"compiled {len(launches)} in {time.time() - begin:.0f} s", flush=True)
+    rows = []
+    for m in args.tokens:
+        for n, k in SHAPES:
+            first = random_packed(n, k, args.kind, args.group)
+            copies = copies_for(first.nbytes) if m <= 256 else 2
+            weights = [first] + [
+                PackedFP4(first.words.clone(), first.scales.clone(), first.multiplier, n, k, first.kind, first.group)
+                for _ in range(copies - 1)
+            ]
+            dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies_for(n * k * 2))]
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            reps = 10 if m <= 256 else 3
+            base = time_graph(lambda i: torch.nn.functional.linear(x, dense[i]), len(dense), reps)  # noqa: B023
+            ref = x[:64].double() @ first.unpack().decode().T
+            results = []
+            for la in candidates(m):
+                if time.time() - begin > args.seconds:
+                    break
+                try:
+                    outs = [linear(x, first, None, la)[:64].double() for _ in range(4)]
+                    err = max(((out - ref).norm() / ref.norm()).item() for out in outs)
+                    err = err if err == err and all(torch.equal(out, outs[0]) for out in outs) else float("inf")
+                    us = time_graph(lambda i: linear(x, weights[i], None, la), copies, reps)  # noqa: B023
+                except Exception:
+                    continue
+                results.append((us, err, la))
+            results.sort(key=lambda r: r[0])
+            floor = 1.8 + first.nbytes / 4.68e6
+            print(f"M={m} {n}x{k} bf16 {base:.1f} floor {floor:.1f} tried {len(results)}")
+            for us, err, la in results[: args.top]:
+                print(f"   {us:8.2f} us  x{base / us:.2f}  err {err:.2e}  {la}", flush=True)
+            try:
+                pl = plan_linear((9, 0), 132, m, n, k)
+                us = time_graph(lambda i: linear(x, weights[i], None, pl), copies, reps)  # noqa: B023
+                print(f"   plan {us:8.2f} us  x{base / us:.2f} {pl}", flush=True)
+            except Exception as error:
+                print("plan failed", str(error)[:200])
+            rows += [dict(m=m, n=n, k=k, bf16=base, us=us, err=err, launch=str(la)) for us, err, la in results]
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

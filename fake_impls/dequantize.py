@@ -1,0 +1,50 @@
+"""``marlin_w4a16::dequantize``: the dense weight of a packed one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.fake_impls.library import (
+    DTYPES,
+    NAMESPACE,
+    WEIGHT_SCHEMA,
+    checked_weight,
+    define,
+    expect,
+    library,
+    weight_args,
+)
+from marlin_w4a16.kernels import dequantize as blocks
+from marlin_w4a16.kernels.layout import PackedFP4
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+define(f"dequantize({WEIGHT_SCHEMA}, str dtype) -> Tensor")
+
+
+def dequantize(packed: PackedFP4, dtype: torch.dtype) -> Tensor:
+    """The dense ``[n, k]`` weight: the exact value rounded once to ``dtype`` (float16, bfloat16 or float32)."""
+    result: Tensor = torch.ops.marlin_w4a16.dequantize(*weight_args(packed), str(dtype).removeprefix("torch."))
+    return result
+
+
+def _checked(args: tuple[Any, ...]) -> tuple[PackedFP4, torch.dtype]:
+    *weight, name = args
+    packed = checked_weight("dequantize", weight[2], "n", tuple(weight))
+    expect(name in _DTYPES, "dequantize", "dtype", repr(name), f"one of {tuple(_DTYPES)}")
+    return packed, _DTYPES[name]
+
+
+def _fake(*args: Any) -> Tensor:
+    packed, dtype = _checked(args)
+    return packed.multiplier.new_empty((packed.n, packed.k), dtype=dtype)
+
+
+def _dense(*args: Any) -> Tensor:
+    return blocks.dequantize(*_checked(args))
+
+
+library.impl("dequantize", _dense, "CPU")
+library.impl("dequantize", _dense, "CUDA")
+torch.library.register_fake(f"{NAMESPACE}::dequantize", _fake, lib=library)

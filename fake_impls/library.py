@@ -1,0 +1,87 @@
+"""What the ops of ``torch.ops.marlin_w4a16`` share: the library, the packed weight in a schema, the checks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.fake_impls.torch_private import AUTOCAST_KEYS, without_autocast
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS
+from marlin_w4a16.kernels.layout import LAYOUTS, PackedFP4, packed_shapes
+
+NAMESPACE = "marlin_w4a16"
+# Part of every call: raise it when a schema, fake or layout changes its meaning, so that no compile cache of an older
+# version is met again.
+CONTRACT = 1
+WEIGHT_SCHEMA = (
+    "Tensor words, Tensor scales, Tensor multiplier, int n, int k, int group, str kind, str layout, int contract"
+)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(schema: str) -> None:
+    """Defines an op that accepts inputs of any strides and returns contiguous outputs."""
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+
+
+def weight_args(packed: PackedFP4) -> tuple[Any, ...]:
+    """A packed weight as the arguments of `WEIGHT_SCHEMA`."""
+    return (packed.words, packed.scales, packed.multiplier, *format_args(packed))
+
+
+def format_args(packed: PackedFP4) -> tuple[int, int, int, str, str, int]:
+    """The arguments of `WEIGHT_SCHEMA` that are not tensors."""
+    return packed.n, packed.k, packed.group, packed.kind, packed.layout, CONTRACT
+
+
+def checked_weight(op: str, x: Tensor, columns: str, weight: tuple[Any, ...]) -> PackedFP4:
+    """The packed weight of a call whose input ``x`` has ``n`` or ``k`` (``columns``) columns.
+
+    Raises:
+        ValueError: says which argument does not fit, what was found and what was expected.
+    """
+    words, scales, multiplier, n, k, group, kind, layout, contract = weight
+    expect(contract == CONTRACT, op, "contract", contract, CONTRACT)
+    expect(layout in LAYOUTS, op, "layout", repr(layout), f"one of {LAYOUTS}")
+    expect(kind in SCALE_KINDS, op, "kind", repr(kind), f"one of {SCALE_KINDS}")
+    expect(group in GROUP_SIZES, op, "group", group, f"one of {GROUP_SIZES}")
+    shapes = packed_shapes(n, k, group)
+    dtypes = (torch.int32, torch.uint8, torch.float32)
+    for name, t, shape, dtype in zip(
+        ("words", "scales", "multiplier"), (words, scales, multiplier), shapes, dtypes, strict=True
+    ):
+        expect(t.dtype == dtype, op, name, t.dtype, dtype)
+        expect(tuple(t.shape) == shape, op, name, f"shape {tuple(t.shape)}", shape)
+        expect(t.device == x.device, op, name, f"device {t.device}", f"that of the input, {x.device}")
+    width = n if columns == "n" else k
+    expect(x.dtype in DTYPES, op, "input", x.dtype, f"one of {DTYPES}")
+    expect(x.ndim >= 1, op, "input", "a scalar", f"[..., {columns}]")
+    expect(x.shape[-1] == width, op, "input", f"shape {tuple(x.shape)}", f"[..., {columns} = {width}]")
+    return PackedFP4(words, scales, multiplier, n, k, kind, group, layout)
+
+
+def autocast(op: str, device_type: str) -> None:
+    """Makes an op cast its floating inputs under autocast as ``F.linear`` does; the packed weight stays."""
+    overload = getattr(getattr(torch.ops, NAMESPACE), op).default
+
+    def cast(x: Tensor, words: Tensor, scales: Tensor, multiplier: Tensor, *rest: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with without_autocast(device_type):
+            lowered = [_lowered(t, device_type, dtype) for t in (x, *rest)]
+            result: Tensor = overload(lowered[0], words, scales, multiplier, *lowered[1:])
+        return result
+
+    library.impl(op, cast, AUTOCAST_KEYS[device_type])
+
+
+def _lowered(value: Any, device_type: str, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor) or value.device.type != device_type or value.dtype not in DTYPES:
+        return value
+    return value.to(dtype)
+
+
+def expect(condition: bool, op: str, argument: str, found: object, expected: object) -> None:
+    if not condition:
+        raise ValueError(f"{NAMESPACE}::{op}: {argument}: found {found}, expected {expected}")

@@ -1,0 +1,123 @@
+"""``marlin_w4a16::linear``: ``x @ weight.T + bias`` from a packed FP4 weight, and its gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.fake_impls.library import (
+    DTYPES,
+    NAMESPACE,
+    WEIGHT_SCHEMA,
+    autocast,
+    checked_weight,
+    define,
+    expect,
+    library,
+    weight_args,
+)
+from marlin_w4a16.fake_impls.torch_private import AUTOCAST_KEYS
+from marlin_w4a16.kernels.dequantize import linear_by_blocks, linear_grad_input
+from marlin_w4a16.kernels.layout import PackedFP4
+
+define(f"linear(Tensor x, {WEIGHT_SCHEMA}, Tensor? bias) -> Tensor")
+define(f"linear_grad_input(Tensor grad, {WEIGHT_SCHEMA}) -> Tensor")
+
+
+def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` from a packed weight.
+
+    Args:
+        x: ``[..., k]``, float16, bfloat16 or float32, any strides, on the weight's device.
+        packed: the weight; float16 on a GPU wants one that fits it (see `FP4Weight.fit`).
+        bias: ``[n]`` or None.
+
+    Returns:
+        ``[..., n]`` in the dtype of x, or of autocast where that is on. Differentiable in x and bias.
+    """
+    result: Tensor = torch.ops.marlin_w4a16.linear(x, *weight_args(packed), bias)
+    return result
+
+
+def output_shape(shape: torch.Size, width: int) -> tuple[int, ...]:
+    """The shape of the result: the last axis becomes ``width``."""
+    return (*shape[:-1], width)
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether 16-bit inputs on this device go to the Triton kernels: capability 8.0 up to, not with, 10.0."""
+    return device.type == "cuda" and (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)
+
+
+def _checked(x: Tensor, weight: tuple[Any, ...], bias: Tensor | None) -> PackedFP4:
+    packed = checked_weight("linear", x, "k", weight)
+    if bias is not None:
+        expect(tuple(bias.shape) == (packed.n,), "linear", "bias", f"shape {tuple(bias.shape)}", f"({packed.n},)")
+        expect(bias.dtype in DTYPES, "linear", "bias", bias.dtype, f"one of {DTYPES}")
+        expect(bias.device == x.device, "linear", "bias", f"device {bias.device}", f"that of the input, {x.device}")
+    return packed
+
+
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    packed = _checked(x, args[:-1], args[-1])
+    return x.new_empty(output_shape(x.shape, packed.n))
+
+
+def _blocks(x: Tensor, *args: Any) -> Tensor:
+    packed, bias = _checked(x, args[:-1], args[-1]), args[-1]
+    out = linear_by_blocks(x.reshape(x.shape[:-1].numel(), packed.k), packed, bias)
+    return out.view(output_shape(x.shape, packed.n))
+
+
+def _cuda(x: Tensor, *args: Any) -> Tensor:
+    if x.dtype == torch.float32 or not uses_triton(x.device):
+        return _blocks(x, *args)
+    from marlin_w4a16.kernels.linear import linear as fused  # Triton is on Linux only
+
+    packed, bias = _checked(x, args[:-1], args[-1]), args[-1]
+    out = fused(x.reshape(x.shape[:-1].numel(), packed.k), packed, bias)
+    return out.view(output_shape(x.shape, packed.n))
+
+
+def _fake_grad_input(grad: Tensor, *weight: Any) -> Tensor:
+    packed = checked_weight("linear_grad_input", grad, "n", weight)
+    return grad.new_empty(output_shape(grad.shape, packed.k))
+
+
+def _grad_input(grad: Tensor, *weight: Any) -> Tensor:
+    packed = checked_weight("linear_grad_input", grad, "n", weight)
+    out = linear_grad_input(grad.reshape(grad.shape[:-1].numel(), packed.n), packed)
+    return out.view(output_shape(grad.shape, packed.k))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+    ctx.format = inputs[4:10]
+    bias = inputs[10] if len(inputs) > 10 else None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[10]
+    weight = (*ctx.saved_tensors, *ctx.format)
+    grad_x = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight) if wants_x else None
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
+    return (grad_x, *(None,) * 9, grad_bias)
+
+
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight = (*ctx.saved_tensors, *ctx.format)
+    return (torch.ops.marlin_w4a16.linear(grad, *weight, None), *(None,) * 9)
+
+
+for _op, _forward, _gpu, _meta, _derivative in (
+    ("linear", _blocks, _cuda, _fake, _backward),
+    ("linear_grad_input", _grad_input, _grad_input, _fake_grad_input, _backward_grad_input),
+):
+    library.impl(_op, _forward, "CPU")
+    library.impl(_op, _gpu, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{_op}", _meta, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{_op}", _derivative, setup_context=_setup, lib=library)
+for _device in AUTOCAST_KEYS:
+    autocast("linear", _device)

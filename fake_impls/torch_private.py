@@ -1,0 +1,137 @@
+"""Every private torch interface this project touches, each read in torch 2.11 and 2.13."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
+
+
+@contextmanager
+def without_autocast(device_type: str) -> Iterator[None]:
+    """Dispatches below autocast, as `torch.library.register_autocast` does (with one fixed dtype, so unfit here)."""
+    key = getattr(torch._C.DispatchKey, AUTOCAST_KEYS[device_type])
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        yield
+
+
+def is_fake(value: object) -> bool:
+    """Whether a tensor holds no data (a FakeTensor)."""
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether a node's target takes whole subgraphs (torch.cond, checkpoint, ...)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def placeholder_source(node: fx.Node) -> Any:
+    """Where Dynamo read a placeholder from, or None."""
+    return getattr(node, "_dynamo_source", None)
+
+
+def source_name(node: fx.Node) -> str:
+    """The source of a placeholder as an expression such as ``L['self']._modules['fc']._buffers['scale']``."""
+    name = getattr(placeholder_source(node), "name", node.name)
+    return str(name() if callable(name) else name)
+
+
+def is_weight_like(node: fx.Node) -> bool:
+    """Whether a placeholder is state (a parameter, buffer, module attribute, global or closure), not an argument.
+
+    Parameters and buffers carry the static mark; globals and plain attributes are told by their source.
+    """
+    if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
+        return True
+    source = placeholder_source(node)
+    if source is None:
+        return False
+    guard = source.guard_source
+    guard = guard() if callable(guard) else guard  # a method before torch 2.12
+    if guard.name != "LOCAL":
+        return True
+    while hasattr(source, "base"):
+        source = source.base
+    return not getattr(source, "is_input", True)
+
+
+def storage_key(value: object) -> int | None:
+    """What two tensors share when one is a view of the other; also for fake ones."""
+    try:
+        return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    except (NotImplementedError, RuntimeError):
+        return None  # wrapper subclasses have no storage of their own
+
+
+def version_of(tensor: Tensor) -> int:
+    """The version counter; inference tensors have none and count as immutable."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def graph_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy with what AOTAutograd expects of a graph from Dynamo, and the copy of each node."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, values)
+    graph.output(output).meta.update(next(iter(reversed(gm.graph.nodes))).meta)
+    for old, new in values.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copy = fx.GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    for name in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy, values
+
+
+def add_static_input(graph: fx.Graph, like: fx.Node, member: str, value: Tensor) -> tuple[fx.Node, Tensor]:
+    """Adds a placeholder for a tensor that keeps its address, and the fake tensor that stands for it.
+
+    It is told apart from its origin ``like`` by an attribute source; AOTAutograd wants sources to be unique.
+    """
+    from torch._dynamo.source import AttrSource
+
+    fake = like.meta["example_value"].fake_mode.from_tensor(value, static_shapes=True)
+    node = graph.placeholder(f"{like.name}_{member}")
+    node.meta["example_value"] = fake
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    source = placeholder_source(like)
+    node._dynamo_source = source and AttrSource(source, f"marlin_w4a16_{member}")
+    return node, fake
+
+
+def fake_result(node: fx.Node) -> Any:
+    """Runs a new node's operator on the example values of its inputs."""
+
+    def example(n: fx.Node) -> Any:
+        return n.meta["example_value"]
+
+    args, kwargs = fx.map_arg(node.args, example), fx.map_arg(node.kwargs, example)
+    fakes = [a for a in node.all_input_nodes if is_fake(example(a))]
+    with example(fakes[0]).fake_mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def mode_patches(mode: str) -> dict[str, Any]:
+    """The Inductor settings of a torch.compile mode."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def modes() -> list[str]:
+    """The names of the torch.compile modes."""
+    from torch._inductor import list_mode_options
+
+    return list(list_mode_options())
+
+
+def compile_graph(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Hands a graph from Dynamo to Inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return cast(Callable[..., Any], compile_fx(gm, inputs, config_patches=patches))

@@ -1,0 +1,73 @@
+"""Blockwise decode of packed weights in plain torch, for every device: no tables, so CUDA graphs can capture it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.fp4 import round_once
+from marlin_w4a16.kernels.layout import TILE, PackedFP4, block_tiles, tile_pairs, untile_rows, untile_scales
+
+
+def scale_values(scales: Tensor, kind: str) -> Tensor:
+    """The float32 values of scale bytes, exact for every finite code, subnormals included."""
+    if kind == "e4m3":
+        return scales.view(torch.float8_e4m3fn).float()
+    bits: Tensor = (scales.int() << 23).clamp(min=1 << 22)  # byte 0 is 2**-127, a float32 subnormal
+    values: Tensor = bits.view(torch.float32)
+    return values
+
+
+def decode_tiles(words: Tensor, scales: Tensor, kind: str, group: int) -> Tensor:
+    """Tiles ``[R, C, ...]`` of a packed weight as float32 ``code * scale`` of shape ``[64 R, 64 C]``, exact."""
+    pairs = torch.stack(tile_pairs(words), -1).view(torch.bfloat16)
+    codes = untile_rows(pairs).float() * 2.0**126
+    factors = scale_values(untile_scales(scales.contiguous(), group), kind)
+    return (codes.unflatten(1, (-1, group)) * factors.unsqueeze(-1)).flatten(1)
+
+
+def decode_rows(packed: PackedFP4) -> Iterator[tuple[slice, Tensor]]:
+    """Walks a packed 2-D weight in blocks of rows: (rows, float32 ``code * scale`` without the multiplier)."""
+    step = block_tiles(packed.k)
+    for start in range(0, packed.words.shape[0], step):
+        rows = slice(start * TILE, min((start + step) * TILE, packed.n))
+        tiles = slice(start, start + step)
+        block = decode_tiles(packed.words[tiles], packed.scales[tiles], packed.kind, packed.group)
+        yield rows, block[: rows.stop - rows.start, : packed.k]
+
+
+def decode_columns(packed: PackedFP4) -> Iterator[tuple[slice, Tensor]]:
+    """Walks a packed 2-D weight in blocks of columns: (columns, float32 ``code * scale`` without the multiplier)."""
+    step = block_tiles(packed.n)
+    for start in range(0, packed.words.shape[1], step):
+        columns = slice(start * TILE, min((start + step) * TILE, packed.k))
+        tiles = slice(start, start + step)
+        block = decode_tiles(packed.words[:, tiles], packed.scales[:, tiles], packed.kind, packed.group)
+        yield columns, block[: packed.n, : columns.stop - columns.start]
+
+
+def dequantize(packed: PackedFP4, dtype: torch.dtype) -> Tensor:
+    """The dense ``[n, k]`` weight, the exact value rounded once to ``dtype``."""
+    out = torch.empty((packed.n, packed.k), dtype=dtype, device=packed.words.device)
+    for rows, block in decode_rows(packed):
+        out[rows] = round_once(block.double() * packed.multiplier[rows, None].double(), dtype)
+    return out
+
+
+def linear_by_blocks(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` for ``x`` ``[m, k]``, in float32, one block of decoded rows at a time."""
+    x32 = x.float()
+    out = torch.empty((x.shape[0], packed.n), dtype=x.dtype, device=x.device)
+    for rows, block in decode_rows(packed):
+        part = (x32 @ block.T) * packed.multiplier[rows]
+        out[:, rows] = part if bias is None else part + bias[rows].float()
+    return out
+
+
+def linear_grad_input(grad: Tensor, packed: PackedFP4) -> Tensor:
+    """``grad @ weight`` for ``grad`` ``[m, n]``, in float32, one block of decoded columns at a time."""
+    scaled = grad.float() * packed.multiplier
+    out = torch.empty((grad.shape[0], packed.k), dtype=grad.dtype, device=grad.device)
+    for columns, block in decode_columns(packed):
+        out[:, columns] = scaled @ block
+    return out

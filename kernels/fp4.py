@@ -1,0 +1,257 @@
+"""FP4 numerics: the canonical weight and its exact decode, the oracle of every test.
+
+Formats: E2M1 elements and E8M0 scales as in the OCP Microscaling specification v1.0 (MXFP4); E4M3 scales are
+``torch.float8_e4m3fn`` bytes (NVFP4, as NVIDIA ModelOpt and compressed-tensors write them).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScaleKind = Literal["e4m3", "e8m0"]
+SCALE_KINDS: tuple[ScaleKind, ...] = ("e4m3", "e8m0")
+SCALE_DTYPES: dict[torch.dtype, ScaleKind] = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
+GROUP_SIZES = (16, 32)
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+E8M0_BIAS = 127
+E8M0_NAN = 255
+# Exponents e for which every E2M1 code times 2**e is exact in the dtype, its subnormals included.
+EXACT_EXPONENTS = {torch.float16: (-23, 13), torch.bfloat16: (-127, 125), torch.float32: (-127, 125)}
+
+# Elements per block of rows when a whole weight is walked: bounds temporaries to a few tens of megabytes.
+BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FP4Weight:
+    """A linear weight of ``n`` rows (outputs) by ``k`` columns (inputs) in its canonical four-bit form.
+
+    Attributes:
+        codes: uint8 ``[..., n, k / 2]``, two E2M1 codes a byte, the low nibble is the even column.
+        scales: uint8 ``[..., n, k / group]``, the bytes of the block scales.
+        multiplier: float32 ``[..., n]``, one factor per output row (a global scale is a constant one).
+        kind: ``"e4m3"`` or ``"e8m0"``, how a scale byte is read.
+        group: 16 or 32 columns that share a scale.
+        name: what error messages call the weight.
+
+    Raises:
+        ValueError: a wrong dtype, shape, device, group or kind, a NaN scale, a multiplier that is not finite;
+            the message names the parameter, what was found and what was expected.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    multiplier: Tensor
+    kind: ScaleKind
+    group: int
+    name: str = "weight"
+
+    def __post_init__(self) -> None:
+        _check_structure(self)
+        _check_values(self)
+
+    @property
+    def n(self) -> int:
+        """Output rows."""
+        return self.codes.shape[-2]
+
+    @property
+    def k(self) -> int:
+        """Input columns."""
+        return self.codes.shape[-1] * 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and multiplier."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.multiplier))
+
+    def decode(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The exact value ``code * scale * multiplier`` as ``[..., n, k]``, rounded once to ``dtype``.
+
+        Exact in float64: a code has 2 significant bits, a scale at most 4, the multiplier 24.
+        """
+        exact = self.unscaled(torch.float64) * self.multiplier.double().unsqueeze(-1)
+        return round_once(exact, dtype)
+
+    def unscaled(self, dtype: torch.dtype) -> Tensor:
+        """``code * scale`` without the multiplier as ``[..., n, k]``: exact wherever ``dtype`` can hold it."""
+        codes, scales = self.factors(dtype)
+        return (codes * scales.unsqueeze(-1)).reshape(*self.codes.shape[:-1], self.k)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The values of the codes ``[..., n, k / group, group]`` and of the scales ``[..., n, k / group]``."""
+        pairs = _pair_table(self.codes.device, dtype)[self.codes.int()]
+        scales = scale_table(self.kind, self.codes.device, dtype)[self.scales.int()]
+        return pairs.reshape(*self.scales.shape, self.group), scales
+
+    def row_blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[slice, "FP4Weight"]]:
+        """Walks the rows of a 2-D weight in blocks of about ``elements`` values, as views."""
+        rows = max(1, elements // max(1, self.k))
+        for start in range(0, self.n, rows):
+            at = slice(start, min(start + rows, self.n))
+            part = object.__new__(FP4Weight)  # views of what was checked once
+            for field, value in (
+                ("codes", self.codes[at]),
+                ("scales", self.scales[at]),
+                ("multiplier", self.multiplier[at]),
+                ("kind", self.kind),
+                ("group", self.group),
+                ("name", self.name),
+            ):
+                object.__setattr__(part, field, value)
+            yield at, part
+
+    def fit(self, dtype: torch.dtype) -> "FP4Weight":
+        """The same values, with ``code * scale`` exact in ``dtype`` for every element.
+
+        E4M3 products fit every dtype. For E8M0 each row whose exponents leave the dtype's range moves a power of two
+        into its multiplier; the scale of a group of zeros is free and is clamped.
+
+        Raises:
+            ValueError: a row spans more binades than ``dtype`` holds, or its multiplier under- or overflows.
+        """
+        if self.kind == "e4m3":
+            return self
+        low, high = EXACT_EXPONENTS[dtype]
+        used = torch.cat([_nonzero_groups(part) for _, part in self.row_blocks()]) if self.n else self.scales.bool()
+        exponent = self.scales.int() - E8M0_BIAS
+        top = exponent.masked_fill(~used, -1000).amax(-1, keepdim=True)
+        bottom = exponent.masked_fill(~used, 1000).amin(-1, keepdim=True)
+        shift = torch.where(top > high, top - high, torch.where(bottom < low, top - high, 0))
+        shift = torch.where(used.any(-1, keepdim=True), shift, 0)
+        if not shift.any() and bool(((exponent >= low) & (exponent <= high)).all()):
+            return self
+        _check_fits(self, bottom - shift < low, dtype, low, high)
+        moved = (exponent - shift).clamp(low, high)
+        multiplier = torch.ldexp(self.multiplier.double(), shift[:, 0]).float()
+        back = torch.ldexp(multiplier.double(), -shift[:, 0])
+        if not torch.equal(back, self.multiplier.double()):
+            raise ValueError(
+                f"{self.name}: multiplier leaves the range of float32 when the rows' powers of two move into it"
+            )
+        return replace(self, scales=(moved + E8M0_BIAS).to(torch.uint8), multiplier=multiplier)
+
+
+def fp4_weight(
+    codes: Tensor,
+    scales: Tensor,
+    multiplier: Tensor | float = 1.0,
+    *,
+    kind: ScaleKind | None = None,
+    name: str = "weight",
+) -> FP4Weight:
+    """Builds an `FP4Weight` from the tensors of a checkpoint.
+
+    Args:
+        codes: uint8 or int8 ``[n, k / 2]``, low nibble first.
+        scales: ``float8_e4m3fn``, ``float8_e8m0fnu`` or uint8 ``[n, k / group]``; bytes need ``kind``.
+        multiplier: a number, a tensor of one element, or one value per row.
+        kind: how scale bytes are read; taken from the dtype of ``scales`` when it is a float8.
+        name: what error messages call the weight.
+    """
+    kind = SCALE_DTYPES.get(scales.dtype, kind)
+    if kind is None:
+        raise ValueError(f"{name}: scales: found dtype {scales.dtype} and no kind, expected a float8 or kind=")
+    if codes.ndim < 2 or scales.ndim != codes.ndim or not scales.shape[-1] or codes.shape[-1] * 2 % scales.shape[-1]:
+        raise ValueError(
+            f"{name}: scales: found shape {tuple(scales.shape)}, expected [n, k / group] with group in "
+            f"{GROUP_SIZES} for codes {tuple(codes.shape)}"
+        )
+    if not isinstance(multiplier, Tensor):
+        multiplier = torch.tensor(multiplier, dtype=torch.float32, device=codes.device)
+    rows = codes.shape[:-1]
+    if multiplier.numel() == 1:
+        multiplier = multiplier.reshape(()).expand(rows)
+    group = codes.shape[-1] * 2 // scales.shape[-1]
+    codes = codes.view(torch.uint8) if codes.dtype == torch.int8 else codes
+    return FP4Weight(codes, as_bytes(scales), multiplier.float().contiguous(), kind, group, name)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor of one-byte elements seen as uint8; others are returned as they are."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
+def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds float64 to ``dtype`` once, to nearest even.
+
+    torch rounds float64 to float16 and bfloat16 by way of float32, twice; going through a float32 that was rounded
+    to odd makes the second rounding right (Boldo and Melquiond, 2005).
+    """
+    if dtype in (torch.float64, torch.float32):
+        return exact.to(dtype)
+    near = exact.float()
+    bits = near.view(torch.int32)
+    bits = bits - (near.double().abs() > exact.abs()).int()
+    odd = torch.where((near.double() == exact) | ~near.isfinite(), near.view(torch.int32), bits | 1)
+    return odd.view(torch.float32).to(dtype)
+
+
+def scale_table(kind: ScaleKind, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The values of the 256 scale bytes, ``[256]``."""
+    byte = torch.arange(256)
+    if kind == "e4m3":
+        values = byte.to(torch.uint8).view(torch.float8_e4m3fn).double()
+    else:
+        values = torch.where(byte == E8M0_NAN, torch.nan, torch.exp2((byte - E8M0_BIAS).double()))
+    return values.to(dtype).to(device)
+
+
+def _pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    byte = torch.arange(256)
+    return torch.tensor(E2M1_VALUES, dtype=dtype)[torch.stack((byte & 15, byte >> 4), -1)].to(device)
+
+
+def _nonzero_groups(part: FP4Weight) -> Tensor:
+    return (part.codes.reshape(*part.scales.shape, part.group // 2) & 0x77 != 0).any(-1)
+
+
+def _expect(condition: bool, name: str, parameter: str, found: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: {parameter}: found {found}, expected {expected}")
+
+
+def _check_structure(w: FP4Weight) -> None:
+    _expect(w.kind in SCALE_KINDS, w.name, "kind", repr(w.kind), f"one of {SCALE_KINDS}")
+    _expect(w.group in GROUP_SIZES, w.name, "group", w.group, f"one of {GROUP_SIZES}")
+    for parameter, dtype in (("codes", torch.uint8), ("scales", torch.uint8), ("multiplier", torch.float32)):
+        tensor = getattr(w, parameter)
+        _expect(tensor.dtype == dtype, w.name, parameter, f"dtype {tensor.dtype}", str(dtype))
+        _expect(
+            tensor.device == w.codes.device, w.name, parameter, f"device {tensor.device}", f"codes' {w.codes.device}"
+        )
+    _expect(w.codes.ndim >= 2, w.name, "codes", f"shape {tuple(w.codes.shape)}", "[..., n, k / 2]")
+    _expect(w.k % w.group == 0, w.name, "codes", f"k = {w.k}", f"a multiple of the group {w.group}")
+    lead = tuple(w.codes.shape[:-1])
+    for parameter, shape in (("scales", (*lead, w.k // w.group)), ("multiplier", lead)):
+        found = tuple(getattr(w, parameter).shape)
+        _expect(found == shape, w.name, parameter, f"shape {found}", str(shape))
+
+
+def _check_values(w: FP4Weight) -> None:
+    nan = (w.scales & 0x7F) == 0x7F if w.kind == "e4m3" else w.scales == E8M0_NAN
+    if bool(nan.any()):
+        at = tuple(nan.nonzero()[0].tolist())
+        raise ValueError(
+            f"{w.name}: scales: found NaN (byte {int(w.scales[at]):#x}) at {list(at)}, expected finite {w.kind} codes"
+        )
+    bad = ~w.multiplier.isfinite()
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        found = f"{float(w.multiplier[at])} at {list(at)}"
+        raise ValueError(f"{w.name}: multiplier: found {found}, expected finite values")
+
+
+def _check_fits(w: FP4Weight, bad: Tensor, dtype: torch.dtype, low: int, high: int) -> None:
+    if bool(bad.any()):
+        row = int(bad[:, 0].nonzero()[0])
+        used = w.scales[row][_nonzero_groups(w)[row]].int() - E8M0_BIAS
+        raise ValueError(
+            f"{w.name}: scales: row {row} holds powers of two from {int(used.min())} to {int(used.max())}, "
+            f"expected a span of at most {high - low} for {dtype}"
+        )

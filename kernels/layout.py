@@ -1,0 +1,186 @@
+"""The packed layout: codes and scales in the order in which a tensor-core fragment reads them.
+
+A tile is 64 rows by 64 columns, 512 words of 32 bits. Word ``[w, g, t, s]`` (4 x 8 x 4 x 4) is the whole A fragment
+of one ``m16n8k16`` (or one warp of ``wgmma m64k16``) for lane ``4 g + t`` of warp ``w`` at k-step ``s``; a lane's four
+words lie together, so one 16-byte load feeds four k-steps and no element ever crosses lanes. Its eight codes are
+rows ``16 w + 8 r + g`` (r = 0, 1) and columns ``16 s + 8 h + 2 t + p`` (h, p = 0, 1). Codes p = 0, 1 of register
+``2 h + r`` sit in the low and high half of the word, their bits interleaved so that one shift and one mask give a pair
+of bfloat16 ``value * 2**-126`` (sign at bit 15, magnitude at 8..6):
+
+    bit of the half   15  14  13  12  11  10   9   8 7 6   5 4 3   2 1 0
+    register (h, r)   s0  s3  d3  s1  u3  m3  s2   magn0   magn1   magn2     s sign, u m d the magnitude bits of 3
+
+    register 0  w & M          register 1  (w << 3) & M          register 2  (w << 6) & M          M = 0x81C081C0
+    register 3  (w << 1) & 0x80008000 | (w >> 3) & 0x01800180 | (w >> 7) & 0x00400040
+
+Scale bytes follow the words: ``[w, g, c, r]`` with ``c`` the group within the tile. The multiplier stays ``[n]``.
+Rows and columns are padded with zero codes to whole tiles here, never at run time; pad scales are one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind
+
+TILE = 64
+TILE_WORDS = TILE * TILE // 8
+LAYOUT = "tile64"
+LAYOUTS = (LAYOUT,)
+
+PAIR_MASK = 0x81C081C0
+PAD_SCALE = {"e4m3": 0x38, "e8m0": 127}
+# Where bits 3..0 (sign, magnitude) of the code of register 2 h + r go in its half word.
+_BIT_OF = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedFP4:
+    """An FP4 weight as the kernels read it.
+
+    Attributes:
+        words: int32 ``[..., n / 64, k / 64, 512]``, tiles of codes.
+        scales: uint8 ``[..., n / 64, k / 64, 4096 / group]``, tiles of scale bytes.
+        multiplier: float32 ``[..., n]``.
+        n, k: rows and columns without padding.
+        kind, group: as in `FP4Weight`.
+        layout: the id that op schemas carry.
+    """
+
+    words: Tensor
+    scales: Tensor
+    multiplier: Tensor
+    n: int
+    k: int
+    kind: ScaleKind
+    group: int
+    layout: str = LAYOUT
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of words, scales and multiplier."""
+        return sum(t.numel() * t.element_size() for t in (self.words, self.scales, self.multiplier))
+
+    def unpack(self, name: str = "weight") -> FP4Weight:
+        """The inverse of `pack`, bit for bit."""
+        lead = self.words.shape[:-3]
+        codes = torch.empty((*lead, self.n, self.k // 2), dtype=torch.uint8, device=self.words.device)
+        scales = torch.empty((*lead, self.n, self.k // self.group), dtype=torch.uint8, device=self.words.device)
+        for rows, words, scale_tiles, codes_out, scales_out in self._blocks(codes, scales):
+            codes_out[rows] = _unpack_codes(words)[: rows.stop - rows.start, : codes.shape[-1]]
+            scales_out[rows] = untile_scales(scale_tiles, self.group)[: rows.stop - rows.start, : scales.shape[-1]]
+        return FP4Weight(codes, scales, self.multiplier.clone(), self.kind, self.group, name)
+
+    def _blocks(self, *canonical: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """Walks blocks of rows, as (rows, words, scale tiles), beside the matrices of two canonical tensors."""
+        step = block_tiles(self.k)
+        matrices = (t.reshape(-1, *t.shape[-2:]) for t in canonical)
+        tiled = (t.view(-1, *t.shape[-3:]) for t in (self.words, self.scales))
+        for words, scales, first, second in zip(*tiled, *matrices, strict=True):
+            for start in range(0, words.shape[0], step):
+                tiles = slice(start, min(start + step, words.shape[0]))
+                rows = slice(start * TILE, min(tiles.stop * TILE, self.n))
+                yield rows, words[tiles], scales[tiles], first, second
+
+
+def packed_shapes(n: int, k: int, group: int) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int]]:
+    """Shapes of words, scales and multiplier for a weight of ``n`` rows and ``k`` columns."""
+    tiles = (-(-n // TILE), -(-k // TILE))
+    return (*tiles, TILE_WORDS), (*tiles, TILE * TILE // group), (n,)
+
+
+def pack(weight: FP4Weight | PackedFP4) -> PackedFP4:
+    """Packs a weight on its own device; what is packed already is returned as it is.
+
+    Works in blocks of rows, so that beyond the packed tensors only a few tens of megabytes are taken.
+    """
+    if isinstance(weight, PackedFP4):
+        return weight
+    lead = weight.codes.shape[:-2]
+    words_shape, scales_shape, _ = packed_shapes(weight.n, weight.k, weight.group)
+    device = weight.codes.device
+    words = torch.empty((*lead, *words_shape), dtype=torch.int32, device=device)
+    scales = torch.empty((*lead, *scales_shape), dtype=torch.uint8, device=device)
+    packed = PackedFP4(words, scales, weight.multiplier.clone(), weight.n, weight.k, weight.kind, weight.group)
+    pack_into(weight, packed)
+    return packed
+
+
+def pack_into(weight: FP4Weight, packed: PackedFP4) -> None:
+    """Packs a weight over the tensors of a packed one of the same shape and format: addresses stay."""
+    same = (weight.n, weight.k, weight.kind, weight.group) == (packed.n, packed.k, packed.kind, packed.group)
+    if not same or weight.multiplier.shape != packed.multiplier.shape:
+        raise ValueError(f"{weight.name}: found another shape or format than that of the packed weight")
+    packed.multiplier.copy_(weight.multiplier)
+    for rows, words, scale_tiles, codes, scales in packed._blocks(weight.codes, weight.scales):
+        words.copy_(_pack_codes(_padded(codes[rows], TILE // 2, 0)))
+        scale_tiles.copy_(
+            _tile_scales(_padded(scales[rows], TILE // weight.group, PAD_SCALE[weight.kind]), weight.group)
+        )
+
+
+def block_tiles(k: int) -> int:
+    """Rows of tiles that make a block of bounded size in a weight of ``k`` columns."""
+    return max(1, BLOCK_ELEMENTS // max(1, k * TILE))
+
+
+def tile_pairs(words: Tensor) -> list[Tensor]:
+    """The four registers of each word: int32 tensors that hold pairs of ``E2M1 * 2**-126`` in bfloat16."""
+    high = ((words << 1) & -0x7FFF8000) | ((words >> 3) & 0x01800180) | ((words >> 7) & 0x00400040)
+    mask = PAIR_MASK - (1 << 32)
+    return [words & mask, (words << 3) & mask, (words << 6) & mask, high]
+
+
+def untile_rows(registers: Tensor) -> Tensor:
+    """Puts ``[R, C, 4 w, 8 g, 4 t, 4 s, (2 h, 2 r), 2 p]`` values into rows and columns ``[64 R, 64 C]``."""
+    r, c = registers.shape[:2]
+    grid = registers.reshape(r, c, 4, 8, 4, 4, 2, 2, 2)  # R C w g t s h r p
+    return grid.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(r * TILE, c * TILE)
+
+
+def _padded(tensor: Tensor, columns: int, value: int) -> Tensor:
+    rows = -tensor.shape[0] % TILE
+    cols = -tensor.shape[1] % columns
+    return torch.nn.functional.pad(tensor, (0, cols, 0, rows), value=value) if rows or cols else tensor
+
+
+def _pack_codes(codes: Tensor) -> Tensor:
+    n, half_k = codes.shape
+    # R w r g | C s h t : a byte holds the pair p
+    grid = codes.reshape(n // TILE, 4, 2, 8, half_k * 2 // TILE, 4, 2, 4).permute(0, 4, 1, 3, 7, 5, 6, 2)
+    words = torch.zeros(grid.shape[:-2], dtype=torch.int32, device=codes.device)
+    for register, places in enumerate(_BIT_OF):
+        byte = grid[..., register // 2, register % 2].int()
+        for half in (0, 1):
+            for bit, place in zip((3, 2, 1, 0), places, strict=True):
+                words |= ((byte >> (4 * half + bit)) & 1) << (16 * half + place)
+    return words.reshape(n // TILE, half_k * 2 // TILE, TILE_WORDS)
+
+
+def _unpack_codes(words: Tensor) -> Tensor:
+    r, c, _ = words.shape
+    registers = []
+    for places in _BIT_OF:
+        byte = torch.zeros_like(words)
+        for half in (0, 1):
+            for bit, place in zip((3, 2, 1, 0), places, strict=True):
+                byte |= ((words >> (16 * half + place)) & 1) << (4 * half + bit)
+        registers.append(byte.to(torch.uint8))
+    grid = torch.stack(registers, -1).reshape(r, c, 4, 8, 4, 4, 2, 2)  # R C w g t s h r
+    return grid.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(r * TILE, c * TILE // 2)
+
+
+def _tile_scales(scales: Tensor, group: int) -> Tensor:
+    n, groups = scales.shape
+    per_tile = TILE // group
+    grid = scales.reshape(n // TILE, 4, 2, 8, groups // per_tile, per_tile).permute(0, 4, 1, 3, 5, 2)
+    return grid.reshape(n // TILE, groups // per_tile, TILE * per_tile)
+
+
+def untile_scales(scales: Tensor, group: int) -> Tensor:
+    """Scale tiles ``[R, C, 4096 / group]`` as rows ``[64 R, 64 C / group]``."""
+    r, c, _ = scales.shape
+    per_tile = TILE // group
+    return scales.reshape(r, c, 4, 8, per_tile, 2).permute(0, 2, 5, 3, 1, 4).reshape(r * TILE, c * per_tile)

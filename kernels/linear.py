@@ -1,0 +1,262 @@
+"""The FP4 linear for SM80 to SM90: decode in registers, multiply on the tensor cores, fp32 to the end.
+
+Computes ``out^T = weight @ x^T``, so that the decoded weight is the left operand, which Triton keeps in registers
+(wgmma and mma.sync alike), and the small x comes from shared memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from marlin_w4a16.kernels.launch import Launch, plan_dense, plan_linear
+from marlin_w4a16.kernels.layout import TILE, PackedFP4
+from marlin_w4a16.kernels.unpack import UNPACK_GAIN, unpack_words
+
+_EPILOGUE_BLOCK = 1024
+# Bytes of each of the two scratch tensors when a weight is written out for cuBLAS.
+_SCRATCH_BYTES = 64 << 20
+
+
+@triton.jit(do_not_specialize=["m", "row_tiles", "k_tiles"])
+def _linear_kernel(
+    x,
+    words,
+    scales,
+    multiplier,
+    bias,
+    out,
+    m,
+    n,
+    k,
+    row_tiles,
+    k_tiles,
+    stride_xm,
+    stride_xk,
+    kind: tl.constexpr,
+    GROUP: tl.constexpr,
+    GAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    WGMMA: tl.constexpr,
+):
+    R: tl.constexpr = BLOCK_N // 64
+    C: tl.constexpr = BLOCK_K // 64
+    PAIRS: tl.constexpr = 64 // GROUP  # int16 pairs of scale bytes, one for each group of a tile
+    token_blocks = tl.cdiv(m, BLOCK_M)
+    pid = tl.program_id(0)
+    block_n = pid // token_blocks
+    block_m = pid % token_blocks
+    part = tl.program_id(1)
+    part_tiles = tl.cdiv(tl.cdiv(k_tiles, C), SPLIT_K) * C
+    first = part * part_tiles
+    last = tl.minimum(first + part_tiles, k_tiles)
+
+    # [R, 128 lanes of 4 warps, words or scale pairs of a lane]; tiles past the end repeat the last one:
+    # their rows are not stored and their columns meet zeros of x
+    tile_row = tl.minimum(block_n * R + tl.arange(0, R), row_tiles - 1)[:, None, None] * k_tiles
+    lane = tl.arange(0, 128)[None, :, None]
+    word_at = lane * 4 + tl.arange(0, 4)[None, None, :]
+    pair_at = (lane // 4) * PAIRS + tl.arange(0, PAIRS)[None, None, :]
+
+    rows_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_rows = x + rows_m[None, :].to(tl.int64) * stride_xm
+    in_m = rows_m[None, :] < m
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(first, last, C, num_stages=STAGES):
+        for c in tl.static_range(C):
+            tile = step + c
+            at = tile_row + (tile if C == 1 else tl.minimum(tile, k_tiles - 1))
+            w = tl.load(words + at * 512 + word_at)
+            s = tl.load(scales + at * (32 * PAIRS) + pair_at).to(tl.int32)
+            if PAIRS == 2:  # a group of 32 columns serves two k-steps
+                s = tl.broadcast_to(s[:, :, :, None], (R, 128, 2, 2)).reshape((R, 128, 4))
+            a = unpack_words(w, s, kind, x.dtype.element_ty, PTX)
+            # R w g t s p r h -> (R w r g) (s h t p)
+            a = a.reshape((R, 4, 8, 4, 4, 2, 2, 2)).permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((BLOCK_N, 64))
+            if PTX and not WGMMA:
+                # Triton picks k width 4 for a left operand that comes from `join`, and then shuffles it between lanes;
+                # an opaque move hides the joins: the fragment is taken as it lies (computeOrigBitWidth, Triton 3.6)
+                a = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [a], dtype=a.dtype, is_pure=False, pack=2)
+            at_k = tile * 64 + tl.arange(0, 64)
+            b = tl.load(x_rows + at_k[:, None] * stride_xk, mask=in_m & (at_k[:, None] < k), other=0.0)
+            acc = tl.dot(a, b, acc)
+        if WGMMA:
+            # wgmma reads its register operand after it was issued. Triton leaves some in flight across iterations,
+            # while the next one already decodes into the same registers; any use of the sum makes it wait
+            # (seen with Triton 3.6 on an H200: wrong results with 128 tokens a block)
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+    rows_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = rows_n < n
+    mask = in_m & in_n[:, None]
+    if SPLIT_K == 1:
+        acc *= (tl.load(multiplier + rows_n, mask=in_n, other=0.0) * GAIN)[:, None]
+        if HAS_BIAS:
+            acc += tl.load(bias + rows_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        out_at = rows_m[None, :].to(tl.int64) * n + rows_n[:, None]
+    else:
+        out_at = (part.to(tl.int64) * m + rows_m)[None, :] * n + rows_n[:, None]
+    tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["m", "stride_part"])
+def _epilogue_kernel(
+    parts,
+    multiplier,
+    bias,
+    out,
+    m,
+    n,
+    stride_part,
+    stride_out,
+    GAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < n
+    at = row.to(tl.int64) * n + column
+    acc = tl.load(parts + at, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):  # always in this order: the sum repeats bit for bit
+        acc += tl.load(parts + part * stride_part + at, mask=mask, other=0.0)
+    acc *= tl.load(multiplier + column, mask=mask, other=0.0) * GAIN
+    if HAS_BIAS:
+        acc += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64) * stride_out + column, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["k_tiles"])
+def _decode_kernel(words, scales, out, k_tiles, kind: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr):
+    PAIRS: tl.constexpr = 64 // GROUP
+    row = tl.program_id(0)
+    col = tl.program_id(1)
+    tile = row.to(tl.int64) * k_tiles + col
+    lane = tl.arange(0, 128)[:, None]
+    w = tl.load(words + tile * 512 + lane * 4 + tl.arange(0, 4)[None, :])
+    s = tl.load(scales + tile * (32 * PAIRS) + (lane // 4) * PAIRS + tl.arange(0, PAIRS)[None, :]).to(tl.int32)
+    if PAIRS == 2:
+        s = tl.broadcast_to(s[:, :, None], (128, 2, 2)).reshape((128, 4))
+    a = unpack_words(w, s, kind, out.dtype.element_ty, PTX)
+    a = a.reshape((4, 8, 4, 4, 2, 2, 2)).permute((0, 5, 1, 3, 6, 2, 4)).reshape((64, 64))
+    at = (row * 64 + tl.arange(0, 64))[:, None].to(tl.int64) * (k_tiles * 64) + col * 64 + tl.arange(0, 64)[None, :]
+    tl.store(out + at, a)
+
+
+def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None, launch: Launch | None = None) -> Tensor:
+    """``x @ weight.T + bias`` on a GPU of capability 8.0 to 9.x.
+
+    Args:
+        x: float16 or bfloat16 ``[m, k]`` with any strides.
+        packed: a weight that fits the dtype of x (see `FP4Weight.fit`); float16 turns E8M0 scales out of its range
+            into NaN.
+        bias: ``[n]`` of any floating dtype, added in float32.
+        launch: the fused kernel with these parameters instead of what the table says.
+
+    Returns:
+        ``[m, n]`` in the dtype of x: sums, multiplier and bias in float32, rounded once. Equal bits on every run.
+    """
+    m = x.shape[0]
+    out = torch.empty((m, packed.n), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if packed.k == 0:
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    with torch.cuda.device(x.device):
+        properties = torch.cuda.get_device_properties(x.device)
+        capability = (properties.major, properties.minor)
+        if launch is None and plan_dense(m):
+            _through_dense(x, packed, bias, out)
+            return out
+        launch = launch or plan_linear(capability, properties.multi_processor_count, m, packed.n, packed.k)
+        fused(x, packed, bias, out, launch, ptx=True, wgmma=capability >= (9, 0))
+    return out
+
+
+def fused(
+    x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Launch, *, ptx: bool, wgmma: bool
+) -> None:
+    """Launches the fused kernel into ``out``; without ``ptx`` it runs in Triton's interpreter too."""
+    m, n = out.shape
+    words, scales = packed.words.contiguous(), packed.scales.contiguous()
+    split = launch.split_k > 1
+    target = torch.empty((launch.split_k, m, n), dtype=torch.float32, device=x.device) if split else out
+    _linear_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), launch.split_k)](
+        x,
+        words,
+        scales.view(torch.int16),
+        packed.multiplier,
+        packed.multiplier if bias is None else bias,
+        target,
+        m,
+        n,
+        packed.k,
+        words.shape[0],
+        words.shape[1],
+        x.stride(0),
+        x.stride(1),
+        kind=packed.kind,
+        GROUP=packed.group,
+        GAIN=UNPACK_GAIN[packed.kind],
+        HAS_BIAS=bias is not None,
+        BLOCK_N=launch.block_n,
+        BLOCK_M=launch.block_m,
+        BLOCK_K=launch.block_k,
+        SPLIT_K=launch.split_k,
+        STAGES=launch.num_stages,
+        PTX=ptx,
+        WGMMA=wgmma,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    if split:
+        _epilogue(target, packed, bias, out, rows=slice(0, n))
+
+
+def _epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, rows: slice) -> None:
+    """Sums float32 parts ``[p, m, n]`` into ``out`` ``[m, n]``, whose columns are ``rows`` of the weight."""
+    m, n = out.shape
+    block = min(_EPILOGUE_BLOCK, triton.next_power_of_2(n))
+    multiplier = packed.multiplier[rows]
+    _epilogue_kernel[(m, triton.cdiv(n, block))](
+        parts,
+        multiplier,
+        multiplier if bias is None else bias[rows],
+        out,
+        m,
+        n,
+        parts.stride(0),
+        out.stride(0),
+        GAIN=UNPACK_GAIN[packed.kind],
+        HAS_BIAS=bias is not None,
+        PARTS=parts.shape[0],
+        BLOCK=block,
+    )
+
+
+def _through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor) -> None:
+    """Writes ``code * scale`` out exactly, a block of rows at a time, and lets cuBLAS multiply into float32."""
+    m, k = x.shape
+    row_tiles, k_tiles = packed.words.shape[:2]
+    step = max(1, _SCRATCH_BYTES // (k_tiles * TILE * 2) // TILE)
+    weight = torch.empty((min(step, row_tiles) * TILE, k_tiles * TILE), dtype=x.dtype, device=x.device)
+    for first in range(0, row_tiles, step):
+        tiles = slice(first, min(first + step, row_tiles))
+        rows = slice(first * TILE, min(tiles.stop * TILE, packed.n))
+        words, scales = packed.words[tiles].contiguous(), packed.scales[tiles].contiguous()
+        _decode_kernel[(words.shape[0], k_tiles)](
+            words, scales.view(torch.int16), weight, k_tiles, kind=packed.kind, GROUP=packed.group, PTX=True
+        )
+        columns = rows.stop - rows.start
+        dense = weight[:columns, :k].t()
+        tokens = max(1, _SCRATCH_BYTES // (columns * 4))
+        for start in range(0, m, tokens):
+            part = torch.mm(x[start : start + tokens], dense, out_dtype=torch.float32)
+            _epilogue(part.unsqueeze(0), packed, bias, out[start : start + tokens, rows], rows)

@@ -1,0 +1,67 @@
+"""Quantisers from dense weights to FP4, so that examples and tests can make their own checkpoints.
+
+NVFP4 follows NVIDIA ModelOpt (amax of the tensor and of each block), MXFP4 the OCP Microscaling specification v1.0;
+both round to nearest, ties to even.
+"""
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, fp4_weight
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_TINY = 2.0**-9
+# Midpoints between neighbouring magnitudes; a tie goes to the even code, which is the upper one at odd positions.
+_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_TIES_UP = (0.75, 1.75, 3.5)
+
+
+def quantize_nvfp4(weight: Tensor, group: int = 16, name: str = "weight") -> FP4Weight:
+    """Quantises ``[n, k]`` to E2M1 codes, E4M3 block scales and one global scale, as ModelOpt does.
+
+    The global scale is ``amax / (6 * 448)``, a block's scale ``amax_block / (6 * global)`` rounded to E4M3 and kept
+    at or above 2**-9 (1.0 for a block of zeros).
+    """
+    blocks = _blocks(weight, group, name)
+    global_scale = weight.abs().amax().float() / (E2M1_MAX * E4M3_MAX)
+    if global_scale == 0:
+        global_scale = torch.ones_like(global_scale)
+    scale = blocks.abs().amax(-1).float() / (E2M1_MAX * global_scale)
+    scale[scale == 0] = 1.0
+    scale = scale.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = _encode(blocks / (scale.float() * global_scale).unsqueeze(-1))
+    return fp4_weight(_pack_nibbles(codes.reshape(weight.shape)), scale, global_scale, name=name)
+
+
+def quantize_mxfp4(weight: Tensor, group: int = 32, name: str = "weight") -> FP4Weight:
+    """Quantises ``[n, k]`` to E2M1 codes and E8M0 block scales ``2 ** (floor(log2(amax_block)) - 2)``."""
+    blocks = _blocks(weight, group, name).float()
+    _, exponent = torch.frexp(blocks.abs().amax(-1))  # amax = m * 2**exponent, m in [0.5, 1)
+    byte = (exponent - 3 + E8M0_BIAS).clamp(0, 254).to(torch.uint8)
+    # ldexp by an exponent below -126 would flush in float32
+    scaled = torch.ldexp(blocks.double(), (E8M0_BIAS - byte.int()).unsqueeze(-1))
+    return fp4_weight(_pack_nibbles(_encode(scaled).reshape(weight.shape)), byte, kind="e8m0", name=name)
+
+
+def _blocks(weight: Tensor, group: int, name: str) -> Tensor:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"{name}: found {weight.dtype} of shape {tuple(weight.shape)}, expected floats [n, k]")
+    if weight.shape[1] % group:
+        raise ValueError(f"{name}: found k = {weight.shape[1]}, expected a multiple of the group {group}")
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{name}: found NaN or Inf, expected finite values")
+    blocks: Tensor = weight.detach().unflatten(1, (-1, group))
+    return blocks
+
+
+def _encode(values: Tensor) -> Tensor:
+    magnitude = values.abs()
+    code = torch.bucketize(magnitude, magnitude.new_tensor(_MIDPOINTS))
+    for tie in _TIES_UP:
+        code += magnitude == tie
+    return (code + 8 * (values < 0)).to(torch.uint8)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)

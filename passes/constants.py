@@ -1,0 +1,157 @@
+"""The part of a traced graph that depends on weights alone, and its evaluation on the live ones."""
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from marlin_w4a16.fake_impls.torch_private import is_higher_order, is_weight_like, storage_key
+
+_RANDOM = frozenset(
+    {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "bernoulli",
+     "multinomial", "dropout", "uniform_", "normal_", "random_", "bernoulli_", "exponential_"}
+)  # fmt: skip
+_IN_PLACE_OPERATORS = frozenset(
+    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
+     operator.ixor, operator.ilshift, operator.irshift, operator.ifloordiv, operator.imod, operator.ipow}
+)  # fmt: skip
+_IN_PLACE_METHODS = frozenset(f"__{operator_.__name__}__" for operator_ in _IN_PLACE_OPERATORS)
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """The constant part of a graph.
+
+    Attributes:
+        leaves: placeholders that hold weights.
+        nodes: what is computed from leaves and literals alone, in-place writes included.
+    """
+
+    leaves: frozenset[fx.Node]
+    nodes: frozenset[fx.Node]
+
+
+def find_constants(graph: fx.Graph) -> Constants:
+    """Finds the maximal constant part.
+
+    A tensor that something else writes to, and every view of it, is not constant; nor is a weight that the graph
+    itself writes to.
+    """
+    leaves = {n for n in graph.nodes if n.op == "placeholder" and is_weight_like(n) and isinstance(example(n), Tensor)}
+    weights = {storage_key(example(n)) for n in leaves}
+    written: set[int | None] = set()
+    while True:
+        nodes: set[fx.Node] = set()
+        before = len(written)
+        for node in graph.nodes:
+            if _is_constant(node, leaves, nodes, written):
+                nodes.add(node)
+            targets = {storage_key(example(target)) for target in written_by(node)}
+            written |= targets & weights if node in nodes else targets
+        leaves = {n for n in leaves if storage_key(example(n)) not in written}
+        if len(written) == before:
+            return Constants(frozenset(leaves), frozenset(nodes))
+
+
+def example(node: fx.Node) -> Any:
+    """The fake value Dynamo traced for a node."""
+    return node.meta.get("example_value")
+
+
+def needed_by(roots: Iterable[fx.Node], constants: Constants) -> set[fx.Node]:
+    """Every node that ``roots`` need, the in-place writes to what they read included."""
+    writes: dict[int, list[fx.Node]] = {}
+    for node in constants.nodes:
+        for target in written_by(node):
+            key = storage_key(example(target))
+            if key is not None:
+                writes.setdefault(key, []).append(node)
+    needed: set[fx.Node] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo.extend(node.all_input_nodes)
+            key = storage_key(example(node))
+            todo.extend(writes.get(key, ()) if key is not None else ())
+    return needed
+
+
+def slice_of(value: fx.Node, constants: Constants) -> list[fx.Node]:
+    """What a constant value needs, in graph order and up to itself: leaves, operations and in-place writes."""
+    needed = needed_by([value], constants)
+    upto = itertools.takewhile(lambda node: node is not value, value.graph.nodes)
+    return [node for node in upto if node in needed] + [value]
+
+
+def signature(nodes: list[fx.Node]) -> tuple[Any, ...]:
+    """What a slice computes, whatever its nodes are called: two slices of one signature and one set of leaves agree."""
+    index = {node: i for i, node in enumerate(nodes)}
+
+    def shown(node: fx.Node) -> str:
+        return f"%{index[node]}"
+
+    return tuple((n.op, str(n.target), repr(fx.map_arg((n.args, n.kwargs), shown))) for n in nodes)
+
+
+def evaluate(nodes: list[fx.Node], leaves: Mapping[fx.Node, Tensor]) -> Tensor:
+    """Runs a slice on the values of its leaves; the last node's value. Dead values are freed on the way."""
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for used in node.all_input_nodes:
+            last_use[used] = node
+    values: dict[fx.Node, Any] = dict(leaves)
+    with torch.no_grad():
+        for node in nodes:
+            if node not in leaves:
+                values[node] = _run(node, values)
+            for used in node.all_input_nodes:
+                if last_use[used] is node and used in values:
+                    del values[used]
+    result: Tensor = values[nodes[-1]]
+    return result
+
+
+def written_by(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose tensors a node writes to in place."""
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        yield out
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return
+    name = _name(node)
+    in_place = name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != "_operator"
+    if in_place or name in _IN_PLACE_METHODS or node.target in _IN_PLACE_OPERATORS:
+        yield node.args[0]
+
+
+def _run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], written: set[int | None]) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if is_higher_order(node.target) or _name(node) in _RANDOM:
+        return False
+    inputs = node.all_input_nodes
+    if not all(n in leaves or n in nodes for n in inputs):
+        return False
+    if any(True for _ in written_by(node)):
+        return True
+    value = example(node)
+    if value is None or storage_key(value) in written:
+        return False
+    return isinstance(value, Tensor) or bool(inputs)
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -1,0 +1,48 @@
+"""What became of a candidate: decisions are values, and a refusal carries its reason."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Left as traced, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """Replaced by an op.
+
+    Attributes:
+        op: the op's name.
+        kernel: what runs it on the weight's device.
+        nbytes: bytes of the packed copy.
+    """
+
+    op: str
+    kernel: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One FP4 weight, or near miss, of a graph.
+
+    Attributes:
+        path: the module path of the weight's codes, or the expression they were read from.
+        spelling: how the traced model multiplies by it.
+        shape: rows and columns.
+        format: such as ``"NVFP4 group 16"``, or None where nothing fits.
+        outcome: what became of it.
+        nbytes: bytes of the tensors it was made from.
+        uses: how many products of the graph share it.
+    """
+
+    path: str
+    spelling: str
+    shape: tuple[int, int]
+    format: str | None
+    outcome: Replaced | Rejected
+    nbytes: int
+    uses: int = 1

@@ -1,0 +1,92 @@
+"""What was done to each FP4 weight, or why nothing was."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from marlin_w4a16.passes.outcome import Rejected, Replaced, Row
+from marlin_w4a16.passes.rewrite import survey
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One row per FP4 weight or near miss; ``print`` it for a table.
+
+    Attributes:
+        rows: the weights, in the order in which the model uses them.
+        graphs: how many graphs Dynamo made of the model.
+    """
+
+    rows: tuple[Row, ...]
+    graphs: int = 1
+
+    @property
+    def replaced(self) -> tuple[Row, ...]:
+        """The weights that run as FP4 ops."""
+        return tuple(row for row in self.rows if isinstance(row.outcome, Replaced))
+
+    @property
+    def rejected(self) -> tuple[Row, ...]:
+        """The weights that were left as traced."""
+        return tuple(row for row in self.rows if isinstance(row.outcome, Rejected))
+
+    def summary(self) -> str:
+        """One line: what was replaced, what it takes, what was left and why."""
+        formats = Counter(str(row.format) for row in self.replaced)
+        kernels = Counter(row.outcome.kernel for row in self.replaced if isinstance(row.outcome, Replaced))
+        packed = sum(row.outcome.nbytes for row in self.replaced if isinstance(row.outcome, Replaced))
+        line = (
+            f"replaced {len(self.replaced)} of {len(self.rows)} FP4 linears "
+            f"({_counts(formats)}; {_counts(kernels)}), packed copies of {_size(packed)} beside the originals"
+        )
+        if self.rejected:
+            reasons = Counter(row.outcome.reason for row in self.rejected if isinstance(row.outcome, Rejected))
+            line += f"; left {len(self.rejected)}: {_counts(reasons)}"
+        return line
+
+    def __str__(self) -> str:
+        lines = [_COLUMNS, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join(line.rstrip() for line in table)
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Traces ``model(*args, **kwargs)`` and says what the backend would do; packs and compiles nothing.
+
+    The traced graphs run eagerly, once.
+    """
+    rows: list[Row] = []
+    graphs = 0
+
+    def look(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        rows.extend(survey(gm, inputs))
+        forward: Callable[..., Any] = gm.forward
+        return forward
+
+    torch.compile(model, backend=look)(*args, **kwargs)
+    return Report(tuple(rows), graphs)
+
+
+_COLUMNS = ("weight", "shape", "format", "product", "outcome")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    product = row.spelling if row.uses == 1 else f"{row.spelling} x {row.uses}"
+    outcome = row.outcome
+    text = outcome.reason if isinstance(outcome, Rejected) else f"{outcome.op} ({outcome.kernel})"
+    return (row.path, f"{row.shape[0]} x {row.shape[1]}", row.format or "-", product, text)
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 1 << 20 else f"{nbytes / 2**10:.1f} KiB"
