@@ -8,11 +8,10 @@ import sys
 import time
 
 import torch
+from dense import copies_of, random_packed
 from timing import copies_for, time_graph
 
-from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.launch import Launch, plan_linear
-from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.linear import linear
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336))
@@ -38,13 +37,6 @@ def candidates(m: int) -> list[Launch]:
     return out
 
 
-def random_packed(n: int, k: int, kind: str, group: int) -> PackedFP4:
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-    low, high = (0x08, 0x7E) if kind == "e4m3" else (112, 132)
-    scales = torch.randint(low, high, (n, k // group), dtype=torch.uint8, device="cuda")
-    return pack(FP4Weight(codes, scales, torch.rand(n, device="cuda") + 0.5, kind, group))
-
-
 def warm(args):
     launches, dtype, kind, group = args
     packed = random_packed(256, 1024, kind, group)
@@ -68,22 +60,15 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.time()
     launches = sorted({la for m in args.tokens for la in candidates(m)}, key=str)
-    unique = {(*(getattr(la, f) for f in la.__slots__ if f != "split_k"), la.split_k > 1): la for la in launches}
     with multiprocessing.get_context("spawn").Pool(15) as pool:
-        chunks = [(list(unique.values())[i::15], torch.bfloat16, args.kind, args.group) for i in range(15)]
-        # splits share all but one constant; compile each as well
-        chunks = [(launches[i::15], *c[1:]) for i, c in enumerate(chunks)]
-        pool.map(warm, chunks)
+        pool.map(warm, [(launches[i::15], torch.bfloat16, args.kind, args.group) for i in range(15)])
     print(f"compiled {len(launches)} in {time.time() - begin:.0f} s", flush=True)
     rows = []
     for m in args.tokens:
         for n, k in SHAPES:
             first = random_packed(n, k, args.kind, args.group)
-            copies = copies_for(first.nbytes) if m <= 256 else 2
-            weights = [first] + [
-                PackedFP4(first.words.clone(), first.scales.clone(), first.multiplier, n, k, first.kind, first.group)
-                for _ in range(copies - 1)
-            ]
+            weights = copies_of(first) if m <= 256 else [first, first]
+            copies = len(weights)
             dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies_for(n * k * 2))]
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             reps = 10 if m <= 256 else 3

@@ -28,6 +28,15 @@ def is_higher_order(target: object) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
+def may_write(target: object) -> bool:
+    """Whether an operator may write to its inputs: its schema says so, or it takes whole subgraphs."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(may_write(getattr(target, name)) for name in target.overloads())
+    if isinstance(target, torch._ops.OpOverload):
+        return any(a.alias_info and a.alias_info.is_write and not a.is_out for a in target._schema.arguments)
+    return is_higher_order(target)
+
+
 def placeholder_source(node: fx.Node) -> Any:
     """Where Dynamo read a placeholder from, or None."""
     return getattr(node, "_dynamo_source", None)

@@ -13,9 +13,8 @@ def scale_values(scales: Tensor, kind: str) -> Tensor:
     """The float32 values of scale bytes, exact for every finite code, subnormals included."""
     if kind == "e4m3":
         return scales.view(torch.float8_e4m3fn).float()
-    bits: Tensor = (scales.int() << 23).clamp(min=1 << 22)  # byte 0 is 2**-127, a float32 subnormal
-    values: Tensor = bits.view(torch.float32)
-    return values
+    bits = (scales.int() << 23).clamp(min=1 << 22)  # byte 0 is 2**-127, a float32 subnormal
+    return bits.view(torch.float32)
 
 
 def decode_tiles(words: Tensor, scales: Tensor, kind: str, group: int) -> Tensor:
@@ -23,7 +22,7 @@ def decode_tiles(words: Tensor, scales: Tensor, kind: str, group: int) -> Tensor
     pairs = torch.stack(tile_pairs(words), -1).view(torch.bfloat16)
     codes = untile_rows(pairs).float() * 2.0**126
     factors = scale_values(untile_scales(scales.contiguous(), group), kind)
-    return (codes.unflatten(1, (-1, group)) * factors.unsqueeze(-1)).flatten(1)
+    return (codes.reshape(*factors.shape, group) * factors.unsqueeze(-1)).flatten(1)
 
 
 def decode_rows(packed: PackedFP4) -> Iterator[tuple[slice, Tensor]]:

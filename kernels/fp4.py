@@ -115,10 +115,10 @@ class FP4Weight:
         Raises:
             ValueError: a row spans more binades than ``dtype`` holds, or its multiplier under- or overflows.
         """
-        if self.kind == "e4m3":
+        if self.kind == "e4m3" or not self.scales.numel():
             return self
         low, high = EXACT_EXPONENTS[dtype]
-        used = torch.cat([_nonzero_groups(part) for _, part in self.row_blocks()]) if self.n else self.scales.bool()
+        used = torch.cat([_nonzero_groups(part) for _, part in self.row_blocks()])
         exponent = self.scales.int() - E8M0_BIAS
         top = exponent.masked_fill(~used, -1000).amax(-1, keepdim=True)
         bottom = exponent.masked_fill(~used, 1000).amin(-1, keepdim=True)
@@ -154,9 +154,12 @@ def fp4_weight(
         kind: how scale bytes are read; taken from the dtype of ``scales`` when it is a float8.
         name: what error messages call the weight.
     """
-    kind = SCALE_DTYPES.get(scales.dtype, kind)
-    if kind is None:
-        raise ValueError(f"{name}: scales: found dtype {scales.dtype} and no kind, expected a float8 or kind=")
+    read_as = SCALE_DTYPES.get(scales.dtype, kind if scales.dtype == torch.uint8 else None)
+    if read_as is None:
+        raise ValueError(
+            f"{name}: scales: found dtype {scales.dtype} and kind {kind}, expected float8_e4m3fn, float8_e8m0fnu, "
+            "or uint8 with a kind"
+        )
     if codes.ndim < 2 or scales.ndim != codes.ndim or not scales.shape[-1] or codes.shape[-1] * 2 % scales.shape[-1]:
         raise ValueError(
             f"{name}: scales: found shape {tuple(scales.shape)}, expected [n, k / group] with group in "
@@ -169,7 +172,7 @@ def fp4_weight(
         multiplier = multiplier.reshape(()).expand(rows)
     group = codes.shape[-1] * 2 // scales.shape[-1]
     codes = codes.view(torch.uint8) if codes.dtype == torch.int8 else codes
-    return FP4Weight(codes, as_bytes(scales), multiplier.float().contiguous(), kind, group, name)
+    return FP4Weight(codes, as_bytes(scales), multiplier.float().contiguous(), read_as, group, name)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

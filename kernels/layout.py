@@ -17,6 +17,7 @@ Scale bytes follow the words: ``[w, g, c, r]`` with ``c`` the group within the t
 Rows and columns are padded with zero codes to whole tiles here, never at run time; pad scales are one.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,8 +77,8 @@ class PackedFP4:
     def _blocks(self, *canonical: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """Walks blocks of rows, as (rows, words, scale tiles), beside the matrices of two canonical tensors."""
         step = block_tiles(self.k)
-        matrices = (t.reshape(-1, *t.shape[-2:]) for t in canonical)
-        tiled = (t.view(-1, *t.shape[-3:]) for t in (self.words, self.scales))
+        matrices = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in canonical)
+        tiled = (t.view(math.prod(t.shape[:-3]), *t.shape[-3:]) for t in (self.words, self.scales))
         for words, scales, first, second in zip(*tiled, *matrices, strict=True):
             for start in range(0, words.shape[0], step):
                 tiles = slice(start, min(start + step, words.shape[0]))

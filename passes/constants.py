@@ -2,18 +2,20 @@
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from marlin_w4a16.fake_impls.torch_private import is_higher_order, is_weight_like, storage_key
+from marlin_w4a16.fake_impls.torch_private import is_higher_order, is_weight_like, may_write, storage_key
 
 _RANDOM = frozenset(
     {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "bernoulli",
-     "multinomial", "dropout", "uniform_", "normal_", "random_", "bernoulli_", "exponential_"}
+     "multinomial", "poisson", "binomial", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+     "feature_alpha_dropout", "rrelu", "uniform_", "normal_", "random_", "bernoulli_", "exponential_", "cauchy_",
+     "geometric_", "log_normal_"}
 )  # fmt: skip
 _IN_PLACE_OPERATORS = frozenset(
     {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
@@ -82,25 +84,25 @@ def needed_by(roots: Iterable[fx.Node], constants: Constants) -> set[fx.Node]:
     return needed
 
 
-def slice_of(value: fx.Node, constants: Constants) -> list[fx.Node]:
-    """What a constant value needs, in graph order and up to itself: leaves, operations and in-place writes."""
-    needed = needed_by([value], constants)
-    upto = itertools.takewhile(lambda node: node is not value, value.graph.nodes)
-    return [node for node in upto if node in needed] + [value]
+def slice_of(value: fx.Node, user: fx.Node, constants: Constants) -> list[fx.Node]:
+    """What makes a constant value what ``user`` reads, in graph order: leaves, operations and in-place writes."""
+    earlier = list(itertools.takewhile(lambda node: node is not user, value.graph.nodes))
+    needed = needed_by([value], Constants(constants.leaves, constants.nodes.intersection(earlier)))
+    return [node for node in earlier if node in needed]
 
 
-def signature(nodes: list[fx.Node]) -> tuple[Any, ...]:
+def signature(value: fx.Node, nodes: list[fx.Node]) -> tuple[Any, ...]:
     """What a slice computes, whatever its nodes are called: two slices of one signature and one set of leaves agree."""
     index = {node: i for i, node in enumerate(nodes)}
 
     def shown(node: fx.Node) -> str:
         return f"%{index[node]}"
 
-    return tuple((n.op, str(n.target), repr(fx.map_arg((n.args, n.kwargs), shown))) for n in nodes)
+    return index[value], *((n.op, str(n.target), repr(fx.map_arg((n.args, n.kwargs), shown))) for n in nodes)
 
 
-def evaluate(nodes: list[fx.Node], leaves: Mapping[fx.Node, Tensor]) -> Tensor:
-    """Runs a slice on the values of its leaves; the last node's value. Dead values are freed on the way."""
+def evaluate(value: fx.Node, nodes: list[fx.Node], leaves: Mapping[fx.Node, Tensor]) -> Tensor:
+    """The value that a slice computes from the values of its leaves. Dead values are freed on the way."""
     last_use: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         for used in node.all_input_nodes:
@@ -111,23 +113,29 @@ def evaluate(nodes: list[fx.Node], leaves: Mapping[fx.Node, Tensor]) -> Tensor:
             if node not in leaves:
                 values[node] = _run(node, values)
             for used in node.all_input_nodes:
-                if last_use[used] is node and used in values:
+                if last_use[used] is node and used is not value:
                     del values[used]
-    result: Tensor = values[nodes[-1]]
+    result: Tensor = values[value]
     return result
 
 
-def written_by(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes whose tensors a node writes to in place."""
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        yield out
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return
-    name = _name(node)
-    in_place = name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != "_operator"
-    if in_place or name in _IN_PLACE_METHODS or node.target in _IN_PLACE_OPERATORS:
-        yield node.args[0]
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors a node writes to in place, or may write to."""
+    if may_write(node.target):
+        return node.all_input_nodes
+    written: list[fx.Node] = []
+    first = node.args[:1] or node.kwargs.get("input")
+    fx.map_arg((node.kwargs.get("out"), first if _in_place(node) else None), written.append)
+    return written
+
+
+def _in_place(node: fx.Node) -> bool:
+    name, module = _name(node), getattr(node.target, "__module__", "")
+    if name in _IN_PLACE_METHODS or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
+        return True
+    if module == "torch.nn.functional" and True in node.args[1:]:  # inplace may stand without its name
+        return True
+    return name.endswith("_") and not name.endswith("__") and module != "_operator"
 
 
 def _run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -145,7 +153,7 @@ def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], writt
     inputs = node.all_input_nodes
     if not all(n in leaves or n in nodes for n in inputs):
         return False
-    if any(True for _ in written_by(node)):
+    if written_by(node):
         return True
     value = example(node)
     if value is None or storage_key(value) in written:

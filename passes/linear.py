@@ -110,7 +110,7 @@ def replace(product: Product, node: fx.Node, packed: PackedFP4, inputs: Sequence
         args = (operands[product.form.arguments[0]], *inputs, *format_args(packed), operands.get("bias"))
         new = node.graph.call_function(torch.ops.marlin_w4a16.linear.default, args)
     new.meta.update(node.meta)
-    new.meta["example_value"] = fake_result(new)
+    new.meta["example_value"] = fake_result(new).to(example(node).dtype)  # which autocast may have chosen
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
@@ -126,7 +126,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _refusal(operands: dict[str, Any], form: Form) -> str | None:
-    x, bias = operands.get(form.arguments[0]), operands.get("bias")
+    x, weight, bias = (operands.get(name) for name in (*form.arguments[:2], "bias"))
     if not isinstance(x, fx.Node) or not isinstance(example(x), Tensor):
         return f"{form.name} with a literal as its input"
     if operands.keys() - set(form.arguments):
@@ -135,6 +135,8 @@ def _refusal(operands: dict[str, Any], form: Form) -> str | None:
         return f"{form.name} of an input of {example(x).ndim} dimensions"
     if example(x).dtype not in DTYPES:
         return f"{form.name} of an input of {example(x).dtype}: expected one of {DTYPES}"
+    if example(weight).requires_grad:
+        return f"{form.name} with a weight that requires grad: FP4 weights get none"
     if bias is not None and (not isinstance(bias, fx.Node) or example(bias).ndim != 1):
         return f"{form.name} with a bias that is not one value per row"
     return None

@@ -45,9 +45,10 @@ class Rewritten:
 
 @dataclass(slots=True)
 class _Weight:
-    """A weight of the graph while it is judged: the slice that computes it and the products that use it."""
+    """A weight of the graph while it is judged: its node, the slice that computes it, the products that use it."""
 
     path: str
+    node: fx.Node
     nodes: list[fx.Node]
     leaves: list[fx.Node]
     values: list[Any]
@@ -56,10 +57,10 @@ class _Weight:
 
     def evaluator(self) -> Callable[[Sequence[Tensor]], Tensor]:
         """Computes the traced weight ``[n, k]`` from the values of its leaves."""
-        nodes, leaves, transposed = self.nodes, self.leaves, self.products[0].form.transposed
+        node, nodes, leaves, transposed = self.node, self.nodes, self.leaves, self.products[0].form.transposed
 
         def evaluate_weight(values: Sequence[Tensor]) -> Tensor:
-            value = evaluate(nodes, dict(zip(leaves, values, strict=True)))
+            value = evaluate(node, nodes, dict(zip(leaves, values, strict=True)))
             return value.t() if transposed else value
 
         return evaluate_weight
@@ -88,7 +89,8 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any]) -> Rewritten:
             packed = binding.adopt(weight.values)
             if isinstance(packed, PackedFP4):
                 bound.append(Bound(binding, tuple(placeholders.index(leaf) for leaf in weight.leaves)))
-                nodes, fakes = _inputs(copy.graph, copies[weight.leaves[recipe.codes]], last_input, packed)
+                codes = copies[weight.leaves[recipe.codes]]
+                nodes, fakes = _inputs(copy.graph, codes, last_input, packed, len(bound))
                 last_input, added = nodes[-1], added + fakes
                 for product in weight.products:
                     linear.replace(product, copies[product.node], packed, nodes)
@@ -112,19 +114,16 @@ def survey(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Row, ...]:
 def _weights(graph: fx.Graph, constants: Constants, live: dict[fx.Node, Any]) -> Iterator[_Weight]:
     """The weights that could be FP4, each once however often its computation was traced."""
     found: dict[tuple[Any, ...], _Weight] = {}
-    slices: dict[fx.Node, list[fx.Node]] = {}
     for product, refusal in linear.find_products(graph, constants):
-        if product.weight not in slices:
-            slices[product.weight] = slice_of(product.weight, constants)
-        nodes = slices[product.weight]
+        nodes = slice_of(product.weight, product.node, constants)
         leaves = [n for n in nodes if n in constants.leaves]
         if not may_be_fp4(example(product.weight).shape, [example(n) for n in leaves]):
             continue
-        key = (tuple(leaves), product.form.transposed, signature(nodes), refusal)
+        key = (tuple(leaves), product.form.transposed, signature(product.weight, nodes), refusal)
         if key not in found:
             codes = next(n for n in leaves if example(n).element_size() == 1)
             path = module_path(source_name(codes))
-            found[key] = _Weight(path, nodes, leaves, [live[n] for n in leaves], refusal=refusal)
+            found[key] = _Weight(path, product.weight, nodes, leaves, [live[n] for n in leaves], refusal=refusal)
         found[key].products.append(product)
     return iter(found.values())
 
@@ -145,12 +144,12 @@ def _judge(weight: _Weight) -> Recipe | Rejected:
 
 
 def _inputs(
-    graph: fx.Graph, codes: fx.Node, after: fx.Node | None, packed: PackedFP4
+    graph: fx.Graph, codes: fx.Node, after: fx.Node | None, packed: PackedFP4, number: int
 ) -> tuple[list[fx.Node], list[Tensor]]:
     nodes, fakes = [], []
     for member in ("words", "scales", "multiplier"):
         with graph.inserting_after(after):
-            after, fake = add_static_input(graph, codes, member, getattr(packed, member))
+            after, fake = add_static_input(graph, codes, f"{member}_{number}", getattr(packed, member))
         nodes.append(after)
         fakes.append(fake)
     return nodes, fakes

@@ -9,12 +9,10 @@ _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__"})
 def module_path(source: str) -> str:
     """``L['self']._modules['fc']._buffers['scale']`` as ``fc.scale``; a name without steps is returned as it is.
 
-    A parameter dictionary of a subclass of dict is read by position, ``dict.__getitem__(..., list(...)[0])`` (NVIDIA
-    ModelOpt's are): its entry is shown as that number.
+    A parameter in a subclass of dict is read by position, ``dict.__getitem__(..., list(...)[0])`` (NVIDIA ModelOpt's
+    are): the path is then that of its module.
     """
-    owner, _, key = source.removeprefix("dict.__getitem__(").partition(", list(")
+    owner, _, _ = source.removeprefix("dict.__getitem__(").partition(", list(")
     steps = [next(filter(None, step)) for step in _STEP.findall(owner)]
-    if key:
-        steps += re.findall(r"\[(\d+)\]\)$", key)
     steps = [step for step in steps if step not in _PLUMBING]
     return ".".join(steps[1:] or steps) or source  # the first step is the local or global that holds the model

@@ -1,0 +1,144 @@
+"""Quickstart: two FP4 Llamas, compiled with the backend and compared with what they compute in eager mode.
+
+    python examples/quickstart.py
+
+One is quantised to NVFP4 by NVIDIA ModelOpt, one to MXFP4 with a dequantisation written by hand. On a CPU they are tiny
+and compared in float32; on a GPU they are larger, compared in bfloat16, and a decode step is timed against the dense
+bfloat16 model.
+"""
+
+import logging
+import os
+import time
+import warnings
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore")
+logging.getLogger("torchao").setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import marlin_w4a16  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+SEEDS, STEPS = 8, 32
+E2M1 = torch.tensor(marlin_w4a16.E2M1_VALUES)
+
+
+class MXFP4Linear(nn.Module):
+    """A linear that keeps MXFP4 codes and scales and decodes them in forward, in plain PyTorch."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        weight = marlin_w4a16.quantize_mxfp4(dense.weight)
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("values", E2M1.to(weight.codes.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(-2)
+        blocks = self.values[codes.int()].unflatten(-1, (-1, 32))
+        weight = (blocks * torch.exp2(self.scales.float() - 127).unsqueeze(-1)).flatten(-2)
+        return nn.functional.linear(x, weight.to(x.dtype))
+
+
+def dense_llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8} if GPU else {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}  # fmt: skip
+    config = LlamaConfig(vocab_size=4096, num_attention_heads=8, num_key_value_heads=4, **sizes)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(DEVICE, DTYPE).eval()
+
+
+def to_nvfp4(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """ModelOpt: quantise the linears to NVFP4, weights only, and keep them packed."""
+    import modelopt.torch.quantization as mtq
+
+    model = mtq.quantize(model, mtq.W4A16_NVFP4_CFG)
+    mtq.compress(model)
+    return model
+
+
+def to_mxfp4(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """By hand: swap the linears of the decoder layers."""
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, MXFP4Linear(child))
+    return model
+
+
+def compare(eager: Tensor, compiled: Tensor) -> None:
+    """Teacher-forced logits ``[seeds, steps, vocabulary]``: close, and the same token wherever the choice is clear.
+
+    A token may differ only where the two best logits are nearer than four times the measured error: two right bfloat16
+    programs round differently. In float32 nothing is excused.
+    """
+    eager, compiled = eager.double(), compiled.double()
+    error = (compiled - eager).abs().max().item()
+    relative = ((compiled - eager).norm() / eager.norm()).item()
+    best = eager.topk(2, -1).values
+    clear = best[..., 0] - best[..., 1] > (4 * error if GPU else -1)
+    same = eager.argmax(-1) == compiled.argmax(-1)
+    print(
+        f"   logits: relative error {relative:.1e}, largest {error:.1e}; "
+        f"tokens: {int(same.sum())} of {same.numel()} equal, {int((~clear).sum())} too close to call"
+    )
+    limit = 2e-2 if GPU else 1e-5
+    if relative > limit or not bool(same[clear].all()):
+        raise SystemExit(f"the compiled model differs: relative error {relative:.1e} (limit {limit}), or another token")
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the decoder layers, dense weights counted as bfloat16."""
+    tensors = [*model.model.layers.parameters(), *model.model.layers.buffers()]
+    return sum(t.numel() * min(t.element_size(), 2) for t in tensors)
+
+
+def decode_time(model: nn.Module, backend: str) -> float:
+    """Microseconds of one forward of one token, as a CUDA graph."""
+    step = torch.compile(model, backend=backend, mode="reduce-overhead")
+    token = torch.zeros((1, 1), dtype=torch.long, device=DEVICE)
+    for _ in range(5):
+        step(token, use_cache=False)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(100):
+        step(token, use_cache=False)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e4
+
+
+@torch.no_grad()
+def main() -> None:
+    logging.basicConfig(format="   %(name)s: %(message)s")
+    logging.getLogger("marlin_w4a16").setLevel(logging.INFO)
+    dense = dense_llama()
+    before = weight_bytes(dense)
+    tokens = torch.stack(
+        [torch.randint(0, 4096, (STEPS,), generator=torch.Generator().manual_seed(seed)) for seed in range(SEEDS)]
+    ).to(DEVICE)
+    print(f"A Llama of {len(dense.model.layers)} layers on {DEVICE} in {DTYPE}: {before / 2**20:.1f} MiB in bfloat16")
+    dense_us = decode_time(dense, "inductor") if GPU else 0.0
+    for title, quantise in (("NVFP4 by ModelOpt", to_nvfp4), ("MXFP4 by hand", to_mxfp4)):
+        print(f"\n{title}")
+        torch.compiler.reset()
+        model = quantise(dense_llama())
+        expected = model(tokens, use_cache=False).logits
+        compiled = torch.compile(model, backend="marlin_w4a16")
+        compare(expected, compiled(tokens, use_cache=False).logits)
+        report = marlin_w4a16.explain(model, tokens, use_cache=False)
+        print("\n".join("   " + line for line in str(report).splitlines()[:8]) + "\n   ...")
+        after = weight_bytes(model)
+        print(f"   layers: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({before / after:.1f} times smaller)")
+        if GPU:
+            us = decode_time(model, "marlin_w4a16")
+            print(f"   one token: {us:.0f} us, dense bfloat16 {dense_us:.0f} us ({dense_us / us:.2f} times as fast)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The linear kernels on a GPU against the float64 product of the exactly decoded weight."""
+
+import itertools
+
+import pytest
+import torch
+
+from marlin_w4a16.fake_impls.library import weight_args
+from marlin_w4a16.fake_impls.linear import linear
+from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.kernels.launch import Launch, launches, plan_dense
+from marlin_w4a16.kernels.layout import pack
+from marlin_w4a16.kernels.linear import linear as kernel
+
+pytestmark = pytest.mark.gpu
+
+TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 4096)
+SHAPES = ((1, 32), (64, 64), (70, 160), (96, 2880), (200, 1120), (1000, 4064), (2880, 2880), (4640, 512))
+FORMATS = (("e4m3", 16), ("e8m0", 32), ("e4m3", 32), ("e8m0", 16))
+GATES = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}
+
+
+def random_weight(n: int, k: int, kind: str, group: int, dtype: torch.dtype = torch.bfloat16) -> FP4Weight:
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    scales = torch.randint(0, 256, (n, k // group), dtype=torch.uint8, device="cuda")
+    if kind == "e4m3":
+        scales[(scales & 0x7F) == 0x7F] = 0x01
+        multiplier = (torch.rand(n, device="cuda") + 0.5) * 2.0**-9
+    else:
+        scales = scales % 37 + 104
+        multiplier = (torch.rand(n, device="cuda") + 0.5) * 2.0**-14
+    return FP4Weight(codes, scales, multiplier, kind, group)
+
+
+def assert_rounded_product(out: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within the gate, or, where few outputs make that a matter of luck, as near as rounding the exact result."""
+    assert not out.isnan().any()
+    size = exact.norm()
+    best = ((exact.to(out.dtype).double() - exact).norm() / size).item()
+    error = ((out.double() - exact).norm() / size).item()
+    assert error <= max(GATES[out.dtype], 1.02 * best)
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("kind, group", FORMATS)
+@pytest.mark.parametrize("dtype", GATES)
+def test_is_the_rounded_exact_product_for_all_token_counts(n, k, kind, group, dtype, poisoned):
+    weight = random_weight(n, k, kind, group)
+    packed, dense = pack(weight), weight.decode()
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    for i, m in enumerate(TOKENS):
+        x = torch.randn(m, k, device="cuda", dtype=dtype) * 2**-5
+        with_bias = bias if i % 2 else None
+        out = linear(x, packed, with_bias)
+        assert out.shape == (m, n) and out.dtype == dtype
+        exact = x.double() @ dense.T + (0 if with_bias is None else bias.double())
+        if m:
+            assert_rounded_product(out, exact)
+        assert torch.equal(out, linear(x, packed, with_bias))
+
+
+@pytest.mark.parametrize("launch", launches((9, 0)) + launches((8, 0)), ids=str)
+@pytest.mark.parametrize("kind, group", FORMATS[:2])
+def test_every_launch_of_the_tables_is_right_many_times(launch: Launch, kind, group, poisoned):
+    weight = random_weight(1088, 4096, kind, group)
+    packed, dense = pack(weight), weight.decode()
+    x = torch.randn(300, 4096, device="cuda", dtype=torch.bfloat16) * 2**-5
+    first = kernel(x, packed, None, launch)
+    assert_rounded_product(first, x.double() @ dense.T)
+    for _ in range(20):
+        assert torch.equal(first, kernel(x, packed, None, launch))
+
+
+def strided(x: torch.Tensor, how: str) -> torch.Tensor:
+    if how == "transposed":
+        return x.t().contiguous().t()
+    if how == "every second column":
+        return x.repeat_interleave(2, 1)[:, ::2]
+    if how == "rows apart":
+        return torch.cat((x, x), 1)[:, : x.shape[1]]
+    return x[:1].expand(x.shape)
+
+
+@pytest.mark.parametrize("how", ["transposed", "every second column", "rows apart", "one row repeated"])
+@pytest.mark.parametrize("m", [1, 5, 33, 300, 2100])
+def test_any_strides(how, m):
+    weight = random_weight(200, 1120, "e4m3", 16)
+    packed = pack(weight)
+    x = strided(torch.randn(m, 1120, device="cuda", dtype=torch.bfloat16), how)
+    out = linear(x, packed)
+    assert_rounded_product(out, x.double() @ weight.decode().T)
+    if not plan_dense(m):  # cuBLAS picks its kernel by the strides
+        assert torch.equal(out, linear(x.contiguous(), packed))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_inputs_off_the_16_byte_grid(offset):
+    packed = pack(random_weight(200, 1120, "e4m3", 16))
+    x = torch.randn(9 * 1120 + offset, device="cuda", dtype=torch.bfloat16)[offset:].view(9, 1120)
+    assert torch.equal(linear(x, packed), linear(x.clone(), packed))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)])
+def test_one_to_four_dimensions(lead):
+    packed = pack(random_weight(200, 1120, "e4m3", 16))
+    x = torch.randn(*lead, 1120, device="cuda", dtype=torch.bfloat16)
+    out = linear(x, packed)
+    assert out.shape == (*lead, 200)
+    assert torch.equal(out.reshape(-1, 200), linear(x.reshape(-1, 1120), packed))
+
+
+def test_one_row_alone_equals_the_row_in_a_batch_of_the_same_regime():
+    packed = pack(random_weight(1000, 4064, "e4m3", 16))
+    x = torch.randn(16, 4064, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(linear(x, packed)[3:4], linear(x[3:4], packed))
+
+
+@pytest.mark.parametrize("kind, group", FORMATS)
+def test_one_hot_inputs_read_every_weight_back_exactly(kind, group):
+    weight = random_weight(128, 512, kind, group)
+    weight = FP4Weight(weight.codes, weight.scales, torch.full((128,), 2.0**-2, device="cuda"), kind, group)
+    x = torch.eye(512, device="cuda", dtype=torch.bfloat16)
+    exact = weight.decode()
+    assert torch.equal(linear(x, pack(weight)).double().T, exact)
+
+
+@pytest.mark.parametrize("byte", [0, 1, 126, 127, 128, 252])
+def test_e8m0_scales_at_the_edges_are_exact_in_bfloat16(byte):
+    codes = torch.arange(16, dtype=torch.uint8, device="cuda").repeat(64, 4)
+    codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    scales = torch.full((64, 2), byte, dtype=torch.uint8, device="cuda")
+    weight = FP4Weight(codes, scales, torch.ones(64, device="cuda"), "e8m0", 32)
+    out = linear(torch.eye(64, device="cuda", dtype=torch.bfloat16), pack(weight))
+    assert torch.equal(out.double().T, weight.decode())
+
+
+def test_float16_never_clips_an_e8m0_scale_in_silence():
+    weight = random_weight(64, 64, "e8m0", 32)
+    weight.scales[0, 0] = 90
+    x = torch.ones(1, 64, device="cuda", dtype=torch.float16)
+    assert linear(x, pack(weight))[0, 0].isnan()
+    fitted = weight.fit(torch.bfloat16)
+    with pytest.raises(ValueError, match="span of at most 36"):
+        FP4Weight(weight.codes, weight.scales.index_fill(1, torch.tensor(1, device="cuda"), 140),
+                  weight.multiplier, "e8m0", 32).fit(torch.float16)  # fmt: skip
+    assert torch.equal(fitted.decode(), weight.decode())
+
+
+def test_float32_goes_through_blocks():
+    weight = random_weight(200, 1120, "e4m3", 16)
+    x = torch.randn(5, 1120, device="cuda")
+    exact = x.double() @ weight.decode().T
+    assert ((linear(x, pack(weight)).double() - exact).norm() / exact.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("dtype, m, bias", itertools.product(GATES, (0, 3), (True, False)))
+def test_opcheck(dtype, m, bias):
+    packed = pack(random_weight(70, 160, "e4m3", 16))
+    x = torch.randn(m, 160, device="cuda", dtype=dtype, requires_grad=True)
+    b = torch.randn(70, device="cuda", dtype=dtype, requires_grad=True) if bias else None
+    torch.library.opcheck(torch.ops.marlin_w4a16.linear.default, (x, *weight_args(packed), b))
+
+
+def test_gradients_are_those_of_the_dense_weight():
+    weight = random_weight(200, 1120, "e4m3", 16)
+    dense = weight.decode(torch.float32)
+    x = torch.randn(5, 1120, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(200, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(5, 200, device="cuda", dtype=torch.bfloat16)
+    linear(x, pack(weight), bias).backward(grad)
+    exact = grad.double() @ dense.double()
+    assert ((x.grad.double() - exact).norm() / exact.norm()).item() < 1.75e-3
+    assert torch.equal(bias.grad, grad.float().sum(0).bfloat16())
+
+
+def test_autocast_is_that_of_f_linear():
+    weight = random_weight(200, 1120, "e4m3", 16)
+    x = torch.randn(5, 1120, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        out = linear(x, pack(weight))
+    assert torch.equal(out, linear(x.bfloat16(), pack(weight)))
+
+
+def test_tensors_of_two_devices_are_an_error_that_names_both():
+    packed = pack(random_weight(64, 64, "e4m3", 16))
+    with pytest.raises(ValueError, match=r"words: found device cuda:0, expected that of the input, cpu"):
+        linear(torch.randn(1, 64, dtype=torch.bfloat16), packed)
+
+
+def test_offsets_beyond_two_to_the_31():
+    n, k = 1 << 17, 64
+    packed = pack(random_weight(n, k, "e4m3", 16))
+    x = torch.randn(17000, k, device="cuda", dtype=torch.bfloat16)
+    out = linear(x, packed)
+    assert out.numel() > 1 << 31
+    assert torch.equal(out[-16:], linear(x[-16:].repeat(200, 1), packed)[:16])
+    wide = Launch(64, 128, 64, 2, 4, 3)
+    assert torch.equal(kernel(x[:9000], packed, None, wide)[-1], kernel(x[8999:9000], packed, None, wide)[0])
