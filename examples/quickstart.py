@@ -39,21 +39,48 @@ class MXFP4Linear(nn.Module):
         self.register_buffer("values", E2M1.to(weight.codes.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(-2)
-        blocks = self.values[codes.int()].unflatten(-1, (-1, 32))
-        weight = (blocks * torch.exp2(self.scales.float() - 127).unsqueeze(-1)).flatten(-2)
-        return nn.functional.linear(x, weight.to(x.dtype))
+        scales = torch.exp2(self.scales.float() - 127)
+        return nn.functional.linear(x, by_table(self.values, self.codes, scales).to(x.dtype))
+
+
+class NVFP4Linear(nn.Module):
+    """The same for NVFP4: E4M3 scales and a global one."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        weight = marlin_w4a16.quantize_nvfp4(dense.weight)
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales.view(torch.float8_e4m3fn))
+        self.register_buffer("global_scale", weight.multiplier[0].clone())
+        self.register_buffer("values", E2M1.to(weight.codes.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = self.scales.float() * self.global_scale
+        return nn.functional.linear(x, by_table(self.values, self.codes, scales).to(x.dtype))
+
+
+def by_table(values: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Looks the codes up and multiplies each group by its scale."""
+    blocks = values[torch.stack((codes & 15, codes >> 4), -1).flatten(-2).int()]
+    return (blocks.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
 
 
 def dense_llama() -> LlamaForCausalLM:
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8} if GPU else {
-        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}  # fmt: skip
-    config = LlamaConfig(vocab_size=4096, num_attention_heads=8, num_key_value_heads=4, **sizes)
+    hidden, inner, layers = (4096, 14336, 4) if GPU else (256, 512, 2)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=2,
+    )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(DEVICE, DTYPE).eval()
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).to(DTYPE).eval()
 
 
-def to_nvfp4(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def by_modelopt(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """ModelOpt: quantise the linears to NVFP4, weights only, and keep them packed."""
     import modelopt.torch.quantization as mtq
 
@@ -62,35 +89,37 @@ def to_nvfp4(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def to_mxfp4(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """By hand: swap the linears of the decoder layers."""
+def by_hand(model: LlamaForCausalLM, linear: type[nn.Module]) -> LlamaForCausalLM:
+    """Swap the linears of the decoder layers."""
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(parent, name, MXFP4Linear(child))
+                    setattr(parent, name, linear(child))
     return model
 
 
-def compare(eager: Tensor, compiled: Tensor) -> None:
-    """Teacher-forced logits ``[seeds, steps, vocabulary]``: close, and the same token wherever the choice is clear.
+def compare(exact: Tensor, eager: Tensor, compiled: Tensor) -> None:
+    """Teacher-forced logits ``[seeds, steps, vocabulary]``: right, and the same token wherever the choice is clear.
 
-    A token may differ only where the two best logits are nearer than four times the measured error: two right bfloat16
-    programs round differently. In float32 nothing is excused.
+    In float32 nothing is excused. In bfloat16 two right programs round differently, so the compiled model may be no
+    further from the float32 one than eager mode is (by a quarter), and a token may differ only where the two best
+    logits are nearer than four times the measured error.
     """
-    eager, compiled = eager.double(), compiled.double()
+    exact, eager, compiled = exact.double(), eager.double(), compiled.double()
+    size = exact.norm()
+    ours, theirs = (((logits - exact).norm() / size).item() for logits in (compiled, eager))
     error = (compiled - eager).abs().max().item()
-    relative = ((compiled - eager).norm() / eager.norm()).item()
     best = eager.topk(2, -1).values
     clear = best[..., 0] - best[..., 1] > (4 * error if GPU else -1)
     same = eager.argmax(-1) == compiled.argmax(-1)
     print(
-        f"   logits: relative error {relative:.1e}, largest {error:.1e}; "
-        f"tokens: {int(same.sum())} of {same.numel()} equal, {int((~clear).sum())} too close to call"
+        f"   logits against the float32 model: relative error {ours:.1e}, eager mode {theirs:.1e}; "
+        f"tokens: {int(same.sum())} of {same.numel()} as in eager mode, {int((~clear).sum())} too close to call"
     )
-    limit = 2e-2 if GPU else 1e-5
-    if relative > limit or not bool(same[clear].all()):
-        raise SystemExit(f"the compiled model differs: relative error {relative:.1e} (limit {limit}), or another token")
+    limit = 1.25 * theirs if GPU else 1e-5
+    if ours > limit or not bool(same[clear].all()):
+        raise SystemExit(f"the compiled model differs: relative error {ours:.1e} (limit {limit:.1e}), or another token")
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -113,6 +142,19 @@ def decode_time(model: nn.Module, backend: str) -> float:
     return (time.perf_counter() - begin) * 1e4
 
 
+def variants() -> list[tuple[str, LlamaForCausalLM, type[nn.Module]]]:
+    """The models of this machine, and the linear that computes the same in float32.
+
+    The Dynamo of torch 2.11 and 2.12 cannot trace ModelOpt's modules, for any backend.
+    """
+    nvfp4 = (
+        ("NVFP4 by hand", by_hand(dense_llama(), NVFP4Linear), NVFP4Linear)
+        if torch.__version__ < "2.13"
+        else ("NVFP4 by ModelOpt", by_modelopt(dense_llama()), NVFP4Linear)
+    )
+    return [nvfp4, ("MXFP4 by hand", by_hand(dense_llama(), MXFP4Linear), MXFP4Linear)]
+
+
 @torch.no_grad()
 def main() -> None:
     logging.basicConfig(format="   %(name)s: %(message)s")
@@ -124,13 +166,13 @@ def main() -> None:
     ).to(DEVICE)
     print(f"A Llama of {len(dense.model.layers)} layers on {DEVICE} in {DTYPE}: {before / 2**20:.1f} MiB in bfloat16")
     dense_us = decode_time(dense, "inductor") if GPU else 0.0
-    for title, quantise in (("NVFP4 by ModelOpt", to_nvfp4), ("MXFP4 by hand", to_mxfp4)):
+    for title, model, linear in variants():
         print(f"\n{title}")
         torch.compiler.reset()
-        model = quantise(dense_llama())
-        expected = model(tokens, use_cache=False).logits
+        exact = by_hand(dense_llama(), linear).float()(tokens, use_cache=False).logits
+        eager = model(tokens, use_cache=False).logits
         compiled = torch.compile(model, backend="marlin_w4a16")
-        compare(expected, compiled(tokens, use_cache=False).logits)
+        compare(exact, eager, compiled(tokens, use_cache=False).logits)
         report = marlin_w4a16.explain(model, tokens, use_cache=False)
         print("\n".join("   " + line for line in str(report).splitlines()[:8]) + "\n   ...")
         after = weight_bytes(model)

@@ -45,7 +45,7 @@ def output_shape(shape: torch.Size, width: int) -> tuple[int, ...]:
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether 16-bit inputs on this device go to the Triton kernels: capability 8.0 up to, not with, 10.0."""
+    """Whether linears on this device go to the Triton kernels: capability 8.0 up to, not with, 10.0."""
     return device.type == "cuda" and (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)
 
 
@@ -70,7 +70,7 @@ def _blocks(x: Tensor, *args: Any) -> Tensor:
 
 
 def _cuda(x: Tensor, *args: Any) -> Tensor:
-    if x.dtype == torch.float32 or not uses_triton(x.device):
+    if not uses_triton(x.device):
         return _blocks(x, *args)
     from marlin_w4a16.kernels.linear import linear as fused  # Triton is on Linux only
 

@@ -1,6 +1,6 @@
 """Every private torch interface this project touches, each read in torch 2.11 and 2.13."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -75,9 +75,12 @@ def storage_key(value: object) -> int | None:
         return None  # wrapper subclasses have no storage of their own
 
 
-def version_of(tensor: Tensor) -> int:
-    """The version counter; inference tensors have none and count as immutable."""
-    return -1 if tensor.is_inference() else tensor._version
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """The version counters; inference tensors have none and count as immutable."""
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:
+        return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 def graph_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -122,11 +122,10 @@ class FP4Weight:
         exponent = self.scales.int() - E8M0_BIAS
         top = exponent.masked_fill(~used, -1000).amax(-1, keepdim=True)
         bottom = exponent.masked_fill(~used, 1000).amin(-1, keepdim=True)
-        shift = torch.where(top > high, top - high, torch.where(bottom < low, top - high, 0))
-        shift = torch.where(used.any(-1, keepdim=True), shift, 0)
+        shift = (top - high).clamp(min=0) + (bottom - low).clamp(max=0)  # one of them is 0, or the span too wide
         if not shift.any() and bool(((exponent >= low) & (exponent <= high)).all()):
             return self
-        _check_fits(self, bottom - shift < low, dtype, low, high)
+        _check_fits(self, top - bottom > high - low, dtype, low, high)
         moved = (exponent - shift).clamp(low, high)
         multiplier = torch.ldexp(self.multiplier.double(), shift[:, 0]).float()
         back = torch.ldexp(multiplier.double(), -shift[:, 0])

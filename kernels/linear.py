@@ -14,8 +14,9 @@ from marlin_w4a16.kernels.layout import TILE, PackedFP4
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN, unpack_words
 
 _EPILOGUE_BLOCK = 1024
-# Bytes of each of the two scratch tensors when a weight is written out for cuBLAS.
-_SCRATCH_BYTES = 64 << 20
+# Bytes of the scratch tensors when a weight is written out for cuBLAS: of the weight, and of float32 products.
+_WEIGHT_BYTES = 32 << 20
+_PARTS_BYTES = 32 << 20
 
 
 @triton.jit(do_not_specialize=["m", "row_tiles", "k_tiles"])
@@ -144,17 +145,18 @@ def _decode_kernel(words, scales, out, k_tiles, kind: tl.constexpr, GROUP: tl.co
     s = tl.load(scales + tile * (32 * PAIRS) + (lane // 4) * PAIRS + tl.arange(0, PAIRS)[None, :]).to(tl.int32)
     if PAIRS == 2:
         s = tl.broadcast_to(s[:, :, None], (128, 2, 2)).reshape((128, 4))
-    a = unpack_words(w, s, kind, out.dtype.element_ty, PTX)
+    dtype: tl.constexpr = tl.float16 if out.dtype.element_ty == tl.float16 else tl.bfloat16
+    a = unpack_words(w, s, kind, dtype, PTX)
     a = a.reshape((4, 8, 4, 4, 2, 2, 2)).permute((0, 5, 1, 3, 6, 2, 4)).reshape((64, 64))
     at = (row * 64 + tl.arange(0, 64))[:, None].to(tl.int64) * (k_tiles * 64) + col * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + at, a)
+    tl.store(out + at, a.to(out.dtype.element_ty))
 
 
 def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None, launch: Launch | None = None) -> Tensor:
     """``x @ weight.T + bias`` on a GPU of capability 8.0 to 9.x.
 
     Args:
-        x: float16 or bfloat16 ``[m, k]`` with any strides.
+        x: ``[m, k]`` with any strides: float16 or bfloat16, or float32, whose weight is written out for cuBLAS.
         packed: a weight that fits the dtype of x (see `FP4Weight.fit`); float16 turns E8M0 scales out of its range
             into NaN.
         bias: ``[n]`` of any floating dtype, added in float32.
@@ -172,7 +174,7 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None, launch: Lau
     with torch.cuda.device(x.device):
         properties = torch.cuda.get_device_properties(x.device)
         capability = (properties.major, properties.minor)
-        if launch is None and plan_dense(m):
+        if launch is None and (plan_dense(m) or x.dtype == torch.float32):
             _through_dense(x, packed, bias, out)
             return out
         launch = launch or plan_linear(capability, properties.multi_processor_count, m, packed.n, packed.k)
@@ -185,15 +187,15 @@ def fused(
 ) -> None:
     """Launches the fused kernel into ``out``; without ``ptx`` it runs in Triton's interpreter too."""
     m, n = out.shape
-    words, scales = packed.words.contiguous(), packed.scales.contiguous()
+    words, scales, multiplier = (t.contiguous() for t in (packed.words, packed.scales, packed.multiplier))
     split = launch.split_k > 1
     target = torch.empty((launch.split_k, m, n), dtype=torch.float32, device=x.device) if split else out
     _linear_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), launch.split_k)](
         x,
         words,
         scales.view(torch.int16),
-        packed.multiplier,
-        packed.multiplier if bias is None else bias,
+        multiplier,
+        multiplier if bias is None else bias.contiguous(),
         target,
         m,
         n,
@@ -224,11 +226,11 @@ def _epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor
     """Sums float32 parts ``[p, m, n]`` into ``out`` ``[m, n]``, whose columns are ``rows`` of the weight."""
     m, n = out.shape
     block = min(_EPILOGUE_BLOCK, triton.next_power_of_2(n))
-    multiplier = packed.multiplier[rows]
+    multiplier = packed.multiplier[rows].contiguous()
     _epilogue_kernel[(m, triton.cdiv(n, block))](
         parts,
         multiplier,
-        multiplier if bias is None else bias[rows],
+        multiplier if bias is None else bias[rows].contiguous(),
         out,
         m,
         n,
@@ -245,7 +247,7 @@ def _through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tenso
     """Writes ``code * scale`` out exactly, a block of rows at a time, and lets cuBLAS multiply into float32."""
     m, k = x.shape
     row_tiles, k_tiles = packed.words.shape[:2]
-    step = max(1, _SCRATCH_BYTES // (k_tiles * TILE * 2) // TILE)
+    step = max(1, _WEIGHT_BYTES // (k_tiles * TILE * x.element_size()) // TILE)
     weight = torch.empty((min(step, row_tiles) * TILE, k_tiles * TILE), dtype=x.dtype, device=x.device)
     for first in range(0, row_tiles, step):
         tiles = slice(first, min(first + step, row_tiles))
@@ -256,7 +258,9 @@ def _through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tenso
         )
         columns = rows.stop - rows.start
         dense = weight[:columns, :k].t()
-        tokens = max(1, _SCRATCH_BYTES // (columns * 4))
+        tokens = max(1, _PARTS_BYTES // (columns * 4))
         for start in range(0, m, tokens):
-            part = torch.mm(x[start : start + tokens], dense, out_dtype=torch.float32)
+            some = x[start : start + tokens]
+            wide = x.dtype == torch.float32
+            part = torch.mm(some, dense) if wide else torch.mm(some, dense, out_dtype=torch.float32)
             _epilogue(part.unsqueeze(0), packed, bias, out[start : start + tokens, rows], rows)

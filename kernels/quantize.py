@@ -24,7 +24,7 @@ def quantize_nvfp4(weight: Tensor, group: int = 16, name: str = "weight") -> FP4
     at or above 2**-9 (1.0 for a block of zeros).
     """
     blocks = _blocks(weight, group, name)
-    global_scale = weight.abs().amax().float() / (E2M1_MAX * E4M3_MAX)
+    global_scale = blocks.abs().amax().float() / (E2M1_MAX * E4M3_MAX)
     if global_scale == 0:
         global_scale = torch.ones_like(global_scale)
     scale = blocks.abs().amax(-1).float() / (E2M1_MAX * global_scale)
@@ -36,11 +36,10 @@ def quantize_nvfp4(weight: Tensor, group: int = 16, name: str = "weight") -> FP4
 
 def quantize_mxfp4(weight: Tensor, group: int = 32, name: str = "weight") -> FP4Weight:
     """Quantises ``[n, k]`` to E2M1 codes and E8M0 block scales ``2 ** (floor(log2(amax_block)) - 2)``."""
-    blocks = _blocks(weight, group, name).float()
+    blocks = _blocks(weight, group, name).double()  # ldexp by an exponent below -126 would flush in float32
     _, exponent = torch.frexp(blocks.abs().amax(-1))  # amax = m * 2**exponent, m in [0.5, 1)
     byte = (exponent - 3 + E8M0_BIAS).clamp(0, 254).to(torch.uint8)
-    # ldexp by an exponent below -126 would flush in float32
-    scaled = torch.ldexp(blocks.double(), (E8M0_BIAS - byte.int()).unsqueeze(-1))
+    scaled = torch.ldexp(blocks, (E8M0_BIAS - byte.int()).unsqueeze(-1))
     return fp4_weight(_pack_nibbles(_encode(scaled).reshape(weight.shape)), byte, kind="e8m0", name=name)
 
 
@@ -56,7 +55,7 @@ def _blocks(weight: Tensor, group: int, name: str) -> Tensor:
 
 
 def _encode(values: Tensor) -> Tensor:
-    magnitude = values.abs()
+    magnitude = values.abs().contiguous()
     code = torch.bucketize(magnitude, magnitude.new_tensor(_MIDPOINTS))
     for tie in _TIES_UP:
         code += magnitude == tie

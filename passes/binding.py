@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlin_w4a16.fake_impls.torch_private import version_of
+from marlin_w4a16.fake_impls.torch_private import versions_of
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
 from marlin_w4a16.passes.outcome import Rejected
@@ -35,10 +35,11 @@ class _Copy:
 
     def holds(self, leaves: Sequence[Tensor]) -> bool:
         """Whether the copy is of these very tensors, unchanged since."""
-        for ref, address, version, leaf in zip(self.leaves, self.addresses, self.versions, leaves, strict=True):
-            if ref() is not leaf or leaf.data_ptr() != address or version_of(leaf) != version:
-                return False
-        return True
+        return (
+            all(ref() is leaf for ref, leaf in zip(self.leaves, leaves, strict=True))
+            and [leaf.data_ptr() for leaf in leaves] == self.addresses
+            and versions_of(leaves) == self.versions
+        )
 
 
 class Binding:
@@ -84,7 +85,7 @@ class Binding:
         if copy is not None and copy.holds(leaves):
             self._last = copy
             return copy.packed
-        if leaves[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
             raise NeedsCallBeforeCapture(
                 f"{self._name}: this weight is new or has changed, and a CUDA graph is being captured: "
                 "call the compiled function once before capture"
@@ -103,7 +104,7 @@ class Binding:
         self._copies[key] = self._last = _Copy(
             [weakref.ref(leaf, self._forget(key)) for leaf in leaves],
             [leaf.data_ptr() for leaf in leaves],
-            [version_of(leaf) for leaf in leaves],
+            versions_of(leaves),
             packed,
         )
         return packed

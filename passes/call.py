@@ -1,17 +1,36 @@
 """What a compiled graph is called through: it swaps the packed copies of the live weights in."""
 
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from marlin_w4a16.fake_impls.torch_private import versions_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import Rewritten
 
 log = logging.getLogger("marlin_w4a16")
 
+_State = tuple[list[int], list[int], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """The state of all leaves at one call and the packed tensors that belong to it."""
+
+    state: _State
+    packed: list[Tensor]
+    leaves: list[weakref.ref[Tensor]]
+
 
 class LiveCall:
     """A compiled graph that runs with the weights it is called with.
+
+    Each binding looks its own leaves up; as long as no leaf of the whole graph has changed since the last call, that is
+    one comparison of identities, addresses and versions.
 
     Args:
         compiled: the compiled form of ``rewritten.graph``.
@@ -24,19 +43,47 @@ class LiveCall:
         self._traced = traced
         self._kept = rewritten.kept
         self._bound = rewritten.bound
+        self._positions = sorted({i for bound in rewritten.bound for i in bound.leaves})
+        self._last: _Snapshot | None = None
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
-        inputs = [args[i] for i in self._kept]
+        leaves = [args[i] for i in self._positions]
+        state = _state(leaves)
+        last = self._last
+        if last is None or last.state != state:
+            packed = self._look_up(args)
+            if isinstance(packed, Rejected):
+                return self._run_as_traced(packed, args)
+            last = self._last = _Snapshot(state, packed, [weakref.ref(leaf, self._forget()) for leaf in leaves])
+        return self._compiled(*[args[i] for i in self._kept], *last.packed)
+
+    def _look_up(self, args: Sequence[Any]) -> list[Tensor] | Rejected:
+        tensors = []
         for bound in self._bound:
             packed = bound.binding.packed([args[i] for i in bound.leaves])
             if isinstance(packed, Rejected):
-                return self._run_as_traced(packed, args)
-            inputs += (packed.words, packed.scales, packed.multiplier)
-        return self._compiled(*inputs)
+                return packed
+            tensors += [packed.words, packed.scales, packed.multiplier]
+        return tensors
+
+    def _forget(self) -> Callable[[object], None]:
+        """Drops the snapshot when a leaf dies: its identity and address may be given to another tensor."""
+        owner = weakref.ref(self)
+
+        def forget(_: object) -> None:
+            call = owner()
+            if call is not None:
+                call._last = None
+
+        return forget
 
     def _run_as_traced(self, why: Rejected, args: tuple[Any, ...]) -> Any:
         if not self._warned:
             self._warned = True
             log.warning("a weight changed and is no longer FP4 as compiled, so this graph runs eagerly: %s", why.reason)
         return self._traced(*args)
+
+
+def _state(leaves: Sequence[Tensor]) -> _State:
+    return list(map(id, leaves)), [leaf.data_ptr() for leaf in leaves], versions_of(leaves)

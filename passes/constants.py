@@ -1,6 +1,6 @@
 """The part of a traced graph that depends on weights alone, and its evaluation on the live ones."""
 
-import itertools
+import functools
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _IN_PLACE_OPERATORS = frozenset(
 _IN_PLACE_METHODS = frozenset(f"__{operator_.__name__}__" for operator_ in _IN_PLACE_OPERATORS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Constants:
     """The constant part of a graph.
 
@@ -35,6 +35,16 @@ class Constants:
 
     leaves: frozenset[fx.Node]
     nodes: frozenset[fx.Node]
+
+    @functools.cached_property
+    def writes(self) -> dict[int | None, list[fx.Node]]:
+        """The in-place writes among the nodes, by the storage they write to."""
+        writes: dict[int | None, list[fx.Node]] = {}
+        for node in self.nodes:
+            for target in written_by(node):
+                writes.setdefault(storage_key(example(target)), []).append(node)
+        writes.pop(None, None)
+        return writes
 
 
 def find_constants(graph: fx.Graph) -> Constants:
@@ -64,14 +74,8 @@ def example(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
-def needed_by(roots: Iterable[fx.Node], constants: Constants) -> set[fx.Node]:
-    """Every node that ``roots`` need, the in-place writes to what they read included."""
-    writes: dict[int, list[fx.Node]] = {}
-    for node in constants.nodes:
-        for target in written_by(node):
-            key = storage_key(example(target))
-            if key is not None:
-                writes.setdefault(key, []).append(node)
+def needed_by(roots: Iterable[fx.Node], constants: Constants, user: fx.Node | None = None) -> set[fx.Node]:
+    """Every node that ``roots`` need, the in-place writes to what they read included: all, or those before ``user``."""
     needed: set[fx.Node] = set()
     todo = list(roots)
     while todo:
@@ -79,16 +83,14 @@ def needed_by(roots: Iterable[fx.Node], constants: Constants) -> set[fx.Node]:
         if node not in needed:
             needed.add(node)
             todo.extend(node.all_input_nodes)
-            key = storage_key(example(node))
-            todo.extend(writes.get(key, ()) if key is not None else ())
+            writes = constants.writes.get(storage_key(example(node)), ())
+            todo.extend(write for write in writes if user is None or write < user)
     return needed
 
 
 def slice_of(value: fx.Node, user: fx.Node, constants: Constants) -> list[fx.Node]:
     """What makes a constant value what ``user`` reads, in graph order: leaves, operations and in-place writes."""
-    earlier = list(itertools.takewhile(lambda node: node is not user, value.graph.nodes))
-    needed = needed_by([value], Constants(constants.leaves, constants.nodes.intersection(earlier)))
-    return [node for node in earlier if node in needed]
+    return sorted(needed_by([value], constants, user))
 
 
 def signature(value: fx.Node, nodes: list[fx.Node]) -> tuple[Any, ...]:

@@ -126,7 +126,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _refusal(operands: dict[str, Any], form: Form) -> str | None:
-    x, weight, bias = (operands.get(name) for name in (*form.arguments[:2], "bias"))
+    x, bias = operands.get(form.arguments[0]), operands.get("bias")
     if not isinstance(x, fx.Node) or not isinstance(example(x), Tensor):
         return f"{form.name} with a literal as its input"
     if operands.keys() - set(form.arguments):
@@ -135,7 +135,7 @@ def _refusal(operands: dict[str, Any], form: Form) -> str | None:
         return f"{form.name} of an input of {example(x).ndim} dimensions"
     if example(x).dtype not in DTYPES:
         return f"{form.name} of an input of {example(x).dtype}: expected one of {DTYPES}"
-    if example(weight).requires_grad:
+    if example(operands[form.arguments[1]]).requires_grad:
         return f"{form.name} with a weight that requires grad: FP4 weights get none"
     if bias is not None and (not isinstance(bias, fx.Node) or example(bias).ndim != 1):
         return f"{form.name} with a bias that is not one value per row"

@@ -61,7 +61,7 @@ class Recipe:
         scales = matrix(as_bytes(leaves[self.scales]), self.n, self.k // self.group)[rows]
         factor = torch.ones((), device=codes.device)
         if self.multiplier is not None:
-            factor = FACTORS[self.factor](leaves[self.multiplier].detach().float())
+            factor = FACTORS[self.factor](leaves[self.multiplier].detach().to(codes.device, torch.float32))
         if self.form == "rounded multiplier":
             factor = factor.to(self.dtype).float()
         multiplier = factor.reshape(-1).expand(self.n)[rows].contiguous()
@@ -99,15 +99,15 @@ def recognise(value: Tensor, leaves: Sequence[Tensor], name: str) -> Recipe | Re
     Every hypothesis is tried on a few rows; one that survives is held against the whole weight.
     """
     n, k = value.shape
+    finite = bool(value.isfinite().all())
+    sample = slice(0, _SAMPLE_ROWS if finite else n)
     reasons: list[str] = []
-    if not bool(value.isfinite().all()):
-        return Rejected(f"the traced weight holds NaN or Inf in {_short(value.dtype)}")
     tried = 0
     for recipe in _hypotheses(n, k, leaves, value.dtype):
         tried += 1
         try:
-            sample = slice(0, min(_SAMPLE_ROWS, n))
-            if not _equal(recipe.read(leaves, name, sample), value[sample], recipe.form):
+            few = recipe.read(leaves, name, sample)
+            if not finite or not _equal(few, value[sample], recipe.form):
                 continue
             if _equal(recipe.read(leaves, name), value, recipe.form):
                 return recipe
@@ -115,8 +115,10 @@ def recognise(value: Tensor, leaves: Sequence[Tensor], name: str) -> Recipe | Re
             reasons.append(str(error))
     if not tried:
         return Rejected(f"no leaves of the sizes of FP4 codes [{n}, {k // 2}] and of byte scales in groups of 16 or 32")
-    if len(reasons) == tried:
+    if len(reasons) == tried or (reasons and not finite):
         return Rejected(reasons[0])
+    if not finite:
+        return Rejected(f"the traced weight holds NaN or Inf in {_short(value.dtype)}")
     return Rejected(f"its value is not the decode of its codes and scales under any of {tried} hypotheses")
 
 

@@ -88,9 +88,9 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any]) -> Rewritten:
             binding = Binding(weight.evaluator(), recipe, dtype, weight.path)
             packed = binding.adopt(weight.values)
             if isinstance(packed, PackedFP4):
-                bound.append(Bound(binding, tuple(placeholders.index(leaf) for leaf in weight.leaves)))
                 codes = copies[weight.leaves[recipe.codes]]
                 nodes, fakes = _inputs(copy.graph, codes, last_input, packed, len(bound))
+                bound.append(Bound(binding, tuple(placeholders.index(leaf) for leaf in weight.leaves)))
                 last_input, added = nodes[-1], added + fakes
                 for product in weight.products:
                     linear.replace(product, copies[product.node], packed, nodes)
@@ -121,7 +121,7 @@ def _weights(graph: fx.Graph, constants: Constants, live: dict[fx.Node, Any]) ->
             continue
         key = (tuple(leaves), product.form.transposed, signature(product.weight, nodes), refusal)
         if key not in found:
-            codes = next(n for n in leaves if example(n).element_size() == 1)
+            codes = next(n for n in leaves if may_be_fp4(example(product.weight).shape, [example(n)]))
             path = module_path(source_name(codes))
             found[key] = _Weight(path, product.weight, nodes, leaves, [live[n] for n in leaves], refusal=refusal)
         found[key].products.append(product)
@@ -133,7 +133,7 @@ def _judge(weight: _Weight) -> Recipe | Rejected:
         return weight.refusal
     if any(is_fake(value) for value in weight.values):
         return Rejected("the weights hold no values while this graph is compiled")
-    served = linear.serves(weight.values[0].device)
+    served = linear.serves(example(weight.node).device)
     if isinstance(served, Rejected):
         return served
     try:
@@ -165,7 +165,7 @@ def _erase_dead(graph: fx.Graph, constants: Constants) -> None:
 def _row(weight: _Weight, recipe: Recipe | Rejected, packed: PackedFP4 | Rejected | None) -> Row:
     first = weight.products[0]
     outcome = next((o for o in (recipe, packed) if isinstance(o, Rejected)), None)
-    served = linear.serves(weight.values[0].device)
+    served = linear.serves(example(weight.node).device)
     return Row(
         path=weight.path,
         spelling=first.form.name,

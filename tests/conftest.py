@@ -1,9 +1,12 @@
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from marlin_w4a16 import E2M1_VALUES, FP4Weight, quantize_nvfp4
 
 
 @functools.cache
@@ -34,3 +37,51 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+class FP4Linear(nn.Module):
+    """A linear as a model author writes it: codes, scales and a global factor, decoded by a table in forward."""
+
+    def __init__(
+        self,
+        n: int = 48,
+        k: int = 64,
+        quantize: Callable[[Tensor], FP4Weight] = quantize_nvfp4,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        weight = quantize(torch.randn(n, k))
+        self.dtype = dtype
+        self.codes = nn.Parameter(weight.codes, requires_grad=False)
+        self.scales = nn.Parameter(weight.scales, requires_grad=False)
+        self.register_buffer("factor", weight.multiplier[0].clone())
+        self.register_buffer("table", torch.tensor(E2M1_VALUES))
+        self.kind = torch.float8_e4m3fn if weight.kind == "e4m3" else torch.float8_e8m0fnu
+
+    def weight(self) -> Tensor:
+        codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(-2).int()
+        blocks = self.table[codes].unflatten(-1, (self.scales.shape[-1], -1))
+        scales = self.scales.view(self.kind).float() * self.factor
+        return (blocks * scales.unsqueeze(-1)).flatten(-2).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight())
+
+
+@pytest.fixture
+def fp4_linear() -> type[FP4Linear]:
+    return FP4Linear
+
+
+@pytest.fixture
+def assert_near() -> Callable[[Tensor, Tensor], None]:
+    """Two right programs agree so far in relative L2: the weight or the output of one is rounded where the other's
+    is not."""
+    limits = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+    def near(found: Tensor, expected: Tensor) -> None:
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        difference = (found.double() - expected.double()).norm()
+        assert difference <= limits[expected.dtype] * expected.double().norm()
+
+    return near

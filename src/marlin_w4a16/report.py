@@ -39,10 +39,11 @@ class Report:
         formats = Counter(str(row.format) for row in self.replaced)
         kernels = Counter(row.outcome.kernel for row in self.replaced if isinstance(row.outcome, Replaced))
         packed = sum(row.outcome.nbytes for row in self.replaced if isinstance(row.outcome, Replaced))
-        line = (
-            f"replaced {len(self.replaced)} of {len(self.rows)} FP4 linears "
-            f"({_counts(formats)}; {_counts(kernels)}), packed copies of {_size(packed)} beside the originals"
-        )
+        line = f"replaced {len(self.replaced)} of {len(self.rows)} FP4 linears"
+        if self.replaced:
+            line += f" ({_counts(formats)}; {_counts(kernels)})"
+        if packed:
+            line += f", packed copies of {_size(packed)} beside the originals"
         if self.rejected:
             reasons = Counter(row.outcome.reason for row in self.rejected if isinstance(row.outcome, Rejected))
             line += f"; left {len(self.rejected)}: {_counts(reasons)}"

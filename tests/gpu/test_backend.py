@@ -1,8 +1,6 @@
 """The backend on a GPU: every mode, live weights under CUDA graphs, whole models."""
 
-import importlib.util
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -147,11 +145,3 @@ def test_other_capabilities_are_left_alone(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None, c=capability: c)
         served = serves(torch.device("cuda"))
         assert isinstance(served, Rejected) and word in served.reason
-
-
-def test_the_quickstart_runs():
-    path = Path(__file__).parents[2] / "examples" / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
-    quickstart.main()

@@ -1,0 +1,40 @@
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind
+
+# torch's threads spin while they wait: more of them than cores, in several workers, cost up to ten times the time
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def draw_weight(
+    n: int,
+    k: int,
+    kind: ScaleKind = "e4m3",
+    group: int = 16,
+    *,
+    lead: tuple[int, ...] = (),
+    e8m0: tuple[int, int] = (104, 140),
+    seed: int = 0,
+) -> FP4Weight:
+    """Any codes, any finite E4M3 bytes or E8M0 bytes of a range (float16's), values of about one."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(256, (*lead, n, k // 2), dtype=torch.uint8, generator=g)
+    shape = (*lead, n, k // group)
+    if kind == "e8m0":
+        scales = torch.randint(e8m0[0], e8m0[1] + 1, shape, dtype=torch.uint8, generator=g)
+    else:
+        scales = torch.randint(0x7F, shape, generator=g) + 0x80 * torch.randint(2, shape, generator=g)
+    weight = FP4Weight(codes, scales.to(torch.uint8), torch.ones(*lead, n), kind, group)
+    largest = weight.unscaled(torch.float64).abs().amax(-1).clamp(min=2.0**-120)
+    weight.multiplier.copy_(torch.randn(largest.shape, generator=g) / largest)
+    return weight
+
+
+@pytest.fixture(scope="session")
+def random_weight() -> Callable[..., FP4Weight]:
+    return draw_weight

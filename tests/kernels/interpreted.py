@@ -1,0 +1,60 @@
+"""Runs kernels in Triton's interpreter: ``TRITON_INTERPRET=1 python interpreted.py CALLS RESULTS``.
+
+The interpreter has to be chosen before triton is imported, so it gets a process of its own. CALLS is a saved list of
+(name of a function below, its arguments), RESULTS the list of what they returned.
+"""
+
+import sys
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from marlin_w4a16.kernels import linear as kernels
+from marlin_w4a16.kernels.launch import Launch
+from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.unpack import unpack_words
+
+
+@triton.jit
+def _unpack_kernel(words, scales, out, kind: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    values = unpack_words(tl.load(words + at), tl.load(scales + at), kind, out.dtype.element_ty, False)
+    tl.store(out + tl.arange(0, SIZE * 8), values.reshape((SIZE * 8,)))
+
+
+def unpack(words: Tensor, scales: Tensor, kind: str) -> Tensor:
+    out = torch.empty((words.numel(), 2, 2, 2), dtype=torch.float16)
+    _unpack_kernel[(1,)](words, scales, out, kind=kind, SIZE=words.numel())
+    return out
+
+
+def fused(x: Tensor, packed: PackedFP4, bias: Tensor | None, launch: Launch) -> Tensor:
+    out = torch.empty((x.shape[0], packed.n), dtype=x.dtype)
+    kernels.fused(x, packed, bias, out, launch, ptx=False, wgmma=False)
+    return out
+
+
+def decode(packed: PackedFP4) -> Tensor:
+    rows, columns = packed.words.shape[:2]
+    out = torch.empty((64 * rows, 64 * columns), dtype=torch.float16)
+    scales = packed.scales.view(torch.int16)
+    kernels._decode_kernel[(rows, columns)](
+        packed.words, scales, out, columns, kind=packed.kind, GROUP=packed.group, PTX=False
+    )
+    return out
+
+
+def epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, rows: slice) -> Tensor:
+    out = torch.empty((parts.shape[1], packed.n), dtype=torch.float16)
+    kernels._epilogue(parts, packed, bias, out[:, rows], rows)
+    return out
+
+
+if __name__ == "__main__":
+    # every torch.empty comes filled with NaN
+    torch.use_deterministic_algorithms(True)
+    calls, results = sys.argv[1:]
+    done = [globals()[name](*arguments) for name, arguments in torch.load(calls, weights_only=False)]
+    torch.save(done, results)

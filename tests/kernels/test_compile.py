@@ -1,0 +1,182 @@
+"""The kernels compiled ahead of time for every supported chip: what each launch takes, read from its machine code."""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, launches
+from marlin_w4a16.kernels.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
+from marlin_w4a16.kernels.unpack import UNPACK_GAIN
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
+FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
+# Registers by (rows, tokens, warps) of a program: 8, 5, 4, 3, 2 and 1 of them fit on a multiprocessor.
+REGISTERS = {
+    (64, 16, 4): 64,
+    (64, 32, 4): 96,
+    (64, 64, 4): 128,
+    (128, 64, 4): 168,
+    (128, 128, 4): 255,
+    (128, 128, 8): 255,
+}
+
+
+@dataclass
+class Compiled:
+    registers: int
+    stack: int
+    shared: int
+    instructions: list[str]  # with their operands, in order
+    ttgir: str
+
+    def has(self, *opcodes: str) -> bool:
+        return any(i.startswith(opcodes) for i in self.instructions)
+
+
+def tool(name: str, *arguments: Any) -> str:
+    run = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, f"Triton {triton.__version__}'s {name} failed: {run.stderr}"
+    return run.stdout
+
+
+def compiled(
+    directory: Path,
+    capability: tuple[int, int],
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    divisible: tuple[str, ...] = (),
+    **options: int,
+) -> Compiled:
+    """A kernel as the runtime compiles it for aligned ``pointers`` and integers that 16 divides where it says so."""
+    names = kernel.arg_names
+    signature = {n: pointers.get(n) or ("constexpr" if n in constants else "i32") for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in (*pointers, *divisible)}
+    major, minor = capability
+    built = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", 10 * major + minor, 32), options
+    )
+    cubin = directory / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    usage = tool("cuobjdump", "-res-usage", cubin)
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z].*?);?\s*$", tool("nvdisasm", cubin), re.MULTILINE)
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return Compiled(registers, stack, built.metadata.shared, code, built.asm["ttgir"])
+
+
+def compiled_linear(
+    directory: Path,
+    capability: tuple[int, int],
+    launch: Launch,
+    dtype: str,
+    kind: str,
+    group: int,
+    has_bias: bool,
+    aligned: bool = True,
+) -> Compiled:
+    words = {"words": "*i32", "scales": "*i16", "multiplier": "*fp32"}
+    values = {"x": f"*{dtype}", "bias": f"*{dtype}", "out": f"*{dtype}" if launch.split_k == 1 else "*fp32"}
+    constants = dict(
+        kind=kind,
+        GROUP=group,
+        GAIN=UNPACK_GAIN[kind],
+        HAS_BIAS=has_bias,
+        BLOCK_N=launch.block_n,
+        BLOCK_M=launch.block_m,
+        BLOCK_K=launch.block_k,
+        SPLIT_K=launch.split_k,
+        STAGES=launch.num_stages,
+        PTX=True,
+        WGMMA=capability >= (9, 0),
+    )
+    return compiled(
+        directory,
+        capability,
+        _linear_kernel,
+        words | values,
+        constants | ({"stride_xk": 1} if aligned else {}),
+        ("n", "k", "stride_xm") if aligned else ("k",),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def assert_wgmma_is_awaited(code: Compiled) -> None:
+    """No wgmma is in flight where its register operand is decoded anew, or where the loop goes round."""
+    in_flight = False
+    for instruction in code.instructions:
+        if instruction.startswith("HGMMA"):
+            in_flight = True
+        elif re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", instruction):
+            in_flight = False
+        assert not (in_flight and instruction.startswith(("HMUL2", "HFMA2", "BRA", "EXIT"))), instruction
+    steps = re.findall(r"ttng\.warp_group_dot(?:_wait .*pendings = (\d+)| )", code.ttgir)
+    assert steps == ["", "0"] * (len(steps) // 2)
+
+
+def assert_no_spills(code: Compiled) -> None:
+    assert code.stack == 0
+    assert not code.has("LDL", "STL")
+
+
+def variants() -> list[Any]:
+    """Every launch in every format; two formats where the machine code is all but that of SM80."""
+    found = []
+    for capability in CHIPS:
+        for number, launch in enumerate(launches(capability)):
+            formats = FORMATS if capability in ((8, 0), (9, 0)) else [FORMATS[number % 8], FORMATS[7 - number % 8]]
+            found += [(capability, launch, *form, number % 2 == 0) for form in formats]
+    return found
+
+
+@pytest.mark.parametrize("capability, launch, dtype, kind, group, has_bias", variants())
+def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtype, kind, group, has_bias, tmp_path):
+    code = compiled_linear(tmp_path, capability, launch, dtype, kind, group, has_bias)
+    assert_no_spills(code)
+    assert code.registers <= REGISTERS[launch.block_n, launch.block_m, launch.num_warps]
+    assert code.shared <= SHARED_MEMORY[capability]
+    assert not code.has("SHFL"), "a decoded value crosses lanes"
+    if capability >= (9, 0):
+        assert code.has("HGMMA") and not code.has("HMMA")
+        assert_wgmma_is_awaited(code)
+    else:
+        assert code.has("HMMA")
+
+
+@pytest.mark.parametrize("capability, launch", [(c, la) for c in ((8, 0), (9, 0)) for la in launches(c)])
+def test_strided_x_and_odd_rows_keep_the_limits(capability, launch, tmp_path):
+    code = compiled_linear(tmp_path, capability, launch, "bf16", "e4m3", 16, True, aligned=False)
+    assert_no_spills(code)
+    assert code.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("parts, block", [(1, 1024), (4, 1024), (64, 16)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("capability", CHIPS, ids=str)
+def test_the_epilogue_is_small(capability, dtype, parts, block, tmp_path):
+    pointers = {"parts": "*fp32", "multiplier": "*fp32", "bias": f"*{dtype}", "out": f"*{dtype}"}
+    constants = {"GAIN": 2.0**7, "HAS_BIAS": True, "PARTS": parts, "BLOCK": block}
+    code = compiled(tmp_path, capability, _epilogue_kernel, pointers, constants, ("n", "stride_out"))
+    assert_no_spills(code)
+    assert code.registers <= 64
+    assert code.shared == 0
+
+
+@pytest.mark.parametrize("dtype, kind, group", [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)])
+@pytest.mark.parametrize("capability", CHIPS, ids=str)
+def test_the_decode_kernel_is_small(capability, dtype, kind, group, tmp_path):
+    pointers = {"words": "*i32", "scales": "*i16", "out": f"*{dtype}"}
+    constants = {"kind": kind, "GROUP": group, "PTX": True}
+    code = compiled(tmp_path, capability, _decode_kernel, pointers, constants)
+    assert_no_spills(code)
+    assert code.registers <= 64
+    assert code.shared <= 32 << 10

@@ -1,0 +1,114 @@
+"""The launch table: pure arithmetic, so every plan there is can be looked at without a GPU."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marlin_w4a16.kernels.launch import DENSE_TOKENS, SHARED_MEMORY, Launch, launches, plan_dense, plan_linear
+
+# Multiprocessors of A100, RTX 3090, Jetson Orin, L40S, H200.
+CHIPS = {(8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 142, (9, 0): 132}
+TOKENS = [
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    *range(15, 18),
+    *range(31, 34),
+    *range(63, 66),
+    *range(127, 130),
+    *range(255, 258),
+    1000,
+    4096,
+]
+SIZES = [1, 16, 64, 65, 96, 200, 1120, 2048, 2880, 4096, 5120, 8192, 14336, 25599, 25600, 28672, 57344, 151936]
+every_chip = pytest.mark.parametrize("capability", CHIPS, ids=str)
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def unsplit(launch: Launch) -> Launch:
+    return replace(launch, split_k=1)
+
+
+def plans(capability: tuple[int, int]) -> dict[tuple[int, int, int], Launch]:
+    return {(m, n, k): plan_linear(capability, CHIPS[capability], m, n, k) for n, k, m in product(SIZES, SIZES, TOKENS)}
+
+
+@given(
+    capability=st.sampled_from(list(CHIPS)),
+    processors=st.integers(1, 256),
+    m=st.integers(1, 1 << 20),
+    n=st.integers(1, 1 << 20),
+    k=st.integers(1, 1 << 16).map(lambda groups: groups * 16),
+)
+@settings(max_examples=1000)
+def test_every_call_has_a_launch_the_kernel_can_run(capability, processors, m, n, k):
+    launch = plan_linear(capability, processors, m, n, k)
+    assert launch.block_n in (64, 128)
+    assert launch.block_k in (64, 128)
+    assert is_power_of_two(launch.block_m) and 16 <= launch.block_m <= 256
+    assert launch.num_warps in (4, 8) and launch.num_warps * 16 <= launch.block_n
+    assert 1 <= launch.num_stages <= 5
+    assert is_power_of_two(launch.split_k)
+    tiles = -(-n // launch.block_n) * -(-m // launch.block_m)
+    if launch.split_k > 1:
+        assert tiles * launch.split_k <= 4 * processors, "more programs than a wave or two"
+        assert k // launch.block_k >= 8 * launch.split_k - 1, "parts too short to be worth a sum"
+
+
+@every_chip
+def test_a_launch_that_is_compiled_ahead_covers_every_plan(capability):
+    compiled = launches(capability)
+    for launch in plans(capability).values():
+        assert unsplit(launch) in compiled
+        if launch.split_k > 1:
+            assert replace(launch, split_k=4) in compiled
+
+
+@every_chip
+def test_every_launch_of_the_table_is_somebodys(capability):
+    used = {(unsplit(launch), launch.split_k > 1) for launch in plans(capability).values()}
+    assert {(unsplit(launch), launch.split_k > 1) for launch in launches(capability)} == used
+
+
+@every_chip
+def test_more_tokens_never_get_a_smaller_block(capability):
+    found = plans(capability)
+    for n, k in product(SIZES, SIZES):
+        blocks = [found[m, n, k].block_m for m in TOKENS]
+        assert blocks == sorted(blocks)
+
+
+@every_chip
+def test_up_to_128_tokens_the_weight_is_read_once(capability):
+    assert all(launch.block_m >= m for (m, *_), launch in plans(capability).items() if m <= 128)
+
+
+@every_chip
+@pytest.mark.parametrize("n", [1024, 4096, 8192])
+def test_one_token_splits_k_to_fill_the_chip(capability, n):
+    """At least every other multiprocessor works, as long as k is long enough to be shared out."""
+    launch = plan_linear(capability, CHIPS[capability], 1, n, 1 << 20)
+    assert -(-n // launch.block_n) * launch.split_k * 2 > CHIPS[capability]
+
+
+@every_chip
+def test_a_short_k_is_not_split(capability):
+    assert all(plan_linear(capability, CHIPS[capability], m, 64, 512).split_k == 1 for m in TOKENS)
+
+
+@every_chip
+def test_the_shared_memory_of_every_chip_is_known(capability):
+    assert SHARED_MEMORY[capability] >= 99 << 10
+
+
+def test_from_the_threshold_on_the_weight_is_written_out_for_cublas():
+    assert [plan_dense(m) for m in (0, 1, DENSE_TOKENS - 1, DENSE_TOKENS, 1 << 20)] == [False, False, False, True, True]

@@ -1,0 +1,55 @@
+"""Linears that NVIDIA ModelOpt has quantised, weights only, and compressed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from marlin_w4a16 import explain
+
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="the Dynamo of torch 2.11 and 2.12 cannot trace ModelOpt's modules, for any backend",
+)
+
+# the format each makes, inputs left alone
+CONFIGS = {
+    "W4A16_NVFP4_CFG": "NVFP4 group 16",
+    "NVFP4_DEFAULT_CFG": "NVFP4 group 16",
+    "MXFP4_DEFAULT_CFG": "MXFP4 group 32",
+}
+
+
+def compressed(model: nn.Module, config: str, x: torch.Tensor) -> nn.Module:
+    import modelopt.torch.quantization as mtq
+
+    chosen = copy.deepcopy(getattr(mtq, config))
+    chosen["quant_cfg"].append({"quantizer_name": "*input_quantizer", "enable": False})
+    mtq.quantize(model, chosen, lambda m: m(x))
+    mtq.compress(model)
+    return model
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("config, name", CONFIGS.items(), ids=CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:Real quantization has been applied:UserWarning")
+@pytest.mark.filterwarnings("ignore:Accessing the 'model_fields' attribute")
+def test_compressed_linears_are_replaced(config, name, dtype, caplog, assert_near):
+    caplog.set_level("INFO", "marlin_w4a16")
+    x = torch.randn(2, 3, 64, dtype=dtype)
+    model = compressed(Layer().to(dtype), config, x)
+    with torch.no_grad():
+        assert [(row.path, row.format) for row in explain(model, x).replaced] == [("up", name), ("down", name)]
+        found = torch.compile(model, backend="marlin_w4a16", fullgraph=True)(x)
+        assert_near(found, model(x))
+    assert "replaced 2 of 2 FP4 linears" in caplog.text

@@ -1,0 +1,16 @@
+"""The examples run as a user runs them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_the_quickstart_replaces_every_linear_of_both_models():
+    done = subprocess.run([sys.executable, EXAMPLES / "quickstart.py"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = re.findall(r"replaced (\d+) of (\d+) FP4 linears", done.stderr)
+    assert len(compiled) >= 2 and all(done == all_ for done, all_ in compiled)
+    assert done.stdout.count("times smaller") == 2
