@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_w4a16.fake_impls.torch_private import AUTOCAST_KEYS, without_autocast
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS
 from marlin_w4a16.kernels.layout import LAYOUTS, PackedFP4, packed_shapes
 
@@ -16,6 +15,7 @@ CONTRACT = 1
 WEIGHT_SCHEMA = (
     "Tensor words, Tensor scales, Tensor multiplier, int n, int k, int group, str kind, str layout, int contract"
 )
+AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -68,7 +68,7 @@ def autocast(op: str, device_type: str) -> None:
 
     def cast(x: Tensor, words: Tensor, scales: Tensor, multiplier: Tensor, *rest: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
-        with without_autocast(device_type):
+        with torch.autocast(device_type, enabled=False):
             lowered = [_lowered(t, device_type, dtype) for t in (x, *rest)]
             result: Tensor = overload(lowered[0], words, scales, multiplier, *lowered[1:])
         return result

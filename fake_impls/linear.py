@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls.library import (
+    AUTOCAST_KEYS,
     DTYPES,
     NAMESPACE,
     WEIGHT_SCHEMA,
@@ -16,7 +17,6 @@ from marlin_w4a16.fake_impls.library import (
     library,
     weight_args,
 )
-from marlin_w4a16.fake_impls.torch_private import AUTOCAST_KEYS
 from marlin_w4a16.kernels.dequantize import linear_by_blocks, linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlin_w4a16.fake_impls.torch_private import versions_of
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.recognise import Recipe, recognise, verify
+from marlin_w4a16.passes.torch_private import versions_of
 
 
 class NeedsCallBeforeCapture(RuntimeError):
@@ -58,7 +58,7 @@ class Binding:
         self._evaluate = evaluate
         self._recipe = recipe
         self._dtype = dtype
-        self._name = name
+        self.name = name
         self._copies: dict[tuple[int, ...], _Copy] = {}
         self._last: _Copy | None = None
         self._lock = threading.Lock()
@@ -78,7 +78,7 @@ class Binding:
     def adopt(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
         """Packs the weight of leaves that the recipe has just been proved on."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            return self._pack(leaves, fit(self._recipe.read(leaves, self._name), self._dtype))
+            return self._pack(leaves, fit(self._recipe.read(leaves, self.name), self._dtype))
 
     def _find(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
         copy = self._copies.get(tuple(map(id, leaves)))
@@ -87,7 +87,7 @@ class Binding:
             return copy.packed
         if any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
             raise NeedsCallBeforeCapture(
-                f"{self._name}: this weight is new or has changed, and a CUDA graph is being captured: "
+                f"{self.name}: this weight is new or has changed, and a CUDA graph is being captured: "
                 "call the compiled function once before capture"
             )
         return self._pack(leaves, self._weight(leaves))
@@ -110,15 +110,17 @@ class Binding:
         return packed
 
     def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:
-        value = self._evaluate(leaves)
-        weight = verify(self._recipe, value, leaves, self._name)
+        value = computed(self._evaluate, leaves)
+        if isinstance(value, Rejected):
+            return value
+        weight = verify(self._recipe, value, leaves, self.name)
         if isinstance(weight, Rejected):
-            recipe = recognise(value, leaves, self._name)
+            recipe = recognise(value, leaves, self.name)
             if isinstance(recipe, Rejected):
                 return recipe
             if (recipe.kind, recipe.group) != (self._recipe.kind, self._recipe.group):
                 return Rejected(f"now {recipe.format}, compiled for {self._recipe.format}")
-            weight = recipe.read(leaves, self._name)
+            weight = recipe.read(leaves, self.name)
         return fit(weight, self._dtype)
 
     def _forget(self, key: tuple[int, ...]) -> Callable[[object], None]:
@@ -132,6 +134,14 @@ class Binding:
                     binding._last = None
 
         return forget
+
+
+def computed(evaluate: Callable[[Sequence[Tensor]], Tensor], leaves: Sequence[Tensor]) -> Tensor | Rejected:
+    """The traced weight, or what the model's own operations raise: the graph then runs as it was traced."""
+    try:
+        return evaluate(leaves)
+    except Exception as error:
+        return Rejected(f"its traced operations raise {type(error).__name__}: {error}")
 
 
 def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:

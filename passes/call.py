@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from marlin_w4a16.fake_impls.torch_private import versions_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import Rewritten
+from marlin_w4a16.passes.torch_private import versions_of
 
 log = logging.getLogger("marlin_w4a16")
 
@@ -19,10 +19,10 @@ _State = tuple[list[int], list[int], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """The state of all leaves at one call and the packed tensors that belong to it."""
+    """The state of all leaves at one call and the packed tensors that belong to it, or why there are none."""
 
     state: _State
-    packed: list[Tensor]
+    packed: list[Tensor] | Rejected
     leaves: list[weakref.ref[Tensor]]
 
 
@@ -52,10 +52,10 @@ class LiveCall:
         state = _state(leaves)
         last = self._last
         if last is None or last.state != state:
-            packed = self._look_up(args)
-            if isinstance(packed, Rejected):
-                return self._run_as_traced(packed, args)
-            last = self._last = _Snapshot(state, packed, [weakref.ref(leaf, self._forget()) for leaf in leaves])
+            refs = [weakref.ref(leaf, self._forget()) for leaf in leaves]
+            last = self._last = _Snapshot(state, self._look_up(args), refs)
+        if isinstance(last.packed, Rejected):
+            return self._run_as_traced(last.packed, args)
         return self._compiled(*[args[i] for i in self._kept], *last.packed)
 
     def _look_up(self, args: Sequence[Any]) -> list[Tensor] | Rejected:
@@ -63,7 +63,8 @@ class LiveCall:
         for bound in self._bound:
             packed = bound.binding.packed([args[i] for i in bound.leaves])
             if isinstance(packed, Rejected):
-                return packed
+                name = bound.binding.name
+                return Rejected(f"{name}: {packed.reason.removeprefix(f'{name}: ')}")
             tensors += [packed.words, packed.scales, packed.multiplier]
         return tensors
 

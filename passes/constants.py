@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from marlin_w4a16.fake_impls.torch_private import is_higher_order, is_weight_like, may_write, storage_key
+from marlin_w4a16.passes.torch_private import is_higher_order, is_weight_like, may_write, storage_key
 
 _RANDOM = frozenset(
     {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "bernoulli",

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from marlin_w4a16.fake_impls.library import DTYPES, format_args
 from marlin_w4a16.fake_impls.linear import uses_triton
-from marlin_w4a16.fake_impls.torch_private import fake_result
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.constants import Constants, example
 from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.passes.torch_private import fake_result
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,10 @@ def serves(device: torch.device) -> Rejected | str:
     return Rejected(f"device of capability {major}.{minor} is left alone: {why}")
 
 
-def compute_dtype(product: Product) -> torch.dtype:
-    """The dtype the product is computed in, which under autocast is not that of its operands."""
-    dtype: torch.dtype = example(product.node).dtype
-    return dtype
+def compute_dtype(products: Sequence[Product]) -> torch.dtype:
+    """What products of one weight are computed in (under autocast not the dtype of their operands), narrowest first."""
+    dtypes = {example(product.node).dtype for product in products}
+    return next(dtype for dtype in DTYPES if dtype in dtypes)
 
 
 def replace(product: Product, node: fx.Node, packed: PackedFP4, inputs: Sequence[fx.Node]) -> None:

@@ -62,7 +62,7 @@ class Recipe:
         factor = torch.ones((), device=codes.device)
         if self.multiplier is not None:
             factor = FACTORS[self.factor](leaves[self.multiplier].detach().to(codes.device, torch.float32))
-        if self.form == "rounded multiplier":
+        if self.form.startswith("rounded multiplier"):
             factor = factor.to(self.dtype).float()
         multiplier = factor.reshape(-1).expand(self.n)[rows].contiguous()
         return FP4Weight(codes.contiguous(), scales.contiguous(), multiplier, self.kind, self.group, name)
@@ -90,6 +90,8 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]] = {
     "exact": lambda c, s, m, _: (c * s) * m,
     "rounded scale": lambda c, s, m, dtype: c * (s * m).to(dtype).float(),
     "rounded multiplier": lambda c, s, m, dtype: (c * s) * m.to(dtype).float(),
+    "rounded multiplier and scale": lambda c, s, m, dtype: c * (s * m.to(dtype).float()).to(dtype).float(),
+    "rounded multiplier and code": lambda c, s, m, dtype: (c * m.to(dtype).float()).to(dtype).float() * s,
 }
 
 
@@ -152,7 +154,8 @@ def _hypotheses(n: int, k: int, leaves: Sequence[Tensor], dtype: torch.dtype) ->
             if k % group or not _is_bytes(leaves[scales]) or leaves[scales].numel() * group != n * k:
                 continue
             named = SCALE_DTYPES.get(leaves[scales].dtype)
-            kinds: tuple[ScaleKind, ...] = (named,) if named else ("e8m0", "e4m3")
+            usual: tuple[ScaleKind, ...] = ("e4m3", "e8m0") if group == 16 else ("e8m0", "e4m3")  # where both are true
+            kinds = (named,) if named else usual
             for kind, storage, nibbles, form, (multiplier, factor) in product(kinds, STORAGES, NIBBLES, forms, factors):
                 if multiplier is not None or form == "exact":
                     yield Recipe(codes, scales, multiplier, storage, nibbles, factor, form, kind, group, n, k, dtype)

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from marlin_w4a16.fake_impls.torch_private import add_static_input, graph_copy, is_fake, source_name
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes import linear
-from marlin_w4a16.passes.binding import Binding
+from marlin_w4a16.passes.binding import Binding, computed
 from marlin_w4a16.passes.constants import Constants, evaluate, example, find_constants, needed_by, signature, slice_of
 from marlin_w4a16.passes.outcome import Rejected, Replaced, Row
 from marlin_w4a16.passes.recognise import Recipe, may_be_fp4, recognise
 from marlin_w4a16.passes.sources import module_path
+from marlin_w4a16.passes.torch_private import add_static_input, graph_copy, is_fake, source_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Rewritten:
 
     Attributes:
         graph: the rewritten graph; it takes the inputs ``kept`` of the traced one, then three of each binding.
-        inputs: example inputs of it.
+        inputs: example inputs of it: the live ones that are kept, and fake ones for packed tensors.
         kept: positions of the traced inputs that are still used.
         bound: the weights to look up at each call.
         rows: the report.
@@ -84,8 +84,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any]) -> Rewritten:
         recipe = _judge(weight)
         packed: PackedFP4 | Rejected | None = None
         if isinstance(recipe, Recipe):
-            dtype = linear.compute_dtype(weight.products[0])
-            binding = Binding(weight.evaluator(), recipe, dtype, weight.path)
+            binding = Binding(weight.evaluator(), recipe, linear.compute_dtype(weight.products), weight.path)
             packed = binding.adopt(weight.values)
             if isinstance(packed, PackedFP4):
                 codes = copies[weight.leaves[recipe.codes]]
@@ -136,11 +135,8 @@ def _judge(weight: _Weight) -> Recipe | Rejected:
     served = linear.serves(example(weight.node).device)
     if isinstance(served, Rejected):
         return served
-    try:
-        value = weight.evaluator()(weight.values)
-    except Exception as error:  # whatever the model's own operations raise: the graph runs as it was traced
-        return Rejected(f"its traced operations raise {type(error).__name__}: {error}")
-    return recognise(value, weight.values, weight.path)
+    value = computed(weight.evaluator(), weight.values)
+    return value if isinstance(value, Rejected) else recognise(value, weight.values, weight.path)
 
 
 def _inputs(

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from marlin_w4a16.fake_impls.torch_private import compile_graph
 from marlin_w4a16.options import parse
 from marlin_w4a16.passes.call import LiveCall
 from marlin_w4a16.passes.rewrite import rewrite
+from marlin_w4a16.passes.torch_private import compile_graph
 from marlin_w4a16.report import Report
 
 log = logging.getLogger("marlin_w4a16")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from marlin_w4a16.fake_impls.torch_private import mode_patches, modes
+from marlin_w4a16.passes.torch_private import mode_patches, modes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

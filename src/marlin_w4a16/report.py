@@ -1,5 +1,6 @@
 """What was done to each FP4 weight, or why nothing was."""
 
+import types
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Traces ``model(*args, **kwargs)`` and says what the backend would do; packs and compiles nothing.
 
     The traced graphs run eagerly, once.
+
+    Raises:
+        RuntimeError: Dynamo traced nothing, so there is nothing to say.
     """
     rows: list[Row] = []
     graphs = 0
@@ -71,7 +75,14 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         forward: Callable[..., Any] = gm.forward
         return forward
 
-    torch.compile(model, backend=look)(*args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Dynamo counts recompiles per code object: a fresh one leaves those of the model, and of the next explain, alone
+    fresh = types.FunctionType(call.__code__.replace(), globals(), "explain", None, call.__closure__)
+    torch.compile(fresh, backend=look)(*args, **kwargs)
+    if not graphs:
+        raise RuntimeError("Dynamo traced no graph of this call: is it disabled here, or inside another trace?")
     return Report(tuple(rows), graphs)
 
 

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

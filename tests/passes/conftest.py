@@ -1,9 +1,12 @@
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
+
+from marlin_w4a16.passes.constants import Constants, find_constants
 
 
 @pytest.fixture
@@ -22,3 +25,15 @@ def trace() -> Callable[..., tuple[fx.GraphModule, list[Any]]]:
         return call
 
     return traced
+
+
+@pytest.fixture
+def last_sum(trace) -> Callable[..., tuple[fx.Node, fx.Node, Constants, list[Any]]]:
+    """For a function that ends in ``x + value``: the sum, the value, the constants and the inputs of its graph."""
+
+    def parts(function: Callable[..., Any], *args: Any) -> tuple[fx.Node, fx.Node, Constants, list[Any]]:
+        gm, inputs = trace(function, *args)
+        total = next(n for n in reversed(gm.graph.nodes) if n.target is operator.add)
+        return total, total.args[1], find_constants(gm.graph), inputs
+
+    return parts

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from marlin_w4a16.fake_impls.torch_private import source_name
 from marlin_w4a16.passes.call import LiveCall
 from marlin_w4a16.passes.linear import serves
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import Rewritten, rewrite, survey
+from marlin_w4a16.passes.torch_private import source_name
 
 OP = torch.ops.marlin_w4a16.linear.default
 

@@ -158,7 +158,7 @@ def test_an_instance_that_is_no_fp4_does_not_disturb_one_that_is(fp4_linear, ass
 
 
 @pytest.mark.parametrize("quantize", [quantize_nvfp4, quantize_mxfp4])
-def test_a_weight_of_zeros_that_is_loaded_later(fp4_linear, assert_near, quantize):
+def test_a_weight_of_zeros_that_is_loaded_later(fp4_linear, assert_near, logged, quantize):
     source = fp4_linear(quantize=quantize)
     module = copy.deepcopy(source)
     for tensor in (module.codes, module.scales):
@@ -167,6 +167,7 @@ def test_a_weight_of_zeros_that_is_loaded_later(fp4_linear, assert_near, quantiz
     assert torch.equal(run(X), torch.zeros(3, 48))
     module.load_state_dict(source.state_dict())
     assert_near(run(X), source(X))
+    assert logged() == ["INFO"]
 
 
 def test_inference_mode_then_normal_mode(fp4_linear, assert_near):

@@ -261,9 +261,8 @@ class Tied(Spelled):
     """One tensor of codes with two factors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.weight()
-        self.use = "none"
-        return linear(x, first) + linear(x, self.weight())
+        blocks = by_table(self).view(*self.scales.shape, -1) * float8(self).unsqueeze(-1)
+        return linear(x, self.weight()) + linear(x, blocks.view(N, K))
 
 
 @pytest.mark.parametrize("module", [Twice, Tied])

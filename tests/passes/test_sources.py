@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from marlin_w4a16.fake_impls.torch_private import source_name
 from marlin_w4a16.passes.sources import module_path
+from marlin_w4a16.passes.torch_private import source_name
 
 PATHS = {
     "L['self']._modules['fc']._buffers['scale']": "fc.scale",

@@ -1,21 +1,10 @@
 """Every private torch interface this project touches, each read in torch 2.11 and 2.13."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-
-AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
-
-
-@contextmanager
-def without_autocast(device_type: str) -> Iterator[None]:
-    """Dispatches below autocast, as `torch.library.register_autocast` does (with one fixed dtype, so unfit here)."""
-    key = getattr(torch._C.DispatchKey, AUTOCAST_KEYS[device_type])
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        yield
 
 
 def is_fake(value: object) -> bool:
