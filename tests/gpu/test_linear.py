@@ -153,7 +153,7 @@ def test_float32_goes_through_blocks():
     assert ((linear(x, pack(weight)).double() - exact).norm() / exact.norm()).item() < 1e-6
 
 
-@pytest.mark.parametrize("dtype, m, bias", itertools.product(GATES, (0, 3), (True, False)))
+@pytest.mark.parametrize("dtype, m, bias", list(itertools.product(GATES, (0, 3), (True, False))))
 def test_opcheck(dtype, m, bias):
     packed = pack(random_weight(70, 160, "e4m3", 16))
     x = torch.randn(m, 160, device="cuda", dtype=dtype, requires_grad=True)
