@@ -83,5 +83,6 @@ def _lowered(value: Any, device_type: str, dtype: torch.dtype) -> Any:
 
 
 def expect(condition: bool, op: str, argument: str, found: object, expected: object) -> None:
+    """Raises a ValueError that names op and argument, what was found and what was expected, unless ``condition``."""
     if not condition:
         raise ValueError(f"{NAMESPACE}::{op}: {argument}: found {found}, expected {expected}")

@@ -130,7 +130,7 @@ def verify(recipe: Recipe, value: Tensor, leaves: Sequence[Tensor], name: str) -
         weight = recipe.read(leaves, name)
     except ValueError as error:
         return Rejected(str(error))
-    if not _equal(weight, value, recipe.form):
+    if not bool(value.isfinite().all()) or not _equal(weight, value, recipe.form):
         return Rejected("its value is no longer the decode of its codes and scales")
     return weight
 
