@@ -25,7 +25,8 @@ def random_packed(n: int, k: int, kind: str, group: int) -> PackedFP4:
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
     low, high = (0x08, 0x7E) if kind == "e4m3" else (112, 132)
     scales = torch.randint(low, high, (n, k // group), dtype=torch.uint8, device="cuda")
-    return pack(FP4Weight(codes, scales, torch.rand(n, device="cuda") + 0.5, kind, group))
+    multiplier = (torch.rand(n, device="cuda") + 0.5) * 2.0**-12  # keeps float16 outputs in range
+    return pack(FP4Weight(codes, scales, multiplier, kind, group))
 
 
 def copies_of(packed: PackedFP4) -> list[PackedFP4]:
