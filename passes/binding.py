@@ -2,44 +2,49 @@
 
 Dynamo's guards check a parameter's metadata, not its values or identity, so a compiled graph may be called with another
 instance's weights, or with weights that were written to since. A copy is therefore looked up by the identity, address
-and version of every leaf it was made from, verified again when one of them changed, and packed again in place.
+and version of every leaf of the weight; when one of them changed, the weight is verified again and packed in place.
 """
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
+from marlin_w4a16.passes.moment import Moment, State, state_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.recognise import Recipe, recognise, verify
-from marlin_w4a16.passes.torch_private import versions_of
 
 
 class NeedsCallBeforeCapture(RuntimeError):
     """A weight was first seen while a CUDA graph was being captured."""
 
 
-@dataclass(slots=True)
 class _Copy:
-    """A packed copy and the state of its leaves when it was made."""
+    """A packed weight, and the tensors it was read from at that moment."""
 
-    leaves: list[weakref.ref[Tensor]]
-    addresses: list[int]
-    versions: list[int]
-    packed: PackedFP4
+    def __init__(self, packed: PackedFP4, sources: Moment) -> None:
+        self.packed = packed
+        self.sources = sources
 
-    def holds(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether the copy is of these very tensors, unchanged since."""
-        return (
-            all(ref() is leaf for ref, leaf in zip(self.leaves, leaves, strict=True))
-            and [leaf.data_ptr() for leaf in leaves] == self.addresses
-            and versions_of(leaves) == self.versions
-        )
+
+# The graphs of a model (prefill and decode, static and dynamic shapes) read the same weights: they share the copies.
+# A copy lives as long as some binding holds it.
+_COPIES: MutableMapping[tuple[Any, ...], _Copy] = weakref.WeakValueDictionary()
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """That the traced operations gave, at one moment, the weight of a copy."""
+
+    leaves: Moment
+    copy: _Copy
 
 
 class Binding:
@@ -59,9 +64,7 @@ class Binding:
         self._recipe = recipe
         self._dtype = dtype
         self.name = name
-        self._copies: dict[tuple[int, ...], _Copy] = {}
-        self._last: _Copy | None = None
-        self._lock = threading.Lock()
+        self._proofs: dict[tuple[int, ...], _Proof] = {}
 
     def packed(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
         """The packed copy of the weight that these leaves hold now.
@@ -69,69 +72,69 @@ class Binding:
         Raises:
             NeedsCallBeforeCapture: it would have to be packed while a CUDA graph is captured.
         """
-        last = self._last
-        if last is not None and last.holds(leaves):
-            return last.packed
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            return self._find(leaves)
+        state = state_of(leaves)
+        with _LOCK, torch.inference_mode(False), torch.no_grad():
+            proof = self._proofs.get(state[0])
+            if proof is not None and proof.leaves.holds(state):
+                return proof.copy.packed
+            if any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
+                raise NeedsCallBeforeCapture(
+                    f"{self.name}: this weight is new or has changed, and a CUDA graph is being captured: "
+                    "call the compiled function once before capture"
+                )
+            return self._bind(leaves, state, self._weight(leaves))
 
     def adopt(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
         """Packs the weight of leaves that the recipe has just been proved on."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            return self._pack(leaves, fit(self._recipe.read(leaves, self.name), self._dtype))
+        with _LOCK, torch.inference_mode(False), torch.no_grad():
+            return self._bind(leaves, state_of(leaves), self._recipe.read(leaves, self.name))
 
-    def _find(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
-        copy = self._copies.get(tuple(map(id, leaves)))
-        if copy is not None and copy.holds(leaves):
-            self._last = copy
-            return copy.packed
-        if any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
-            raise NeedsCallBeforeCapture(
-                f"{self.name}: this weight is new or has changed, and a CUDA graph is being captured: "
-                "call the compiled function once before capture"
-            )
-        return self._pack(leaves, self._weight(leaves))
+    def _bind(self, leaves: Sequence[Tensor], state: State, weight: FP4Weight | Rejected) -> PackedFP4 | Rejected:
+        copy = weight if isinstance(weight, Rejected) else self._copy(leaves, weight)
+        if isinstance(copy, Rejected):
+            return copy
+        self._proofs[state[0]] = _Proof(Moment(leaves, state, self._forget(state[0])), copy)
+        return copy.packed
 
-    def _pack(self, leaves: Sequence[Tensor], weight: FP4Weight | Rejected) -> PackedFP4 | Rejected:
-        if isinstance(weight, Rejected):
-            return weight
-        key = tuple(map(id, leaves))
-        copy = self._copies.get(key)
-        if copy is not None and all(ref() is leaf for ref, leaf in zip(copy.leaves, leaves, strict=True)):
-            packed = _pack_over(weight, copy.packed)
+    def _copy(self, leaves: Sequence[Tensor], weight: FP4Weight) -> _Copy | Rejected:
+        sources = [leaves[i] for i in self._recipe.sources]
+        state = state_of(sources)
+        key = (*state[0], weight.codes.device, self._recipe.reading, self._dtype is torch.float16)
+        copy = _COPIES.get(key)
+        if copy is not None and copy.sources.holds(state):
+            return copy
+        fitted = fit(weight, self._dtype)
+        if isinstance(fitted, Rejected):
+            return fitted
+        if copy is None:
+            copy = _COPIES[key] = _Copy(pack(fitted), Moment(sources, state))
         else:
-            packed = pack(weight)
-        self._copies[key] = self._last = _Copy(
-            [weakref.ref(leaf, self._forget(key)) for leaf in leaves],
-            [leaf.data_ptr() for leaf in leaves],
-            versions_of(leaves),
-            packed,
-        )
-        return packed
+            pack_into(fitted, copy.packed)
+            copy.sources = Moment(sources, state)
+        return copy
 
     def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:
         value = computed(self._evaluate, leaves)
         if isinstance(value, Rejected):
             return value
         weight = verify(self._recipe, value, leaves, self.name)
-        if isinstance(weight, Rejected):
-            recipe = recognise(value, leaves, self.name)
-            if isinstance(recipe, Rejected):
-                return recipe
-            if (recipe.kind, recipe.group) != (self._recipe.kind, self._recipe.group):
-                return Rejected(f"now {recipe.format}, compiled for {self._recipe.format}")
-            weight = recipe.read(leaves, self.name)
-        return fit(weight, self._dtype)
+        if isinstance(weight, FP4Weight):
+            return weight
+        recipe = recognise(value, leaves, self.name)
+        if isinstance(recipe, Rejected):
+            return recipe
+        if (recipe.kind, recipe.group) != (self._recipe.kind, self._recipe.group):
+            return Rejected(f"now {recipe.format}, compiled for {self._recipe.format}")
+        self._recipe = recipe
+        return recipe.read(leaves, self.name)
 
-    def _forget(self, key: tuple[int, ...]) -> Callable[[object], None]:
-        owner = weakref.ref(self)
+    def _forget(self, key: tuple[int, ...]) -> Callable[[], None]:
+        binding = weakref.ref(self)
 
-        def forget(_: object) -> None:
-            binding = owner()
-            if binding is not None:
-                gone = binding._copies.pop(key, None)
-                if binding._last is gone:
-                    binding._last = None
+        def forget() -> None:
+            owner = binding()
+            if owner is not None:
+                owner._proofs.pop(key, None)
 
         return forget
 
@@ -153,10 +156,3 @@ def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:
         except ValueError as error:
             reason = str(error)
     return Rejected(reason)
-
-
-def _pack_over(weight: FP4Weight, packed: PackedFP4) -> PackedFP4:
-    if weight.codes.device != packed.words.device:
-        return pack(weight)
-    pack_into(weight, packed)
-    return packed

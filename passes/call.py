@@ -1,6 +1,7 @@
 """What a compiled graph is called through: it swaps the packed copies of the live weights in."""
 
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,29 +9,26 @@ from typing import Any
 
 from torch import Tensor
 
+from marlin_w4a16.passes.moment import Moment, state_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import Rewritten
-from marlin_w4a16.passes.torch_private import versions_of
 
 log = logging.getLogger("marlin_w4a16")
-
-_State = tuple[list[int], list[int], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """The state of all leaves at one call and the packed tensors that belong to it, or why there are none."""
+    """All leaves at one call and the packed tensors that belong to them, or why there are none."""
 
-    state: _State
+    leaves: Moment
     packed: list[Tensor] | Rejected
-    leaves: list[weakref.ref[Tensor]]
 
 
 class LiveCall:
     """A compiled graph that runs with the weights it is called with.
 
-    Each binding looks its own leaves up; as long as no leaf of the whole graph has changed since the last call, that is
-    one comparison of identities, addresses and versions.
+    Each binding looks its own leaves up; while no leaf of the whole graph has changed since the last call with an
+    instance of the model, that is one comparison of identities, addresses and versions.
 
     Args:
         compiled: the compiled form of ``rewritten.graph``.
@@ -43,20 +41,21 @@ class LiveCall:
         self._traced = traced
         self._kept = rewritten.kept
         self._bound = rewritten.bound
-        self._positions = sorted({i for bound in rewritten.bound for i in bound.leaves})
-        self._last: _Snapshot | None = None
+        self._leaves = operator.itemgetter(*sorted({i for bound in rewritten.bound for i in bound.leaves}))
+        self._snapshots: dict[tuple[int, ...], _Snapshot] = {}
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
-        leaves = [args[i] for i in self._positions]
-        state = _state(leaves)
-        last = self._last
-        if last is None or last.state != state:
-            refs = [weakref.ref(leaf, self._forget()) for leaf in leaves]
-            last = self._last = _Snapshot(state, self._look_up(args), refs)
-        if isinstance(last.packed, Rejected):
-            return self._run_as_traced(last.packed, args)
-        return self._compiled(*[args[i] for i in self._kept], *last.packed)
+        leaves = self._leaves(args)
+        state = state_of(leaves)
+        snapshot = self._snapshots.get(state[0])
+        if snapshot is None or not snapshot.leaves.holds(state):
+            packed = self._look_up(args)
+            snapshot = _Snapshot(Moment(leaves, state, self._forget(state[0])), packed)
+            self._snapshots[state[0]] = snapshot
+        if isinstance(snapshot.packed, Rejected):
+            return self._run_as_traced(snapshot.packed, args)
+        return self._compiled(*[args[i] for i in self._kept], *snapshot.packed)
 
     def _look_up(self, args: Sequence[Any]) -> list[Tensor] | Rejected:
         tensors = []
@@ -68,14 +67,14 @@ class LiveCall:
             tensors += [packed.words, packed.scales, packed.multiplier]
         return tensors
 
-    def _forget(self) -> Callable[[object], None]:
-        """Drops the snapshot when a leaf dies: its identity and address may be given to another tensor."""
-        owner = weakref.ref(self)
+    def _forget(self, key: tuple[int, ...]) -> Callable[[], None]:
+        """Lets the packed tensors go when a leaf dies."""
+        call = weakref.ref(self)
 
-        def forget(_: object) -> None:
-            call = owner()
-            if call is not None:
-                call._last = None
+        def forget() -> None:
+            owner = call()
+            if owner is not None:
+                owner._snapshots.pop(key, None)
 
         return forget
 
@@ -84,7 +83,3 @@ class LiveCall:
             self._warned = True
             log.warning("a weight changed and is no longer FP4 as compiled, so this graph runs eagerly: %s", why.reason)
         return self._traced(*args)
-
-
-def _state(leaves: Sequence[Tensor]) -> _State:
-    return list(map(id, leaves)), [leaf.data_ptr() for leaf in leaves], versions_of(leaves)

@@ -5,7 +5,7 @@ hypothesis predicts, element by element. Another way to write FP4 is another row
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -50,6 +50,23 @@ class Recipe:
         name = {("e4m3", 16): "NVFP4", ("e8m0", 32): "MXFP4"}.get((self.kind, self.group), f"FP4 {self.kind}")
         return f"{name} group {self.group}"
 
+    @property
+    def sources(self) -> list[int]:
+        """Positions of the leaves that the weight is read from."""
+        return [i for i in (self.codes, self.scales, self.multiplier) if i is not None]
+
+    @property
+    def reading(self) -> "Recipe":
+        """How it is read from its `sources`, wherever those stand."""
+        form = self.form if self._rounds_multiplier else "exact"
+        multiplier = None if self.multiplier is None else 2
+        dtype = self.dtype if self._rounds_multiplier else torch.float32
+        return replace(self, codes=0, scales=1, multiplier=multiplier, form=form, dtype=dtype)
+
+    @property
+    def _rounds_multiplier(self) -> bool:
+        return self.form.startswith("rounded multiplier")
+
     def read(self, leaves: Sequence[Tensor], name: str, rows: slice = slice(None)) -> FP4Weight:
         """The weight, or a slice of its rows, in canonical form.
 
@@ -62,7 +79,7 @@ class Recipe:
         factor = torch.ones((), device=codes.device)
         if self.multiplier is not None:
             factor = FACTORS[self.factor](leaves[self.multiplier].detach().to(codes.device, torch.float32))
-        if self.form.startswith("rounded multiplier"):
+        if self._rounds_multiplier:
             factor = factor.to(self.dtype).float()
         multiplier = factor.reshape(-1).expand(self.n)[rows].contiguous()
         return FP4Weight(codes.contiguous(), scales.contiguous(), multiplier, self.kind, self.group, name)

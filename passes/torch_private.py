@@ -1,10 +1,12 @@
 """Every private torch interface this project touches, each read in torch 2.11 and 2.13."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def is_fake(value: object) -> bool:
@@ -64,12 +66,43 @@ def storage_key(value: object) -> int | None:
         return None  # wrapper subclasses have no storage of their own
 
 
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The storage of a tensor, an object that lives as long as the memory does; wrapper subclasses have none."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+# Inference tensors have no version counter; `mark_written` counts here for them.
+_WRITES: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+
+
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:
-    """The version counters; inference tensors have none and count as immutable."""
+    """The version counters; of inference tensors, which have none, how often they were marked as written."""
     try:
         return [t._version for t in tensors]
     except RuntimeError:
-        return [-1 if t.is_inference() else t._version for t in tensors]
+        return [_WRITES.get(t, 0) if t.is_inference() else t._version for t in tensors]
+
+
+def mark_written(tensors: Iterable[Tensor]) -> None:
+    """Counts one write to each tensor, as an in-place operation would."""
+    for tensor in tensors:
+        if tensor.is_inference():
+            _WRITES[tensor] = _WRITES.get(tensor, 0) + 1
+        else:
+            torch.autograd.graph.increment_version(tensor)
+
+
+def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold the data of a wrapper subclass, at any depth, or the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    for name in names:
+        yield from inner_tensors(getattr(tensor, name))
 
 
 def graph_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -9,6 +9,7 @@ from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, fp4_weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16.refresh import refresh
 from marlin_w4a16.report import Report, explain
 
 __version__ = "0.1.0"
@@ -24,4 +25,5 @@ __all__ = [
     "pack",
     "quantize_mxfp4",
     "quantize_nvfp4",
+    "refresh",
 ]

@@ -1,0 +1,49 @@
+"""The tensors of a call at one moment: which they are, where they lie, how often they were written to."""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from marlin_w4a16.passes.torch_private import storage_of, versions_of
+
+State = tuple[tuple[int, ...], list[int], list[int]]
+
+
+def state_of(tensors: Sequence[Tensor]) -> State:
+    """Identity, address and version of each tensor, read as fast as Python can: it is read at every call."""
+    return tuple(map(id, tensors)), list(map(Tensor.data_ptr, tensors)), versions_of(tensors)
+
+
+class Moment:
+    """What tensors were at one moment, without keeping them alive.
+
+    It ends when one of them dies or gives up its memory: identity and address may come back as another's.
+
+    Args:
+        tensors: the tensors.
+        state: their `state_of`.
+        on_death: called when one of them dies.
+    """
+
+    __slots__ = ("__weakref__", "_refs", "_state")
+
+    def __init__(self, tensors: Sequence[Tensor], state: State, on_death: Callable[[], None] = lambda: None) -> None:
+        self._state: State | None = state
+        moment = weakref.ref(self)
+
+        def end(_: object) -> None:
+            ended = moment()
+            if ended is not None:
+                ended._state = None
+
+        def die(ref: object) -> None:
+            end(ref)
+            on_death()
+
+        storages = filter(None, map(storage_of, tensors))
+        self._refs = [*(weakref.ref(t, die) for t in tensors), *(weakref.ref(s, end) for s in storages)]
+
+    def holds(self, state: State) -> bool:
+        """Whether tensors of this state are the same ones, unchanged."""
+        return self._state == state
