@@ -1,6 +1,6 @@
 """What the backend adds to a call: the lookup of 400 NVFP4 weights, beside modules that own their packed tensors.
 
-    python benchmarks/overhead.py
+python benchmarks/overhead.py
 """
 
 import statistics

@@ -135,6 +135,25 @@ class FP4Weight:
             )
         return replace(self, scales=(moved + E8M0_BIAS).to(torch.uint8), multiplier=multiplier)
 
+    def fit_first(self, *dtypes: torch.dtype) -> "FP4Weight":
+        """`fit` for the first of some dtypes that can hold the weight.
+
+        Raises:
+            ValueError: none can; says why the last cannot.
+        """
+        for dtype in dtypes[:-1]:
+            try:
+                return self.fit(dtype)
+            except ValueError:
+                pass
+        return self.fit(dtypes[-1])
+
+
+def format_name(kind: ScaleKind, group: int) -> str:
+    """The name of a format for people, such as ``"NVFP4 group 16"``."""
+    name = {("e4m3", 16): "NVFP4", ("e8m0", 32): "MXFP4"}.get((kind, group), f"FP4 {kind}")
+    return f"{name} group {group}"
+
 
 def fp4_weight(
     codes: Tensor,

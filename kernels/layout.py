@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind
+from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind, format_name
 
 TILE = 64
 TILE_WORDS = TILE * TILE // 8
@@ -58,6 +58,11 @@ class PackedFP4:
     kind: ScaleKind
     group: int
     layout: str = LAYOUT
+
+    @property
+    def format(self) -> str:
+        """The name of the format for people."""
+        return format_name(self.kind, self.group)
 
     @property
     def nbytes(self) -> int:

@@ -27,11 +27,16 @@ def quantize_nvfp4(weight: Tensor, group: int = 16, name: str = "weight") -> FP4
     global_scale = blocks.abs().amax().float() / (E2M1_MAX * E4M3_MAX)
     if global_scale == 0:
         global_scale = torch.ones_like(global_scale)
+    scale = nvfp4_scales(blocks, global_scale)
+    codes = encode(blocks / (scale.float() * global_scale).unsqueeze(-1))
+    return fp4_weight(pack_nibbles(codes.reshape(weight.shape)), scale, global_scale, name=name)
+
+
+def nvfp4_scales(blocks: Tensor, global_scale: Tensor) -> Tensor:
+    """The E4M3 scales of blocks ``[n, k / group, group]`` under a global scale, by ModelOpt's rule (see above)."""
     scale = blocks.abs().amax(-1).float() / (E2M1_MAX * global_scale)
     scale[scale == 0] = 1.0
-    scale = scale.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
-    codes = _encode(blocks / (scale.float() * global_scale).unsqueeze(-1))
-    return fp4_weight(_pack_nibbles(codes.reshape(weight.shape)), scale, global_scale, name=name)
+    return scale.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def quantize_mxfp4(weight: Tensor, group: int = 32, name: str = "weight") -> FP4Weight:
@@ -40,7 +45,7 @@ def quantize_mxfp4(weight: Tensor, group: int = 32, name: str = "weight") -> FP4
     _, exponent = torch.frexp(blocks.abs().amax(-1))  # amax = m * 2**exponent, m in [0.5, 1)
     byte = (exponent - 3 + E8M0_BIAS).clamp(0, 254).to(torch.uint8)
     scaled = torch.ldexp(blocks, (E8M0_BIAS - byte.int()).unsqueeze(-1))
-    return fp4_weight(_pack_nibbles(_encode(scaled).reshape(weight.shape)), byte, kind="e8m0", name=name)
+    return fp4_weight(pack_nibbles(encode(scaled).reshape(weight.shape)), byte, kind="e8m0", name=name)
 
 
 def _blocks(weight: Tensor, group: int, name: str) -> Tensor:
@@ -54,7 +59,8 @@ def _blocks(weight: Tensor, group: int, name: str) -> Tensor:
     return blocks
 
 
-def _encode(values: Tensor) -> Tensor:
+def encode(values: Tensor) -> Tensor:
+    """The codes nearest to values that were divided by their scales; beyond 6 the largest one."""
     magnitude = values.abs().contiguous()
     code = torch.bucketize(magnitude, magnitude.new_tensor(_MIDPOINTS))
     for tie in _TIES_UP:
@@ -62,5 +68,6 @@ def _encode(values: Tensor) -> Tensor:
     return (code + 8 * (values < 0)).to(torch.uint8)
 
 
-def _pack_nibbles(codes: Tensor) -> Tensor:
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes ``[n, k]`` as bytes ``[n, k / 2]``, the even column in the low nibble."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)

@@ -149,10 +149,7 @@ def computed(evaluate: Callable[[Sequence[Tensor]], Tensor], leaves: Sequence[Te
 
 def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:
     """The weight with scales that every 16-bit dtype holds, else that ``dtype`` holds, else why not."""
-    reason = ""
-    for target in (torch.float16, dtype):
-        try:
-            return weight.fit(target)
-        except ValueError as error:
-            reason = str(error)
-    return Rejected(reason)
+    try:
+        return weight.fit_first(torch.float16, dtype)
+    except ValueError as error:
+        return Rejected(str(error))

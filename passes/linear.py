@@ -81,6 +81,15 @@ def find_products(graph: fx.Graph, constants: Constants) -> Iterator[tuple[Produ
         yield Product(node, form, weight), Rejected(reason) if reason else None
 
 
+def find_packed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The calls of ``marlin_w4a16::linear`` that were traced as such, by the node of their packed words."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target in (torch.ops.marlin_w4a16.linear, torch.ops.marlin_w4a16.linear.default):
+            found.setdefault(node.args[1], []).append(node)
+    return found
+
+
 def serves(device: torch.device) -> Rejected | str:
     """The kernel that runs linears of a device, or why they are left alone there."""
     if device.type == "cpu":

@@ -26,6 +26,20 @@ class Replaced:
 
 
 @dataclass(frozen=True, slots=True)
+class Owned:
+    """Packed already, by the module that owns it; runs as the op it was traced as.
+
+    Attributes:
+        op, kernel: as in `Replaced`.
+        nbytes: bytes of the packed weight.
+    """
+
+    op: str
+    kernel: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One FP4 weight, or near miss, of a graph.
 
@@ -35,14 +49,16 @@ class Row:
         shape: rows and columns.
         format: such as ``"NVFP4 group 16"``, or None where nothing fits.
         outcome: what became of it.
-        nbytes: bytes of the tensors it was made from.
+        nbytes: bytes of the tensors it was made from; 0 where there are none beside the packed ones.
         uses: how many products of the graph share it.
+        producer: who made those tensors, if `marlin_w4a16.prepare` knows their modules.
     """
 
     path: str
     spelling: str
     shape: tuple[int, int]
     format: str | None
-    outcome: Replaced | Rejected
+    outcome: Replaced | Owned | Rejected
     nbytes: int
     uses: int = 1
+    producer: str | None = None

@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_DTYPES, FP4Weight, ScaleKind, as_bytes
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_DTYPES, FP4Weight, ScaleKind, as_bytes, format_name
 from marlin_w4a16.passes.outcome import Rejected
 
 # A traced float32 value may differ from the exact one by the roundings of two products in any order.
@@ -47,8 +47,7 @@ class Recipe:
     @property
     def format(self) -> str:
         """The name of the format for people."""
-        name = {("e4m3", 16): "NVFP4", ("e8m0", 32): "MXFP4"}.get((self.kind, self.group), f"FP4 {self.kind}")
-        return f"{name} group {self.group}"
+        return format_name(self.kind, self.group)
 
     @property
     def sources(self) -> list[int]:

@@ -10,9 +10,9 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes import linear
 from marlin_w4a16.passes.binding import Binding, computed
 from marlin_w4a16.passes.constants import Constants, evaluate, example, find_constants, needed_by, signature, slice_of
-from marlin_w4a16.passes.outcome import Rejected, Replaced, Row
+from marlin_w4a16.passes.outcome import Owned, Rejected, Replaced, Row
 from marlin_w4a16.passes.recognise import Recipe, may_be_fp4, recognise
-from marlin_w4a16.passes.sources import module_path
+from marlin_w4a16.passes.sources import module_path, producer_of
 from marlin_w4a16.passes.torch_private import add_static_input, graph_copy, is_fake, source_name
 
 
@@ -77,7 +77,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any]) -> Rewritten:
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     copy, copies = graph_copy(gm)
     last_input = copies[placeholders[-1]] if placeholders else None
-    rows: list[Row] = []
+    rows = list(_owned(gm.graph))
     bound: list[Bound] = []
     added: list[Any] = []
     for weight in _weights(gm.graph, constants, dict(zip(placeholders, inputs, strict=True))):
@@ -107,7 +107,18 @@ def survey(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Row, ...]:
     """The report of `rewrite` without packing or changing anything."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     live = dict(zip(placeholders, inputs, strict=True))
-    return tuple(_row(w, _judge(w), None) for w in _weights(gm.graph, find_constants(gm.graph), live))
+    weights = _weights(gm.graph, find_constants(gm.graph), live)
+    return (*_owned(gm.graph), *(_row(weight, _judge(weight), None) for weight in weights))
+
+
+def _owned(graph: fx.Graph) -> Iterator[Row]:
+    for words, calls in linear.find_packed(graph).items():
+        args: tuple[Any, ...] = calls[0].args
+        _, _, scales, multiplier, n, k, group, kind, layout, *_ = args
+        packed = PackedFP4(example(words), example(scales), example(multiplier), n, k, kind, group, layout)
+        path = module_path(source_name(words)).removesuffix(".words")
+        outcome = Owned("marlin_w4a16::linear", str(linear.serves(packed.words.device)), packed.nbytes)
+        yield Row(path, "packed", (n, k), packed.format, outcome, 0, len(calls))
 
 
 def _weights(graph: fx.Graph, constants: Constants, live: dict[fx.Node, Any]) -> Iterator[_Weight]:
@@ -171,4 +182,5 @@ def _row(weight: _Weight, recipe: Recipe | Rejected, packed: PackedFP4 | Rejecte
         or Replaced("marlin_w4a16::linear", str(served), packed.nbytes if isinstance(packed, PackedFP4) else 0),
         nbytes=sum(t.numel() * t.element_size() for t in weight.values),
         uses=len(weight.products),
+        producer=next(filter(None, map(producer_of, weight.values)), None),
     )

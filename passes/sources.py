@@ -1,9 +1,17 @@
-"""Names for people from the expressions by which Dynamo reads its inputs."""
+"""Where the inputs of a graph come from, in names for people."""
 
 import re
 
 _STEP = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__"})
+
+# The packages of producers whose tensors have classes of their own.
+_PRODUCERS = {"modelopt": "ModelOpt", "torchao": "torchao"}
+
+
+def producer_of(value: object) -> str | None:
+    """Who made a tensor, told by its class."""
+    return _PRODUCERS.get(type(value).__module__.partition(".")[0])
 
 
 def module_path(source: str) -> str:

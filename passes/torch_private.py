@@ -100,7 +100,7 @@ def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from inner_tensors(getattr(tensor, name))
 

@@ -42,6 +42,9 @@ def marlin_w4a16(
     report = Report(rewritten.rows)
     for row in report.rejected:
         log.debug("%s: %s", row.path, row.outcome)
+    if report.owned and not report.rows[len(report.owned) :]:
+        log.info("%s", report.summary())
+        return compile_graph(gm, example_inputs, chosen.patches)
     if not report.replaced:
         why = report.summary() if report.rows else "no product of this graph has a weight made from FP4 codes"
         log.warning("nothing to replace, so the graph runs as with Inductor: %s", why)

@@ -2,14 +2,14 @@
 
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from marlin_w4a16.passes.outcome import Rejected, Replaced, Row
+from marlin_w4a16.passes.outcome import Owned, Rejected, Replaced, Row
 from marlin_w4a16.passes.rewrite import survey
 
 
@@ -31,30 +31,36 @@ class Report:
         return tuple(row for row in self.rows if isinstance(row.outcome, Replaced))
 
     @property
+    def owned(self) -> tuple[Row, ...]:
+        """The weights of modules that own them packed."""
+        return tuple(row for row in self.rows if isinstance(row.outcome, Owned))
+
+    @property
     def rejected(self) -> tuple[Row, ...]:
         """The weights that were left as traced."""
         return tuple(row for row in self.rows if isinstance(row.outcome, Rejected))
 
     def summary(self) -> str:
-        """One line: what was replaced, what it takes, what was left and why."""
-        formats = Counter(str(row.format) for row in self.replaced)
-        kernels = Counter(row.outcome.kernel for row in self.replaced if isinstance(row.outcome, Replaced))
-        packed = sum(row.outcome.nbytes for row in self.replaced if isinstance(row.outcome, Replaced))
-        line = f"replaced {len(self.replaced)} of {len(self.rows)} FP4 linears"
-        if self.replaced:
-            line += f" ({_counts(formats)}; {_counts(kernels)})"
-        if packed:
-            line += f", packed copies of {_size(packed)} beside the originals"
+        """One line: what was replaced, what it takes, what is packed already, what was left and why."""
+        parts = []
+        if self.owned:
+            parts.append(f"{len(self.owned)} packed linears {_kinds(self.owned)}, {size(_packed_bytes(self.owned))}")
+        if self.replaced or self.rejected or not self.owned:
+            line = f"replaced {len(self.replaced)} of {len(self.replaced) + len(self.rejected)} FP4 linears"
+            if self.replaced:
+                line += f" {_kinds(self.replaced)}"
+            if packed := _packed_bytes(self.replaced):
+                line += f", packed copies of {size(packed)} beside the originals"
+                if saved := sum(row.nbytes for row in self.replaced if row.producer):
+                    line += f", of which marlin_w4a16.prepare(model) would save {size(saved)}"
+            parts.append(line)
         if self.rejected:
             reasons = Counter(row.outcome.reason for row in self.rejected if isinstance(row.outcome, Rejected))
-            line += f"; left {len(self.rejected)}: {_counts(reasons)}"
-        return line
+            parts.append(f"left {len(self.rejected)}: {_counts(reasons)}")
+        return "; ".join(parts)
 
     def __str__(self) -> str:
-        lines = [_COLUMNS, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join(line.rstrip() for line in table)
+        return table([_COLUMNS, *(_cells(row) for row in self.rows)])
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -96,9 +102,26 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.path, f"{row.shape[0]} x {row.shape[1]}", row.format or "-", product, text)
 
 
+def _kinds(rows: tuple[Row, ...]) -> str:
+    kernels = Counter(row.outcome.kernel for row in rows if not isinstance(row.outcome, Rejected))
+    return f"({_counts(Counter(str(row.format) for row in rows))}; {_counts(kernels)})"
+
+
+def _packed_bytes(rows: tuple[Row, ...]) -> int:
+    return sum(row.outcome.nbytes for row in rows if not isinstance(row.outcome, Rejected))
+
+
 def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counter.most_common())
 
 
-def _size(nbytes: int) -> str:
+def table(lines: Sequence[tuple[str, ...]]) -> str:
+    """Lines of cells as text in columns; the first holds their names."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes for people."""
     return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 1 << 20 else f"{nbytes / 2**10:.1f} KiB"

@@ -1,0 +1,162 @@
+"""Linears of compressed-tensors: compressed, or dense with their scales beside (recover); read in version 0.20."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
+from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.producers.found import Found, bytes_of, factor_of, is_linear, is_of
+from marlin_w4a16.producers.recover import dense, same_bits
+from marlin_w4a16.producers.recover import recover as recover_codes
+
+_KINDS: dict[int, ScaleKind] = {16: "e4m3", 32: "e8m0"}
+
+
+def read(module: Any, recover: bool) -> Found | Rejected | None:
+    """See `marlin_w4a16.producers`."""
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    if not is_of("compressed_tensors", scheme):
+        return None
+    refusal = _refusal(module, scheme)
+    if refusal is not None:
+        return Rejected(refusal)
+    status = str(module.quantization_status.value)
+    found: Found | Rejected
+    if status == "compressed":
+        found = _compressed(module)
+    elif recover:
+        found = _dense(module, scheme, status)
+    else:
+        found = Rejected(f"its weight is dense ({status}): prepare(model, recover=True) reads the codes back")
+    if isinstance(found, Found) and scheme.input_activations is not None:
+        args = scheme.input_activations
+        return replace(found, activations=f"its inputs are quantised to {args.num_bits} bit {args.type}")
+    return found
+
+
+def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:
+    """See `marlin_w4a16.producers`. ``None`` keeps a parameter's place, so that their order stays."""
+    for name in kept["names"]:
+        _parameters(module)[name] = None
+
+
+def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
+    """See `marlin_w4a16.producers`."""
+    parameters = _parameters(module)
+    factor = _set_divisor(parameters, weight)
+    values: tuple[Tensor, ...]
+    if "formula" in kept:
+        values = (dense(weight, factor, kept["formula"], kept["dtype"]),)
+    else:
+        values = (weight.codes, weight.scales.view(kept["scale"]))
+    for name, value in zip(kept["names"], values, strict=True):
+        parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def take_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """Takes away the hooks that decompress a model at its first forward, where nothing is left to decompress.
+
+    Yields each model that had one, and the hook.
+    """
+    for owner in model.modules():
+        handle = getattr(owner, "ct_decompress_hook", None)
+        left = (getattr(part, "quantization_status", None) == "compressed" for part in owner.modules())
+        if handle is not None and not any(left):
+            hook = owner._forward_pre_hooks[handle.id]
+            handle.remove()
+            del owner.ct_decompress_hook
+            yield owner, hook
+
+
+def hang(model: nn.Module, hook: Callable[..., Any]) -> None:
+    """The inverse of `take_hooks` for one model."""
+    if not hasattr(model, "ct_decompress_hook"):
+        model.ct_decompress_hook = model.register_forward_pre_hook(hook)  # type: ignore[assignment]
+
+
+def _parameters(module: nn.Module) -> dict[str, Any]:
+    """The parameters of a module, behind the cache that compressed-tensors puts before them when it decompresses."""
+    parameters: dict[str, Any] = getattr(module._parameters, "offloaded_values", module._parameters)
+    return parameters
+
+
+def _refusal(module: nn.Module, scheme: Any) -> str | None:
+    args = scheme.weights
+    if args is None or args.num_bits != 4 or args.type != "float" or args.group_size not in _KINDS:
+        return f"its scheme is not FP4: {args}"
+    if not is_linear(type(module)):
+        return f"a {type(module).__name__} computes something else than nn.Linear"
+    if scheme.output_activations is not None:
+        return "its outputs are quantised"
+    if not getattr(module, "quantization_enabled", True):
+        return "its quantisation is switched off"
+    cache: Any = module._parameters
+    if hasattr(cache, "offloaded_values") and torch.device(cache.onload_device) != torch.device(cache.offload_device):
+        return f"its weights are offloaded to {cache.offload_device}"
+    return None
+
+
+def _compressed(module: nn.Module) -> Found:
+    parameters = _parameters(module)
+    codes, scales = parameters["weight_packed"].detach(), parameters["weight_scale"].detach()
+    kind = _KINDS[codes.shape[1] * 2 // scales.shape[1]]
+    divisor = parameters.get("weight_global_scale")
+    factor = 1.0 if divisor is None else divisor.detach().float().reciprocal()
+    kept = {"names": ("weight_packed", "weight_scale"), "scale": scales.dtype}
+    weight = fp4_weight(codes, scales, factor, kind=kind)
+    # compressed-tensors decompresses to bfloat16, whatever the model's dtype
+    return Found(weight, torch.bfloat16, bytes_of(codes, scales), kept)
+
+
+def _dense(module: nn.Module, scheme: Any, status: str) -> Found | Rejected:
+    parameters = _parameters(module)
+    weight, scale = parameters["weight"].detach(), parameters["weight_scale"].detach()
+    group = scheme.weights.group_size
+    scales = _scale_bytes(scale, _KINDS[group])
+    if scales is None or scale.ndim != 2 or scale.shape[1] * group != weight.shape[1]:
+        return Rejected(f"its scales {tuple(scale.shape)} of {scale.dtype} are no FP4 scales in groups of {group}")
+    value = weight
+    if status != "decompressed":
+        from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+        value = forward_quantize(module, weight, "weight", scheme.weights)
+        if not same_bits(value, forward_quantize(module, value, "weight", scheme.weights)):
+            return Rejected("its fake quantiser gives other values when it is run on its own output")
+    divisor = parameters.get("weight_global_scale")
+    factor = torch.ones((), device=weight.device) if divisor is None else divisor.detach().float().reshape(())
+    found = recover_codes(value, scales, factor, _KINDS[group], divides=divisor is not None)
+    if isinstance(found, Rejected):
+        return found
+    return Found(
+        found[0], weight.dtype, bytes_of(weight), {"names": ("weight",), "formula": found[1], "dtype": weight.dtype}
+    )
+
+
+def _scale_bytes(scale: Tensor, kind: ScaleKind) -> Tensor | None:
+    """Scales that were widened to a float dtype as the bytes they came from."""
+    if kind == "e4m3":
+        narrow = scale.to(torch.float8_e4m3fn)
+        return narrow.view(torch.uint8) if torch.equal(narrow.to(scale.dtype), scale) else None
+    fraction, exponent = torch.frexp(scale.float())
+    byte = exponent - 1 + E8M0_BIAS
+    return byte.to(torch.uint8) if bool(((fraction == 0.5) & (byte >= 0) & (byte < 255)).all()) else None
+
+
+def _set_divisor(parameters: dict[str, Any], weight: FP4Weight) -> Tensor:
+    """Sets the global scale to that of the weight; returns it as a divisor, or 1 where the format has none."""
+    factor, divisor = factor_of(weight), parameters.get("weight_global_scale")
+    if divisor is None:
+        if factor != 1:
+            raise ValueError(
+                f"{weight.name}: found a multiplier of {float(factor)}, expected 1: there is no global scale"
+            )
+        return factor
+    value: Tensor = divisor.detach().float().to(factor.device)
+    if not bool((value.reciprocal() == factor).all()):
+        value = factor.reciprocal().expand_as(value).clone()
+    parameters["weight_global_scale"] = nn.Parameter(value.to(divisor.dtype), requires_grad=False)
+    return value.reshape(())

@@ -1,0 +1,55 @@
+"""What a producer's module holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_w4a16.kernels.fp4 import FP4Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An FP4 linear as its producer left it.
+
+    Attributes:
+        weight: the weight.
+        dtype: what its producer decodes it to.
+        nbytes: bytes of the tensors that ``strip`` lets go.
+        kept: what ``strip`` and ``fill`` need beside the module and the weight; no large tensors.
+        activations: how the producer quantises the input, or None.
+    """
+
+    weight: FP4Weight
+    dtype: torch.dtype
+    nbytes: int
+    kept: Mapping[str, Any]
+    activations: str | None = None
+
+
+def is_of(package: str, value: object) -> bool:
+    """Whether a value's class comes from a package, which need not be installed."""
+    return type(value).__module__.partition(".")[0] == package
+
+
+def is_linear(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class compute what ``nn.Linear`` computes."""
+    return issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    """Bytes of some tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def factor_of(weight: FP4Weight) -> Tensor:
+    """The one factor of all rows as a float32 scalar.
+
+    Raises:
+        ValueError: rows have different ones, which no producer's linear can hold.
+    """
+    if bool((weight.multiplier != weight.multiplier[0]).any()):
+        raise ValueError(f"{weight.name}: found a multiplier per row, expected one for all")
+    return weight.multiplier[0].clone()

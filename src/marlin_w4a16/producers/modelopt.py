@@ -1,0 +1,142 @@
+"""Linears of NVIDIA ModelOpt: compressed by ``mtq.compress``, or fake-quantised (recover); read in ModelOpt 0.47."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
+from marlin_w4a16.kernels.quantize import E2M1_MAX, E4M3_MAX, nvfp4_scales
+from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.producers.found import Found, bytes_of, factor_of, is_linear, is_of
+from marlin_w4a16.producers.recover import dense, recover, same_bits
+
+_KINDS: dict[str, ScaleKind] = {"NVFP4QTensor": "e4m3", "MXFP4QTensor": "e8m0"}
+_SCALE_BITS: dict[Any, ScaleKind] = {(4, 3): "e4m3", (8, 0): "e8m0"}
+
+
+def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
+    """See `marlin_w4a16.producers`."""
+    quantizer: Any = getattr(module, "weight_quantizer", None)
+    weight: Any = module._parameters.get("weight")
+    if not is_of("modelopt", quantizer) or weight is None:
+        return None
+    refusal = _refusal(module, quantizer)
+    if refusal is not None:
+        return Rejected(refusal)
+    if type(weight).__name__ == "QTensorWrapper":
+        found = _compressed(quantizer, weight)
+    elif recover:
+        found = _fake_quantised(quantizer, weight)
+    else:
+        found = Rejected(
+            "its weight is dense: mtq.compress(model) packs it, prepare(model, recover=True) reads the codes back"
+        )
+    if isinstance(found, Found) and _is_on(module, "input_quantizer"):
+        quantised = module.input_quantizer
+        return replace(found, activations=f"its input quantiser is on ({quantised})")
+    return found
+
+
+def strip(module: Any, kept: Mapping[str, Any]) -> None:
+    """See `marlin_w4a16.producers`. ``None`` keeps a parameter's place, so that their order stays."""
+    dict.__setitem__(module._parameters, "weight", None)
+    if "scale" in kept:
+        module.weight_quantizer._buffers["_scale"] = None
+
+
+def fill(module: Any, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
+    """See `marlin_w4a16.producers`."""
+    factor = factor_of(weight)
+    if "scale" not in kept:
+        value = dense(weight, factor, kept["formula"], kept["dtype"])
+        dict.__setitem__(module._parameters, "weight", nn.Parameter(value, requires_grad=kept["requires_grad"]))
+        return
+    if weight.kind == "e8m0" and factor != 1:
+        raise ValueError(f"{weight.name}: found a multiplier of {float(factor)}, expected 1 for ModelOpt's MXFP4")
+    shape, dtype = kept["scale"]
+    wrapped = kept["class"](weight.codes.reshape(kept["codes"]), metadata=kept["metadata"])
+    dict.__setitem__(module._parameters, "weight", wrapped)
+    buffers = module.weight_quantizer._buffers
+    buffers["_scale"] = weight.scales.view(dtype).reshape(shape)
+    if "_double_scale" in buffers:
+        buffers["_double_scale"] = factor.reshape(buffers["_double_scale"].shape)
+
+
+def _refusal(module: Any, quantizer: Any) -> str | None:
+    original = module.get_original_cls_by_level(0) if hasattr(module, "get_original_cls_by_level") else type(module)
+    if not is_linear(original):
+        return f"a {original.__name__} computes something else than nn.Linear"
+    if type(quantizer).__name__ != "TensorQuantizer":
+        return f"its weight has a {type(quantizer).__name__}, expected one TensorQuantizer"
+    if _is_on(module, "output_quantizer"):
+        return "its output quantiser is on"
+    for name in ("input_quantizer", "weight_quantizer"):
+        if getattr(getattr(module, name, None), "pre_quant_scale", None) is not None:
+            return f"its {name} has a pre_quant_scale (AWQ), which PackedLinear does not apply"
+        if getattr(getattr(module, name, None), "rotate_is_enabled", False):
+            return f"its {name} rotates"
+    return None
+
+
+def _is_on(module: nn.Module, name: str) -> bool:
+    return bool(getattr(getattr(module, name, None), "is_enabled", False))
+
+
+def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
+    kind = _KINDS.get(weight.metadata["qtensor_class"].__name__)
+    if kind is None:
+        return Rejected(f"its weight is a {weight.metadata['qtensor_class'].__name__}, which is not FP4")
+    shape, group, scale = weight.metadata["shape"], quantizer.block_sizes[-1], quantizer._scale
+    if len(shape) != 2 or scale.numel() * group != shape[0] * shape[1]:
+        return Rejected(f"its scales have shape {tuple(scale.shape)} for a weight {tuple(shape)} in groups of {group}")
+    codes = weight.data.as_subclass(Tensor)
+    factor = getattr(quantizer, "_double_scale", None)
+    kept = {
+        "class": type(weight),
+        "metadata": weight.metadata,
+        "codes": codes.shape,
+        "scale": (scale.shape, scale.dtype),
+    }
+    return Found(
+        fp4_weight(
+            codes.reshape(shape[0], -1), scale.reshape(shape[0], -1), 1.0 if factor is None else factor, kind=kind
+        ),
+        weight.metadata["dtype"],
+        bytes_of(codes, scale),
+        kept,
+    )
+
+
+def _fake_quantised(quantizer: Any, weight: Tensor) -> Found | Rejected:
+    sizes: dict[Any, Any] = quantizer.block_sizes or {}
+    kind = _SCALE_BITS.get(sizes.get("scale_bits", (0, 0))) if quantizer.num_bits == (2, 1) else None
+    if kind is None or sizes.get("type") != "dynamic" or weight.ndim != 2 or weight.shape[1] % sizes[-1]:
+        return Rejected("its weight is dense, and its quantiser is not one of dynamic FP4 blocks")
+    blocks = weight.detach().reshape(weight.shape[0], -1, sizes[-1])
+    factor = torch.ones((), device=weight.device)
+    if kind == "e4m3":
+        amax = getattr(quantizer, "_amax", None)
+        if amax is None or amax.numel() != 1:
+            return Rejected("no scale is left on the module: mtq.fold_weight(model, keep_attrs=True) keeps it")
+        factor = amax.float().reshape(()) / (E2M1_MAX * E4M3_MAX)
+        scales = nvfp4_scales(blocks, factor)
+    else:
+        binades = torch.log2(blocks.float().abs().amax(-1) / E2M1_MAX).clamp(min=-E8M0_BIAS).ceil()
+        scales = (binades + E8M0_BIAS).to(torch.uint8)
+    value = weight.detach()
+    if quantizer.is_enabled:
+        try:
+            value = quantizer(weight).detach()
+            again = quantizer(value).detach()
+        except Exception as error:
+            return Rejected(f"its fake quantiser does not run here: {type(error).__name__}: {error}")
+        if not same_bits(value, again):
+            return Rejected("its fake quantiser gives other values when it is run on its own output")
+    recovered = recover(value, scales, factor, kind)
+    if isinstance(recovered, Rejected):
+        return recovered
+    kept = {"formula": recovered[1], "dtype": weight.dtype, "requires_grad": weight.requires_grad}
+    return Found(recovered[0], weight.dtype, bytes_of(weight), kept)

@@ -1,0 +1,84 @@
+"""Linears whose weight torchao made an ``NVFP4Tensor`` (``NVFP4WeightOnlyConfig``); read in torchao 0.18."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.producers.found import Found, bytes_of, factor_of, is_linear, is_of
+
+
+def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
+    """See `marlin_w4a16.producers`."""
+    weight: Any = module._parameters.get("weight")
+    if not is_of("torchao", weight):
+        return None
+    if type(weight).__name__ != "NVFP4Tensor":
+        return Rejected(f"its weight is a {type(weight).__name__}, expected an NVFP4Tensor")
+    if not is_linear(type(module)):
+        return Rejected(f"a {type(module).__name__} computes something else than nn.Linear")
+    n, k = weight.shape
+    if weight.qdata.shape != (n, k // 2) or not weight.qdata.is_contiguous():
+        return Rejected(f"its codes have shape {tuple(weight.qdata.shape)}, expected rows [{n}, {k // 2}]")
+    scales = weight.scale
+    if weight.is_swizzled_scales:
+        scales = unswizzle(weight.scale, n, k // weight.block_size)
+        if not torch.equal(_bytes(swizzle(scales, weight.scale.shape)), _bytes(weight.scale)):
+            return Rejected("its swizzled scales are not padded with zeros")
+    factor = 1.0 if weight.per_tensor_scale is None else weight.per_tensor_scale
+    names, context = weight.__tensor_flatten__()
+    small = {name: getattr(weight, name) for name in names if name not in ("qdata", "scale")}
+    kept = {"class": type(weight), "context": context, "small": small, "scales": weight.scale.shape}
+    return Found(
+        fp4_weight(weight.qdata.view(torch.uint8), scales, factor),
+        weight.orig_dtype,
+        bytes_of(weight.qdata, weight.scale),
+        kept,
+        f"{weight.act_quant_kwargs}" if weight.act_quant_kwargs is not None else None,
+    )
+
+
+def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:
+    """See `marlin_w4a16.producers`."""
+    module._parameters["weight"] = None
+
+
+def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
+    """See `marlin_w4a16.producers`."""
+    context, factor = kept["context"], factor_of(weight)
+    scales = weight.scales.view(torch.float8_e4m3fn)
+    if context["is_swizzled_scales"]:
+        scales = swizzle(scales, kept["scales"])
+    inner = {name: value.to(weight.codes.device) for name, value in kept["small"].items()}
+    if "per_tensor_scale" in inner:
+        inner["per_tensor_scale"] = factor
+    elif factor != 1:
+        raise ValueError(f"{weight.name}: found a multiplier of {float(factor)}, expected 1: there is no tensor scale")
+    inner |= {"qdata": weight.codes, "scale": scales}
+    tensor = kept["class"].__tensor_unflatten__(inner, context, (weight.n, weight.k), (weight.k, 1))
+    module._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
+
+
+def swizzle(scales: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of scales ``[n, k / 16]`` in tiles of 128 by 4, as cuBLAS wants them; padded with zeros.
+
+    Within a tile, row ``32 a + b`` and column ``c`` lie at ``[b, a, c]``. The inverse is `unswizzle`.
+    """
+    rows, columns = scales.shape
+    padded = torch.nn.functional.pad(_bytes(scales), (0, -columns % 4, 0, -rows % 128))
+    tiles = padded.reshape(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)  # R a b C c
+    return tiles.permute(0, 3, 2, 1, 4).reshape(shape).view(scales.dtype)
+
+
+def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `swizzle`."""
+    tiles = _bytes(scales).reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # R C b a c
+    padded = tiles.permute(0, 3, 2, 1, 4).reshape(tiles.shape[0] * 128, tiles.shape[1] * 4)
+    return padded[:rows, :columns].contiguous().view(scales.dtype)
+
+
+def _bytes(scales: Tensor) -> Tensor:
+    return scales.view(torch.uint8)
