@@ -52,7 +52,7 @@ class Report:
             if packed := _packed_bytes(self.replaced):
                 line += f", packed copies of {size(packed)} beside the originals"
                 if saved := sum(row.nbytes for row in self.replaced if row.producer):
-                    line += f", of which marlin_w4a16.prepare(model) would save {size(saved)}"
+                    line += f", and marlin_w4a16.prepare(model) would save {size(saved)}"
             parts.append(line)
         if self.rejected:
             reasons = Counter(row.outcome.reason for row in self.rejected if isinstance(row.outcome, Rejected))
