@@ -42,6 +42,8 @@ def fresh_dynamo() -> Iterator[None]:
 class FP4Linear(nn.Module):
     """A linear as a model author writes it: codes, scales and a global factor, decoded by a table in forward."""
 
+    device = "cpu"
+
     def __init__(
         self,
         n: int = 48,
@@ -57,6 +59,7 @@ class FP4Linear(nn.Module):
         self.register_buffer("factor", weight.multiplier[0].clone())
         self.register_buffer("table", torch.tensor(E2M1_VALUES))
         self.kind = torch.float8_e4m3fn if weight.kind == "e4m3" else torch.float8_e8m0fnu
+        self.to(self.device)
 
     def weight(self) -> Tensor:
         codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(-2).int()

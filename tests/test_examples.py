@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -14,3 +16,13 @@ def test_the_quickstart_replaces_every_linear_of_both_models():
     compiled = re.findall(r"replaced (\d+) of (\d+) FP4 linears", done.stderr)
     assert len(compiled) >= 2 and all(done == all_ for done, all_ in compiled)
     assert done.stdout.count("times smaller") == 2
+
+
+@pytest.mark.gpu
+def test_decode_in_a_cuda_graph_is_near_eager_mode_at_every_batch_size():
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "cuda_graph_decode.py"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"batch +(\d+): 48 tokens in .* relative error (\S+)", done.stdout)
+    assert [int(batch) for batch, _ in lines] == [1, 4, 16] and all(float(error) < 2e-2 for _, error in lines)

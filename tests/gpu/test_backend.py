@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from marlin_w4a16 import PackedLinear, refresh
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
 
@@ -83,6 +84,97 @@ def test_reduce_overhead_replays_the_live_weights_without_skips():
             expected, y = layer(y), compiled(y).clone()
             assert near(y, expected)
     assert cudagraph_skips() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, None])
+def test_reduce_overhead_replays_at_changing_batch_sizes_and_after_loads(dynamic):
+    torch._dynamo.utils.counters.clear()
+    model, other = two_layers(), two_layers()
+    run = torch.compile(model, backend="marlin_w4a16", mode="reduce-overhead", dynamic=dynamic)
+    for turn in range(4):
+        for m in (1, 4, 16, 40):
+            x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+            for _ in range(2):
+                torch.compiler.cudagraph_mark_step_begin()
+                assert near(run(x).clone(), model(x))
+        if turn == 1:
+            model.load_state_dict(other.state_dict())
+        if turn == 2:
+            model[0].codes.data.copy_(model[0].codes.roll(1, 0))
+            refresh(model)
+    assert cudagraph_skips() == 0
+
+
+def packed_layers() -> nn.Module:
+    layers = [
+        PackedLinear(quantize_nvfp4(torch.randn(n, k, device="cuda") * k**-0.5)) for n, k in ((1024, 512), (512, 1024))
+    ]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1])
+
+
+@torch.no_grad()
+def test_reduce_overhead_of_packed_modules_records_once(caplog):
+    """Nothing to look up and nothing to record again: what is loaded in place is what replays."""
+    torch._dynamo.utils.counters.clear()
+    model, other = packed_layers(), packed_layers()
+    run = torch.compile(model, backend="marlin_w4a16", mode="reduce-overhead")
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    for turn in range(3):
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert near(run(x).clone(), model(x))
+        if turn == 1:
+            model.load_state_dict(other.state_dict())
+    assert cudagraph_skips() == 0
+    manager = torch._inductor.cudagraph_trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    assert manager.new_graph_id().id == 1, "recorded more than once"
+
+
+@torch.no_grad()
+def test_a_captured_graph_of_packed_modules_sees_what_is_loaded_in_place():
+    model, other = packed_layers(), packed_layers()
+    compiled = torch.compile(model, backend="marlin_w4a16")
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    compiled(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compiled(x)
+    graph.replay()
+    assert near(out, model(x))
+    model.load_state_dict(other.state_dict())
+    graph.replay()
+    assert near(out, other(x))
+
+
+@torch.no_grad()
+def test_a_captured_graph_of_the_bare_backend_keeps_its_weights_until_the_next_call():
+    model, other = two_layers(), two_layers()
+    compiled = torch.compile(model, backend="marlin_w4a16")
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    before = compiled(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compiled(x)
+    model.load_state_dict(other.state_dict())
+    graph.replay()
+    assert torch.equal(out, before)
+    assert near(compiled(x), other(x))
+    graph.replay()
+    assert near(out, other(x))
+
+
+@torch.no_grad()
+def test_a_weight_that_changed_before_capture_asks_for_a_call():
+    model = FP4Linear(256, 512)
+    compiled = torch.compile(model, backend="marlin_w4a16")
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    compiled(x)
+    refresh(model)
+    with pytest.raises(RuntimeError, match="call the compiled function once before capture"):  # noqa: SIM117
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            compiled(x)
+    assert near(compiled(x), model(x))
 
 
 @torch.no_grad()

@@ -1,8 +1,12 @@
-"""Packing takes no more device memory than the packed tensors, one source tensor and 64 MB."""
+"""Packing takes no more device memory than the packed tensors, one source tensor and 64 MB; copies are freed."""
+
+import gc
 
 import pytest
 import torch
+from torch import nn
 
+from marlin_w4a16 import PackedLinear, prepare, restore
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.layout import pack, pack_into
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
@@ -35,3 +39,46 @@ def test_prefill_takes_two_bounded_scratch_tensors():
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     out, peak = peak_above(lambda: linear(x, packed))
     assert peak - out.nbytes <= 3 * (32 << 20)
+
+
+def allocated() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+@torch.no_grad()
+def test_packed_copies_are_freed_with_their_model_and_with_the_compiled_function(fp4_linear, monkeypatch):
+    monkeypatch.setattr(fp4_linear, "device", "cuda")
+    run = torch.compile(lambda model, x: model(x), backend="marlin_w4a16")
+    x = torch.randn(4, 1024, device="cuda")
+    start = allocated()
+    models = [fp4_linear(4096, 1024) for _ in range(3)]
+    size = allocated() - start
+    for model in models:
+        run(model, x)
+    assert allocated() - start >= 1.9 * size
+    del models[0], model
+    models.pop(0)
+    assert allocated() - start <= 0.7 * 2 * size / 2 + size / 3
+    torch._dynamo.reset()
+    del run
+    assert allocated() - start <= 1.1 * size / 3
+
+
+@torch.no_grad()
+def test_prepare_and_restore_free_what_they_replace():
+    quantization = pytest.importorskip("torchao.quantization")
+    from torchao.prototype.mx_formats.inference_workflow import NVFP4WeightOnlyConfig
+
+    start = allocated()
+    model = nn.Sequential(*(nn.Linear(8192, 8192, bias=False) for _ in range(4))).to("cuda", torch.bfloat16)
+    quantization.quantize_(model, NVFP4WeightOnlyConfig())
+    before = allocated()
+    swaps, peak = peak_above(lambda: prepare(model))
+    assert len(swaps.done) == 4 and all(isinstance(m, PackedLinear) for m in model)
+    packed, source = swaps.done[0].after, swaps.done[0].before
+    assert peak <= 4 * packed + source + (64 << 20)
+    assert allocated() - start <= 4 * packed + (1 << 20) and before - start >= 4 * source
+    restore(model)
+    assert allocated() <= before + (1 << 20)

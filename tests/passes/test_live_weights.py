@@ -1,15 +1,27 @@
 """Never another weight's result: a compiled graph runs with the weights of the call, whatever happened to them."""
 
 import copy
+import gc
+import io
+import pickle
 import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4, refresh
+from marlin_w4a16.passes import binding
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
+def device(request, monkeypatch, fp4_linear) -> str:
+    """Where the models of a test and the input X are."""
+    monkeypatch.setattr(fp4_linear, "device", request.param)
+    monkeypatch.setitem(globals(), "X", X.to(request.param))
+    return request.param
 
 
 @pytest.fixture
@@ -132,6 +144,150 @@ def test_a_changed_weight(fp4_linear, assert_near, logged, change, quantize):
     assert logged() == ["INFO"]
 
 
+def data_in_place(module, other):
+    module.codes.data.copy_(other.codes)
+
+
+def numpy_view(module, other):
+    module.codes.detach().numpy()[:] = other.codes.numpy()
+
+
+def factor_in_place(module, other):
+    module.factor.data.mul_(3)
+
+
+@pytest.mark.parametrize("change", [data_in_place, numpy_view, factor_in_place])
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+def test_a_write_that_nothing_sees_is_seen_after_refresh(
+    fp4_linear, assert_near, logged, device, change, made_in_inference_mode
+):
+    if change is numpy_view and device != "cpu":
+        pytest.skip("numpy has no views of GPU memory")
+    with torch.inference_mode(made_in_inference_mode):
+        model = nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
+        run = compiled(model)
+        before = run(X)
+        change(model[1], fp4_linear(64, 64))
+        refresh(run)
+        for _ in range(2):
+            after = run(X)
+            assert_near(after, model(X))
+        assert (after - before).norm() > 0.01 * before.norm()
+    assert logged() == ["INFO"]
+
+
+def test_refresh_of_one_part_packs_that_part_again(fp4_linear, monkeypatch):
+    model = nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
+    run = compiled(model)
+    run(X)
+    packed = []
+    monkeypatch.setattr(binding, "pack_into", lambda weight, into: packed.append(weight.name))
+    refresh(model[1])
+    run(X)
+    assert packed == ["1.codes"]
+
+
+def test_refresh_reaches_tensors_that_are_plain_attributes(fp4_linear, assert_near):
+    module = fp4_linear()
+    del module.factor
+    module.factor = torch.tensor(0.5)
+    run = compiled(module)
+    run(X)
+    module.factor.data.mul_(3)
+    refresh(module)
+    assert_near(run(X), module(X))
+
+
+def test_memory_that_comes_back_with_other_values(fp4_linear, assert_near, device):
+    """Freed and given to the next weight, as an allocator does: the same tensor, address and version."""
+    if device != "cpu":
+        pytest.skip("only memory of the CPU can be given out by hand")
+    module = fp4_linear()
+    memory = torch.empty(module.codes.numel(), dtype=torch.uint8)
+
+    def at_one_address(codes: Tensor) -> Tensor:
+        storage = torch.frombuffer(memory.numpy(), dtype=torch.uint8)
+        storage.copy_(codes.flatten())
+        return storage.view_as(codes)
+
+    module.codes.data = at_one_address(module.codes)
+    run = compiled(module)
+    run(X)
+    state = module.codes.data_ptr(), module.codes._version
+    module.codes.data = torch.empty(0, dtype=torch.uint8)
+    module.codes.data = at_one_address(fp4_linear().codes)
+    assert state == (module.codes.data_ptr(), module.codes._version)
+    assert_near(run(X), module(X))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_a_model_that_was_compiled(fp4_linear, assert_near, logged, how):
+    run = compiled(lambda module, x: module(x))
+    module = fp4_linear()
+    run(module, X)
+    if how == "deepcopy":
+        twin = copy.deepcopy(module)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(module))
+    else:
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    module.codes.copy_(fp4_linear().codes)
+    for instance in (twin, module, twin):
+        assert_near(run(instance, X), instance(X))
+    assert (run(twin, X) - run(module, X)).norm() > 0.01
+    assert logged() == ["INFO"]
+
+
+def copies() -> int:
+    return len(binding._COPIES)
+
+
+@torch.no_grad()
+def test_the_graphs_of_a_model_share_its_packed_weights(fp4_linear, assert_near, logged):
+    """A graph for each shape, one for another dtype of activations, and one for another way to use the weights."""
+    model = nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
+    run = torch.compile(model, backend="marlin_w4a16", dynamic=False)
+    other = torch.compile(lambda x: model(x) + 1, backend="marlin_w4a16")
+    turned = compiled(lambda x: x @ model[0].weight().T)
+    for tokens in (3, 5, 7):
+        assert_near(run(X[:1].expand(tokens, 64)), model(X[:1].expand(tokens, 64)))
+    assert_near(other(X), model(X) + 1)
+    assert_near(turned(X), X @ model[0].weight().T)
+    assert len(logged()) == 5 and copies() == 2
+    model[0].codes.copy_(fp4_linear(64, 64).codes)
+    assert_near(run(X[:1].expand(5, 64)), model(X[:1].expand(5, 64)))
+    assert_near(turned(X), X @ model[0].weight().T)
+    assert_near(other(X), model(X) + 1)
+    assert copies() == 2
+
+
+def test_packed_weights_live_as_long_as_the_model(fp4_linear):
+    run = compiled(lambda module, x: module(x))
+    first, second = fp4_linear(), fp4_linear()
+    run(first, X)
+    run(second, X)
+    assert copies() == 2
+    del first
+    gc.collect()
+    assert copies() == 1
+    run(second, X)
+    assert copies() == 1
+
+
+def test_packed_weights_live_as_long_as_the_compiled_function(fp4_linear):
+    module = fp4_linear()
+    run = compiled(module)
+    run(X)
+    assert copies() == 1
+    del run
+    torch._dynamo.reset()
+    gc.collect()
+    assert copies() == 0 and module(X) is not None
+
+
 def test_a_weight_that_is_no_longer_fp4_runs_eagerly_and_says_so_once(fp4_linear, logged):
     module = fp4_linear()
     run = compiled(module)
@@ -144,6 +300,22 @@ def test_a_weight_that_is_no_longer_fp4_runs_eagerly_and_says_so_once(fp4_linear
     module.table.copy_(table)
     torch.testing.assert_close(run(X), module(X), rtol=1e-4, atol=1e-4)
     assert logged() == ["INFO", "WARNING"]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_model_that_moves_to_another_device_and_back(fp4_linear, assert_near, device):
+    other = "cpu" if device == "cuda" else "cuda"
+    model = nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
+    run = compiled(model)
+    for i, place in enumerate((device, other, device, other, device)):
+        model.to(place)
+        if i > 1:
+            model[0].codes.copy_(model[0].codes.roll(i, 0))
+            model[1].factor.data = model[1].factor * 1.5
+        for _ in range(2):
+            assert_near(run(X.to(place)), model(X.to(place)))
+    assert copies() == 4
 
 
 def test_an_instance_that_is_no_fp4_does_not_disturb_one_that_is(fp4_linear, assert_near, logged):
@@ -164,7 +336,7 @@ def test_a_weight_of_zeros_that_is_loaded_later(fp4_linear, assert_near, logged,
     for tensor in (module.codes, module.scales):
         tensor.zero_()
     run = compiled(module)
-    assert torch.equal(run(X), torch.zeros(3, 48))
+    assert torch.equal(run(X), X.new_zeros(3, 48))
     module.load_state_dict(source.state_dict())
     assert_near(run(X), source(X))
     assert logged() == ["INFO"]

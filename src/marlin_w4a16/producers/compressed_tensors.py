@@ -19,7 +19,7 @@ _KINDS: dict[int, ScaleKind] = {16: "e4m3", 32: "e8m0"}
 def read(module: Any, recover: bool) -> Found | Rejected | None:
     """See `marlin_w4a16.producers`."""
     scheme: Any = getattr(module, "quantization_scheme", None)
-    if not is_of("compressed_tensors", scheme):
+    if not is_of("compressed_tensors", scheme) or not issubclass(type(module), nn.Linear):
         return None
     refusal = _refusal(module, scheme)
     if refusal is not None:

@@ -21,13 +21,17 @@ def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
     """See `marlin_w4a16.producers`."""
     quantizer: Any = getattr(module, "weight_quantizer", None)
     weight: Any = module._parameters.get("weight")
-    if not is_of("modelopt", quantizer) or weight is None:
+    if not is_of("modelopt", quantizer) or weight is None or not isinstance(module, nn.Linear):
         return None
     refusal = _refusal(module, quantizer)
     if refusal is not None:
         return Rejected(refusal)
     if type(weight).__name__ == "QTensorWrapper":
         found = _compressed(quantizer, weight)
+    elif not quantizer.is_enabled and not hasattr(quantizer, "_amax"):
+        found = Rejected(
+            "its weight quantiser is off and holds no scale (mtq.fold_weight keeps it with keep_attrs=True)"
+        )
     elif recover:
         found = _fake_quantised(quantizer, weight)
     else:
@@ -120,7 +124,7 @@ def _fake_quantised(quantizer: Any, weight: Tensor) -> Found | Rejected:
     if kind == "e4m3":
         amax = getattr(quantizer, "_amax", None)
         if amax is None or amax.numel() != 1:
-            return Rejected("no scale is left on the module: mtq.fold_weight(model, keep_attrs=True) keeps it")
+            return Rejected("its weight quantiser holds no amax of the whole weight: calibrate it first")
         factor = amax.float().reshape(()) / (E2M1_MAX * E4M3_MAX)
         scales = nvfp4_scales(blocks, factor)
     else:
