@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from marlin_w4a16.passes.moment import Moment, state_of
+from marlin_w4a16.passes.moment import Ids, Moment, ids_of, state_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import Rewritten
 
@@ -42,17 +42,16 @@ class LiveCall:
         self._kept = rewritten.kept
         self._bound = rewritten.bound
         self._leaves = operator.itemgetter(*sorted({i for bound in rewritten.bound for i in bound.leaves}))
-        self._snapshots: dict[tuple[int, ...], _Snapshot] = {}
+        self._snapshots: dict[Ids, _Snapshot] = {}
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
         leaves = self._leaves(args)
-        state = state_of(leaves)
-        snapshot = self._snapshots.get(state[0])
+        ids, state = ids_of(leaves), state_of(leaves)
+        snapshot = self._snapshots.get(ids)
         if snapshot is None or not snapshot.leaves.holds(state):
             packed = self._look_up(args)
-            snapshot = _Snapshot(Moment(leaves, state, self._forget(state[0])), packed)
-            self._snapshots[state[0]] = snapshot
+            snapshot = self._snapshots[ids] = _Snapshot(Moment(leaves, state, self._forget(ids)), packed)
         if isinstance(snapshot.packed, Rejected):
             return self._run_as_traced(snapshot.packed, args)
         return self._compiled(*[args[i] for i in self._kept], *snapshot.packed)
@@ -67,14 +66,14 @@ class LiveCall:
             tensors += [packed.words, packed.scales, packed.multiplier]
         return tensors
 
-    def _forget(self, key: tuple[int, ...]) -> Callable[[], None]:
+    def _forget(self, ids: Ids) -> Callable[[], None]:
         """Lets the packed tensors go when a leaf dies."""
         call = weakref.ref(self)
 
         def forget() -> None:
             owner = call()
             if owner is not None:
-                owner._snapshots.pop(key, None)
+                owner._snapshots.pop(ids, None)
 
         return forget
 

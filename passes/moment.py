@@ -7,12 +7,18 @@ from torch import Tensor
 
 from marlin_w4a16.passes.torch_private import storage_of, versions_of
 
-State = tuple[tuple[int, ...], list[int], list[int]]
+Ids = tuple[int, ...]
+State = tuple[list[int], list[int]]
+
+
+def ids_of(tensors: Sequence[Tensor]) -> Ids:
+    """Which tensors they are: the key under which what belongs to them is kept."""
+    return tuple(map(id, tensors))
 
 
 def state_of(tensors: Sequence[Tensor]) -> State:
-    """Identity, address and version of each tensor, read as fast as Python can: it is read at every call."""
-    return tuple(map(id, tensors)), list(map(Tensor.data_ptr, tensors)), versions_of(tensors)
+    """Address and version of each tensor, read as fast as Python can: it is read at every call."""
+    return list(map(Tensor.data_ptr, tensors)), versions_of(tensors)
 
 
 class Moment:
@@ -22,7 +28,7 @@ class Moment:
 
     Args:
         tensors: the tensors.
-        state: their `state_of`.
+        state: their `state_of`, read before anything else is.
         on_death: called when one of them dies.
     """
 
@@ -45,5 +51,5 @@ class Moment:
         self._refs = [*(weakref.ref(t, die) for t in tensors), *(weakref.ref(s, end) for s in storages)]
 
     def holds(self, state: State) -> bool:
-        """Whether tensors of this state are the same ones, unchanged."""
+        """Whether the same tensors, now of this state, are unchanged."""
         return self._state == state

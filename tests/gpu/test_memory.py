@@ -37,6 +37,7 @@ def test_packing(quantize):
 def test_prefill_takes_two_bounded_scratch_tensors():
     packed = pack(quantize_nvfp4(torch.randn(28672, 8192, device="cuda", dtype=torch.bfloat16)))
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    linear(x, packed)  # cuBLAS takes its workspace
     out, peak = peak_above(lambda: linear(x, packed))
     assert peak - out.nbytes <= 3 * (32 << 20)
 
@@ -57,10 +58,10 @@ def test_packed_copies_are_freed_with_their_model_and_with_the_compiled_function
     size = allocated() - start
     for model in models:
         run(model, x)
-    assert allocated() - start >= 1.9 * size
-    del models[0], model
-    models.pop(0)
-    assert allocated() - start <= 0.7 * 2 * size / 2 + size / 3
+    both = allocated() - start
+    assert both >= 1.9 * size
+    del models[:2], model
+    assert allocated() - start <= 1.1 * both / 3
     torch._dynamo.reset()
     del run
     assert allocated() - start <= 1.1 * size / 3

@@ -128,7 +128,7 @@ def _dense(module: nn.Module, scheme: Any, status: str) -> Found | Rejected:
             return Rejected("its fake quantiser gives other values when it is run on its own output")
     divisor = parameters.get("weight_global_scale")
     factor = torch.ones((), device=weight.device) if divisor is None else divisor.detach().float().reshape(())
-    found = recover_codes(value, scales, factor, _KINDS[group], divides=divisor is not None)
+    found = recover_codes(value, [scales], factor, _KINDS[group], divides=divisor is not None)
     if isinstance(found, Rejected):
         return found
     return Found(

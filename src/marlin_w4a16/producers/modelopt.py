@@ -119,17 +119,12 @@ def _fake_quantised(quantizer: Any, weight: Tensor) -> Found | Rejected:
     kind = _SCALE_BITS.get(sizes.get("scale_bits", (0, 0))) if quantizer.num_bits == (2, 1) else None
     if kind is None or sizes.get("type") != "dynamic" or weight.ndim != 2 or weight.shape[1] % sizes[-1]:
         return Rejected("its weight is dense, and its quantiser is not one of dynamic FP4 blocks")
-    blocks = weight.detach().reshape(weight.shape[0], -1, sizes[-1])
     factor = torch.ones((), device=weight.device)
     if kind == "e4m3":
         amax = getattr(quantizer, "_amax", None)
         if amax is None or amax.numel() != 1:
             return Rejected("its weight quantiser holds no amax of the whole weight: calibrate it first")
         factor = amax.float().reshape(()) / (E2M1_MAX * E4M3_MAX)
-        scales = nvfp4_scales(blocks, factor)
-    else:
-        binades = torch.log2(blocks.float().abs().amax(-1) / E2M1_MAX).clamp(min=-E8M0_BIAS).ceil()
-        scales = (binades + E8M0_BIAS).to(torch.uint8)
     value = weight.detach()
     if quantizer.is_enabled:
         try:
@@ -139,8 +134,20 @@ def _fake_quantised(quantizer: Any, weight: Tensor) -> Found | Rejected:
             return Rejected(f"its fake quantiser does not run here: {type(error).__name__}: {error}")
         if not same_bits(value, again):
             return Rejected("its fake quantiser gives other values when it is run on its own output")
+    # A block's largest value is six scales, and tells the scale unless that is subnormal. The weight tells it too, but
+    # the quantiser's kernel divides approximately, and may round to the neighbour.
+    scales = [_scales(source, kind, sizes[-1], factor) for source in (value, weight.detach())]
     recovered = recover(value, scales, factor, kind)
     if isinstance(recovered, Rejected):
         return recovered
     kept = {"formula": recovered[1], "dtype": weight.dtype, "requires_grad": weight.requires_grad}
     return Found(recovered[0], weight.dtype, bytes_of(weight), kept)
+
+
+def _scales(weight: Tensor, kind: ScaleKind, group: int, factor: Tensor) -> Tensor:
+    """The scales ModelOpt gives the blocks of a weight."""
+    blocks = weight.reshape(weight.shape[0], -1, group)
+    if kind == "e4m3":
+        return nvfp4_scales(blocks, factor)
+    binades = torch.log2(blocks.float().abs().amax(-1) / E2M1_MAX).clamp(min=-E8M0_BIAS).ceil()
+    return (binades + E8M0_BIAS).to(torch.uint8)

@@ -1,11 +1,12 @@
 """Reads the codes of a dense weight back, given its scales: it is taken only if they give every bit of it again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind, as_bytes
+from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind, as_bytes, scale_table
+from marlin_w4a16.kernels.layout import PAD_SCALE
 from marlin_w4a16.kernels.quantize import encode, pack_nibbles
 from marlin_w4a16.passes.outcome import Rejected
 
@@ -18,28 +19,26 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def recover(
-    value: Tensor, scales: Tensor, factor: Tensor, kind: ScaleKind, *, divides: bool = False
+    value: Tensor, scales: Sequence[Tensor], factor: Tensor, kind: ScaleKind, *, divides: bool = False
 ) -> tuple[FP4Weight, str] | Rejected:
     """The weight that decodes to ``value``, bit for bit, and the name of the formula that does it.
 
     Args:
         value: ``[n, k]``, a float dtype.
-        scales: bytes ``[n, k / group]``.
+        scales: bytes ``[n, k / group]``; of several, each block takes the first that is right.
         factor: float32 scalar, the global scale.
         kind: as in `FP4Weight`.
         divides: the global scale is a divisor.
     """
     n, k = value.shape
-    codes = torch.empty((n, k // 2), dtype=torch.uint8, device=value.device)
+    candidates = [as_bytes(s) for s in scales]
+    group = k // candidates[0].shape[1]
     multiplier = (factor.reciprocal() if divides else factor).expand(n).contiguous()
-    weight = FP4Weight(codes, as_bytes(scales).contiguous(), multiplier, kind, k // scales.shape[1])
-    for rows, part in weight.row_blocks():
-        step = part.factors(torch.float32)[1].unsqueeze(-1) * part.multiplier[:, None, None]
-        blocks = value[rows].float().reshape(*part.scales.shape, weight.group)
-        near = encode((blocks / step).nan_to_num(0.0)) | (blocks.signbit() << 3)
-        codes[rows] = pack_nibbles(near.flatten(1).to(torch.uint8))
+    codes = torch.empty((n, k // 2), dtype=torch.uint8, device=value.device)
+    weight = FP4Weight(codes, torch.empty_like(candidates[0]).fill_(PAD_SCALE[kind]), multiplier, kind, group)
     for formula in FORMULAS:
-        if _gives(value, weight, factor, formula):
+        parts = ((value[rows], [s[rows] for s in candidates], part) for rows, part in weight.row_blocks())
+        if all(_recover_rows(found, options, part, factor, formula) for found, options, part in parts):
             return weight, formula
     return Rejected("its dense weight is not, bit for bit, the decode of codes with the scales on the module")
 
@@ -54,13 +53,29 @@ def dense(weight: FP4Weight, factor: Tensor, formula: str, dtype: torch.dtype) -
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two dense tensors hold the same bits, signs of zeros included."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
+    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
 
 
-def _gives(value: Tensor, weight: FP4Weight, factor: Tensor, formula: str) -> bool:
-    parts = ((value[rows], _part(part, factor, formula, value.dtype)) for rows, part in weight.row_blocks())
-    return all(same_bits(found.contiguous(), expected) for found, expected in parts)
+def _recover_rows(value: Tensor, scales: Sequence[Tensor], part: FP4Weight, factor: Tensor, formula: str) -> bool:
+    """Writes codes and scales of some rows; says whether every block came out right."""
+    blocks = value.reshape(*part.scales.shape, part.group)
+    right = torch.zeros_like(part.scales, dtype=torch.bool)
+    for option in scales:
+        step = scale_table(part.kind, value.device, torch.float32)[option.int()] * part.multiplier[:, None]
+        near = encode((blocks.float() / step.unsqueeze(-1)).nan_to_num(0.0)) | (blocks.signbit() << 3)
+        packed = pack_nibbles(near.flatten(1).to(torch.uint8)).reshape(*part.scales.shape, part.group // 2)
+        held = part.codes.reshape_as(packed)
+        part.codes.copy_(torch.where(right.unsqueeze(-1), held, packed).flatten(1))
+        part.scales.copy_(torch.where(right, part.scales, option))
+        again = _part(part, factor, formula, value.dtype)
+        right = (_bits(again) == _bits(value)).reshape_as(blocks).all(-1)
+        if bool(right.all()):
+            return True
+    return False
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def _part(part: FP4Weight, factor: Tensor, formula: str, dtype: torch.dtype) -> Tensor:
