@@ -3,6 +3,7 @@
 python benchmarks/overhead.py
 """
 
+import platform
 import statistics
 import time
 
@@ -35,7 +36,7 @@ class NVFP4Linear(nn.Module):
         return nn.functional.linear(x, weight.to(x.dtype))
 
 
-def microseconds(call, repeats: int = 200) -> float:
+def microseconds(call, repeats: int = 1000) -> float:
     """The median of ``repeats`` calls."""
     times = []
     for _ in range(repeats):
@@ -47,17 +48,17 @@ def microseconds(call, repeats: int = 200) -> float:
 
 def lookup(model: nn.Module, x: Tensor) -> tuple[float, int]:
     """Microseconds of a call whose compiled graph does nothing, and the number of leaves."""
-    found: list[tuple[float, int]] = []
+    calls: list[tuple[LiveCall, list, int]] = []
 
     def backend(gm, inputs):
         rewritten = rewrite(gm, inputs)
-        live = LiveCall(lambda *_: None, gm.forward, rewritten)
         leaves = {i for bound in rewritten.bound for i in bound.leaves}
-        found.append((microseconds(lambda: live(*inputs)), len(leaves)))
+        calls.append((LiveCall(lambda *_: None, gm.forward, rewritten), list(inputs), len(leaves)))
         return gm.forward
 
     torch.compile(model, backend=backend, fullgraph=True)(x)
-    return found[0]
+    ((live, inputs, leaves),) = calls
+    return microseconds(lambda: live(*inputs)), leaves
 
 
 @torch.no_grad()
@@ -66,7 +67,8 @@ def main() -> None:
     model = nn.Sequential(*(NVFP4Linear(64, 64) for _ in range(WEIGHTS)))
     x = torch.zeros(1, 64, device=DEVICE, dtype=torch.bfloat16)
     us, leaves = lookup(model, x)
-    print(f"{DEVICE}, torch {torch.__version__}: {WEIGHTS} weights, {leaves} leaves: lookup {us:.0f} us a call")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{DEVICE}, {versions}: {WEIGHTS} weights, {leaves} leaves: lookup {us:.0f} us a call")
 
 
 if __name__ == "__main__":

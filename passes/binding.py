@@ -16,7 +16,7 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
-from marlin_w4a16.passes.moment import Ids, Moment, State, ids_of, state_of
+from marlin_w4a16.passes.moment import Moment, State, state_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.recognise import Recipe, recognise, verify
 
@@ -64,7 +64,7 @@ class Binding:
         self._recipe = recipe
         self._dtype = dtype
         self.name = name
-        self._proofs: dict[Ids, _Proof] = {}
+        self._proofs: dict[tuple[int, ...], _Proof] = {}
 
     def packed(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
         """The packed copy of the weight that these leaves hold now.
@@ -74,8 +74,8 @@ class Binding:
         """
         with _LOCK, torch.inference_mode(False), torch.no_grad():
             state = state_of(leaves)
-            proof = self._proofs.get(ids_of(leaves))
-            if proof is not None and proof.leaves.holds(state):
+            proof = self._proofs.get(tuple(map(id, leaves)))
+            if proof is not None and proof.leaves.holds(leaves, state):
                 return proof.copy.packed
             if any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
                 raise NeedsCallBeforeCapture(
@@ -93,16 +93,16 @@ class Binding:
         copy = weight if isinstance(weight, Rejected) else self._copy(leaves, weight)
         if isinstance(copy, Rejected):
             return copy
-        ids = ids_of(leaves)
+        ids = tuple(map(id, leaves))
         self._proofs[ids] = _Proof(Moment(leaves, state, self._forget(ids)), copy)
         return copy.packed
 
     def _copy(self, leaves: Sequence[Tensor], weight: FP4Weight) -> _Copy | Rejected:
         sources = [leaves[i] for i in self._recipe.sources]
         state = state_of(sources)
-        key = (ids_of(sources), weight.codes.device, self._recipe.reading, self._dtype is torch.float16)
+        key = (*map(id, sources), weight.codes.device, self._recipe.reading, self._dtype is torch.float16)
         copy = _COPIES.get(key)
-        if copy is not None and copy.sources.holds(state):
+        if copy is not None and copy.sources.holds(sources, state):
             return copy
         fitted = fit(weight, self._dtype)
         if isinstance(fitted, Rejected):
@@ -129,7 +129,7 @@ class Binding:
         self._recipe = recipe
         return recipe.read(leaves, self.name)
 
-    def _forget(self, ids: Ids) -> Callable[[], None]:
+    def _forget(self, ids: tuple[int, ...]) -> Callable[[], None]:
         binding = weakref.ref(self)
 
         def forget() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from marlin_w4a16.passes.moment import Ids, Moment, ids_of, state_of
+from marlin_w4a16.passes.moment import Moment, state_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import Rewritten
 
@@ -42,16 +42,18 @@ class LiveCall:
         self._kept = rewritten.kept
         self._bound = rewritten.bound
         self._leaves = operator.itemgetter(*sorted({i for bound in rewritten.bound for i in bound.leaves}))
-        self._snapshots: dict[Ids, _Snapshot] = {}
+        self._codes = rewritten.bound[0].codes  # tells instances of the model apart
+        self._snapshots: dict[int, _Snapshot] = {}
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
         leaves = self._leaves(args)
-        ids, state = ids_of(leaves), state_of(leaves)
-        snapshot = self._snapshots.get(ids)
-        if snapshot is None or not snapshot.leaves.holds(state):
+        state = state_of(leaves)
+        instance = id(args[self._codes])
+        snapshot = self._snapshots.get(instance)
+        if snapshot is None or not snapshot.leaves.holds(leaves, state):
             packed = self._look_up(args)
-            snapshot = self._snapshots[ids] = _Snapshot(Moment(leaves, state, self._forget(ids)), packed)
+            snapshot = self._snapshots[instance] = _Snapshot(Moment(leaves, state, self._forget(instance)), packed)
         if isinstance(snapshot.packed, Rejected):
             return self._run_as_traced(snapshot.packed, args)
         return self._compiled(*[args[i] for i in self._kept], *snapshot.packed)
@@ -66,14 +68,14 @@ class LiveCall:
             tensors += [packed.words, packed.scales, packed.multiplier]
         return tensors
 
-    def _forget(self, ids: Ids) -> Callable[[], None]:
+    def _forget(self, instance: int) -> Callable[[], None]:
         """Lets the packed tensors go when a leaf dies."""
         call = weakref.ref(self)
 
         def forget() -> None:
             owner = call()
             if owner is not None:
-                owner._snapshots.pop(ids, None)
+                owner._snapshots.pop(instance, None)
 
         return forget
 

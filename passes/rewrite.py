@@ -18,10 +18,11 @@ from marlin_w4a16.passes.torch_private import add_static_input, graph_copy, is_f
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A binding and the positions of its leaves among the inputs of the traced graph."""
+    """A binding and the positions among the inputs of the traced graph: of its leaves, and of the one with the codes."""
 
     binding: Binding
     leaves: tuple[int, ...]
+    codes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,8 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any]) -> Rewritten:
             if isinstance(packed, PackedFP4):
                 codes = copies[weight.leaves[recipe.codes]]
                 nodes, fakes = _inputs(copy.graph, codes, last_input, packed, len(bound))
-                bound.append(Bound(binding, tuple(placeholders.index(leaf) for leaf in weight.leaves)))
+                leaves = tuple(placeholders.index(leaf) for leaf in weight.leaves)
+                bound.append(Bound(binding, leaves, leaves[recipe.codes]))
                 last_input, added = nodes[-1], added + fakes
                 for product in weight.products:
                     linear.replace(product, copies[product.node], packed, nodes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16 import E2M1_VALUES, PackedLinear, prepare, restore
-from marlin_w4a16.kernels.quantize import encode, nvfp4_scales
+from marlin_w4a16.kernels.quantize import encode
 from marlin_w4a16.producers import modelopt as producer
 from marlin_w4a16.producers.found import Found
 
@@ -247,6 +247,11 @@ def test_another_format_is_refused_by_its_name():
     assert refusal(compressed(Layer(), "FP8_DEFAULT_CFG")) == "its weight is a FP8QTensor, which is not FP4"
 
 
+def test_other_modules_have_no_row():
+    model = quantised(nn.Sequential(nn.Conv1d(16, 16, 1)), "NVFP4_DEFAULT_CFG")
+    assert hasattr(model[0], "weight_quantizer") and prepare(model).rows == ()
+
+
 def test_a_weight_on_the_meta_device_is_left(model):
     model.up.to("meta")
     rows = prepare(model).rows
@@ -330,14 +335,25 @@ def by_comparison(magnitude: Tensor, x: Tensor) -> Tensor:
     return torch.where(x >= 0, magnitude, -magnitude)
 
 
-def on_cpu(quantizer: nn.Module, signed: Callable[[Tensor, Tensor], Tensor]) -> None:
+def up(scale: Tensor) -> Tensor:
+    """Rounds to the E4M3 value above."""
+    near = (0.999 * scale).to(torch.float8_e4m3fn)
+    return (near.view(torch.uint8) + (near.float() < 0.999 * scale)).view(torch.float8_e4m3fn)
+
+
+def on_cpu(
+    quantizer: nn.Module,
+    signed: Callable[[Tensor, Tensor], Tensor] = torch.copysign,
+    rounded: Callable[[Tensor], Tensor] = lambda scale: scale.to(torch.float8_e4m3fn),
+) -> None:
     """Stands for the fake quantiser, which needs CUDA."""
     factor = quantizer._amax.float() / (6 * 448)
 
     def forward(weight: Tensor) -> Tensor:
         blocks = weight.float().unflatten(1, (-1, 16))
-        scales = (nvfp4_scales(blocks, factor).float() * factor).unsqueeze(-1)
-        magnitude = torch.tensor(E2M1_VALUES)[encode(blocks.abs() / scales).int()] * scales
+        scale = blocks.abs().amax(-1, keepdim=True) / (6 * factor)
+        step = rounded(scale).float() * factor
+        magnitude = torch.tensor(E2M1_VALUES)[encode(blocks.abs() / step).int()] * step
         return signed(magnitude, blocks).flatten(1).to(weight.dtype)
 
     quantizer.forward = forward
@@ -351,10 +367,12 @@ def simulated() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("signed", [torch.copysign, by_comparison])
-def test_a_fake_quantised_weight_is_recovered_and_comes_back_rounded(simulated, signed, assert_near):
+@pytest.mark.parametrize(
+    "how", [{}, {"signed": by_comparison}, {"rounded": up}], ids=["exact", "sign by comparison", "scales rounded up"]
+)
+def test_a_fake_quantised_weight_is_recovered_and_comes_back_rounded(simulated, how, assert_near):
     for linear in (simulated.up, simulated.down):
-        on_cpu(linear.weight_quantizer, signed)
+        on_cpu(linear.weight_quantizer, **how)
     expected, rounded = simulated(X), simulated.up.weight_quantizer(simulated.up.weight).detach()
     keys, gradients = list(simulated.state_dict()), [p.requires_grad for p in simulated.parameters()]
     swaps = prepare(simulated, recover=True)
