@@ -18,7 +18,7 @@ from marlin_w4a16.passes.torch_private import add_static_input, graph_copy, is_f
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A binding and the positions among the inputs of the traced graph: of its leaves, and of the one with the codes."""
+    """A binding and where its leaves, and among them its codes, stand among the inputs of the traced graph."""
 
     binding: Binding
     leaves: tuple[int, ...]

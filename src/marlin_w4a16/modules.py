@@ -36,9 +36,9 @@ class PackedLinear(nn.Module):
         self, weight: FP4Weight | PackedFP4, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         super().__init__()
+        if weight.multiplier.ndim != 1:
+            raise ValueError(f"PackedLinear: found a weight of {weight.multiplier.ndim + 1} dimensions, expected 2")
         packed = pack(weight if isinstance(weight, PackedFP4) else weight.fit_first(torch.float16, dtype))
-        if packed.multiplier.ndim != 1:
-            raise ValueError(f"PackedLinear: found a weight of {packed.multiplier.ndim + 1} dimensions, expected 2")
         self.in_features, self.out_features = packed.k, packed.n
         self._kind, self._group, self._layout = packed.kind, packed.group, packed.layout
         for name in ("words", "scales", "multiplier"):
@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
-        self.origin: object = None
+        self.origin: Any = None  # what restore() needs
 
     words: nn.Parameter
     scales: nn.Parameter

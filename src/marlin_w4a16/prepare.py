@@ -1,13 +1,15 @@
 """Swaps the FP4 linears of a loaded model for modules that own their packed weights, and back."""
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.modules import PackedLinear
 from marlin_w4a16.passes.outcome import Rejected
@@ -62,27 +64,46 @@ class Swaps:
 
 @dataclass(slots=True)
 class Origin:
-    """What `restore` needs: the module that was swapped, without its weight; or why that is gone."""
+    """What `restore` needs: the module that was swapped, without its weight; or why that is gone.
+
+    Attributes:
+        producer: who made it.
+        module: the module.
+        kept: see `marlin_w4a16.producers.found.Found`.
+        nbytes: bytes of its weight.
+        dtype: what its producer decodes it to.
+        device: where it was.
+        unfitted: scales and multiplier as they were, where packing changed them (see `FP4Weight.fit`).
+        hook: what decompresses it.
+        gone: why there is no module.
+    """
 
     producer: str
     module: nn.Module | None
     kept: Mapping[str, Any]
     nbytes: int
+    dtype: torch.dtype
     device: torch.device
-    hook: Callable[..., Any] | None = None
+    unfitted: tuple[Tensor, Tensor] | None = None
+    hook: compressed_tensors.Hook | None = None
     gone: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
         try:
-            module = copy.deepcopy(self.module, memo)
+            module, hook = copy.deepcopy(self.module, memo), self.hook
         except Exception as error:  # modules of ModelOpt 0.47 cannot be copied
-            gone = f"the original module could not be copied: {type(error).__name__}: {error}"
-            return Origin(self.producer, None, {}, self.nbytes, self.device, None, gone)
-        return Origin(self.producer, module, self.kept, self.nbytes, self.device, self.hook, self.gone)
+            return self._without(f"the original module could not be copied: {type(error).__name__}: {error}")
+        owner = memo.get(id(hook.owner())) if hook is not None else None
+        if hook is not None and owner is not None:
+            hook = replace(hook, owner=weakref.ref(owner))
+        return replace(self, module=module, hook=hook)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        gone = self.gone or "the original module is not saved with a PackedLinear"
-        return Origin, (self.producer, None, {}, self.nbytes, self.device, None, gone)
+        gone = self._without("the original module is not saved with a PackedLinear")
+        return Origin, tuple(getattr(gone, f.name) for f in fields(gone))
+
+    def _without(self, reason: str) -> "Origin":
+        return Origin(self.producer, None, {}, self.nbytes, self.dtype, self.device, gone=self.gone or reason)
 
 
 def prepare(
@@ -116,18 +137,17 @@ def prepare(
         producer, found = _read(module, recover)
         if found is None:
             continue
-        packed = _packed(found, module, keeps_activations=activation_quant == "refuse") if path else _ROOT
-        if isinstance(packed, PackedLinear) and isinstance(found, Found) and producer is not None:
-            PRODUCERS[producer].strip(module, found.kept)
-            packed.origin = Origin(producer, module, found.kept, found.nbytes, packed.words.device)
+        packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
+        if isinstance(packed, PackedLinear):
+            PRODUCERS[packed.origin.producer].strip(module, packed.origin.kept)
             _place(packed, places[id(module)])
-            rows.append(Swap(path, producer, packed.packed.format, None, found.nbytes, packed.packed.nbytes))
-        elif isinstance(packed, Rejected):
-            rows.append(Swap(path, producer, None, packed.reason))
-        del found  # the originals go now, one at a time
-    for owner, hook in compressed_tensors.take_hooks(model):
-        for part in owner.modules():
-            if isinstance(part, PackedLinear) and isinstance(part.origin, Origin):
+            rows.append(Swap(path, producer, packed.packed.format, None, packed.origin.nbytes, packed.packed.nbytes))
+        else:
+            rows.append(Swap(path, producer or None, None, packed.reason))
+        del found  # the original weight goes now, one at a time
+    for hook in compressed_tensors.hooks_of(model):
+        for part in _packed_in(hook.owner() or model):
+            if isinstance(part.origin, Origin):
                 part.origin.hook = hook
     return Swaps(tuple(rows))
 
@@ -145,15 +165,16 @@ def restore(model: nn.Module) -> Swaps:
     for path, packed in list(model.named_modules()):
         if not isinstance(packed, PackedLinear):
             continue
-        origin, name = packed.origin, packed.packed.format
-        refusal = _refill(packed, path)
+        origin, packing = packed.origin, packed.packed
+        refusal = _refill(packed, path) if path else "it is the model itself: restore() swaps the modules in a model"
+        producer = origin.producer if isinstance(origin, Origin) else None
         if refusal is not None or not isinstance(origin, Origin) or origin.module is None:
-            rows.append(Swap(path, getattr(origin, "producer", None), name, refusal))
+            rows.append(Swap(path, producer, packing.format, refusal))
             continue
         _place(origin.module, places[id(packed)])
         if origin.hook is not None:
-            compressed_tensors.hang(model, origin.hook)
-        rows.append(Swap(path, origin.producer, name, None, packed.packed.nbytes, origin.nbytes))
+            origin.hook.put_back(origin.module, model)
+        rows.append(Swap(path, producer, packing.format, None, packing.nbytes, origin.nbytes))
     return Swaps(tuple(rows))
 
 
@@ -166,9 +187,9 @@ def _cells(row: Swap) -> tuple[str, ...]:
     return row.path, row.producer or "-", row.format or "-", change, row.refusal or "swapped"
 
 
-def _read(module: nn.Module, recover: bool) -> tuple[str | None, Found | Rejected | None]:
+def _read(module: nn.Module, recover: bool) -> tuple[str, Found | Rejected | None]:
     if isinstance(module, PackedLinear):
-        return None, Rejected("it is packed already")
+        return "", Rejected("it is packed already")
     for name, producer in PRODUCERS.items():
         try:
             found = producer.read(module, recover)
@@ -177,11 +198,13 @@ def _read(module: nn.Module, recover: bool) -> tuple[str | None, Found | Rejecte
         if found is not None:
             return name, found
     if isinstance(module, nn.Linear):
-        return None, Rejected(f"its weight is dense {module.weight.dtype}, of no producer of FP4")
-    return None, None
+        return "", Rejected(f"its weight is dense {getattr(module.weight, 'dtype', None)}, of no producer of FP4")
+    return "", None
 
 
-def _packed(found: Found | Rejected, module: nn.Module, keeps_activations: bool) -> PackedLinear | Rejected:
+def _packed(
+    producer: str, found: Found | Rejected, module: nn.Module, keeps_activations: bool
+) -> PackedLinear | Rejected:
     if isinstance(found, Rejected):
         return found
     if found.activations is not None and keeps_activations:
@@ -189,13 +212,16 @@ def _packed(found: Found | Rejected, module: nn.Module, keeps_activations: bool)
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) or hasattr(module, "_hf_hook"):
         return Rejected("it has hooks, which a PackedLinear would lose")
-    if found.weight.codes.is_meta:
-        return Rejected("its weight holds no values: it is on the meta device")
     try:
-        packed = PackedLinear(pack(found.weight.fit(found.dtype)), module.bias)  # type: ignore[arg-type]
+        weight = found.weight.fit(found.dtype)
     except ValueError as error:
         return Rejected(str(error))
-    return packed.train(module.training)
+    packed = PackedLinear(pack(weight), module.bias).train(module.training)  # type: ignore[arg-type]
+    unfitted = None
+    if weight is not found.weight:
+        unfitted = found.weight.scales.clone(), found.weight.multiplier
+    packed.origin = Origin(producer, module, found.kept, found.nbytes, found.dtype, weight.codes.device, unfitted)
+    return packed
 
 
 def _refill(packed: PackedLinear, path: str) -> str | None:
@@ -206,7 +232,7 @@ def _refill(packed: PackedLinear, path: str) -> str | None:
     if origin.module is None:
         return origin.gone
     try:
-        PRODUCERS[origin.producer].fill(origin.module, packed.to_fp4(path), origin.kept)
+        PRODUCERS[origin.producer].fill(origin.module, _unfitted(packed.to_fp4(path), origin), origin.kept)
     except ValueError as error:
         return str(error)
     origin.module.bias = packed.bias  # type: ignore[assignment]
@@ -216,11 +242,26 @@ def _refill(packed: PackedLinear, path: str) -> str | None:
     return None
 
 
+def _unfitted(weight: FP4Weight, origin: Origin) -> FP4Weight:
+    """The weight with the scales it had before packing changed them, if it is still that weight."""
+    if origin.unfitted is None:
+        return weight
+    scales, multiplier = (t.to(weight.codes.device) for t in origin.unfitted)
+    before = replace(weight, scales=scales, multiplier=multiplier)
+    again = before.fit(origin.dtype)
+    same = torch.equal(again.scales, weight.scales) and torch.equal(again.multiplier, weight.multiplier)
+    return before if same else weight
+
+
+def _packed_in(model: nn.Module) -> list[PackedLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Where each module stands: its parents, and its name in each."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, name))
     return places
 

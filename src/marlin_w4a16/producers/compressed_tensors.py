@@ -1,7 +1,8 @@
 """Linears of compressed-tensors: compressed, or dense with their scales beside (recover); read in version 0.20."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import Found, bytes_of, factor_of, is_linear, is_of
-from marlin_w4a16.producers.recover import dense, same_bits
+from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.recover import dense
 from marlin_w4a16.producers.recover import recover as recover_codes
 
 _KINDS: dict[int, ScaleKind] = {16: "e4m3", 32: "e8m0"}
@@ -24,6 +25,8 @@ def read(module: Any, recover: bool) -> Found | Rejected | None:
     refusal = _refusal(module, scheme)
     if refusal is not None:
         return Rejected(refusal)
+    if not holds_values(*_parameters(module).values()):
+        return NO_VALUES
     status = str(module.quantization_status.value)
     found: Found | Rejected
     if status == "compressed":
@@ -54,28 +57,47 @@ def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
     else:
         values = (weight.codes, weight.scales.view(kept["scale"]))
     for name, value in zip(kept["names"], values, strict=True):
-        parameters[name] = nn.Parameter(value, requires_grad=False)
+        parameters[name] = nn.Parameter(value, requires_grad=kept.get("requires_grad", False))
 
 
-def take_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """Takes away the hooks that decompress a model at its first forward, where nothing is left to decompress.
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """What decompresses a model at its first forward.
 
-    Yields each model that had one, and the hook.
+    Attributes:
+        owner: that model.
+        call: the hook.
+        off: whether it was taken off.
     """
+
+    owner: "weakref.ref[nn.Module]"
+    call: Callable[..., Any]
+    off: bool
+
+    def put_back(self, module: nn.Module, model: nn.Module) -> None:
+        """Hangs it where it was, or on ``model`` if that is gone; decompresses ``module`` if it ran meanwhile."""
+        owner: Any = self.owner() or model
+        if hasattr(owner, "ct_decompress_hook"):
+            return
+        if self.off:
+            owner.ct_decompress_hook = owner.register_forward_pre_hook(self.call)
+        else:
+            from compressed_tensors.compressors.base import decompress_module
+
+            decompress_module(module)
+
+
+def hooks_of(model: nn.Module) -> Iterator[Hook]:
+    """The hooks that decompress a model or parts of it; those with nothing left to decompress are taken off."""
     for owner in model.modules():
         handle = getattr(owner, "ct_decompress_hook", None)
-        left = (getattr(part, "quantization_status", None) == "compressed" for part in owner.modules())
-        if handle is not None and not any(left):
-            hook = owner._forward_pre_hooks[handle.id]
+        if handle is None:
+            continue
+        off = not any(getattr(part, "quantization_status", None) == "compressed" for part in owner.modules())
+        yield Hook(weakref.ref(owner), owner._forward_pre_hooks[handle.id], off)
+        if off:
             handle.remove()
             del owner.ct_decompress_hook
-            yield owner, hook
-
-
-def hang(model: nn.Module, hook: Callable[..., Any]) -> None:
-    """The inverse of `take_hooks` for one model."""
-    if not hasattr(model, "ct_decompress_hook"):
-        model.ct_decompress_hook = model.register_forward_pre_hook(hook)  # type: ignore[assignment]
 
 
 def _parameters(module: nn.Module) -> dict[str, Any]:
@@ -124,16 +146,17 @@ def _dense(module: nn.Module, scheme: Any, status: str) -> Found | Rejected:
         from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 
         value = forward_quantize(module, weight, "weight", scheme.weights)
-        if not same_bits(value, forward_quantize(module, value, "weight", scheme.weights)):
+        again = forward_quantize(module, value, "weight", scheme.weights)
+        if not torch.equal(value, again):  # the sign of a zero may change
             return Rejected("its fake quantiser gives other values when it is run on its own output")
     divisor = parameters.get("weight_global_scale")
     factor = torch.ones((), device=weight.device) if divisor is None else divisor.detach().float().reshape(())
     found = recover_codes(value, [scales], factor, _KINDS[group], divides=divisor is not None)
     if isinstance(found, Rejected):
         return found
-    return Found(
-        found[0], weight.dtype, bytes_of(weight), {"names": ("weight",), "formula": found[1], "dtype": weight.dtype}
-    )
+    kept = {"names": ("weight",), "formula": found[1], "dtype": weight.dtype}
+    kept["requires_grad"] = parameters["weight"].requires_grad
+    return Found(found[0], weight.dtype, bytes_of(weight), kept)
 
 
 def _scale_bytes(scale: Tensor, kind: ScaleKind) -> Tensor | None:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.passes.outcome import Rejected
+
+NO_VALUES = Rejected("its weight holds no values: it is on the meta device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,11 @@ def is_of(package: str, value: object) -> bool:
 def is_linear(cls: type[nn.Module]) -> bool:
     """Whether modules of a class compute what ``nn.Linear`` computes."""
     return issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward
+
+
+def holds_values(*tensors: Tensor | None) -> bool:
+    """Whether tensors are on a device that holds values, not on ``meta``."""
+    return not any(t is not None and t.is_meta for t in tensors)
 
 
 def bytes_of(*tensors: Tensor) -> int:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
 from marlin_w4a16.kernels.quantize import E2M1_MAX, E4M3_MAX, nvfp4_scales
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import Found, bytes_of, factor_of, is_linear, is_of
-from marlin_w4a16.producers.recover import dense, recover, same_bits
+from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.recover import dense
+from marlin_w4a16.producers.recover import recover as recover_codes
 
 _KINDS: dict[str, ScaleKind] = {"NVFP4QTensor": "e4m3", "MXFP4QTensor": "e8m0"}
 _SCALE_BITS: dict[Any, ScaleKind] = {(4, 3): "e4m3", (8, 0): "e8m0"}
@@ -26,18 +27,12 @@ def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
     refusal = _refusal(module, quantizer)
     if refusal is not None:
         return Rejected(refusal)
+    if not holds_values(weight, *quantizer.buffers()):
+        return NO_VALUES
     if type(weight).__name__ == "QTensorWrapper":
         found = _compressed(quantizer, weight)
-    elif not quantizer.is_enabled and not hasattr(quantizer, "_amax"):
-        found = Rejected(
-            "its weight quantiser is off and holds no scale (mtq.fold_weight keeps it with keep_attrs=True)"
-        )
-    elif recover:
-        found = _fake_quantised(quantizer, weight)
     else:
-        found = Rejected(
-            "its weight is dense: mtq.compress(model) packs it, prepare(model, recover=True) reads the codes back"
-        )
+        found = _dense(quantizer, weight, recover)
     if isinstance(found, Found) and _is_on(module, "input_quantizer"):
         quantised = module.input_quantizer
         return replace(found, activations=f"its input quantiser is on ({quantised})")
@@ -114,11 +109,19 @@ def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
     )
 
 
-def _fake_quantised(quantizer: Any, weight: Tensor) -> Found | Rejected:
+def _dense(quantizer: Any, weight: Tensor, recover: bool) -> Found | Rejected:
     sizes: dict[Any, Any] = quantizer.block_sizes or {}
-    kind = _SCALE_BITS.get(sizes.get("scale_bits", (0, 0))) if quantizer.num_bits == (2, 1) else None
+    kind = _SCALE_BITS.get(sizes.get("scale_bits")) if quantizer.num_bits == (2, 1) else None
     if kind is None or sizes.get("type") != "dynamic" or weight.ndim != 2 or weight.shape[1] % sizes[-1]:
         return Rejected("its weight is dense, and its quantiser is not one of dynamic FP4 blocks")
+    if kind == "e4m3" and not quantizer.is_enabled and not hasattr(quantizer, "_amax"):
+        return Rejected(
+            "its weight quantiser is off and holds no scale (mtq.fold_weight keeps it with keep_attrs=True)"
+        )
+    if not recover:
+        return Rejected(
+            "its weight is dense: mtq.compress(model) packs it, prepare(model, recover=True) reads the codes back"
+        )
     factor = torch.ones((), device=weight.device)
     if kind == "e4m3":
         amax = getattr(quantizer, "_amax", None)
@@ -132,12 +135,12 @@ def _fake_quantised(quantizer: Any, weight: Tensor) -> Found | Rejected:
             again = quantizer(value).detach()
         except Exception as error:
             return Rejected(f"its fake quantiser does not run here: {type(error).__name__}: {error}")
-        if not same_bits(value, again):
+        if not torch.equal(value, again):  # the sign of a zero may change
             return Rejected("its fake quantiser gives other values when it is run on its own output")
     # A block's largest value is six scales, and tells the scale unless that is subnormal. The weight tells it too, but
     # the quantiser's kernel divides approximately, and may round to the neighbour.
     scales = [_scales(source, kind, sizes[-1], factor) for source in (value, weight.detach())]
-    recovered = recover(value, scales, factor, kind)
+    recovered = recover_codes(value, scales, factor, kind)
     if isinstance(recovered, Rejected):
         return recovered
     kept = {"formula": recovered[1], "dtype": weight.dtype, "requires_grad": weight.requires_grad}

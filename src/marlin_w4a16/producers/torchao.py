@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import Found, bytes_of, factor_of, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factor_of, holds_values, is_linear, is_of
 
 
 def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
@@ -20,6 +20,8 @@ def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
         return Rejected(f"its weight is a {type(weight).__name__}, expected an NVFP4Tensor")
     if not is_linear(type(module)):
         return Rejected(f"a {type(module).__name__} computes something else than nn.Linear")
+    if not holds_values(weight.qdata, weight.scale):
+        return NO_VALUES
     n, k = weight.shape
     if weight.qdata.shape != (n, k // 2) or not weight.qdata.is_contiguous():
         return Rejected(f"its codes have shape {tuple(weight.qdata.shape)}, expected rows [{n}, {k // 2}]")
