@@ -133,9 +133,9 @@ def test_every_code_and_scale_comes_back(weight, linear):
 
 def test_what_float16_needed_shifted_decodes_to_the_same_values():
     weight = quantize_mxfp4(torch.randn(N, K) * 2.0**-30)
-    module = PackedLinear(weight)
-    assert torch.equal(module.to_fp4().decode(), weight.decode())
-    assert module.to_fp4().fit(torch.float16).kind == "e8m0"
+    fitted = PackedLinear(weight).to_fp4()
+    assert torch.equal(fitted.decode(), weight.decode())
+    assert weight.fit(torch.float16) is not weight and fitted.fit(torch.float16) is fitted
 
 
 def test_what_only_bfloat16_holds_is_taken_by_default(assert_near):

@@ -2,15 +2,15 @@
 
 import copy
 import gc
-import sys
 import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16 import PackedLinear, pack, prepare, quantize_nvfp4, restore
+from marlin_w4a16 import PackedLinear, prepare, quantize_nvfp4, restore
 from marlin_w4a16.prepare import Swap
+from marlin_w4a16.producers import torchao as producer
 
 DENSE = "its weight is dense torch.float32, of no producer of FP4"
 X = torch.linspace(-1, 1, 5 * 64).view(5, 64)
@@ -221,14 +221,15 @@ def test_the_memory_of_the_originals_is_freed(model):
 
 
 def test_the_originals_go_one_at_a_time(model, monkeypatch):
-    """The second linear is packed when the first one's weight is gone."""
-    originals, seen = storages(model), []
+    """The second linear is read when the first one's weight is gone."""
+    originals, seen, read = storages(model), [], producer.read
 
-    def watched(weight):
-        seen.append(alive(originals))
-        return pack(weight)
+    def watched(module, recover):
+        if module in (model.up, model.down):
+            seen.append(alive(originals))
+        return read(module, recover)
 
-    monkeypatch.setattr(sys.modules["marlin_w4a16.prepare"], "pack", watched)  # the package's attribute is the function
+    monkeypatch.setattr(producer, "read", watched)
     prepare(model)
     assert seen == [[True] * 4, [False] * 2 + [True] * 2]
 

@@ -247,7 +247,7 @@ def copies() -> int:
 
 @torch.no_grad()
 def test_the_graphs_of_a_model_share_its_packed_weights(fp4_linear, assert_near, logged):
-    """A graph for each shape, one for another dtype of activations, and one for another way to use the weights."""
+    """A graph for each shape, one of another function, and one that uses a weight in another way."""
     model = nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
     run = torch.compile(model, backend="marlin_w4a16", dynamic=False)
     other = torch.compile(lambda x: model(x) + 1, backend="marlin_w4a16")

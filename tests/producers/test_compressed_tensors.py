@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,6 +160,20 @@ def test_linears_are_swapped_before_the_first_forward(load, scheme, assert_near)
 def test_bytes_before_are_those_of_codes_and_scales(model):
     expected = [linear.weight_packed.nbytes + linear.weight_scale.nbytes for linear in linears(model)]
     assert [row.before for row in prepare(model).done] == expected
+
+
+@pytest.mark.parametrize("names, runs", [(("weight_packed", "weight_scale"), False), (("weight",), True)])
+def test_the_memory_of_the_originals_is_freed(model, names, runs):
+    if runs:
+        logits(model)
+    tensors = [linear._parameters[name] for linear in linears(model) for name in names]
+    originals = [weakref.ref(t.untyped_storage()) for t in tensors]
+    del tensors
+    gc.collect()
+    assert all(reference() for reference in originals)
+    assert len(prepare(model, recover=True).done) == 7
+    gc.collect()
+    assert not any(reference() for reference in originals)
 
 
 def test_each_weight_is_what_it_would_be_decompressed_to(model, decompressed, scheme):

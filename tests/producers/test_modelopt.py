@@ -1,6 +1,8 @@
 """Linears of NVIDIA ModelOpt: compressed, fake-quantised, or with the rounded weight folded in."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -130,6 +132,17 @@ def test_it_is_restored_bit_for_bit(model, training):
 def test_bytes_before_are_those_of_codes_and_scales(model):
     expected = [linear.weight.nbytes + linear.weight_quantizer._scale.nbytes for linear in (model.up, model.down)]
     assert [row.before for row in prepare(model).done] == expected
+
+
+def test_the_memory_of_codes_and_scales_is_freed(model):
+    tensors = [t for linear in (model.up, model.down) for t in (linear.weight, linear.weight_quantizer._scale)]
+    originals = [weakref.ref(t.untyped_storage()) for t in tensors]
+    del tensors
+    gc.collect()
+    assert all(reference() for reference in originals)
+    prepare(model)
+    gc.collect()
+    assert not any(reference() for reference in originals)
 
 
 def zeros(weight: Tensor) -> None:
@@ -381,6 +394,22 @@ def test_a_fake_quantised_weight_is_recovered_and_comes_back_rounded(simulated, 
     restore(simulated)
     assert torch.equal(simulated.up.weight, rounded) and torch.equal(simulated(X), expected)
     assert list(simulated.state_dict()) == keys and [p.requires_grad for p in simulated.parameters()] == gradients
+
+
+def test_a_scale_that_the_rounded_weight_does_not_tell_is_that_of_the_weight(simulated):
+    """A block whose scale is 1.5 units of E4M3, rounded to two: its largest code is 4."""
+    weight, quantizer, held = simulated.up.weight.data, simulated.up.weight_quantizer, []
+    unit = 2.0**-9 * quantizer._amax / (6 * 448)
+    weight[0, :16] = torch.tensor([9.0, 3.0] + [0.0] * 14) * unit
+
+    def rounded(scale: Tensor) -> Tensor:
+        held.append(scale.to(torch.float8_e4m3fn))
+        return held[0]
+
+    on_cpu(quantizer, rounded=rounded)
+    assert torch.equal((quantizer(weight)[0, :2] / unit).round(), torch.tensor([8.0, 3.0]))
+    assert prepare(simulated, recover=True).rows[0].refusal is None
+    assert simulated.up.to_fp4().scales[0, 0] == 2
 
 
 def test_a_fake_quantiser_that_changes_its_own_output_is_refused(simulated):

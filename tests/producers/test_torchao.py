@@ -176,6 +176,12 @@ def test_a_transposed_weight_is_refused():
     assert refusal(module) == "its codes have shape (32, 64), expected rows [64, 32]"
 
 
+def test_strided_codes_are_refused():
+    module = linear()
+    module.weight.qdata = module.weight.qdata.repeat_interleave(2, 1)[:, ::2]
+    assert refusal(module) == "its codes have shape (144, 48), expected rows [144, 48]"
+
+
 def test_scales_that_are_padded_with_something_are_refused():
     module = linear(16, 64)
     module.weight.scale.view(torch.uint8).view(-1)[4] = 1  # row 32 of a tile of 128
