@@ -4,6 +4,7 @@ python benchmarks/cuda_graphs.py
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from overhead import NVFP4Linear
@@ -14,18 +15,18 @@ from torch._dynamo.utils import counters
 
 from marlin_w4a16 import PackedLinear, quantize_nvfp4, refresh
 
-MODE = {"backend": "marlin_w4a16", "mode": "reduce-overhead"}
+MODE: dict[str, Any] = {"backend": "marlin_w4a16", "mode": "reduce-overhead"}
 
 
 def model(layers: int = 2, packed: bool = False) -> nn.Module:
     def linear() -> nn.Module:
-        return PackedLinear(quantize_nvfp4(torch.randn(512, 512))) if packed else NVFP4Linear(512, 512)
+        return PackedLinear(quantize_nvfp4(torch.randn(512, 512, device="cuda"))) if packed else NVFP4Linear(512, 512)
 
     return nn.Sequential(*(linear() for _ in range(layers)))
 
 
 def tokens(m: int) -> Tensor:
-    return torch.randn(m, 512, dtype=torch.bfloat16) * 0.04
+    return torch.randn(m, 512, device="cuda", dtype=torch.bfloat16) * 0.04
 
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -107,7 +108,6 @@ def recorded() -> int:
 
 @torch.no_grad()
 def main() -> None:
-    torch.set_default_device("cuda")
     table = Table(title=f"reduce-overhead, torch {torch.__version__}, {torch.cuda.get_device_name()}")
     for column in ("case", "calls", "right", "graphs recorded", "cudagraph_skips"):
         table.add_column(column)

@@ -93,9 +93,9 @@ class Origin:
             module, hook = copy.deepcopy(self.module, memo), self.hook
         except Exception as error:  # modules of ModelOpt 0.47 cannot be copied
             return self._without(f"the original module could not be copied: {type(error).__name__}: {error}")
-        owner = memo.get(id(hook.owner())) if hook is not None else None
-        if hook is not None and owner is not None:
-            hook = replace(hook, owner=weakref.ref(owner))
+        if hook is not None:
+            owner = memo.get(id(hook.owner()))  # None where only a part of its model is copied
+            hook = replace(hook, owner=weakref.ref(owner) if owner is not None else lambda: None)
         return replace(self, module=module, hook=hook)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -248,7 +248,10 @@ def _unfitted(weight: FP4Weight, origin: Origin) -> FP4Weight:
         return weight
     scales, multiplier = (t.to(weight.codes.device) for t in origin.unfitted)
     before = replace(weight, scales=scales, multiplier=multiplier)
-    again = before.fit(origin.dtype)
+    try:
+        again = before.fit(origin.dtype)
+    except ValueError:  # they do not belong to the codes of now
+        return weight
     same = torch.equal(again.scales, weight.scales) and torch.equal(again.multiplier, weight.multiplier)
     return before if same else weight
 

@@ -112,7 +112,11 @@ def model(load) -> nn.Module:
 
 @pytest.fixture
 def decompressed(load) -> nn.Module:
-    model = load()
+    return ran(load())
+
+
+def ran(model: nn.Module) -> nn.Module:
+    """The model after its first forward, which decompresses it."""
     logits(model)
     return model
 
@@ -288,6 +292,24 @@ def test_a_deep_copy_is_restored_by_itself(model, load):
     assert has_hook(model) and state(model) == state(load())
 
 
+def test_a_copy_of_a_part_is_restored_by_itself(model, load):
+    prepare(model)
+    part = copy.deepcopy(model.model)
+    assert len(restore(part).done) == 7
+    assert not has_hook(model)
+    with torch.no_grad():
+        expected, found = (m(TOKENS, use_cache=False).last_hidden_state for m in (ran(load()).model, part))
+    assert torch.equal(found, expected)
+
+
+def test_it_is_restored_in_parts_with_a_forward_between(model, load):
+    prepare(model)
+    restore(model.model.layers[0].mlp)
+    logits(model)
+    restore(model)
+    assert torch.equal(logits(model), logits(load()))
+
+
 # Decompressed
 
 
@@ -394,6 +416,14 @@ def test_a_fake_quantiser_that_rounds_on_the_way_is_refused():
         "its dense weight is not, bit for bit, the decode of codes with the scales on the module"
     }
     assert state(model) == before
+
+
+def test_a_fake_quantiser_that_changes_its_own_output_is_refused(monkeypatch):
+    model = quantised(llama(), "MXFP4A16")
+    forward = "compressed_tensors.quantization.lifecycle.forward.forward_quantize"
+    monkeypatch.setattr(forward, lambda module, value, name, args: value / 2)
+    reason = "its fake quantiser gives other values when it is run on its own output"
+    assert refusals(prepare(model, recover=True)) == {reason}
 
 
 def test_a_fake_quantised_weight_needs_recover():

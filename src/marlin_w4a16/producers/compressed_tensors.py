@@ -62,29 +62,22 @@ def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """What decompresses a model at its first forward.
+    """What decompresses a model at its first forward, and that model, or None if it is gone."""
 
-    Attributes:
-        owner: that model.
-        call: the hook.
-        off: whether it was taken off.
-    """
-
-    owner: "weakref.ref[nn.Module]"
+    owner: Callable[[], nn.Module | None]
     call: Callable[..., Any]
-    off: bool
 
     def put_back(self, module: nn.Module, model: nn.Module) -> None:
-        """Hangs it where it was, or on ``model`` if that is gone; decompresses ``module`` if it ran meanwhile."""
+        """Hangs it where it was, or on ``model`` if that is gone; if it ran meanwhile, decompresses ``module``."""
         owner: Any = self.owner() or model
         if hasattr(owner, "ct_decompress_hook"):
             return
-        if self.off:
-            owner.ct_decompress_hook = owner.register_forward_pre_hook(self.call)
-        else:
+        if _any_is("decompressed", owner):
             from compressed_tensors.compressors.base import decompress_module
 
             decompress_module(module)
+        else:
+            owner.ct_decompress_hook = owner.register_forward_pre_hook(self.call)
 
 
 def hooks_of(model: nn.Module) -> Iterator[Hook]:
@@ -93,11 +86,14 @@ def hooks_of(model: nn.Module) -> Iterator[Hook]:
         handle = getattr(owner, "ct_decompress_hook", None)
         if handle is None:
             continue
-        off = not any(getattr(part, "quantization_status", None) == "compressed" for part in owner.modules())
-        yield Hook(weakref.ref(owner), owner._forward_pre_hooks[handle.id], off)
-        if off:
+        yield Hook(weakref.ref(owner), owner._forward_pre_hooks[handle.id])
+        if not _any_is("compressed", owner):
             handle.remove()
             del owner.ct_decompress_hook
+
+
+def _any_is(status: str, model: nn.Module) -> bool:
+    return any(getattr(module, "quantization_status", None) == status for module in model.modules())
 
 
 def _parameters(module: nn.Module) -> dict[str, Any]:
