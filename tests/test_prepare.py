@@ -327,6 +327,22 @@ def test_a_packed_linear_by_itself_stays(model):
     assert len(restore(model).done) == 2
 
 
+def test_restored_linears_are_freed_one_at_a_time(monkeypatch):
+    model = nn.Sequential(*(linear() for _ in range(4)))
+    prepare(model)
+    storages = [weakref.ref(packed.words.untyped_storage()) for packed in model]
+    alive, fill = [], producer.fill
+
+    def counted(*args):
+        gc.collect()
+        alive.append(sum(storage() is not None for storage in storages))
+        return fill(*args)
+
+    monkeypatch.setattr(producer, "fill", counted)
+    restore(model)
+    assert alive == [4, 3, 2, 1]
+
+
 def test_a_model_without_packed_linears_has_no_rows(model):
     assert restore(model).rows == ()
 

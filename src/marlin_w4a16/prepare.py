@@ -132,11 +132,13 @@ def prepare(
     if activation_quant not in ("refuse", "drop"):
         raise ValueError(f"prepare: activation_quant: found {activation_quant!r}, expected 'refuse' or 'drop'")
     rows: list[Swap] = []
-    places = _places(model)
+    places, outside = _places(model), compressed_tensors.outside(model)
     for path, module in list(model.named_modules()):
         producer, found = _read(module, recover)
         if found is None:
             continue
+        if id(module) in outside:
+            found = Rejected("the hook that decompresses its model is outside of this part: prepare the whole model")
         packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
         if isinstance(packed, PackedLinear):
             PRODUCERS[packed.origin.producer].strip(module, packed.origin.kept)
@@ -162,9 +164,8 @@ def restore(model: nn.Module) -> Swaps:
     """
     rows: list[Swap] = []
     places = _places(model)
-    for path, packed in list(model.named_modules()):
-        if not isinstance(packed, PackedLinear):
-            continue
+    for path in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
+        packed: Any = model.get_submodule(path)  # no list of modules: each is freed when it has been restored
         origin, packing = packed.origin, packed.packed
         refusal = _refill(packed, path) if path else "it is the model itself: restore() swaps the modules in a model"
         producer = origin.producer if isinstance(origin, Origin) else None

@@ -302,6 +302,16 @@ def test_a_copy_of_a_part_is_restored_by_itself(model, load):
     assert torch.equal(found, expected)
 
 
+def test_a_part_of_a_model_that_is_yet_to_be_decompressed_is_left(model, load):
+    mlp = model.model.layers[0].mlp
+    (reason,) = refusals(prepare(mlp))
+    assert reason == "the hook that decompresses its model is outside of this part: prepare the whole model"
+    assert torch.equal(logits(model), logits(load()))
+    assert len(prepare(mlp, recover=True).done) == 3
+    restore(mlp)
+    assert torch.equal(logits(model), logits(load()))
+
+
 def test_it_is_restored_in_parts_with_a_forward_between(model, load):
     prepare(model)
     restore(model.model.layers[0].mlp)

@@ -92,6 +92,13 @@ def hooks_of(model: nn.Module) -> Iterator[Hook]:
             del owner.ct_decompress_hook
 
 
+def outside(model: nn.Module) -> set[int]:
+    """The ids of compressed linears whose model's hook is not in ``model``: it would run unseen."""
+    compressed = {id(m) for m in model.modules() if getattr(m, "quantization_status", None) == "compressed"}
+    owners = [module for module in model.modules() if hasattr(module, "ct_decompress_hook")]
+    return compressed - {id(part) for owner in owners for part in owner.modules()}
+
+
 def _any_is(status: str, model: nn.Module) -> bool:
     return any(getattr(module, "quantization_status", None) == status for module in model.modules())
 
