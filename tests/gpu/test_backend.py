@@ -131,15 +131,20 @@ def test_reduce_overhead_of_packed_modules_records_once(caplog):
     assert manager.new_graph_id().id == 1, "recorded more than once"
 
 
+def captured(compiled, x):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compiled(x)
+    return graph, out
+
+
 @torch.no_grad()
 def test_a_captured_graph_of_packed_modules_sees_what_is_loaded_in_place():
     model, other = packed_layers(), packed_layers()
     compiled = torch.compile(model, backend="marlin_w4a16")
     x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     compiled(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compiled(x)
+    graph, out = captured(compiled, x)
     graph.replay()
     assert near(out, model(x))
     model.load_state_dict(other.state_dict())
@@ -155,9 +160,7 @@ def test_a_captured_graph_of_the_bare_backend_keeps_its_weights_until_the_next_c
     compiled = torch.compile(model, backend="marlin_w4a16")
     x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     before = compiled(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compiled(x)
+    graph, out = captured(compiled, x)
     model.load_state_dict(other.state_dict())
     graph.replay()
     assert torch.equal(out, before)
@@ -185,9 +188,7 @@ def test_manual_capture_and_replay():
     compiled = torch.compile(model, backend="marlin_w4a16")
     x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     compiled(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compiled(x)
+    graph, out = captured(compiled, x)
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert near(out, model(x))

@@ -119,8 +119,9 @@ def _dense(quantizer: Any, weight: Tensor, recover: bool) -> Found | Rejected:
             "its weight quantiser is off and holds no scale (mtq.fold_weight keeps it with keep_attrs=True)"
         )
     if not recover:
+        first = "mtq.compress(model) packs it" if quantizer.is_enabled else "its weight quantiser is off"
         return Rejected(
-            "its weight is dense: mtq.compress(model) packs it, prepare(model, recover=True) reads the codes back"
+            f"its weight is dense: {first}, prepare(model, recover=True) reads codes back where there are any"
         )
     factor = torch.ones((), device=weight.device)
     if kind == "e4m3":
