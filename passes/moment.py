@@ -43,7 +43,7 @@ class Moment:
             on_death()
 
         self._tensors = [weakref.ref(tensor, die) for tensor in tensors]
-        self._storages = [weakref.ref(storage, end) for storage in filter(None, map(storage_of, tensors))]
+        self._storages = [weakref.ref(s, end) for s in map(storage_of, tensors) if s is not None]
 
     def holds(self, tensors: Sequence[Tensor], state: State) -> bool:
         """Whether these are the same tensors, unchanged; ``state`` is their `state_of`.

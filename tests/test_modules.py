@@ -255,6 +255,14 @@ def test_a_state_of_another_layout_is_refused_and_nothing_is_overwritten(linear)
     assert_same(linear.state_dict(), before)
 
 
+@pytest.mark.parametrize("state", [torch.zeros(3, dtype=torch.uint8), {"layout": "tile64"}])
+def test_a_state_that_says_it_in_another_way_is_refused(linear, state):
+    before = bits(linear)
+    with pytest.raises(RuntimeError, match="found a weight packed as"):
+        linear.load_state_dict(another(linear).state_dict() | {"_extra_state": state})
+    assert_same(linear.state_dict(), before)
+
+
 def test_a_state_that_does_not_say_how_it_is_packed_is_missing_something(linear):
     state = linear.state_dict()
     del state["_extra_state"]

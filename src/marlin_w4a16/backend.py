@@ -42,7 +42,7 @@ def marlin_w4a16(
     report = Report(rewritten.rows)
     for row in report.rejected:
         log.debug("%s: %s", row.path, row.outcome)
-    if report.owned and not report.rows[len(report.owned) :]:
+    if report.owned and not (report.replaced or report.rejected):
         log.info("%s", report.summary())
         return compile_graph(gm, example_inputs, chosen.patches)
     if not report.replaced:

@@ -93,7 +93,7 @@ class PackedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state, errors = state_dict.get(f"{prefix}_extra_state"), args[-1]
-        found = self._packing if state is None else json.loads(bytes(state.tolist()))  # None: reported as missing
+        found = self._packing if state is None else _read(state)  # None: reported as missing
         if found == self._packing:
             super()._load_from_state_dict(state_dict, prefix, *args)
         else:
@@ -108,3 +108,10 @@ class PackedLinear(nn.Module):
         if self.multiplier.dtype != torch.float32:
             self.multiplier.data = multiplier.to(self.multiplier.device)
         return self
+
+
+def _read(state: Any) -> Any:
+    try:
+        return json.loads(bytes(state.tolist()))
+    except (AttributeError, TypeError, ValueError):
+        return state

@@ -136,7 +136,7 @@ def activations() -> object:
 
 def test_quantised_activations_are_refused(activations):
     reason = refusal(linear(act_quant_kwargs=activations))
-    assert reason.startswith("QuantizeTensorToNVFP4Kwargs(")
+    assert reason.startswith("its inputs are quantised (QuantizeTensorToNVFP4Kwargs(")
     assert reason.endswith("prepare(model, activation_quant='drop') leaves that out")
 
 

@@ -51,11 +51,6 @@ def dense(weight: FP4Weight, factor: Tensor, formula: str, dtype: torch.dtype) -
     return out
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two dense tensors hold the same bits, signs of zeros included."""
-    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
-
-
 def _recover_rows(value: Tensor, scales: Sequence[Tensor], part: FP4Weight, factor: Tensor, formula: str) -> bool:
     """Writes codes and scales of some rows; says whether every block came out right."""
     blocks = value.reshape(*part.scales.shape, part.group)

@@ -39,7 +39,7 @@ def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
         weight.orig_dtype,
         bytes_of(weight.qdata, weight.scale),
         kept,
-        f"{weight.act_quant_kwargs}" if weight.act_quant_kwargs is not None else None,
+        None if weight.act_quant_kwargs is None else f"its inputs are quantised ({weight.act_quant_kwargs})",
     )
 
 
