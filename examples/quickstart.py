@@ -177,6 +177,10 @@ def main() -> None:
         print("\n".join("   " + line for line in str(report).splitlines()[:8]) + "\n   ...")
         after = weight_bytes(model)
         print(f"   layers: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({before / after:.1f} times smaller)")
+        if (swaps := marlin_w4a16.prepare(model)).done:
+            print(f"   prepare() frees the originals: {swaps.summary()}")
+            torch.compiler.reset()
+            compare(exact, eager, compiled(tokens, use_cache=False).logits)
         if GPU:
             us = decode_time(model, "marlin_w4a16")
             print(f"   one token: {us:.0f} us, dense bfloat16 {dense_us:.0f} us ({dense_us / us:.2f} times as fast)")

@@ -56,10 +56,13 @@ class Swaps:
         """The linears that were left as they were."""
         return tuple(row for row in self.rows if row.refusal is not None)
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """One line: how many were swapped, and their bytes before and after."""
         before, after = sum(row.before for row in self.done), sum(row.after for row in self.done)
-        total = f"swapped {len(self.done)} of {len(self.rows)} linears: {size(before)} -> {size(after)}"
-        return f"{table([_COLUMNS, *map(_cells, self.rows)])}\n{total}"
+        return f"swapped {len(self.done)} of {len(self.rows)} linears: {size(before)} -> {size(after)}"
+
+    def __str__(self) -> str:
+        return f"{table([_COLUMNS, *map(_cells, self.rows)])}\n{self.summary()}"
 
 
 @dataclass(slots=True)
