@@ -264,6 +264,16 @@ def test_the_graphs_of_a_model_share_its_packed_weights(fp4_linear, assert_near,
     assert copies() == 2
 
 
+def test_another_table_of_the_same_values_is_verified_and_nothing_is_packed(fp4_linear, assert_near, monkeypatch):
+    module = fp4_linear()
+    run = compiled(module)
+    before = run(X)
+    for name in ("pack", "pack_into"):
+        monkeypatch.setattr(binding, name, None)
+    module.table = module.table.clone()
+    assert torch.equal(run(X), before) and copies() == 1
+
+
 def test_packed_weights_live_as_long_as_the_model(fp4_linear):
     run = compiled(lambda module, x: module(x))
     first, second = fp4_linear(), fp4_linear()
