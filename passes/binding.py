@@ -64,7 +64,8 @@ class Binding:
         self._recipe = recipe
         self._dtype = dtype
         self.name = name
-        self._proofs: dict[tuple[int, ...], _Proof] = {}
+        self._proofs: dict[tuple[int, ...], _Proof] = {}  # die with any leaf, a table say
+        self._held: dict[tuple[int, ...], tuple[Any, ...]] = {}  # copies; they die with what the weight is read from
 
     def packed(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
         """The packed copy of the weight that these leaves hold now.
@@ -100,18 +101,19 @@ class Binding:
     def _copy(self, leaves: Sequence[Tensor], weight: FP4Weight) -> _Copy | Rejected:
         sources = [leaves[i] for i in self._recipe.sources]
         state = state_of(sources)
-        key = (*map(id, sources), weight.codes.device, self._recipe.reading, self._dtype is torch.float16)
+        ids = tuple(map(id, sources))
+        key = (*ids, weight.codes.device, self._recipe.reading, self._dtype is torch.float16)
         copy = _COPIES.get(key)
-        if copy is not None and copy.sources.holds(sources, state):
-            return copy
-        fitted = fit(weight, self._dtype)
-        if isinstance(fitted, Rejected):
-            return fitted
-        if copy is None:
-            copy = _COPIES[key] = _Copy(pack(fitted), Moment(sources, state))
-        else:
-            pack_into(fitted, copy.packed)
-            copy.sources = Moment(sources, state)
+        if copy is None or not copy.sources.holds(sources, state):
+            fitted = fit(weight, self._dtype)
+            if isinstance(fitted, Rejected):
+                return fitted
+            if copy is None:
+                copy = _COPIES[key] = _Copy(pack(fitted), Moment(sources, state))
+            else:
+                pack_into(fitted, copy.packed)
+                copy.sources = Moment(sources, state)
+        self._held[ids] = copy, *(weakref.ref(source, self._forget(ids)) for source in sources)
         return copy
 
     def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:
@@ -129,13 +131,14 @@ class Binding:
         self._recipe = recipe
         return recipe.read(leaves, self.name)
 
-    def _forget(self, ids: tuple[int, ...]) -> Callable[[], None]:
+    def _forget(self, ids: tuple[int, ...]) -> Callable[..., None]:
         binding = weakref.ref(self)
 
-        def forget() -> None:
+        def forget(*_: object) -> None:
             owner = binding()
             if owner is not None:
                 owner._proofs.pop(ids, None)
+                owner._held.pop(ids, None)
 
         return forget
 
