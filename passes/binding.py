@@ -131,10 +131,10 @@ class Binding:
         self._recipe = recipe
         return recipe.read(leaves, self.name)
 
-    def _forget(self, ids: tuple[int, ...]) -> Callable[..., None]:
+    def _forget(self, ids: tuple[int, ...]) -> Callable[[object], None]:
         binding = weakref.ref(self)
 
-        def forget(*_: object) -> None:
+        def forget(_: object) -> None:
             owner = binding()
             if owner is not None:
                 owner._proofs.pop(ids, None)

@@ -68,11 +68,11 @@ class LiveCall:
             tensors += [packed.words, packed.scales, packed.multiplier]
         return tensors
 
-    def _forget(self, instance: int) -> Callable[[], None]:
+    def _forget(self, instance: int) -> Callable[[object], None]:
         """Lets the packed tensors go when a leaf dies."""
         call = weakref.ref(self)
 
-        def forget() -> None:
+        def forget(_: object) -> None:
             owner = call()
             if owner is not None:
                 owner._snapshots.pop(instance, None)

@@ -19,17 +19,19 @@ def state_of(tensors: Sequence[Tensor]) -> State:
 class Moment:
     """What tensors were at one moment, without keeping them alive.
 
-    It ends when one of them dies or gives up its memory: identity and address may come back as another's.
+    It ends when one of them dies or gives up its memory: an address may come back as another's.
 
     Args:
         tensors: the tensors.
         state: their `state_of`, read before anything else is.
-        on_death: called when one of them dies.
+        on_death: called, with a weak reference, when one of them dies.
     """
 
     __slots__ = ("__weakref__", "_state", "_storages", "_tensors")
 
-    def __init__(self, tensors: Sequence[Tensor], state: State, on_death: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], state: State, on_death: Callable[[object], None] | None = None
+    ) -> None:
         self._state: State | None = state
         moment = weakref.ref(self)
 
@@ -38,11 +40,7 @@ class Moment:
             if ended is not None:
                 ended._state = None
 
-        def die(ref: object) -> None:
-            end(ref)
-            on_death()
-
-        self._tensors = [weakref.ref(tensor, die) for tensor in tensors]
+        self._tensors = [weakref.ref(tensor, on_death) for tensor in tensors]
         self._storages = [weakref.ref(s, end) for s in map(storage_of, tensors) if s is not None]
 
     def holds(self, tensors: Sequence[Tensor], state: State) -> bool:

@@ -81,6 +81,54 @@ def test_leaves_at_one_address_are_told_apart(binding):
         assert_holds(binding.packed(values), values)
 
 
+def bound_to(decode, values: list[Tensor], dtype: torch.dtype = torch.bfloat16) -> Binding:
+    recipe = recognise(decode(values), values, "weight")
+    return Binding(decode, recipe, dtype, "weight")
+
+
+def swapped(values) -> Tensor:
+    codes, scales, factor = values
+    return Decoder()([(codes << 4) | (codes >> 4), scales, factor])
+
+
+def rounded(values) -> Tensor:
+    codes, scales, factor = values
+    return Decoder()([codes, scales, factor.bfloat16().float()]).bfloat16()
+
+
+def test_bindings_that_read_the_same_tensors_alike_share_a_copy():
+    values = leaves()
+    first, second = (bound_to(Decoder(), values) for _ in range(2))
+    other_order = bound_to(lambda v: Decoder()([v[1], v[2], v[0]]), [values[2], values[0], values[1]])
+    packed = first.packed(values)
+    assert second.packed(values) is packed
+    assert other_order.packed([values[2], values[0], values[1]]) is packed
+
+
+@pytest.mark.parametrize("decode", [swapped, rounded])
+def test_bindings_that_read_the_same_tensors_in_two_ways_do_not(decode):
+    values = leaves()
+    values[2].fill_(0.3)
+    plain, other = bound_to(Decoder(), values), bound_to(decode, values)
+    for binding, expected in ((plain, Decoder()(values)), (other, decode(values)), (plain, Decoder()(values))):
+        found = dequantize(binding.packed(values), torch.float32)
+        assert torch.equal(found.to(expected.dtype), expected)
+
+
+def test_a_copy_for_bfloat16_is_not_shared_with_a_binding_for_float16():
+    dense = torch.randn(N, K)
+    dense[:, : K // 2] *= 2.0**-60
+    weight = quantize_mxfp4(dense)
+    values = [weight.codes, weight.scales.view(torch.float8_e8m0fnu)]
+
+    def decode(v) -> Tensor:
+        codes = TABLE[torch.stack((v[0] & 15, v[0] >> 4), -1).flatten(-2).int()].unflatten(-1, (-1, 32))
+        return (codes * v[1].float().unsqueeze(-1)).flatten(-2)
+
+    assert isinstance(bound_to(decode, values).packed(values), PackedFP4)
+    assert isinstance(bound_to(decode, values, torch.float16).packed(values), Rejected)
+
+
 @pytest.mark.parametrize("i", range(3))
 @pytest.mark.parametrize("how", ["in place", "data"])
 def test_a_changed_leaf_is_packed_again_at_the_same_address(binding, decoder, i, how):

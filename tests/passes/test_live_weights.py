@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4, refresh
+from marlin_w4a16.kernels.layout import pack_into
 from marlin_w4a16.passes import binding
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
@@ -97,6 +98,11 @@ def data(module, other):
     module.codes.data = other.codes.clone()
 
 
+def data_while_the_old_memory_lives(module, other):
+    module.old = module.codes.data
+    module.codes.data = other.codes.clone()
+
+
 def through_a_view(module, other):
     module.codes[3:5].view(-1)[::2] = 0x21
 
@@ -123,7 +129,8 @@ def new_factor(module, other):
 
 
 CHANGES = (
-    load_state_dict, assign_state_dict, copy_, fill_, data_copy_of_scales, data, through_a_view, in_inference_mode,
+    load_state_dict, assign_state_dict, copy_, fill_, data_copy_of_scales, data, data_while_the_old_memory_lives,
+    through_a_view, in_inference_mode,
     new_parameter, exchanged_parameters, factor, new_factor,
 )  # fmt: skip
 
@@ -187,10 +194,16 @@ def test_refresh_of_one_part_packs_that_part_again(fp4_linear, monkeypatch):
     assert packed == ["1.codes"]
 
 
-def test_refresh_reaches_tensors_that_are_plain_attributes(fp4_linear, assert_near):
+@pytest.mark.parametrize("held_as", ["buffers", "attributes"])
+def test_refresh_reaches_buffers_and_plain_attributes(fp4_linear, assert_near, held_as):
     module = fp4_linear()
-    del module.factor
-    module.factor = torch.tensor(0.5)
+    for name in ("codes", "scales", "factor", "table"):
+        value = getattr(module, name).detach().clone()
+        delattr(module, name)
+        if held_as == "buffers":
+            module.register_buffer(name, value)
+        else:
+            setattr(module, name, value)
     run = compiled(module)
     run(X)
     module.factor.data.mul_(3)
@@ -246,7 +259,7 @@ def copies() -> int:
 
 
 @torch.no_grad()
-def test_the_graphs_of_a_model_share_its_packed_weights(fp4_linear, assert_near, logged):
+def test_the_graphs_of_a_model_share_its_packed_weights(fp4_linear, assert_near, logged, monkeypatch):
     """A graph for each shape, one of another function, and one that uses a weight in another way."""
     model = nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
     run = torch.compile(model, backend="marlin_w4a16", dynamic=False)
@@ -257,11 +270,13 @@ def test_the_graphs_of_a_model_share_its_packed_weights(fp4_linear, assert_near,
     assert_near(other(X), model(X) + 1)
     assert_near(turned(X), X @ model[0].weight().T)
     assert len(logged()) == 5 and copies() == 2
+    packed = []
+    monkeypatch.setattr(binding, "pack_into", lambda *args: (packed.append(1), pack_into(*args)))
     model[0].codes.copy_(fp4_linear(64, 64).codes)
     assert_near(run(X[:1].expand(5, 64)), model(X[:1].expand(5, 64)))
     assert_near(turned(X), X @ model[0].weight().T)
     assert_near(other(X), model(X) + 1)
-    assert copies() == 2
+    assert copies() == 2 and len(packed) == 1
 
 
 def test_another_table_of_the_same_values_is_verified_and_nothing_is_packed(fp4_linear, assert_near, monkeypatch):
@@ -349,6 +364,8 @@ def test_a_weight_of_zeros_that_is_loaded_later(fp4_linear, assert_near, logged,
     assert torch.equal(run(X), X.new_zeros(3, 48))
     module.load_state_dict(source.state_dict())
     assert_near(run(X), source(X))
+    module.factor.mul_(3)
+    assert_near(run(X), module(X))
     assert logged() == ["INFO"]
 
 

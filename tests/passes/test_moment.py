@@ -38,6 +38,13 @@ def test_a_write_ends_it(i, write):
     assert not holds(at, values)
 
 
+def test_memory_that_is_replaced_while_it_lives_on_ends_it():
+    values = tensors()
+    at, kept = moment(values), values[0].data
+    values[0].data = kept.clone()
+    assert not holds(at, values)
+
+
 def test_views_of_one_memory_are_told_apart():
     rows = torch.zeros(8, 4)
     first, second = [rows[:4]], [rows[:4]]
@@ -88,7 +95,7 @@ def test_it_does_not_end_while_a_view_keeps_the_memory():
 def test_death_is_told_and_ends_it():
     deaths = []
     values = tensors()
-    at, state = moment(values, lambda: deaths.append(1)), state_of(values)
+    at, state = moment(values, lambda _: deaths.append(1)), state_of(values)
     left = values.pop()
     del values
     gc.collect()
