@@ -57,10 +57,9 @@ class Recipe:
     @property
     def reading(self) -> "Recipe":
         """How it is read from its `sources`, wherever those stand."""
-        form = self.form if self._rounds_multiplier else "exact"
         multiplier = None if self.multiplier is None else 2
-        dtype = self.dtype if self._rounds_multiplier else torch.float32
-        return replace(self, codes=0, scales=1, multiplier=multiplier, form=form, dtype=dtype)
+        dtype = self.dtype if self._rounds_multiplier else torch.float32  # the dtype the multiplier is rounded to
+        return replace(self, codes=0, scales=1, multiplier=multiplier, form="exact", dtype=dtype)
 
     @property
     def _rounds_multiplier(self) -> bool:

@@ -125,8 +125,8 @@ def test_a_copy_for_bfloat16_is_not_shared_with_a_binding_for_float16():
         codes = TABLE[torch.stack((v[0] & 15, v[0] >> 4), -1).flatten(-2).int()].unflatten(-1, (-1, 32))
         return (codes * v[1].float().unsqueeze(-1)).flatten(-2)
 
-    assert isinstance(bound_to(decode, values).packed(values), PackedFP4)
-    assert isinstance(bound_to(decode, values, torch.float16).packed(values), Rejected)
+    wide, narrow = bound_to(decode, values), bound_to(decode, values, torch.float16)
+    assert isinstance(wide.packed(values), PackedFP4) and isinstance(narrow.packed(values), Rejected)
 
 
 @pytest.mark.parametrize("i", range(3))
