@@ -151,9 +151,10 @@ def prepare(
             rows.append(Swap(path, producer or None, None, packed.reason))
         del found  # the original weight goes now, one at a time
     for hook in compressed_tensors.hooks_of(model):
-        for part in _packed_in(hook.owner() or model):
-            if isinstance(part.origin, Origin):
-                part.origin.hook = hook
+        for part in (hook.owner() or model).modules():
+            origin = part.origin if isinstance(part, PackedLinear) else None
+            if isinstance(origin, Origin) and compressed_tensors.is_in("compressed", origin.module):
+                origin.hook = hook
     return Swaps(tuple(rows))
 
 
@@ -258,10 +259,6 @@ def _unfitted(weight: FP4Weight, origin: Origin) -> FP4Weight:
         return weight
     same = torch.equal(again.scales, weight.scales) and torch.equal(again.multiplier, weight.multiplier)
     return before if same else weight
-
-
-def _packed_in(model: nn.Module) -> list[PackedLinear]:
-    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

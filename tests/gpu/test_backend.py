@@ -114,8 +114,9 @@ def packed_layers() -> nn.Module:
 
 
 @torch.no_grad()
-def test_reduce_overhead_of_packed_modules_records_once(caplog):
+def test_reduce_overhead_of_packed_modules_records_once():
     """Nothing to look up and nothing to record again: what is loaded in place is what replays."""
+    torch._inductor.cudagraph_trees.reset_cudagraph_trees()
     torch._dynamo.utils.counters.clear()
     model, other = packed_layers(), packed_layers()
     run = torch.compile(model, backend="marlin_w4a16", mode="reduce-overhead")

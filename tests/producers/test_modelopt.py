@@ -225,6 +225,12 @@ def test_quantised_activations_are_dropped_and_restored(assert_near):
     assert state(model) == before and model.up.input_quantizer.is_enabled
 
 
+@pytest.mark.parametrize("config", NVFP4)
+def test_a_compressed_weight_without_its_scales_is_refused(model):
+    del model.up.weight_quantizer._scale
+    assert refusal(model) == "its weight quantiser holds no scales"
+
+
 @pytest.mark.parametrize("name", ["input_quantizer", "weight_quantizer"])
 def test_an_awq_scale_is_refused(model, name):
     getattr(model.up, name).pre_quant_scale = torch.ones(64)

@@ -29,8 +29,12 @@ def read(module: Any, recover: bool) -> Found | Rejected | None:
         return NO_VALUES
     status = str(module.quantization_status.value)
     found: Found | Rejected
-    if status == "compressed":
-        found = _compressed(module)
+    needed = ("weight_packed" if status == "compressed" else "weight", "weight_scale")
+    held = [name for name, value in _parameters(module).items() if value is not None]
+    if not set(needed) <= set(held):
+        found = Rejected(f"a linear that is {status} holds {', '.join(held)}: expected {' and '.join(needed)}")
+    elif status == "compressed":
+        found = _compressed(module, scheme)
     elif recover:
         found = _dense(module, scheme, status)
     else:
@@ -72,7 +76,7 @@ class Hook:
         owner: Any = self.owner() or model
         if hasattr(owner, "ct_decompress_hook"):
             return
-        if _any_is("decompressed", owner):
+        if any(is_in("decompressed", part) for part in owner.modules()):
             from compressed_tensors.compressors.base import decompress_module
 
             decompress_module(module)
@@ -87,20 +91,21 @@ def hooks_of(model: nn.Module) -> Iterator[Hook]:
         if handle is None:
             continue
         yield Hook(weakref.ref(owner), owner._forward_pre_hooks[handle.id])
-        if not _any_is("compressed", owner):
+        if not any(is_in("compressed", part) for part in owner.modules()):
             handle.remove()
             del owner.ct_decompress_hook
 
 
 def outside(model: nn.Module) -> set[int]:
     """The ids of compressed linears whose model's hook is not in ``model``: it would run unseen."""
-    compressed = {id(m) for m in model.modules() if getattr(m, "quantization_status", None) == "compressed"}
+    compressed = {id(module) for module in model.modules() if is_in("compressed", module)}
     owners = [module for module in model.modules() if hasattr(module, "ct_decompress_hook")]
     return compressed - {id(part) for owner in owners for part in owner.modules()}
 
 
-def _any_is(status: str, model: nn.Module) -> bool:
-    return any(getattr(module, "quantization_status", None) == status for module in model.modules())
+def is_in(status: str, module: nn.Module | None) -> bool:
+    """Whether compressed-tensors holds a module in a status."""
+    return getattr(module, "quantization_status", None) == status
 
 
 def _parameters(module: nn.Module) -> dict[str, Any]:
@@ -125,10 +130,10 @@ def _refusal(module: nn.Module, scheme: Any) -> str | None:
     return None
 
 
-def _compressed(module: nn.Module) -> Found:
+def _compressed(module: nn.Module, scheme: Any) -> Found:
     parameters = _parameters(module)
     codes, scales = parameters["weight_packed"].detach(), parameters["weight_scale"].detach()
-    kind = _KINDS[codes.shape[1] * 2 // scales.shape[1]]
+    kind = _KINDS[scheme.weights.group_size]
     divisor = parameters.get("weight_global_scale")
     factor = 1.0 if divisor is None else divisor.detach().float().reciprocal()
     kept = {"names": ("weight_packed", "weight_scale"), "scale": scales.dtype}

@@ -88,7 +88,9 @@ def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
     kind = _KINDS.get(weight.metadata["qtensor_class"].__name__)
     if kind is None:
         return Rejected(f"its weight is a {weight.metadata['qtensor_class'].__name__}, which is not FP4")
-    shape, group, scale = weight.metadata["shape"], quantizer.block_sizes[-1], quantizer._scale
+    shape, group, scale = weight.metadata["shape"], quantizer.block_sizes[-1], getattr(quantizer, "_scale", None)
+    if scale is None:
+        return Rejected("its weight quantiser holds no scales")
     if len(shape) != 2 or scale.numel() * group != shape[0] * shape[1]:
         return Rejected(f"its scales have shape {tuple(scale.shape)} for a weight {tuple(shape)} in groups of {group}")
     codes = weight.data.as_subclass(Tensor)
@@ -112,7 +114,7 @@ def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
 def _dense(quantizer: Any, weight: Tensor, recover: bool) -> Found | Rejected:
     sizes: dict[Any, Any] = quantizer.block_sizes or {}
     kind = _SCALE_BITS.get(sizes.get("scale_bits")) if quantizer.num_bits == (2, 1) else None
-    if kind is None or sizes.get("type") != "dynamic" or weight.ndim != 2 or weight.shape[1] % sizes[-1]:
+    if kind is None or sizes.get("type") != "dynamic" or weight.ndim != 2 or weight.shape[1] % sizes.get(-1, 1 << 62):
         return Rejected("its weight is dense, and its quantiser is not one of dynamic FP4 blocks")
     if kind == "e4m3" and not quantizer.is_enabled and not hasattr(quantizer, "_amax"):
         return Rejected(
