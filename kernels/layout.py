@@ -97,6 +97,12 @@ def packed_shapes(n: int, k: int, group: int) -> tuple[tuple[int, int, int], tup
     return (*tiles, TILE_WORDS), (*tiles, TILE * TILE // group), (n,)
 
 
+def packed_nbytes(n: int, k: int, group: int) -> int:
+    """Bytes of a packed weight."""
+    words, scales, multiplier = map(math.prod, packed_shapes(n, k, group))
+    return 4 * words + scales + 4 * multiplier
+
+
 def pack(weight: FP4Weight | PackedFP4) -> PackedFP4:
     """Packs a weight on its own device; what is packed already is returned as it is.
 

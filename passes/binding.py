@@ -7,18 +7,19 @@ and version of every leaf of the weight; when one of them changed, the weight is
 
 import threading
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
-from marlin_w4a16.passes.moment import Moment, State, state_of
+from marlin_w4a16.passes.decode import Decode
+from marlin_w4a16.passes.moment import Moment, State, state_of, watched
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.passes.recognise import Recipe, recognise, verify
+from marlin_w4a16.passes.recognise import Found, Rules, recognise, verify
 
 
 class NeedsCallBeforeCapture(RuntimeError):
@@ -26,9 +27,9 @@ class NeedsCallBeforeCapture(RuntimeError):
 
 
 class _Copy:
-    """A packed weight, and the tensors it was read from at that moment."""
+    """A packed weight, matrix by matrix, and the tensors it was read from at that moment."""
 
-    def __init__(self, packed: PackedFP4, sources: Moment) -> None:
+    def __init__(self, packed: list[PackedFP4], sources: Moment) -> None:
         self.packed = packed
         self.sources = sources
 
@@ -51,85 +52,91 @@ class Binding:
     """The packed copies of one weight of a graph, one for each set of leaves it was called with.
 
     Args:
-        evaluate: computes the traced weight ``[n, k]`` from its leaves.
-        recipe: how the leaves of compile time hold it.
+        decode: computes the traced weight from its leaves.
+        found: how the leaves of compile time hold it.
+        rules: what is accepted.
         dtype: what the product is computed in.
         name: what messages call the weight.
     """
 
-    def __init__(
-        self, evaluate: Callable[[Sequence[Tensor]], Tensor], recipe: Recipe, dtype: torch.dtype, name: str
-    ) -> None:
-        self._evaluate = evaluate
-        self._recipe = recipe
+    def __init__(self, decode: Decode, found: Found, rules: Rules, dtype: torch.dtype, name: str) -> None:
+        self._decode = decode
+        self._recipe, self._form = found.recipe, found.form
+        self._rules = rules
         self._dtype = dtype
         self.name = name
         self._proofs: dict[tuple[int, ...], _Proof] = {}  # die with any leaf, a table say
         self._held: dict[tuple[int, ...], tuple[Any, ...]] = {}  # copies; they die with what the weight is read from
 
-    def packed(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
-        """The packed copy of the weight that these leaves hold now.
+    def packed(self, leaves: Sequence[Tensor]) -> list[PackedFP4] | Rejected:
+        """The packed copies of the matrices of the weight that these leaves hold now.
 
         Raises:
             NeedsCallBeforeCapture: it would have to be packed while a CUDA graph is captured.
         """
         with _LOCK, torch.inference_mode(False), torch.no_grad():
-            state = state_of(leaves)
+            tensors = watched(leaves)
+            state = state_of(tensors)
             proof = self._proofs.get(tuple(map(id, leaves)))
-            if proof is not None and proof.leaves.holds(leaves, state):
+            if proof is not None and proof.leaves.holds(tensors, state):
                 return proof.copy.packed
             if any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
                 raise NeedsCallBeforeCapture(
                     f"{self.name}: this weight is new or has changed, and a CUDA graph is being captured: "
                     "call the compiled function once before capture"
                 )
-            return self._bind(leaves, state, self._weight(leaves))
+            return self._bind(leaves, tensors, state, self._weight(leaves))
 
-    def adopt(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
-        """Packs the weight of leaves that the recipe has just been proved on."""
+    def adopt(self, leaves: Sequence[Tensor], weight: FP4Weight) -> list[PackedFP4] | Rejected:
+        """Packs the weight that these leaves have just been found to hold."""
         with _LOCK, torch.inference_mode(False), torch.no_grad():
-            return self._bind(leaves, state_of(leaves), self._recipe.read(leaves, self.name))
+            tensors = watched(leaves)
+            return self._bind(leaves, tensors, state_of(tensors), weight)
 
-    def _bind(self, leaves: Sequence[Tensor], state: State, weight: FP4Weight | Rejected) -> PackedFP4 | Rejected:
+    def _bind(
+        self, leaves: Sequence[Tensor], tensors: list[Tensor], state: State, weight: FP4Weight | Rejected
+    ) -> list[PackedFP4] | Rejected:
         copy = weight if isinstance(weight, Rejected) else self._copy(leaves, weight)
         if isinstance(copy, Rejected):
             return copy
         ids = tuple(map(id, leaves))
-        self._proofs[ids] = _Proof(Moment(leaves, state, self._forget(ids)), copy)
+        self._proofs[ids] = _Proof(Moment(tensors, state, self._forget(ids)), copy)
         return copy.packed
 
     def _copy(self, leaves: Sequence[Tensor], weight: FP4Weight) -> _Copy | Rejected:
-        sources = [leaves[i] for i in self._recipe.sources]
+        roots = [leaves[i] for i in self._recipe.roots(self._decode)]
+        sources = watched(roots)
         state = state_of(sources)
-        ids = tuple(map(id, sources))
-        key = (*ids, weight.codes.device, self._recipe.reading, self._dtype is torch.float16)
+        ids = tuple(map(id, roots))
+        batch = self._decode.matrices.batch
+        key = (*ids, weight.codes.device, self._recipe.reading(self._decode), batch, self._dtype is torch.float16)
         copy = _COPIES.get(key)
         if copy is None or not copy.sources.holds(sources, state):
             fitted = fit(weight, self._dtype)
             if isinstance(fitted, Rejected):
                 return fitted
             if copy is None:
-                copy = _COPIES[key] = _Copy(pack(fitted), Moment(sources, state))
+                copy = _COPIES[key] = _Copy([pack(part) for part in matrices(fitted, batch)], Moment(sources, state))
             else:
-                pack_into(fitted, copy.packed)
+                for part, packed in zip(matrices(fitted, batch), copy.packed, strict=True):
+                    pack_into(part, packed)
                 copy.sources = Moment(sources, state)
-        self._held[ids] = copy, *(weakref.ref(source, self._forget(ids)) for source in sources)
+        self._held[ids] = copy, *(weakref.ref(root, self._forget(ids)) for root in roots)
         return copy
 
     def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:
-        value = computed(self._evaluate, leaves)
-        if isinstance(value, Rejected):
-            return value
-        weight = verify(self._recipe, value, leaves, self.name)
-        if isinstance(weight, FP4Weight):
-            return weight
-        recipe = recognise(value, leaves, self.name)
-        if isinstance(recipe, Rejected):
-            return recipe
-        if (recipe.kind, recipe.group) != (self._recipe.kind, self._recipe.group):
-            return Rejected(f"now {recipe.format}, compiled for {self._recipe.format}")
-        self._recipe = recipe
-        return recipe.read(leaves, self.name)
+        try:
+            found = verify(self._recipe, self._form, self._decode, leaves, self.name, self._rules)
+            if isinstance(found, Rejected):
+                found = recognise(self._decode, leaves, self.name, self._rules)
+        except Exception as error:
+            return raised(error)
+        if isinstance(found, Rejected):
+            return found
+        if (found.recipe.kind, found.recipe.group) != (self._recipe.kind, self._recipe.group):
+            return Rejected(f"now {found.format}, compiled for {format_name(self._recipe.kind, self._recipe.group)}")
+        self._recipe, self._form = found.recipe, found.form
+        return found.weight
 
     def _forget(self, ids: tuple[int, ...]) -> Callable[[object], None]:
         binding = weakref.ref(self)
@@ -143,12 +150,17 @@ class Binding:
         return forget
 
 
-def computed(evaluate: Callable[[Sequence[Tensor]], Tensor], leaves: Sequence[Tensor]) -> Tensor | Rejected:
-    """The traced weight, or what the model's own operations raise: the graph then runs as it was traced."""
-    try:
-        return evaluate(leaves)
-    except Exception as error:
-        return Rejected(f"its traced operations raise {type(error).__name__}: {error}")
+def raised(error: Exception) -> Rejected:
+    """What a model's own operations raise: the graph then runs as it was traced."""
+    return Rejected(f"its traced operations raise {type(error).__name__}: {error}")
+
+
+def matrices(weight: FP4Weight, batch: int) -> Iterator[FP4Weight]:
+    """The matrices that stand below each other in a weight."""
+    n = weight.n // batch
+    for start in range(0, weight.n, n):
+        rows = slice(start, start + n)
+        yield replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], multiplier=weight.multiplier[rows])
 
 
 def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:

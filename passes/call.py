@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from marlin_w4a16.passes.moment import Moment, state_of
+from marlin_w4a16.passes.moment import Moment, state_of, watched
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import Rewritten
 
@@ -41,13 +41,17 @@ class LiveCall:
         self._traced = traced
         self._kept = rewritten.kept
         self._bound = rewritten.bound
-        self._leaves = operator.itemgetter(*sorted({i for bound in rewritten.bound for i in bound.leaves}))
+        leaves = sorted({i for bound in rewritten.bound for i in bound.leaves})
+        self._leaves = operator.itemgetter(leaves[0], *leaves)  # of one position it would give no tuple
+        self._has_wrappers = rewritten.has_wrappers
         self._codes = rewritten.bound[0].codes  # tells instances of the model apart
         self._snapshots: dict[int, _Snapshot] = {}
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
         leaves = self._leaves(args)
+        if self._has_wrappers:
+            leaves = watched(leaves)
         state = state_of(leaves)
         instance = id(args[self._codes])
         snapshot = self._snapshots.get(instance)
@@ -61,11 +65,12 @@ class LiveCall:
     def _look_up(self, args: Sequence[Any]) -> list[Tensor] | Rejected:
         tensors = []
         for bound in self._bound:
-            packed = bound.binding.packed([args[i] for i in bound.leaves])
-            if isinstance(packed, Rejected):
+            found = bound.binding.packed([args[i] for i in bound.leaves])
+            if isinstance(found, Rejected):
                 name = bound.binding.name
-                return Rejected(f"{name}: {packed.reason.removeprefix(f'{name}: ')}")
-            tensors += [packed.words, packed.scales, packed.multiplier]
+                return Rejected(f"{name}: {found.reason.removeprefix(f'{name}: ')}")
+            for packed in found:
+                tensors += [packed.words, packed.scales, packed.multiplier]
         return tensors
 
     def _forget(self, instance: int) -> Callable[[object], None]:

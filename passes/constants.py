@@ -2,14 +2,15 @@
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from marlin_w4a16.passes.torch_private import is_higher_order, is_weight_like, may_write, storage_key
+from marlin_w4a16.passes.regions import storage
+from marlin_w4a16.passes.torch_private import is_higher_order, is_weight_like, may_write
 
 _RANDOM = frozenset(
     {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "bernoulli",
@@ -36,13 +37,16 @@ class Constants:
     leaves: frozenset[fx.Node]
     nodes: frozenset[fx.Node]
 
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self.nodes or node in self.leaves
+
     @functools.cached_property
-    def writes(self) -> dict[int | None, list[fx.Node]]:
+    def writes(self) -> dict[Hashable, list[fx.Node]]:
         """The in-place writes among the nodes, by the storage they write to."""
-        writes: dict[int | None, list[fx.Node]] = {}
+        writes: dict[Hashable, list[fx.Node]] = {}
         for node in self.nodes:
             for target in written_by(node):
-                writes.setdefault(storage_key(example(target)), []).append(node)
+                writes.setdefault(storage(target), []).append(node)
         writes.pop(None, None)
         return writes
 
@@ -54,17 +58,17 @@ def find_constants(graph: fx.Graph) -> Constants:
     itself writes to.
     """
     leaves = {n for n in graph.nodes if n.op == "placeholder" and is_weight_like(n) and isinstance(example(n), Tensor)}
-    weights = {storage_key(example(n)) for n in leaves}
-    written: set[int | None] = set()
+    weights = {storage(n) for n in leaves}
+    written: set[Hashable] = set()
     while True:
         nodes: set[fx.Node] = set()
         before = len(written)
         for node in graph.nodes:
             if _is_constant(node, leaves, nodes, written):
                 nodes.add(node)
-            targets = {storage_key(example(target)) for target in written_by(node)}
+            targets = {storage(target) for target in written_by(node)}
             written |= targets & weights if node in nodes else targets
-        leaves = {n for n in leaves if storage_key(example(n)) not in written}
+        leaves = {n for n in leaves if storage(n) not in written}
         if len(written) == before:
             return Constants(frozenset(leaves), frozenset(nodes))
 
@@ -83,7 +87,7 @@ def needed_by(roots: Iterable[fx.Node], constants: Constants, user: fx.Node | No
         if node not in needed:
             needed.add(node)
             todo.extend(node.all_input_nodes)
-            writes = constants.writes.get(storage_key(example(node)), ())
+            writes = constants.writes.get(storage(node), ())
             todo.extend(write for write in writes if user is None or write < user)
     return needed
 
@@ -93,27 +97,17 @@ def slice_of(value: fx.Node, user: fx.Node, constants: Constants) -> list[fx.Nod
     return sorted(needed_by([value], constants, user))
 
 
-def signature(value: fx.Node, nodes: list[fx.Node]) -> tuple[Any, ...]:
-    """What a slice computes, whatever its nodes are called: two slices of one signature and one set of leaves agree."""
-    index = {node: i for i, node in enumerate(nodes)}
-
-    def shown(node: fx.Node) -> str:
-        return f"%{index[node]}"
-
-    return index[value], *((n.op, str(n.target), repr(fx.map_arg((n.args, n.kwargs), shown))) for n in nodes)
-
-
-def evaluate(value: fx.Node, nodes: list[fx.Node], leaves: Mapping[fx.Node, Tensor]) -> Tensor:
-    """The value that a slice computes from the values of its leaves. Dead values are freed on the way."""
+def evaluate(value: fx.Node, nodes: list[fx.Node], known: Mapping[fx.Node, Tensor]) -> Tensor:
+    """The value that a slice computes from what is known, its leaves. Dead values are freed on the way."""
     last_use: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         for used in node.all_input_nodes:
             last_use[used] = node
-    values: dict[fx.Node, Any] = dict(leaves)
+    values: dict[fx.Node, Any] = {node: known[node] for node in nodes if node in known}
     with torch.no_grad():
         for node in nodes:
-            if node not in leaves:
-                values[node] = _run(node, values)
+            if node not in known:
+                values[node] = run(node, values)
             for used in node.all_input_nodes:
                 if last_use[used] is node and used is not value:
                     del values[used]
@@ -140,14 +134,15 @@ def _in_place(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__") and module != "_operator"
 
 
-def _run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+def run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What a node computes from the values of those before it."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], written: set[int | None]) -> bool:
+def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], written: set[Hashable]) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     if is_higher_order(node.target) or _name(node) in _RANDOM:
@@ -158,7 +153,7 @@ def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], writt
     if written_by(node):
         return True
     value = example(node)
-    if value is None or storage_key(value) in written:
+    if value is None or storage(node) in written:
         return False
     return isinstance(value, Tensor) or bool(inputs)
 

@@ -1,8 +1,9 @@
 """Finds products with constant FP4 weights and replaces them by ``marlin_w4a16::linear``."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor, fx
 from marlin_w4a16.fake_impls.library import DTYPES, format_args
 from marlin_w4a16.fake_impls.linear import uses_triton
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.passes import equation
 from marlin_w4a16.passes.constants import Constants, example
+from marlin_w4a16.passes.equation import Equation, Matrices, matrices
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.torch_private import fake_result
+
+_OP = torch.ops.marlin_w4a16.linear.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +27,50 @@ class Form:
 
     Attributes:
         name: for reports.
-        arguments: the names of x, weight and bias, in their positions.
-        transposed: the weight stands as ``[k, n]``.
-        x_dims: the numbers of dimensions x may have.
+        arguments: the names of its arguments, in their positions.
+        ways: which of them may be x and the weight, and the equation of operands of so many dimensions.
+        added: the name of what is added to the product: a ``bias`` of the rows, or else anything that fits.
+        fixed: arguments that must have one of the given values.
     """
 
     name: str
     arguments: tuple[str, ...]
-    transposed: bool
-    x_dims: range = range(1, 64)
+    ways: tuple[tuple[str, str, Callable[[int, int], Equation]], ...]
+    added: str | None = None
+    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-_MATMUL = Form("matmul", ("input", "other"), True)
-_MM = Form("mm", ("input", "mat2"), True, range(2, 3))
+def _two(name: str, first: str, second: str, *before: str, added: str | None = None) -> Form:
+    ways = ((first, second, equation.matmul), (second, first, equation.matmul_left))
+    return Form(name, (*before, first, second), ways, added)
+
+
+_LINEAR = Form("F.linear", ("input", "weight", "bias"), (("input", "weight", equation.linear),), "bias")
+_MATMUL = _two("matmul", "input", "other")
+_INNER = Form("inner", ("input", "other"), (("input", "other", equation.inner),))
+_CONV1D = Form(
+    "conv1d",
+    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    (("input", "weight", equation.conv1d),),
+    "bias",
+    {"stride": (1, (1,), [1]), "padding": (0, (0,), [0], "valid", "same"), "groups": (1,)},
+)
+_EINSUM = Form("einsum", ("equation", "operands", "second"), ())
+_MM, _MV, _BMM = _two("mm", "input", "mat2"), _two("mv", "input", "vec"), _two("bmm", "input", "mat2")
+_ADDMV = _two("addmv", "mat", "vec", "input", added="input")
+_ADDMM = _two("addmm", "mat1", "mat2", "input", added="input")
+_BADDBMM = _two("baddbmm", "batch1", "batch2", "input", added="input")
 CONSUMERS: dict[Callable[..., Any] | str, Form] = {
-    torch.nn.functional.linear: Form("F.linear", ("input", "weight", "bias"), False),
-    torch.matmul: _MATMUL,
+    torch.nn.functional.linear: _LINEAR,
     operator.matmul: _MATMUL,
-    "matmul": _MATMUL,
     "__matmul__": _MATMUL,
-    torch.mm: _MM,
-    "mm": _MM,
+    torch.conv1d: _CONV1D,
+    torch.functional.einsum: _EINSUM,
+    **{
+        spelled: form
+        for form in (_MATMUL, _MM, _MV, _BMM, _ADDMV, _ADDMM, _BADDBMM, _INNER)
+        for spelled in (form.name, getattr(torch, form.name))
+    },
 }
 
 
@@ -53,32 +81,41 @@ class Product:
     Attributes:
         node: the product itself.
         form: how it is spelled.
-        weight: the node of its weight.
+        x, weight: which of its arguments they are.
+        x_first: axes of x of which there is only one index, unlike the weight's.
+        equation: what it computes, less the axes that say nothing.
+        matrices: the weight as matrices.
+        refusal: why it cannot be served.
     """
 
     node: fx.Node
     form: Form
-    weight: fx.Node
+    x: str
+    weight: str
+    x_first: tuple[int, ...]
+    equation: Equation
+    matrices: Matrices
+    refusal: str | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the weight."""
-        rows, columns = example(self.weight).shape
-        return (columns, rows) if self.form.transposed else (rows, columns)
+    def weight_node(self) -> fx.Node:
+        """The node of the weight."""
+        found: fx.Node = _operands(self.node, self.form)[self.weight]
+        return found
 
 
-def find_products(graph: fx.Graph, constants: Constants) -> Iterator[tuple[Product, Rejected | None]]:
-    """Walks the products with a two-dimensional constant weight; one that cannot be served comes with its reason."""
+def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
+    """Walks the products with a constant weight."""
     for node in graph.nodes:
         form = CONSUMERS.get(node.target) if node.op in ("call_function", "call_method") else None
-        if form is None:
+        if form is None or node in constants.nodes:
             continue
         operands = _operands(node, form)
-        weight = operands.get(form.arguments[1])
-        if not isinstance(weight, fx.Node) or weight not in constants.nodes or not _is_matrix(example(weight)):
-            continue
-        reason = _refusal(operands, form)
-        yield Product(node, form, weight), Rejected(reason) if reason else None
+        for x, weight, spelled in _ways(form, operands):
+            held = operands.get(weight)
+            if isinstance(held, fx.Node) and held in constants and example(held).ndim > 1:
+                yield _product(node, form, x, weight, spelled)
+                break
 
 
 def find_packed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -109,43 +146,146 @@ def compute_dtype(products: Sequence[Product]) -> torch.dtype:
     return next(dtype for dtype in DTYPES if dtype in dtypes)
 
 
-def replace(product: Product, node: fx.Node, packed: PackedFP4, inputs: Sequence[fx.Node]) -> None:
-    """Puts the op in the place of ``node``, the product's copy in the graph that is rewritten.
+def operands_of(product: Product, node: fx.Node) -> dict[str, Any]:
+    """What a product, or its copy ``node``, reads beside the weight, by the names of the arguments."""
+    return {name: value for name, value in _operands(node, product.form).items() if name != product.weight}
 
-    ``inputs`` are the placeholders of words, scales and multiplier.
+
+def replace(product: Product, node: fx.Node, packed: Sequence[PackedFP4], inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten.
+
+    Args:
+        product: what is replaced.
+        node: its copy.
+        packed: the weight for each index of the batch.
+        inputs: the nodes of words, scales and multiplier of each of them.
+
+    Returns:
+        What was written; the last one is the result.
     """
-    operands = _operands(node, product.form)
-    with node.graph.inserting_before(node):
-        args = (operands[product.form.arguments[0]], *inputs, *format_args(packed), operands.get("bias"))
-        new = node.graph.call_function(torch.ops.marlin_w4a16.linear.default, args)
-    new.meta.update(node.meta)
-    new.meta["example_value"] = fake_result(new).to(example(node).dtype)  # which autocast may have chosen
-    node.replace_all_uses_with(new)
+    written: list[fx.Node] = []
+    dtype = example(node).dtype
+
+    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(target, args, kwargs)
+        value = fake_result(new)
+        new.meta = {**node.meta, "example_value": value.to(dtype) if target is _OP else value}  # as autocast chooses
+        written.append(new)
+        return new
+
+    operands, axes = _operands(node, product.form), product.equation
+    x: fx.Node = operands[product.x]
+    for axis in reversed(product.x_first):
+        x = call(torch.select, x, axis, 0)
+    x = _ordered(call, x, axes.x, axes.batch + axes.free + axes.columns)
+    if len(axes.columns) > 1:
+        x = call(torch.flatten, x, -len(axes.columns))
+    if len(axes.batch) > 1:
+        x = call(torch.flatten, x, 0, len(axes.batch) - 1)
+    added = operands.get(product.form.added) if product.form.added else None
+    bias = added if _is_bias(product, operands) else None
+    rows = []
+    for index, weight in enumerate(packed):
+        part = call(torch.select, x, 0, index) if axes.batch else x
+        rows.append(call(_OP, part, *inputs[3 * index : 3 * index + 3], *format_args(weight), bias))
+    y = call(torch.stack, rows) if axes.batch else rows[0]
+    sizes = product.matrices.sizes
+    if len(axes.batch) > 1:
+        y = call(torch.unflatten, y, 0, sizes[: len(axes.batch)])
+    if len(axes.rows) > 1:
+        y = call(torch.unflatten, y, -1, sizes[len(axes.batch) :])
+    y = _ordered(call, y, axes.batch + axes.free + axes.rows, axes.out)
+    if added is not None and bias is None:
+        alpha, beta = operands.get("alpha", 1), operands.get("beta", 1)
+        y = y if alpha == 1 else call(torch.mul, y, alpha)
+        if beta != 0:  # what is multiplied by zero is not read, so that its NaN does not spread
+            y = call(torch.add, y, added, alpha=beta)
+        if example(y).dtype != dtype:
+            y = call(torch.Tensor.to, y, dtype)
+    node.replace_all_uses_with(y)
     node.graph.erase_node(node)
+    return written
 
 
 def _operands(node: fx.Node, form: Form) -> dict[str, Any]:
     operands = dict(zip(form.arguments, node.args, strict=False))
     operands.update(node.kwargs)
+    if form is _EINSUM:
+        listed = operands.get("operands")
+        factors = list(listed) if isinstance(listed, (list, tuple)) else list(node.args[1:])
+        return {"equation": operands.get("equation"), **{str(i): factor for i, factor in enumerate(factors)}}
     return operands
 
 
-def _is_matrix(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2
+def _ways(form: Form, operands: dict[str, Any]) -> Iterator[tuple[str, str, Callable[[int, int], Equation | str]]]:
+    yield from form.ways
+    if form is _EINSUM and isinstance(operands["equation"], str) and operands.keys() == {"equation", "0", "1"}:
+        spelled = operands["equation"]
+        yield "0", "1", lambda x, weight: equation.einsum(spelled, x, weight, x_first=True)
+        yield "1", "0", lambda x, weight: equation.einsum(spelled, x, weight, x_first=False)
 
 
-def _refusal(operands: dict[str, Any], form: Form) -> str | None:
-    x, bias = operands.get(form.arguments[0]), operands.get("bias")
-    if not isinstance(x, fx.Node) or not isinstance(example(x), Tensor):
-        return f"{form.name} with a literal as its input"
-    if operands.keys() - set(form.arguments):
-        return f"{form.name} with {', '.join(sorted(operands.keys() - set(form.arguments)))}="
-    if example(x).ndim not in form.x_dims:
-        return f"{form.name} of an input of {example(x).ndim} dimensions"
-    if example(x).dtype not in DTYPES:
-        return f"{form.name} of an input of {example(x).dtype}: expected one of {DTYPES}"
-    if example(operands[form.arguments[1]]).requires_grad:
+def _product(node: fx.Node, form: Form, x: str, weight: str, spelled: Callable[[int, int], Equation | str]) -> Product:
+    operands = _operands(node, form)
+    value, held = example(operands[weight]), operands.get(x)
+    plain = (
+        Equation("k", "nk", "n"),
+        Matrices((), tuple(range(value.ndim)), 1, value.shape[:-1].numel(), value.shape[-1]),
+    )
+    if not isinstance(held, fx.Node) or not isinstance(example(held), Tensor):
+        return Product(node, form, x, weight, (), *plain, f"{form.name} with a literal as its input")
+    axes = spelled(example(held).ndim, value.ndim)
+    if isinstance(axes, str) or len(axes.weight) != value.ndim or len(axes.x) != example(held).ndim:
+        why = axes if isinstance(axes, str) else f"{tuple(example(held).shape)} by {tuple(value.shape)}"
+        return Product(node, form, x, weight, (), *plain, f"{form.name} of {why}")
+    x_first = tuple(i for i, label in enumerate(axes.x) if _is_broadcast(example(held), i, label, axes, value))
+    kept = "".join(label for i, label in enumerate(axes.x) if i not in x_first)
+    axes, seen = matrices(Equation(kept, axes.weight, axes.out), value)
+    product = Product(node, form, x, weight, x_first, axes, seen)
+    return dataclasses.replace(product, refusal=_refusal(product, operands))
+
+
+def _is_broadcast(x: Tensor, axis: int, label: str, axes: Equation, weight: Tensor) -> bool:
+    if label not in axes.weight or isinstance(x.shape[axis], torch.SymInt) or x.shape[axis] != 1:
+        return False
+    return label in axes.out and weight.shape[axes.weight.index(label)] != 1
+
+
+def _is_bias(product: Product, operands: dict[str, Any]) -> bool:
+    """Whether what is added is one value per row, which the op adds before its one rounding."""
+    added = operands.get(product.form.added or "")
+    if added is None or product.equation.batch or operands.get("alpha", 1) != 1 or operands.get("beta", 1) != 1:
+        return False
+    rows = product.equation.rows
+    last = product.form is _CONV1D or (len(rows) == 1 and product.equation.out.endswith(rows))
+    return last and example(added).shape == (product.matrices.n,) and example(added).dtype in DTYPES
+
+
+def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
+    form, x, weight = product.form, example(operands[product.x]), example(operands[product.weight])
+    why = product.equation.refusal()
+    if why is not None:
+        return f"{form.name}: {why}"
+    allowed = {*form.arguments, "alpha", "beta"} if form.added == "input" else set(form.arguments)
+    if form is not _EINSUM and operands.keys() - allowed:
+        return f"{form.name} with {', '.join(sorted(operands.keys() - allowed))}="
+    for name, values in form.fixed.items():
+        if name in operands and operands[name] not in values:
+            return f"{form.name} with {name}={operands[name]}, expected {values[0]}"
+    if x.dtype not in DTYPES:
+        return f"{form.name} of an input of {x.dtype}: expected one of {DTYPES}"
+    if weight.requires_grad:
         return f"{form.name} with a weight that requires grad: FP4 weights get none"
-    if bias is not None and (not isinstance(bias, fx.Node) or example(bias).ndim != 1):
+    added = operands.get(form.added or "")
+    if added is not None and not isinstance(added, fx.Node):
+        return f"{form.name} with a literal in the place of what is added"
+    if form.added == "bias" and added is not None and not _is_bias(product, operands):
         return f"{form.name} with a bias that is not one value per row"
     return None
+
+
+def _ordered(call: Callable[..., fx.Node], tensor: fx.Node, labels: str, wanted: str) -> fx.Node:
+    if labels == wanted:
+        return tensor
+    return call(torch.permute, tensor, tuple(labels.index(label) for label in wanted))

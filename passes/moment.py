@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from marlin_w4a16.passes.torch_private import storage_of, versions_of
+from marlin_w4a16.passes.torch_private import inner_tensors, is_wrapper, storage_of, versions_of
 
 State = tuple[list[int], list[int]]
 
@@ -14,6 +14,15 @@ State = tuple[list[int], list[int]]
 def state_of(tensors: Sequence[Tensor]) -> State:
     """Address and version of each tensor, read as fast as Python can: it is read at every call."""
     return list(map(Tensor.data_ptr, tensors)), versions_of(tensors)
+
+
+def watched(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, and those that hold the data of the ones that are wrapper subclasses.
+
+    A wrapper's own address says nothing, and what is written to it does not count up its parts' versions; what is
+    written to a part does not count up the wrapper's.
+    """
+    return [*tensors, *(part for t in tensors if is_wrapper(t) for part in inner_tensors(t))]
 
 
 class Moment:

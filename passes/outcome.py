@@ -11,18 +11,30 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Excluded:
+    """Left as traced because the options say so: no refusal."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Replaced:
     """Replaced by an op.
 
     Attributes:
         op: the op's name.
         kernel: what runs it on the weight's device.
-        nbytes: bytes of the packed copy.
+        nbytes: bytes of the packed copy; in a dry run, those it would have.
+        note: what a reader should know, such as that the model itself rounds this weight twice; or None.
+        error: with the option ``verify``, the worst relative L2 difference of a product from its traced form on
+            random input; else None.
     """
 
     op: str
     kernel: str
     nbytes: int
+    note: str | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,7 @@ class Row:
     spelling: str
     shape: tuple[int, int]
     format: str | None
-    outcome: Replaced | Owned | Rejected
+    outcome: Replaced | Owned | Rejected | Excluded
     nbytes: int
     uses: int = 1
     producer: str | None = None

@@ -1,193 +1,357 @@
-"""Judges a weight by its value: is it the decode of FP4 codes and scales among the leaves it was made from?
+"""Judges a weight by its value: is it the decode of FP4 codes and scales that it was made from?
 
-A hypothesis is one row of each table below; the value that the traced operations computed must equal what a
-hypothesis predicts, element by element. Another way to write FP4 is another row.
+Whatever operations a model uses, the value they compute must be what a hypothesis predicts, element by element: where
+codes, scales and a factor stand (`recipe`), and what is rounded on the way (`forms`). Hypotheses are tried on a few
+rows; one that survives is held against the whole weight.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_DTYPES, FP4Weight, ScaleKind, as_bytes, format_name
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_DTYPES, FP4Weight, ScaleKind, format_name
+from marlin_w4a16.passes import tensors
+from marlin_w4a16.passes.constants import example
+from marlin_w4a16.passes.decode import Decode, Window
+from marlin_w4a16.passes.forms import TOLERANCES, Difference, Form, difference, forms_of, largest_error
 from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.passes.recipe import (
+    Factor,
+    FromSources,
+    FromValue,
+    Joined,
+    Leaves,
+    OfType,
+    Recipe,
+    Source,
+    read_codes,
+    read_scales,
+)
 
-# A traced float32 value may differ from the exact one by the roundings of two products in any order.
-_FLOAT32_ULPS = 2
-_SAMPLE_ROWS = 4
+_SAMPLE_ROWS = 8
+# How far a traced value may be from its decode for a hypothesis to be looked at closely: three roundings to bfloat16
+# stay below 2**-6, neighbouring codes and scales differ by more than 2**-4.
+_NEAR = 2.0**-5
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to read an `FP4Weight` of ``n`` rows and ``k`` columns from the leaves of a weight, by their positions.
+class Rules:
+    """What is accepted beyond weights that equal their decode; see `marlin_w4a16.options.Options`.
 
     Attributes:
-        codes, scales: positions of those leaves.
-        storage, nibbles, factor, form: row names of the tables of this file.
-        multiplier: position of the leaf of the multiplier, or None.
-        kind, group, n, k: as in `FP4Weight`.
-        dtype: that of the traced weight.
+        tolerance: the largest relative difference of a weight that the model rounds more than once.
+        recover: read dense weights that are MXFP4 values back.
+        drop_activations: leave out what a tensor's class does to the other operand.
     """
 
-    codes: int
-    scales: int
-    multiplier: int | None
-    storage: str
-    nibbles: str
-    factor: str
-    form: str
-    kind: ScaleKind
-    group: int
-    n: int
-    k: int
-    dtype: torch.dtype
+    tolerance: float = 0.0
+    recover: bool = False
+    drop_activations: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A weight that was recognised.
+
+    Attributes:
+        recipe: where it is read from.
+        form: what the model rounds on the way.
+        weight: the weight.
+        note: what a reader of the report should know, or None.
+    """
+
+    recipe: Recipe
+    form: Form
+    weight: FP4Weight
+    note: str | None = None
 
     @property
     def format(self) -> str:
         """The name of the format for people."""
-        return format_name(self.kind, self.group)
-
-    @property
-    def sources(self) -> list[int]:
-        """Positions of the leaves that the weight is read from."""
-        return [i for i in (self.codes, self.scales, self.multiplier) if i is not None]
-
-    @property
-    def reading(self) -> "Recipe":
-        """How it is read from its `sources`, wherever those stand."""
-        multiplier = None if self.multiplier is None else 2
-        dtype = self.dtype if self._rounds_multiplier else torch.float32  # the dtype the multiplier is rounded to
-        return replace(self, codes=0, scales=1, multiplier=multiplier, form="exact", dtype=dtype)
-
-    @property
-    def _rounds_multiplier(self) -> bool:
-        return self.form.startswith("rounded multiplier")
-
-    def read(self, leaves: Sequence[Tensor], name: str, rows: slice = slice(None)) -> FP4Weight:
-        """The weight, or a slice of its rows, in canonical form.
-
-        Raises:
-            ValueError: the leaves hold no such weight (a NaN scale, a shape that does not fit).
-        """
-        matrix = STORAGES[self.storage]
-        codes = NIBBLES[self.nibbles](matrix(as_bytes(leaves[self.codes]), self.n, self.k // 2)[rows])
-        scales = matrix(as_bytes(leaves[self.scales]), self.n, self.k // self.group)[rows]
-        factor = torch.ones((), device=codes.device)
-        if self.multiplier is not None:
-            factor = FACTORS[self.factor](leaves[self.multiplier].detach().to(codes.device, torch.float32))
-        if self._rounds_multiplier:
-            factor = factor.to(self.dtype).float()
-        multiplier = factor.reshape(-1).expand(self.n)[rows].contiguous()
-        return FP4Weight(codes.contiguous(), scales.contiguous(), multiplier, self.kind, self.group, name)
+        return format_name(self.recipe.kind, self.recipe.group)
 
 
-def _rows(leaf: Tensor, n: int, columns: int) -> Tensor:
-    return leaf.detach().reshape(n, columns)
+def recognise(decode: Decode, leaves: Leaves, name: str, rules: Rules) -> Found | Rejected:
+    """Finds how the live leaves of a weight hold it; ``name`` is what messages call it."""
+    return _Search(decode, leaves, name, rules).run(decode.weight(leaves))
 
 
-def _columns(leaf: Tensor, n: int, columns: int) -> Tensor:
-    return leaf.detach().reshape(columns, n).t()
-
-
-# How codes and scales lie in their leaves, whatever their shape says.
-STORAGES: dict[str, Callable[[Tensor, int, int], Tensor]] = {"[n, k]": _rows, "[k, n]": _columns}
-# Which half of a byte is the even column.
-NIBBLES: dict[str, Callable[[Tensor], Tensor]] = {
-    "low first": lambda codes: codes,
-    "high first": lambda codes: (codes << 4) | (codes >> 4),
-}
-# How the leaf of a global scale enters.
-FACTORS: dict[str, Callable[[Tensor], Tensor]] = {"times": lambda g: g, "divided by": torch.reciprocal}
-# What the traced operations round on the way to the weight: code, scale, multiplier, dtype -> float32 value.
-FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]] = {
-    "exact": lambda c, s, m, _: (c * s) * m,
-    "rounded scale": lambda c, s, m, dtype: c * (s * m).to(dtype).float(),
-    "rounded multiplier": lambda c, s, m, dtype: (c * s) * m.to(dtype).float(),
-    "rounded multiplier and scale": lambda c, s, m, dtype: c * (s * m.to(dtype).float()).to(dtype).float(),
-    "rounded multiplier and code": lambda c, s, m, dtype: (c * m.to(dtype).float()).to(dtype).float() * s,
-}
-
-
-def recognise(value: Tensor, leaves: Sequence[Tensor], name: str) -> Recipe | Rejected:
-    """Finds the recipe by which ``leaves`` decode to ``value`` ``[n, k]``.
-
-    Every hypothesis is tried on a few rows; one that survives is held against the whole weight.
-    """
-    n, k = value.shape
-    finite = bool(value.isfinite().all())
-    sample = slice(0, _SAMPLE_ROWS if finite else n)
-    reasons: list[str] = []
-    tried = 0
-    for recipe in _hypotheses(n, k, leaves, value.dtype):
-        tried += 1
-        try:
-            few = recipe.read(leaves, name, sample)
-            if not finite or not _equal(few, value[sample], recipe.form):
-                continue
-            if _equal(recipe.read(leaves, name), value, recipe.form):
-                return recipe
-        except ValueError as error:
-            reasons.append(str(error))
-    if not tried:
-        return Rejected(f"no leaves of the sizes of FP4 codes [{n}, {k // 2}] and of byte scales in groups of 16 or 32")
-    if len(reasons) == tried or (reasons and not finite):
-        return Rejected(reasons[0])
-    if not finite:
+def verify(recipe: Recipe, form: Form, decode: Decode, leaves: Leaves, name: str, rules: Rules) -> Found | Rejected:
+    """Holds a known recipe against other leaves, or those of another decode of the same signature."""
+    value = decode.weight(leaves)
+    if not bool(value.isfinite().all()):
         return Rejected(f"the traced weight holds NaN or Inf in {_short(value.dtype)}")
-    return Rejected(f"its value is not the decode of its codes and scales under any of {tried} hypotheses")
-
-
-def verify(recipe: Recipe, value: Tensor, leaves: Sequence[Tensor], name: str) -> FP4Weight | Rejected:
-    """Holds a known recipe against a new value of the weight."""
     try:
-        weight = recipe.read(leaves, name)
+        weight, factor = recipe.read(decode, leaves, name)
     except ValueError as error:
         return Rejected(str(error))
-    if not bool(value.isfinite().all()) or not _equal(weight, value, recipe.form):
-        return Rejected("its value is no longer the decode of its codes and scales")
-    return weight
+    return _judged(recipe, form, weight, factor, value, rules)
 
 
-def may_be_fp4(shape: torch.Size, leaves: Sequence[Tensor]) -> bool:
-    """Whether leaves could hold the codes of a weight of this shape: cheap, before anything is evaluated."""
-    return len(shape) == 2 and any(_is_bytes(t) and t.numel() * 2 == shape.numel() for t in leaves)
+def may_be_fp4(decode: Decode, rules: Rules) -> bool:
+    """Whether leaves could hold a weight: cheap, before anything is evaluated."""
+    leaves = [example(leaf) for leaf in decode.leaves]
+    typed = [leaf for leaf in leaves if tensors.is_typed(leaf)]
+    if typed or (rules.recover and not any(map(_is_bytes, leaves))):
+        return all(map(tensors.is_fp4, typed))
+    sizes = {decode.rows * decode.matrices.k} | {value.numel() for _, value in decode.tensors}
+    return any(_is_bytes(value) and value.numel() * 2 in sizes for _, value in decode.tensors)
 
 
-def _hypotheses(n: int, k: int, leaves: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Recipe]:
-    factors: list[tuple[int | None, str]] = [(None, "times")]
-    for i, leaf in enumerate(leaves):
-        if leaf.is_floating_point() and leaf.element_size() > 1 and leaf.numel() in (1, n):
-            factors += [(i, factor) for factor in FACTORS]
-    factors.reverse()  # a global scale that is there is likely to be used
-    forms = ["exact"] if dtype == torch.float32 else list(FORMS)
-    for codes, scales in product(range(len(leaves)), repeat=2):
-        if codes == scales or not _is_bytes(leaves[codes]) or leaves[codes].numel() * 2 != n * k:
-            continue
-        for group in GROUP_SIZES:
-            if k % group or not _is_bytes(leaves[scales]) or leaves[scales].numel() * group != n * k:
+class TooFar(Rejected):
+    """Recognised, but rounded on the way by more than the tolerance."""
+
+
+class _Search:
+    """The search for the recipe of one weight."""
+
+    def __init__(self, decode: Decode, leaves: Leaves, name: str, rules: Rules) -> None:
+        self.decode, self.leaves, self.name, self.rules = decode, leaves, name, rules
+        self.agreement = 0.0
+        self.nearest = "no hypothesis fits"
+        self.scales: dict[tuple[Source, Window, int], tuple[Tensor, Tensor | None] | None] = {}
+
+    def run(self, value: Tensor) -> Found | Rejected:
+        typed = [i for i, leaf in enumerate(self.leaves) if tensors.is_typed(leaf)]
+        if typed:
+            return self._of_type(typed[0], value)
+        if not any(map(_is_bytes, self.leaves)) and self.rules.recover:
+            return self._judge(FromValue(), Form(), value)
+        if not bool(value.isfinite().all()):
+            return self._not_finite(value)
+        found = self._from_sources(value)
+        return self._joined(value) or found if isinstance(found, Rejected) else found
+
+    def _of_type(self, leaf: int, value: Tensor) -> Found | Rejected:
+        tensor = self.leaves[leaf]
+        quantised = tensors.activations(tensor)
+        if quantised is not None and not self.rules.drop_activations:
+            return Rejected(
+                f"its linear quantises the input too ({quantised}), where the graph does not show it: "
+                "options={'activation_quant': 'drop'} leaves that out"
+            )
+        weight = tensors.read(tensor, self.name)
+        if isinstance(weight, Rejected):
+            return weight
+        return self._judge(OfType(leaf, weight.kind, weight.group), Form(), value)
+
+    def _judge(self, recipe: Recipe, form: Form, value: Tensor) -> Found | Rejected:
+        try:
+            weight, factor = recipe.read(self.decode, self.leaves, self.name)
+        except ValueError as error:
+            return Rejected(str(error))
+        return _judged(recipe, form, weight, factor, value, self.rules)
+
+    def _not_finite(self, value: Tensor) -> Rejected:
+        """Some scale that is NaN is the likely reason."""
+        for codes, window in self._codes():
+            for scales, group in self._scales(window, codes.node):
+                if not scales.coding.endswith("bytes"):
+                    continue
+                try:
+                    FromSources(codes, scales, Factor(), window, group).read(self.decode, self.leaves, self.name)
+                except ValueError as error:
+                    return Rejected(str(error))
+        return Rejected(f"the traced weight holds NaN or Inf in {_short(value.dtype)}")
+
+    def _from_sources(self, value: Tensor) -> Found | Rejected:
+        used = value.count_nonzero(1).nonzero()[:, 0]
+        rows = used[torch.linspace(0, len(used) - 1, min(_SAMPLE_ROWS, len(used))).long()].tolist()
+        sample = value[rows]
+        tried = False
+        for codes, window in self._codes():
+            try:
+                few = read_codes(codes, self.decode, self.leaves, window, rows)
+            except ValueError:
                 continue
-            named = SCALE_DTYPES.get(leaves[scales].dtype)
-            usual: tuple[ScaleKind, ...] = ("e4m3", "e8m0") if group == 16 else ("e8m0", "e4m3")  # where both are true
-            kinds = (named,) if named else usual
-            for kind, storage, nibbles, form, (multiplier, factor) in product(kinds, STORAGES, NIBBLES, forms, factors):
-                if multiplier is not None or form == "exact":
-                    yield Recipe(codes, scales, multiplier, storage, nibbles, factor, form, kind, group, n, k, dtype)
+            for scales, group in self._scales(window, codes.node):
+                read = self._read_scales(scales, window, group)
+                if read is None:
+                    continue
+                tried = True
+                at = [window.start + row for row in rows]
+                own = read[1][at] if read[1] is not None else torch.ones(len(rows), device=few.device)
+                part = _unchecked(few, read[0][at], own, scales, group)
+                base = FromSources(codes, scales, Factor(), window, group)
+                for recipe, form in self._fitting(part, sample, rows, base):
+                    found = self._judge(recipe, form, value)
+                    if isinstance(found, Found | TooFar):
+                        return found
+                    self._see(2.0, found.reason)
+        return Rejected(self.nearest if tried else self._sizes())
+
+    def _fitting(
+        self, part: FP4Weight, sample: Tensor, rows: list[int], base: FromSources
+    ) -> Iterator[tuple[FromSources, Form]]:
+        """The factors and forms with which some rows come out right."""
+        unscaled, found = part.unscaled(torch.float64) * part.multiplier.double()[:, None], sample.double()
+        ratio = torch.where((unscaled != 0) & (found != 0), found / unscaled, torch.nan)
+        middle = ratio.nanmedian(1, keepdim=True).values
+        near = torch.where(unscaled == 0, found == 0, (ratio / middle - 1).abs() < _NEAR)
+        what = f"{format_name(part.kind, part.group)}, {base.codes.coding}"
+        if not bool(near.all()):
+            row, column = (~near).nonzero()[0].tolist()
+            expected = float((unscaled * middle.nan_to_num(1.0))[row, column])
+            first = Difference(rows[row], column, expected, float(found[row, column]))
+            self._see(float(near.double().mean()), f"it is not {what}: {first}")
+            return
+        factors = list(self._factors(base.window, middle[:, 0], rows, part.codes.device))
+        if not factors:
+            shown = f"{float(middle[0, 0]):.7g}"
+            self._see(1.0, f"{what} but for a factor of {shown}, which no tensor and no number of the graph gives")
+        for factor, values in factors:
+            own = values * part.multiplier
+            scaled = (values.reciprocal() if factor.divides else values) * part.multiplier
+            few = _unchecked(part.codes, part.scales, scaled, base.scales, part.group)
+            for form in forms_of(sample.dtype, self._computed_in(sample.dtype), factor.divides):
+                first_difference = difference(form, few, own, sample)
+                if first_difference is None:
+                    yield FromSources(base.codes, base.scales, factor, base.window, base.group), form
+                elif form.exact:
+                    at = Difference(
+                        rows[first_difference.row],
+                        first_difference.column,
+                        first_difference.expected,
+                        first_difference.found,
+                    )
+                    self._see(1.5, f"it is not {what}: {at}")
+
+    def _joined(self, value: Tensor) -> Found | Rejected | None:
+        axis, parts = self.decode.parts
+        start, found = 0, []
+        for part in parts:
+            size = part.matrices.k if axis else part.rows
+            leaves = [self.leaves[self.decode.leaves.index(leaf)] for leaf in part.leaves]
+            judged = _Search(part, leaves, self.name, self.rules).run(value.narrow(axis, start, size))
+            if isinstance(judged, Rejected):
+                return Rejected(f"{'columns' if axis else 'rows'} {start} to {start + size - 1}: {judged.reason}")
+            found.append(judged)
+            start += size
+        if not found:
+            return None
+        if len({(f.format, f.form) for f in found}) > 1:
+            return Rejected(f"parts of several formats: {', '.join(sorted({f.format for f in found}))}")
+        return self._judge(Joined(tuple(f.recipe for f in found), axis), found[0].form, value)
+
+    def _codes(self) -> Iterator[tuple[Source, Window]]:
+        """Where codes may stand: in bytes; failing that, one by one in what the graph makes of them."""
+        decode, k = self.decode, self.decode.matrices.k
+        for window in decode.windows:
+            for node, value in decode.tensors:
+                if _is_bytes(value) and value.numel() * 2 == window.total * k:
+                    for blocks in self._blocks(window):
+                        yield Source(node, "low nibble first", blocks), window
+                        yield Source(node, "high nibble first", blocks), window
+        for node, value in decode.tensors:
+            if value.numel() == decode.rows * k and value.dtype not in (torch.bool, *SCALE_DTYPES):
+                codings = ["a number each", "a value each"] if value.is_floating_point() else ["a number each"]
+                for coding in codings:
+                    for window in decode.windows:
+                        for blocks in self._blocks(Window(0, decode.rows)):
+                            yield Source(node, coding, blocks), window
+
+    def _scales(self, window: Window, codes: int) -> Iterator[tuple[Source, int]]:
+        for node, value in self.decode.tensors:
+            for group in GROUP_SIZES:
+                if node == codes or self.decode.matrices.k % group:
+                    continue
+                if value.numel() * group == window.total * self.decode.matrices.k:
+                    for coding in _scalings(value.dtype, group):
+                        for blocks in self._blocks(window):
+                            yield Source(node, coding, blocks), group
+
+    def _blocks(self, window: Window) -> list[int]:
+        """Rows, columns, or columns for each index of the outermost axis of the rows."""
+        outer = self.decode.matrices.sizes[:1]
+        return [0, 1, *(size for size in outer if 1 < size < self.decode.rows and window.total == self.decode.rows)]
+
+    def _read_scales(self, source: Source, window: Window, group: int) -> tuple[Tensor, Tensor | None] | None:
+        key = source, window, group
+        if key not in self.scales:
+            try:
+                self.scales[key] = read_scales(source, self.decode, self.leaves, window, group)
+            except ValueError:
+                self.scales[key] = None
+        return self.scales[key]
+
+    def _factors(
+        self, window: Window, wanted: Tensor, rows: list[int], device: torch.device
+    ) -> Iterator[tuple[Factor, Tensor]]:
+        """The tensors and numbers that are near the factor that rows want, with their values for these rows."""
+        for factor in self._all_factors(window):
+            values = factor.value(self.decode, self.leaves, window, device)[rows]
+            for divides in (False, True):
+                applied = values.reciprocal() if divides else values
+                if bool(((applied / wanted - 1).abs() < _NEAR).all()):
+                    yield Factor(factor.node, factor.number, divides), values
+                if factor == Factor():
+                    break
+
+    def _all_factors(self, window: Window) -> Iterator[Factor]:
+        for node, value in self.decode.tensors:
+            unrounded = node in self.decode.leaf_indices or value.dtype in (torch.float32, torch.float64)
+            is_factor = value.is_floating_point() and value.element_size() > 1 and unrounded and value.numel()
+            if is_factor and window.total % value.numel() == 0:
+                yield Factor(node)
+        yield Factor()
+        yield from (Factor(number=number) for number in self.decode.numbers)
+
+    def _computed_in(self, dtype: torch.dtype) -> set[torch.dtype]:
+        halves = {torch.float16, torch.bfloat16}
+        return {dtype} if dtype in halves else halves & {value.dtype for _, value in self.decode.tensors}
+
+    def _see(self, agreement: float, reason: str) -> None:
+        """Remembers the hypothesis that came nearest."""
+        if agreement > self.agreement:
+            self.agreement, self.nearest = agreement, reason
+
+    def _sizes(self) -> str:
+        rows, k = self.decode.rows, self.decode.matrices.k
+        for _, value in self.decode.tensors:
+            group = rows * k // max(1, value.numel())
+            if value.numel() * group == rows * k and 4 <= group <= 1024 and group not in GROUP_SIZES and k % group == 0:
+                return f"its scales would belong to groups of {group}, expected {' or '.join(map(str, GROUP_SIZES))}"
+        return f"no tensor has the size of block scales of [{rows}, {k}] in groups of 16 or 32 along its columns"
 
 
-def _equal(weight: FP4Weight, value: Tensor, form: str) -> bool:
-    """Whether ``value`` is what a form predicts, rounded to its dtype."""
-    for rows, part in weight.row_blocks():
-        codes, scales = part.factors(torch.float32)
-        predicted = FORMS[form](codes, scales.unsqueeze(-1), part.multiplier[:, None, None], value.dtype).flatten(1)
-        infinity = torch.full_like(predicted, torch.inf)
-        slack = _FLOAT32_ULPS * (torch.nextafter(predicted.abs(), infinity) - predicted.abs())
-        found = value[rows]
-        low, high = (predicted - slack).to(value.dtype), (predicted + slack).to(value.dtype)
-        if not bool(((low <= found) & (found <= high)).all()):
-            return False
-    return True
+def _judged(
+    recipe: Recipe, form: Form, weight: FP4Weight, factor: Tensor, value: Tensor, rules: Rules
+) -> Found | Rejected:
+    name = format_name(recipe.kind, recipe.group)
+    first = difference(form, weight, factor, value)
+    if first is not None:
+        return Rejected(f"it is not {name}: {first}")
+    if form.exact:
+        return Found(recipe, form, weight)
+    error = largest_error(weight, value)
+    if error <= rules.tolerance:
+        return Found(recipe, form, weight, f"{form}, exact here: they differ by up to {error:.2g}")
+    enough = next((shown for shown, tolerance in TOLERANCES.items() if error <= tolerance), f"{error:.3g}")
+    return TooFar(
+        f"{name}, {form}: it differs from its exact decode by up to {error:.2g}, "
+        f"which options={{'tolerance': {enough}}} accepts"
+    )
+
+
+def _unchecked(codes: Tensor, scales: Tensor, multiplier: Tensor, source: Source, group: int) -> FP4Weight:
+    """A few rows of a hypothesis, right or wrong."""
+    part = object.__new__(FP4Weight)
+    kind: ScaleKind = "e4m3" if source.coding.startswith("e4m3") else "e8m0"
+    fields = {"codes": codes, "scales": scales, "multiplier": multiplier, "kind": kind, "group": group, "name": ""}
+    for field, value in fields.items():
+        object.__setattr__(part, field, value)
+    return part
+
+
+def _scalings(dtype: torch.dtype, group: int) -> list[str]:
+    if dtype in SCALE_DTYPES:
+        return [f"{SCALE_DTYPES[dtype]} bytes"]
+    kinds = ("e4m3", "e8m0") if group == 16 else ("e8m0", "e4m3")  # the usual one first, where both are true
+    if dtype in (torch.uint8, torch.int8):
+        return [f"{kind} bytes" for kind in kinds]
+    return [f"{kind} floats" for kind in kinds] if dtype.is_floating_point and dtype.itemsize > 1 else []
 
 
 def _is_bytes(leaf: Tensor) -> bool:

@@ -1,19 +1,27 @@
 """The pass: from a traced graph and its live inputs to a graph of FP4 ops, the bindings that feed it, and a report."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
 
-from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.passes import linear
-from marlin_w4a16.passes.binding import Binding, computed
-from marlin_w4a16.passes.constants import Constants, evaluate, example, find_constants, needed_by, signature, slice_of
-from marlin_w4a16.passes.outcome import Owned, Rejected, Replaced, Row
-from marlin_w4a16.passes.recognise import Recipe, may_be_fp4, recognise
+from marlin_w4a16.kernels.layout import PackedFP4, packed_nbytes
+from marlin_w4a16.passes import linear, tensors
+from marlin_w4a16.passes.binding import Binding, raised
+from marlin_w4a16.passes.constants import Constants, example, find_constants, needed_by
+from marlin_w4a16.passes.decode import Decode
+from marlin_w4a16.passes.forms import Form
+from marlin_w4a16.passes.outcome import Excluded, Owned, Rejected, Replaced, Row
+from marlin_w4a16.passes.recipe import FromSources, Recipe
+from marlin_w4a16.passes.recognise import Found, may_be_fp4, recognise, verify
+from marlin_w4a16.passes.regions import Flat, Regions
+from marlin_w4a16.passes.settings import Settings
 from marlin_w4a16.passes.sources import module_path, producer_of
-from marlin_w4a16.passes.torch_private import add_static_input, graph_copy, is_fake, source_name
+from marlin_w4a16.passes.torch_private import add_static_input, inner_tensors, is_fake, is_wrapper, source_name
+from marlin_w4a16.passes.trial import worst_error
+
+DEFAULTS = Settings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +38,12 @@ class Rewritten:
     """What the pass made of a graph.
 
     Attributes:
-        graph: the rewritten graph; it takes the inputs ``kept`` of the traced one, then three of each binding.
+        graph: the rewritten graph; it takes the inputs ``kept`` of the traced one, then three of each packed matrix.
         inputs: example inputs of it: the live ones that are kept, and fake ones for packed tensors.
         kept: positions of the traced inputs that are still used.
         bound: the weights to look up at each call.
         rows: the report.
+        has_wrappers: some leaf is a wrapper subclass, whose data other tensors hold.
     """
 
     graph: fx.GraphModule
@@ -42,75 +51,112 @@ class Rewritten:
     kept: tuple[int, ...]
     bound: tuple[Bound, ...]
     rows: tuple[Row, ...]
+    has_wrappers: bool = False
 
 
 @dataclass(slots=True)
 class _Weight:
-    """A weight of the graph while it is judged: its node, the slice that computes it, the products that use it."""
+    """A weight of the graph while it is judged: what computes it, from what, and the products that use it."""
 
     path: str
-    node: fx.Node
-    nodes: list[fx.Node]
-    leaves: list[fx.Node]
+    codes: int
+    decode: Decode
     values: list[Any]
+    refusal: str | None
     products: list[linear.Product] = field(default_factory=list)
-    refusal: Rejected | None = None
-
-    def evaluator(self) -> Callable[[Sequence[Tensor]], Tensor]:
-        """Computes the traced weight ``[n, k]`` from the values of its leaves."""
-        node, nodes, leaves, transposed = self.node, self.nodes, self.leaves, self.products[0].form.transposed
-
-        def evaluate_weight(values: Sequence[Tensor]) -> Tensor:
-            value = evaluate(node, nodes, dict(zip(leaves, values, strict=True)))
-            return value.t() if transposed else value
-
-        return evaluate_weight
 
 
-def rewrite(gm: fx.GraphModule, inputs: Sequence[Any]) -> Rewritten:
+class _Judge:
+    """Judges the weights of a graph; what computes several of them is searched once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._known: dict[Any, tuple[Recipe, Form]] = {}
+
+    def __call__(self, weight: _Weight) -> Found | Rejected | Excluded:
+        excluded = self._settings.excluded(weight.path)
+        if excluded is not None:
+            return excluded
+        if weight.refusal is not None:
+            return Rejected(weight.refusal)
+        if any(is_fake(part) for value in weight.values for part in inner_tensors(value)):
+            return Rejected("the weights hold no values while this graph is compiled")
+        served = linear.serves(example(weight.decode.value).device)
+        if isinstance(served, Rejected):
+            return served
+        try:
+            return self._found(weight)
+        except Exception as error:
+            return raised(error)
+
+    def _found(self, weight: _Weight) -> Found | Rejected:
+        rules, decode = self._settings.rules, weight.decode
+        known = self._known.get(decode.signature)
+        if known is not None:
+            found = verify(*known, decode, weight.values, weight.path, rules)
+            if isinstance(found, Found):
+                return found
+        found = recognise(decode, weight.values, weight.path, rules)
+        if isinstance(found, Found):
+            self._known[decode.signature] = found.recipe, found.form
+        return found
+
+
+def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> Rewritten:
     """Replaces what it can prove; the traced graph itself is left as it was.
 
     Args:
         gm: a graph from Dynamo.
         inputs: its live example inputs.
+        settings: what the user chose.
     """
-    constants = find_constants(gm.graph)
-    placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    copy, copies = graph_copy(gm)
-    last_input = copies[placeholders[-1]] if placeholders else None
-    rows = list(_owned(gm.graph))
+    regions = Regions(gm)
+    flat = regions.flatten()
+    graph = regions.gm.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    constants = find_constants(flat.graph)
+    judge = _Judge(settings)
+    rows = list(_owned(flat.graph))
     bound: list[Bound] = []
-    added: list[Any] = []
-    for weight in _weights(gm.graph, constants, dict(zip(placeholders, inputs, strict=True))):
-        recipe = _judge(weight)
-        packed: PackedFP4 | Rejected | None = None
-        if isinstance(recipe, Recipe):
-            binding = Binding(weight.evaluator(), recipe, linear.compute_dtype(weight.products), weight.path)
-            packed = binding.adopt(weight.values)
-            if isinstance(packed, PackedFP4):
-                codes = copies[weight.leaves[recipe.codes]]
-                nodes, fakes = _inputs(copy.graph, codes, last_input, packed, len(bound))
-                leaves = tuple(placeholders.index(leaf) for leaf in weight.leaves)
-                bound.append(Bound(binding, leaves, leaves[recipe.codes]))
-                last_input, added = nodes[-1], added + fakes
-                for product in weight.products:
-                    linear.replace(product, copies[product.node], packed, nodes)
-        rows.append(_row(weight, recipe, packed))
-    _erase_dead(copy.graph, Constants(*(frozenset(copies[n] for n in s) for s in (constants.leaves, constants.nodes))))
-    kept = tuple(i for i, n in enumerate(placeholders) if copies[n].users or n not in constants.leaves)
+    added: list[tuple[fx.Node, Any]] = []
+    replaced: dict[fx.Node, linear.Product] = {}
+    for weight in _weights(flat.graph, constants, inputs, settings):
+        found = judge(weight)
+        packed: list[PackedFP4] | Rejected | None = None
+        error = None
+        if isinstance(found, Found):
+            dtype = linear.compute_dtype(weight.products)
+            binding = Binding(weight.decode, found, settings.rules, dtype, weight.path)
+            packed = binding.adopt(weight.values, found.weight)
+            if isinstance(packed, list):
+                leaves = tuple(_position(flat, leaf, placeholders) for leaf in weight.decode.leaves)
+                bound.append(Bound(binding, leaves, leaves[weight.codes]))
+                after = added[-1][0] if added else placeholders[-1]
+                new = list(_inputs(graph, placeholders[leaves[weight.codes]], after, packed, len(bound)))
+                added += new
+                error = _replace(weight, flat, regions, packed, [node for node, _ in new], settings)
+                replaced.update((product.node, product) for product in weight.products)
+        rows.append(_row(weight, found, packed, error))
+        del found
+    dead = _dead(flat, constants, replaced)
+    leaves_of_all = {flat.origin[leaf] for leaf in constants.leaves}
+    result = regions.finish(dead)
+    kept = tuple(i for i, n in enumerate(placeholders) if n.users or n not in leaves_of_all)
     for i in set(range(len(placeholders))) - set(kept):
-        copy.graph.erase_node(copies[placeholders[i]])
-    copy.graph.lint()
-    copy.recompile()
-    return Rewritten(copy, [inputs[i] for i in kept] + added, kept, tuple(bound), tuple(rows))
+        graph.erase_node(placeholders[i])
+    result.graph.lint()
+    result.recompile()
+    wrappers = any(is_wrapper(inputs[i]) for each in bound for i in each.leaves)
+    examples = [inputs[i] for i in kept] + [fake for _, fake in added]
+    return Rewritten(result, examples, kept, tuple(bound), tuple(rows), wrappers)
 
 
-def survey(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Row, ...]:
+def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> tuple[Row, ...]:
     """The report of `rewrite` without packing or changing anything."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    live = dict(zip(placeholders, inputs, strict=True))
-    weights = _weights(gm.graph, find_constants(gm.graph), live)
-    return (*_owned(gm.graph), *(_row(weight, _judge(weight), None) for weight in weights))
+    flat = Regions(gm).flatten()
+    weights = _weights(flat.graph, find_constants(flat.graph), inputs, settings)
+    judge = _Judge(settings)
+    return (*_owned(flat.graph), *(_row(weight, judge(weight), None, None) for weight in weights))
 
 
 def _owned(graph: fx.Graph) -> Iterator[Row]:
@@ -125,66 +171,99 @@ def _owned(graph: fx.Graph) -> Iterator[Row]:
         yield Row(path, "packed", (n, k), packed.format, outcome, 0, len(calls))
 
 
-def _weights(graph: fx.Graph, constants: Constants, live: dict[fx.Node, Any]) -> Iterator[_Weight]:
+def _weights(graph: fx.Graph, constants: Constants, inputs: Sequence[Any], settings: Settings) -> Iterator[_Weight]:
     """The weights that could be FP4, each once however often its computation was traced."""
-    found: dict[tuple[Any, ...], _Weight] = {}
-    for product, refusal in linear.find_products(graph, constants):
-        nodes = slice_of(product.weight, product.node, constants)
-        leaves = [n for n in nodes if n in constants.leaves]
-        if not may_be_fp4(example(product.weight).shape, [example(n) for n in leaves]):
+    live = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    found: dict[Any, _Weight] = {}
+    for product in linear.find_products(graph, constants):
+        decode = Decode.of(product.weight_node, product.node, product.matrices, constants)
+        if not decode.leaves or not may_be_fp4(decode, settings.rules):
             continue
-        key = (tuple(leaves), product.form.transposed, signature(product.weight, nodes), refusal)
+        key = (tuple(decode.leaves), decode.signature, product.refusal)
         if key not in found:
-            codes = next(n for n in leaves if may_be_fp4(example(product.weight).shape, [example(n)]))
-            path = module_path(source_name(codes))
-            found[key] = _Weight(path, product.weight, nodes, leaves, [live[n] for n in leaves], refusal=refusal)
+            codes = _codes(decode)
+            path = module_path(source_name(decode.leaves[codes]))
+            found[key] = _Weight(path, codes, decode, [live[n] for n in decode.leaves], product.refusal)
         found[key].products.append(product)
     return iter(found.values())
 
 
-def _judge(weight: _Weight) -> Recipe | Rejected:
-    if weight.refusal is not None:
-        return weight.refusal
-    if any(is_fake(value) for value in weight.values):
-        return Rejected("the weights hold no values while this graph is compiled")
-    served = linear.serves(example(weight.node).device)
-    if isinstance(served, Rejected):
-        return served
-    value = computed(weight.evaluator(), weight.values)
-    return value if isinstance(value, Rejected) else recognise(value, weight.values, weight.path)
+def _codes(decode: Decode) -> int:
+    """The leaf that the report names: the one that is likely to hold codes."""
+    sizes = [example(leaf).numel() if example(leaf).element_size() == 1 else 0 for leaf in decode.leaves]
+    typed = [tensors.is_typed(example(leaf)) for leaf in decode.leaves]
+    return typed.index(True) if any(typed) else sizes.index(max(sizes))
+
+
+def _position(flat: Flat, leaf: fx.Node, placeholders: list[fx.Node]) -> int:
+    return placeholders.index(flat.origin[leaf])
 
 
 def _inputs(
-    graph: fx.Graph, codes: fx.Node, after: fx.Node | None, packed: PackedFP4, number: int
-) -> tuple[list[fx.Node], list[Tensor]]:
-    nodes, fakes = [], []
-    for member in ("words", "scales", "multiplier"):
-        with graph.inserting_after(after):
-            after, fake = add_static_input(graph, codes, f"{member}_{number}", getattr(packed, member))
-        nodes.append(after)
-        fakes.append(fake)
-    return nodes, fakes
+    graph: fx.Graph, like: fx.Node, after: fx.Node, packed: list[PackedFP4], number: int
+) -> Iterator[tuple[fx.Node, Tensor]]:
+    for index, matrix in enumerate(packed):
+        for member in ("words", "scales", "multiplier"):
+            name = f"{member}_{number}" if len(packed) == 1 else f"{member}_{number}_{index}"
+            with graph.inserting_after(after):
+                after, fake = add_static_input(graph, like, name, getattr(matrix, member))
+            yield after, fake
 
 
-def _erase_dead(graph: fx.Graph, constants: Constants) -> None:
-    live = needed_by([n for n in graph.nodes if n.op != "placeholder" and n not in constants.nodes], constants)
-    for node in reversed(list(graph.nodes)):
-        if node in constants.nodes and node not in live:
-            graph.erase_node(node)
+def _replace(
+    weight: _Weight, flat: Flat, regions: Regions, packed: list[PackedFP4], inputs: list[fx.Node], settings: Settings
+) -> float | None:
+    """Replaces the products of a weight; with ``verify``, says how far they are from their traced forms."""
+    errors = []
+    for product in weight.products:
+        node = flat.origin[product.node]
+        inner = [regions.reach(n, node.graph) for n in inputs]
+        operands = linear.operands_of(product, node)
+        written = linear.replace(product, node, packed, inner)
+        if settings.verify:
+            errors.append(worst_error(weight.decode, weight.values, product, operands, written, inner, packed))
+    return max(errors, default=None)
 
 
-def _row(weight: _Weight, recipe: Recipe | Rejected, packed: PackedFP4 | Rejected | None) -> Row:
-    first = weight.products[0]
-    outcome = next((o for o in (recipe, packed) if isinstance(o, Rejected)), None)
-    served = linear.serves(example(weight.node).device)
+def _dead(flat: Flat, constants: Constants, replaced: dict[fx.Node, linear.Product]) -> set[fx.Node]:
+    roots: list[fx.Node] = []
+    for node in flat.graph.nodes:
+        if node in replaced:
+            operands = linear.operands_of(replaced[node], node).values()
+            roots += [n for n in operands if isinstance(n, fx.Node) and n in constants.nodes]
+        elif node not in constants.nodes:
+            roots += [n for n in node.all_input_nodes if n in constants.nodes]
+    live = needed_by(roots, constants)
+    return {flat.origin[node] for node in constants.nodes if node not in live}
+
+
+def _row(
+    weight: _Weight,
+    found: Found | Rejected | Excluded,
+    packed: list[PackedFP4] | Rejected | None,
+    error: float | None,
+) -> Row:
+    product, path = weight.products[0], weight.path
+    outcome: Replaced | Rejected | Excluded
+    if isinstance(packed, Rejected):
+        outcome = packed
+    elif isinstance(found, Found):
+        seen = weight.decode.matrices
+        nbytes = seen.batch * packed_nbytes(seen.n, seen.k, found.recipe.group)
+        served = linear.serves(example(weight.decode.value).device)
+        outcome = Replaced("marlin_w4a16::linear", str(served), nbytes, found.note, error)
+        if isinstance(found.recipe, FromSources) and found.recipe.window.total > weight.decode.rows:
+            start = found.recipe.window.start
+            path = f"{path}[{start}:{start + weight.decode.rows}]"
+    else:
+        outcome = found
     return Row(
-        path=weight.path,
-        spelling=first.form.name,
-        shape=first.shape,
-        format=recipe.format if isinstance(recipe, Recipe) else None,
-        outcome=outcome
-        or Replaced("marlin_w4a16::linear", str(served), packed.nbytes if isinstance(packed, PackedFP4) else 0),
-        nbytes=sum(t.numel() * t.element_size() for t in weight.values),
+        path=path,
+        spelling=product.form.name,
+        shape=(weight.decode.rows, weight.decode.matrices.k),
+        format=found.format if isinstance(found, Found) else None,
+        outcome=outcome,
+        nbytes=sum(t.numel() * t.element_size() for value in weight.values for t in inner_tensors(value)),
         uses=len(weight.products),
         producer=next(filter(None, map(producer_of, weight.values)), None),
     )

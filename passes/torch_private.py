@@ -1,6 +1,8 @@
 """Every private torch interface this project touches, each read in torch 2.11 and 2.13."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from traceback import FrameSummary
 from typing import Any, cast
 
 import torch
@@ -95,6 +97,11 @@ def mark_written(tensors: Iterable[Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is of a wrapper subclass, whose data other tensors hold."""
+    return is_traceable_wrapper_subclass(tensor)
+
+
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the data of a wrapper subclass, at any depth, or the tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
@@ -129,7 +136,7 @@ def add_static_input(graph: fx.Graph, like: fx.Node, member: str, value: Tensor)
     """
     from torch._dynamo.source import AttrSource
 
-    fake = like.meta["example_value"].fake_mode.from_tensor(value, static_shapes=True)
+    fake = next(inner_tensors(like.meta["example_value"])).fake_mode.from_tensor(value, static_shapes=True)
     node = graph.placeholder(f"{like.name}_{member}")
     node.meta["example_value"] = fake
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -169,3 +176,59 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]
     from torch._inductor.compile_fx import compile_fx
 
     return cast(Callable[..., Any], compile_fx(gm, inputs, config_patches=patches))
+
+
+def region_operands(target: object) -> int | None:
+    """Where the operands of a region stand: of an operator that runs its first argument, a graph, once on them."""
+    regions = torch.ops.higher_order
+    starts = {
+        regions.wrap: 1,
+        regions.tag_activation_checkpoint: 1,
+        regions.wrap_activation_checkpoint: 1,
+        regions.invoke_subgraph: 2,  # after the name by which calls share what is compiled
+    }
+    return starts.get(target) if is_higher_order(target) else None
+
+
+def copy_source(node: fx.Node, like: fx.Node) -> None:
+    """Gives a placeholder the source of another."""
+    node._dynamo_source = placeholder_source(like)
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Adds a JSON artifact to the trace of this compilation; ``payload`` is called only where ``TORCH_TRACE`` is set."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=payload)
+
+
+def graph_break(gm: fx.GraphModule) -> tuple[str, FrameSummary] | None:
+    """Dynamo's message about the break that ended a graph, and the user's line; None if its function returned."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return (reason.reason, reason.user_stack[-1]) if reason is not None and reason.graph_break else None
+
+
+def graph_breaks() -> list[tuple[str, FrameSummary]]:
+    """Every break of this process, also those before the first operator, which leave no graph."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    return [(reason.reason, reason.user_stack[-1]) for reason in graph_break_reasons]
+
+
+def skipped_functions() -> list[Any]:
+    """What Dynamo noted of the functions that it left to Python, among the last 64 that it compiled."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    return [function for function in get_compilation_metrics() if function.fail_type == "Unsupported"]
+
+
+def refusals() -> Counter[str]:
+    """How often Dynamo refused something, by its message; not those that it told as the reason of a break."""
+    from torch._dynamo.utils import counters
+
+    return Counter(counters["unimplemented"])
+
+
+def size_hint(size: Any) -> int:
+    """The size that a dimension was traced with."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

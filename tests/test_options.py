@@ -38,7 +38,8 @@ def test_options_are_frozen_and_leave_what_they_were_made_from():
 def test_an_unknown_option_is_an_error_with_the_nearest_name_and_the_list(name, hint):
     with pytest.raises(ValueError) as caught:
         parse(None, {name: True})
-    assert str(caught.value) == f"marlin_w4a16: unknown option {name!r}.{hint} Known: inductor, linear, mode."
+    known = "activation_quant, exclude, include, inductor, linear, mode, recover, strict, tolerance, verify"
+    assert str(caught.value) == f"marlin_w4a16: unknown option {name!r}.{hint} Known: {known}."
 
 
 @pytest.mark.parametrize("options", [None, {"mode": "reduce-overheads"}])

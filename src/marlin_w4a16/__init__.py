@@ -2,9 +2,12 @@
 
 `FP4Weight` is a weight in its canonical form, `pack` brings it into the kernels' layout, `linear` and `dequantize` run
 packed weights. `prepare` gives a loaded model modules that own packed weights (`PackedLinear`), `restore` undoes it.
-`explain` says what the backend would do to a model; `refresh` tells it of writes that nothing can see.
+`explain` says what the backend would do to a model, `debug` writes what it did; `refresh` tells it of writes that
+nothing can see.
 """
 
+from marlin_w4a16.backend import NotReplaced
+from marlin_w4a16.debug import debug
 from marlin_w4a16.fake_impls.dequantize import dequantize
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, fp4_weight
@@ -19,9 +22,11 @@ __version__ = "0.1.0"
 __all__ = [
     "E2M1_VALUES",
     "FP4Weight",
+    "NotReplaced",
     "PackedFP4",
     "PackedLinear",
     "Report",
+    "debug",
     "dequantize",
     "explain",
     "fp4_weight",

@@ -6,13 +6,25 @@ from typing import Any
 
 from torch import fx
 
+from marlin_w4a16.debug import publish
 from marlin_w4a16.options import parse
 from marlin_w4a16.passes.call import LiveCall
 from marlin_w4a16.passes.rewrite import rewrite
 from marlin_w4a16.passes.torch_private import compile_graph
 from marlin_w4a16.report import Report
+from marlin_w4a16.text import describe
 
 log = logging.getLogger("marlin_w4a16")
+
+
+class NotReplaced(RuntimeError):
+    """An FP4 weight was refused although ``strict`` asks for all of them; the message lists every refusal."""
+
+    def __init__(self, report: Report) -> None:
+        refused = "\n".join(describe(row) for row in report.rejected)
+        super().__init__(
+            f"strict: {len(report.rejected)} of {len(report.rows)} FP4 weights are not replaced\n{refused}"
+        )
 
 
 def marlin_w4a16(
@@ -34,14 +46,16 @@ def marlin_w4a16(
 
     Raises:
         ValueError: an unknown mode or option.
+        NotReplaced: with the option ``strict``, an FP4 weight was refused.
     """
     chosen = parse(mode, options)
     if not chosen.linear:
         return compile_graph(gm, example_inputs, chosen.patches)
-    rewritten = rewrite(gm, example_inputs)
+    rewritten = rewrite(gm, example_inputs, chosen.settings)
     report = Report(rewritten.rows)
-    for row in report.rejected:
-        log.debug("%s: %s", row.path, row.outcome)
+    publish(report, gm, rewritten.graph if report.replaced else None)
+    if chosen.strict and report.rejected:
+        raise NotReplaced(report)
     if report.owned and not (report.replaced or report.rejected):
         log.info("%s", report.summary())
         return compile_graph(gm, example_inputs, chosen.patches)

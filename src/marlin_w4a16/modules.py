@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind
 from marlin_w4a16.kernels.layout import PackedFP4, pack
-from marlin_w4a16.report import size
+from marlin_w4a16.text import size
 
 
 class PackedLinear(nn.Module):

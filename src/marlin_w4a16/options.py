@@ -1,10 +1,13 @@
 """The options of the backend, parsed once into a frozen value."""
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
+from marlin_w4a16.passes.recognise import Rules
+from marlin_w4a16.passes.settings import ActivationQuant, Settings
 from marlin_w4a16.passes.torch_private import mode_patches, modes
 
 
@@ -14,18 +17,44 @@ class Options:
 
     Attributes:
         linear: replace FP4 linears.
+        include: globs; where given, only weights whose path, or whose module's path, matches one are looked at.
+        exclude: globs; weights that match one are left alone.
+        strict: raise `NotReplaced` if an FP4 weight is refused; the message lists every refusal.
+        verify: run each replaced product once beside its traced form, on random input; the report has the worst error.
+        tolerance: replace also weights that the model rounds more than once on the way, if every element is within
+            this relative difference of the exact decode, and zeros are zero: 2**-7 for two roundings to bfloat16,
+            3 * 2**-8 for three. The op then computes with the exact decode.
+        recover: replace also dense weights whose values are MXFP4.
+        activation_quant: what happens to the quantisation of the input of a linear (W4A4): ``"keep"`` runs it as
+            traced, ``"drop"`` leaves it out, ``"refuse"`` leaves such linears as traced.
         mode: a torch.compile mode, since torch refuses ``mode=`` beside ``options=``.
         inductor: settings for Inductor, as in ``options=`` of its own backend; they go over those of the mode.
     """
 
     linear: bool = True
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] = ()
+    strict: bool = False
+    verify: bool = False
+    tolerance: float = 0.0
+    recover: bool = False
+    activation_quant: ActivationQuant = "keep"
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _expect_type("linear", self.linear, bool)
+        for name in ("linear", "strict", "verify", "recover"):
+            _expect_type(name, getattr(self, name), bool)
         _expect_type("mode", self.mode, str | None)
         _expect_type("inductor", self.inductor, Mapping)
+        _expect_type("tolerance", self.tolerance, float | int)
+        if not (0 <= self.tolerance < 1) or math.isnan(self.tolerance):
+            raise ValueError(f"marlin_w4a16: option 'tolerance': found {self.tolerance}, expected from 0 to below 1")
+        for name in ("include", "exclude"):
+            for glob in _globs(getattr(self, name)) or ():
+                _expect_type(name, glob, str)
+        if self.activation_quant not in get_args(ActivationQuant):
+            raise ValueError(_unknown("activation_quant", self.activation_quant, list(get_args(ActivationQuant))))
         if self.mode is not None and self.mode not in modes():
             raise ValueError(_unknown("mode", self.mode, modes()))
 
@@ -33,6 +62,13 @@ class Options:
     def patches(self) -> dict[str, Any]:
         """The settings Inductor compiles with."""
         return {**(mode_patches(self.mode) if self.mode else {}), **self.inductor}
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the pass."""
+        rules = Rules(float(self.tolerance), self.recover, self.activation_quant == "drop")
+        exclude = _globs(self.exclude) or ()
+        return Settings(rules, _globs(self.include), exclude, self.verify, self.activation_quant)
 
 
 def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -50,6 +86,13 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     if mode is not None:
         given.setdefault("mode", mode)
     return Options(**given)
+
+
+def _globs(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    _expect_type("include or exclude", value, Sequence)
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _unknown(what: str, name: str, known: list[str]) -> str:

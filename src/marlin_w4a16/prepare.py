@@ -15,7 +15,7 @@ from marlin_w4a16.modules import PackedLinear
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers import compressed_tensors, modelopt, torchao
 from marlin_w4a16.producers.found import Found
-from marlin_w4a16.report import size, table
+from marlin_w4a16.text import size, table
 
 PRODUCERS = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
 

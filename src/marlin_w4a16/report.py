@@ -1,29 +1,45 @@
 """What was done to each FP4 weight, or why nothing was."""
 
+import json
+import platform
 import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import fx
 
-from marlin_w4a16.passes.outcome import Owned, Rejected, Replaced, Row
+import marlin_w4a16
+from marlin_w4a16.breaks import Break, BreakWatch
+from marlin_w4a16.options import parse
+from marlin_w4a16.page import fragment
+from marlin_w4a16.passes.outcome import Excluded, Owned, Rejected, Replaced, Row
 from marlin_w4a16.passes.rewrite import survey
+from marlin_w4a16.text import COLUMNS, WORDS, collapse, packed_bytes, size, table, word
+
+SCHEMA = 1
+_MOST = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One row per FP4 weight or near miss; ``print`` it for a table.
+    """One row per FP4 weight or near miss.
+
+    ``print`` it for a table in which equal rows of many layers stand as one, ``rich.print`` it for one with colours;
+    a notebook shows every row.
 
     Attributes:
         rows: the weights, in the order in which the model uses them.
         graphs: how many graphs Dynamo made of the model.
+        breaks: why there is more than one, each cause and place once.
     """
 
     rows: tuple[Row, ...]
     graphs: int = 1
+    breaks: tuple[Break, ...] = ()
 
     @property
     def replaced(self) -> tuple[Row, ...]:
@@ -40,12 +56,17 @@ class Report:
         """The weights that were left as traced."""
         return tuple(row for row in self.rows if isinstance(row.outcome, Rejected))
 
+    @property
+    def excluded(self) -> tuple[Row, ...]:
+        """The weights that were left as traced because the options say so."""
+        return tuple(row for row in self.rows if isinstance(row.outcome, Excluded))
+
     def summary(self) -> str:
         """One line: what was replaced, what it takes, what is packed already, what was left and why."""
         parts = []
         if self.owned:
             parts.append(f"{len(self.owned)} packed linears {_kinds(self.owned)}, {size(_packed_bytes(self.owned))}")
-        if self.replaced or self.rejected or not self.owned:
+        if self.replaced or self.rejected or not (self.owned or self.excluded):
             line = f"replaced {len(self.replaced)} of {len(self.replaced) + len(self.rejected)} FP4 linears"
             if self.replaced:
                 line += f" {_kinds(self.replaced)}"
@@ -54,30 +75,108 @@ class Report:
                 if saved := sum(row.nbytes for row in self.replaced if row.producer):
                     line += f", and marlin_w4a16.prepare(model) would save {size(saved)}"
             parts.append(line)
+        outcomes = [row.outcome for row in self.rows]
+        replaced = [outcome for outcome in outcomes if isinstance(outcome, Replaced)]
+        if notes := Counter(outcome.note for outcome in replaced if outcome.note):
+            parts.append(_counts(notes))
+        if errors := [outcome.error for outcome in replaced if outcome.error is not None]:
+            parts.append(f"worst error of verify {max(errors):.1e}")
         if self.rejected:
-            reasons = Counter(row.outcome.reason for row in self.rejected if isinstance(row.outcome, Rejected))
+            reasons = Counter(outcome.reason for outcome in outcomes if isinstance(outcome, Rejected))
             parts.append(f"left {len(self.rejected)}: {_counts(reasons)}")
+        if self.excluded:
+            parts.append(f"excluded {len(self.excluded)}")
         return "; ".join(parts)
 
+    def totals(self) -> dict[str, int]:
+        """Numbers of weights by outcome, and bytes of the originals, packed, and of all weights as bfloat16."""
+        counts = Counter(map(word, self.rows))
+        return {
+            "weights": len(self.rows),
+            **{name: counts[name] for name in WORDS.values()},
+            "bytes": sum(row.nbytes for row in self.rows),
+            "packed_bytes": _packed_bytes(self.rows),
+            "bf16_bytes": sum(2 * row.shape[0] * row.shape[1] for row in self.rows),
+        }
+
+    def figures(self) -> dict[str, str]:
+        """The totals that are not zero, for people."""
+        totals = self.totals()
+        counts = {name: str(totals[name]) for name in WORDS.values() if totals[name]}
+        sizes = {"original": "bytes", "packed": "packed_bytes", "as bfloat16": "bf16_bytes"}
+        return counts | {name: size(totals[key]) for name, key in sizes.items() if totals[key]}
+
+    def total_line(self) -> str:
+        """One line: the weights, the graphs and the `figures`."""
+        graphs = f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
+        if not self.rows:
+            return f"no product of {graphs} has a weight made from FP4 codes"
+        weights = f"{len(self.rows)} weight{'s' if len(self.rows) != 1 else ''}"
+        return f"{weights} in {graphs}: {', '.join(f'{value} {name}' for name, value in self.figures().items())}"
+
+    @staticmethod
+    def versions() -> dict[str, str | None]:
+        """What a bug report should name; None for a package that is not installed."""
+        try:
+            triton = metadata.version("triton")
+        except metadata.PackageNotFoundError:
+            triton = None
+        ours = marlin_w4a16.__version__
+        return {"marlin_w4a16": ours, "torch": torch.__version__, "triton": triton, "python": platform.python_version()}
+
+    def to_json(self) -> str:
+        """All of it, every row, by the schema in docs/report.md."""
+        return json.dumps(self._as_dict(), indent=2)
+
     def __str__(self) -> str:
-        return table([_COLUMNS, *(_cells(row) for row in self.rows)])
+        lines = [COLUMNS, *(line.cells for line in collapse(self.rows))]
+        breaks = [f"graph break: {cause}" for cause in self.breaks]
+        return "\n".join([*([table(lines)] if self.rows else []), *breaks, self.total_line()])
+
+    def __rich__(self) -> Any:
+        from marlin_w4a16.terminal import rich_report
+
+        return rich_report(self)
+
+    def _repr_html_(self) -> str:
+        return fragment(self)
+
+    def _as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "versions": self.versions(),
+            "graphs": self.graphs,
+            "breaks": [{"reason": one.reason, "where": one.where} for one in self.breaks],
+            "totals": self.totals(),
+            "weights": [_weight(row) for row in self.rows],
+        }
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """Traces ``model(*args, **kwargs)`` and says what the backend would do; packs and compiles nothing.
 
     The traced graphs run eagerly, once.
 
+    Args:
+        model: what would be compiled.
+        args, kwargs: what it would be called with.
+        options: as in ``torch.compile(options=...)``. A model that takes an ``options`` of its own is wrapped:
+            ``explain(lambda *args: model(*args, options=...), *args)``.
+
     Raises:
+        ValueError: an unknown option.
         RuntimeError: Dynamo traced nothing, so there is nothing to say.
     """
+    settings = parse(None, options).settings
     rows: list[Row] = []
     graphs = 0
+    watch = BreakWatch()
 
     def look(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        rows.extend(survey(gm, inputs))
+        watch.look()
+        rows.extend(survey(gm, inputs, settings))
         forward: Callable[..., Any] = gm.forward
         return forward
 
@@ -88,40 +187,42 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     fresh = types.FunctionType(call.__code__.replace(), globals(), "explain", None, call.__closure__)
     torch.compile(fresh, backend=look)(*args, **kwargs)
     if not graphs:
-        raise RuntimeError("Dynamo traced no graph of this call: is it disabled here, or inside another trace?")
-    return Report(tuple(rows), graphs)
+        causes = "".join(f"\n{cause}" for cause in watch.look())
+        raise RuntimeError(
+            f"Dynamo traced no graph of this call: is it disabled here, or inside another trace?{causes}"
+        )
+    return Report(tuple(rows), graphs, watch.look())
 
 
-_COLUMNS = ("weight", "shape", "format", "product", "outcome")
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    product = row.spelling if row.uses == 1 else f"{row.spelling} x {row.uses}"
+def _weight(row: Row) -> dict[str, Any]:
     outcome = row.outcome
-    text = outcome.reason if isinstance(outcome, Rejected) else f"{outcome.op} ({outcome.kernel})"
-    return (row.path, f"{row.shape[0]} x {row.shape[1]}", row.format or "-", product, text)
+    group = row.format.rpartition(" group ")[2] if row.format else None
+    return {
+        "path": row.path,
+        "form": row.spelling,
+        "shape": list(row.shape),
+        "format": row.format,
+        "group": int(group) if group else None,
+        "outcome": word(row),
+        **{name: getattr(outcome, name, None) for name in ("op", "kernel", "reason", "note", "error")},
+        "bytes": row.nbytes,
+        "packed_bytes": getattr(outcome, "nbytes", None),
+        "uses": row.uses,
+        "producer": row.producer,
+    }
 
 
 def _kinds(rows: tuple[Row, ...]) -> str:
-    kernels = Counter(row.outcome.kernel for row in rows if not isinstance(row.outcome, Rejected))
+    kernels = Counter(row.outcome.kernel for row in rows if isinstance(row.outcome, Replaced | Owned))
     return f"({_counts(Counter(str(row.format) for row in rows))}; {_counts(kernels)})"
 
 
 def _packed_bytes(rows: tuple[Row, ...]) -> int:
-    return sum(row.outcome.nbytes for row in rows if not isinstance(row.outcome, Rejected))
+    return sum(map(packed_bytes, rows))
 
 
 def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counter.most_common())
-
-
-def table(lines: Sequence[tuple[str, ...]]) -> str:
-    """Lines of cells as text in columns; the first holds their names."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(line.rstrip() for line in padded)
-
-
-def size(nbytes: int) -> str:
-    """A number of bytes for people."""
-    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 1 << 20 else f"{nbytes / 2**10:.1f} KiB"
+    """The most common names and how many others there are: a reason may tell one weight apart from all others."""
+    most = counter.most_common(_MOST)
+    others = counter.total() - sum(count for _, count in most)
+    return ", ".join([*(f"{count} {name}" for name, count in most), *([f"{others} others"] if others else [])])

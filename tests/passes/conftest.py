@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.nn.functional import linear
 
 from marlin_w4a16.passes.constants import Constants, find_constants
+from marlin_w4a16.passes.decode import Decode
+from marlin_w4a16.passes.linear import find_products
+from marlin_w4a16.passes.regions import Regions
 
 
 @pytest.fixture
@@ -37,3 +41,29 @@ def last_sum(trace) -> Callable[..., tuple[fx.Node, fx.Node, Constants, list[Any
         return total, total.args[1], find_constants(gm.graph), inputs
 
     return parts
+
+
+@pytest.fixture
+def decode_of(trace) -> Callable[..., Decode]:
+    """Returns what computes ``function(*weights)`` in the graph of ``multiply(x, function(*weights))``.
+
+    Its leaves stand in the order of the weights.
+    """
+
+    def decode(
+        function: Callable[..., Tensor], *weights: Tensor, multiply: Callable[..., Tensor] = linear, cls: type = Decode
+    ) -> Decode:
+        module = nn.Module()
+        for i, weight in enumerate(weights):
+            setattr(module, f"weight_{i}", nn.Buffer(weight))
+        with torch.no_grad():
+            value = function(*module.buffers())
+        x = torch.ones(1, value.shape[-1 if multiply is linear else -2], dtype=value.dtype)
+        gm, _ = trace(lambda x: multiply(x, function(*module.buffers())), x)
+        graph = Regions(gm).flatten().graph
+        constants = find_constants(graph)
+        (product,) = find_products(graph, constants)
+        assert product.refusal is None
+        return cls.of(product.weight_node, product.node, product.matrices, constants)
+
+    return decode

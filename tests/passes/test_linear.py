@@ -5,6 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from marlin_w4a16.kernels.layout import pack
+from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16.passes import binding
 from marlin_w4a16.passes.call import LiveCall
 from marlin_w4a16.passes.linear import serves
 from marlin_w4a16.passes.outcome import Rejected
@@ -12,6 +15,7 @@ from marlin_w4a16.passes.rewrite import Rewritten, rewrite, survey
 from marlin_w4a16.passes.torch_private import source_name
 
 OP = torch.ops.marlin_w4a16.linear.default
+ROWS = torch.ones(96, 64)
 
 
 @pytest.fixture
@@ -164,17 +168,25 @@ def test_a_weight_changed_between_two_products_is_judged_at_each(trace, fp4_line
     assert_near(run(rewritten, inputs), gm(*inputs)[0])
 
 
-def test_a_survey_says_the_same_and_packs_nothing(trace, block):
+def test_a_survey_says_the_same_and_packs_nothing(trace, block, monkeypatch):
     gm, inputs = trace(block, torch.randn(3, 64))
-    said, done = survey(gm, inputs), rewrite(gm, inputs).rows
-    assert [(r.path, r.spelling, r.shape, r.format, r.nbytes, r.uses) for r in said] == [
-        (r.path, r.spelling, r.shape, r.format, r.nbytes, r.uses) for r in done
-    ]
+    done = rewrite(gm, inputs).rows
+    monkeypatch.setattr(binding, "pack", None)
+    monkeypatch.setattr(binding, "pack_into", None)
+    assert survey(gm, inputs) == done
     assert [(r.path, r.shape, r.format) for r in done] == [
         ("up.codes", (96, 64), "NVFP4 group 16"),
         ("down.codes", (64, 96), "NVFP4 group 16"),
     ]
-    assert all(r.outcome.nbytes > 0 for r in done) and not any(r.outcome.nbytes for r in said)
+    assert [r.outcome.nbytes for r in done] == [pack(w).nbytes for w in map(quantize_nvfp4, (ROWS, ROWS.T))]
+
+
+def test_a_survey_says_what_does_not_fit_the_dtype_of_the_product(trace, fp4_linear):
+    module = fp4_linear(48, 64, lambda dense: quantize_mxfp4(dense * torch.tensor([1, 2.0**-60]).repeat_interleave(32)))
+    gm, inputs = trace(lambda x: linear(x, module.weight().half()), torch.randn(3, 64).half())
+    (row,) = rewrite(gm, inputs).rows
+    assert isinstance(row.outcome, Rejected)
+    assert survey(gm, inputs) == (row,)
 
 
 def test_weights_without_values_are_refused(trace, fp4_linear):

@@ -39,6 +39,11 @@ def high_first(m) -> Tensor:
     return TABLE[torch.stack((m.codes >> 4, m.codes & 15), -1).flatten(-2).int()]
 
 
+def in_planes(m) -> Tensor:
+    """Low nibbles are the first half of a row, high ones the second: the groups of a row mix those of its bytes."""
+    return TABLE[torch.cat((m.codes & 15, m.codes >> 4), -1).int()]
+
+
 def nibbles(m) -> Tensor:
     return torch.stack((m.codes & 15, m.codes >> 4), -1).flatten(-2).to(torch.int16)
 
@@ -159,6 +164,7 @@ SPELLINGS = {
     "bfloat16 bits": partial(Spelled, codes=by_bits_of_bfloat16),
     "float16 bits": partial(Spelled, codes=by_bits_of_float16),
     "high nibble first": partial(Spelled, codes=high_first),
+    "nibbles in planes": partial(Spelled, codes=in_planes),
     "divided factor": partial(Spelled, factor="divided"),
     "no factor": partial(Spelled, factor="none"),
     "factor last": FactorLast,
@@ -182,9 +188,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 def assert_replaced(caplog, assert_near):
     """Runs a module through the backend: its one weight is replaced, the result is that of eager."""
 
-    def check(module, x: Tensor, message: str = "replaced 1 of 1 FP4 linears") -> None:
+    def check(module, x: Tensor, message: str = "replaced 1 of 1 FP4 linears", **options) -> None:
         caplog.set_level("INFO", "marlin_w4a16")
-        assert_near(torch.compile(module, backend="marlin_w4a16", fullgraph=True)(x), module(x))
+        compiled = torch.compile(module, backend="marlin_w4a16", fullgraph=True, options=options or None)
+        assert_near(compiled(x), module(x))
         assert [r.message.startswith(message) for r in caplog.records if r.name == "marlin_w4a16"] == [True]
 
     return check
@@ -197,10 +204,19 @@ def test_a_spelling_is_recognised(assert_replaced, spelled):
 
 @DTYPES
 @pytest.mark.parametrize(
-    "kind, spelling", [("e4m3", Spelled), ("e8m0", Spelled), ("e4m3", FactorLast), ("e4m3", Transposed)]
+    "kind, spelling", [("e4m3", Spelled), ("e8m0", Spelled), ("e8m0", FactorLast), ("e4m3", Transposed)]
 )
 def test_a_weight_computed_in_sixteen_bits_is_recognised(assert_replaced, kind, spelling, dtype):
     assert_replaced(spelling(kind=kind, dtype=dtype), torch.randn(3, K, dtype=dtype))
+
+
+@DTYPES
+def test_a_weight_rounded_twice_is_recognised_within_a_tolerance(assert_replaced, dtype):
+    module, x = FactorLast(dtype=dtype), torch.randn(3, K, dtype=dtype)
+    module.factor.fill_(0.0013)
+    (row,) = explain(module, x).rejected
+    assert "rounded twice in the model" in row.outcome.reason and "options={'tolerance': 2**-" in row.outcome.reason
+    assert_replaced(module, x, tolerance=2**-7)
 
 
 @pytest.mark.parametrize("kind, group, name", [("e4m3", 16, "NVFP4"), ("e8m0", 32, "MXFP4"), ("e4m3", 32, "FP4 e4m3")])
@@ -240,6 +256,14 @@ def test_a_product_is_recognised(assert_replaced, product):
 @pytest.mark.parametrize("product", [PRODUCTS["linear with bias"], PRODUCTS["@"]], ids=["linear", "@"])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)])
 def test_inputs_of_any_rank(assert_replaced, product, leading):
+    assert_replaced(Product(product), torch.randn(*leading, K))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (4, 1, 3), (4, 2, 3)])
+def test_a_batch_of_weights(assert_replaced, leading):
+    def product(x, w, b) -> Tensor:
+        return x @ torch.stack((w.T, w.T * 2))
+
     assert_replaced(Product(product), torch.randn(*leading, K))
 
 

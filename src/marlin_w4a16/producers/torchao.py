@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
 from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.passes.tensors import swizzle, unswizzle
 from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factor_of, holds_values, is_linear, is_of
 
 
@@ -28,7 +29,7 @@ def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
     scales = weight.scale
     if weight.is_swizzled_scales:
         scales = unswizzle(weight.scale, n, k // weight.block_size)
-        if not torch.equal(_bytes(swizzle(scales, weight.scale.shape)), _bytes(weight.scale)):
+        if not torch.equal(swizzle(scales, weight.scale.shape).view(torch.uint8), weight.scale.view(torch.uint8)):
             return Rejected("its swizzled scales are not padded with zeros")
     factor = 1.0 if weight.per_tensor_scale is None else weight.per_tensor_scale
     names, context = weight.__tensor_flatten__()
@@ -62,25 +63,3 @@ def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
     inner |= {"qdata": weight.codes, "scale": scales}
     tensor = kept["class"].__tensor_unflatten__(inner, context, (weight.n, weight.k), (weight.k, 1))
     module._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
-
-
-def swizzle(scales: Tensor, shape: torch.Size) -> Tensor:
-    """Rows of scales ``[n, k / 16]`` in tiles of 128 by 4, as cuBLAS wants them; padded with zeros.
-
-    Within a tile, row ``32 a + b`` and column ``c`` lie at ``[b, a, c]``. The inverse is `unswizzle`.
-    """
-    rows, columns = scales.shape
-    padded = torch.nn.functional.pad(_bytes(scales), (0, -columns % 4, 0, -rows % 128))
-    tiles = padded.reshape(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)  # R a b C c
-    return tiles.permute(0, 3, 2, 1, 4).reshape(shape).view(scales.dtype)
-
-
-def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `swizzle`."""
-    tiles = _bytes(scales).reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # R C b a c
-    padded = tiles.permute(0, 3, 2, 1, 4).reshape(tiles.shape[0] * 128, tiles.shape[1] * 4)
-    return padded[:rows, :columns].contiguous().view(scales.dtype)
-
-
-def _bytes(scales: Tensor) -> Tensor:
-    return scales.view(torch.uint8)

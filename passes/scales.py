@@ -1,0 +1,76 @@
+"""Block scales that are held as floats, perhaps with a global scale folded in: back to bytes, where that is exact."""
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.fp4 import E8M0_BIAS, E8M0_NAN
+
+# The largest E4M3 value of each of the eight significands.
+_TOPS = (256.0, 288.0, 320.0, 352.0, 384.0, 416.0, 448.0, 240.0)
+_NEIGHBOURS = 2  # a quotient of rounded numbers is so many units in the last place from the factor
+
+
+def to_e8m0(scales: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Bytes of E8M0 scales and a float32 factor for each row, or None where there is none.
+
+    Args:
+        scales: ``[rows, columns]``, any float dtype.
+
+    Raises:
+        ValueError: they are no such scales.
+    """
+    significand, exponent = torch.frexp(scales.double())
+    factor = 2 * significand[:, :1]
+    byte = exponent - 1 + E8M0_BIAS
+    if bool(((2 * significand != factor) | (factor <= 0) | (byte < 0) | (byte >= E8M0_NAN)).any()):
+        raise ValueError("not powers of two times one factor a row")
+    return byte.to(torch.uint8), None if bool((factor == 1).all()) else factor[:, 0].float()
+
+
+def to_e4m3(scales: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Bytes of E4M3 scales and a float32 factor for each row, or None where there is none.
+
+    A factor is taken if it gives every scale again: a float32 one as the rounded product of byte and factor, a 16-bit
+    one exactly. One for all rows is sought first.
+
+    Args:
+        scales: ``[rows, columns]``, any float dtype.
+
+    Raises:
+        ValueError: there is no such factor.
+    """
+    exact = scales.float().to(torch.float8_e4m3fn)
+    if torch.equal(exact.float(), scales.float()):
+        return exact.view(torch.uint8), None
+    if bool((scales < 0).any()) or not bool(scales.isfinite().all()):
+        raise ValueError("negative or not finite")
+    for rows in (scales.reshape(1, -1), scales):
+        factor = _factors(rows)
+        if bool(factor.isfinite().all()):
+            byte = _quotient(rows, factor).reshape(scales.shape)
+            return byte.view(torch.uint8), factor[:, 0].expand(scales.shape[0]).contiguous()
+    raise ValueError("not E4M3 values times one factor a row")
+
+
+def _factors(scales: Tensor) -> Tensor:
+    """For each row ``[rows, 1]`` a factor that gives it, or NaN."""
+    top = scales.double().amax(1, keepdim=True)
+    found = torch.where(top == 0, 1.0, torch.nan).float()
+    for value in _TOPS:
+        factor = (top / value).float()
+        for _ in range(_NEIGHBOURS):
+            factor = torch.nextafter(factor, torch.zeros_like(factor))
+        for _ in range(2 * _NEIGHBOURS + 1):
+            again = _quotient(scales, factor).double() * factor.double()
+            if scales.dtype not in (torch.float16, torch.bfloat16):
+                again = again.to(scales.dtype)
+            right = (again == scales).all(1, keepdim=True) & (factor > 0)
+            found = torch.where(found.isnan() & right, factor, found)
+            factor = torch.nextafter(factor, torch.full_like(factor, torch.inf))
+        if not bool(found.isnan().any()):
+            break
+    return found
+
+
+def _quotient(scales: Tensor, factor: Tensor) -> Tensor:
+    return (scales.double() / factor.double()).float().to(torch.float8_e4m3fn)

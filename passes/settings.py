@@ -1,0 +1,31 @@
+"""What a user may choose about the pass; the front door's options say what each means."""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from marlin_w4a16.passes.outcome import Excluded
+from marlin_w4a16.passes.recognise import Rules
+
+ActivationQuant = Literal["keep", "drop", "refuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """See `marlin_w4a16.options.Options`."""
+
+    rules: Rules = field(default_factory=Rules)
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    verify: bool = False
+    activation_quant: ActivationQuant = "keep"
+
+    def excluded(self, path: str) -> Excluded | None:
+        """Why a weight is to be left alone, or None. Globs match its path or that of its module."""
+        names = path, path.rpartition(".")[0]
+        for pattern in self.exclude:
+            if any(fnmatchcase(name, pattern) for name in names):
+                return Excluded(f"excluded by {pattern!r}")
+        if self.include is not None and not any(fnmatchcase(n, pattern) for pattern in self.include for n in names):
+            return Excluded(f"not included by {', '.join(map(repr, self.include))}")
+        return None

@@ -1,0 +1,73 @@
+"""Tensor classes that are FP4 weights: torchao's ``NVFP4Tensor`` and ``MXTensor``; read in torchao 0.18."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.passes.outcome import Rejected
+
+_NAMES = ("NVFP4Tensor", "MXTensor")
+
+
+def is_typed(value: object) -> bool:
+    """Whether a tensor is of one of these classes."""
+    return type(value).__module__.partition(".")[0] == "torchao" and type(value).__name__ in _NAMES
+
+
+def is_fp4(value: Any) -> bool:
+    """Whether a tensor of these classes holds E2M1 codes: an ``MXTensor`` may hold other elements."""
+    return type(value).__name__ == "NVFP4Tensor" or value.elem_dtype == torch.float4_e2m1fn_x2
+
+
+def activations(value: Any) -> str | None:
+    """How a product with a tensor of these classes quantises its other operand, or None."""
+    return None if value.act_quant_kwargs is None else str(value.act_quant_kwargs)
+
+
+def dense(value: Tensor) -> Tensor:
+    """The value as a plain tensor; of these classes, what its producer decodes it to."""
+    return value.dequantize() if is_typed(value) else value  # type: ignore[no-untyped-call]
+
+
+def read(value: Any, name: str) -> FP4Weight | Rejected:
+    """The weight of a tensor ``[..., n, k]``, leading axes as rows."""
+    k = value.shape[-1]
+    rows = value.numel() // k
+    if value.qdata.shape[-1] * 2 != k or not value.qdata.is_contiguous():
+        return Rejected(f"its codes have shape {tuple(value.qdata.shape)}, expected rows [{rows}, {k // 2}]")
+    columns = k // value.block_size
+    scales = value.scale
+    if value.is_swizzled_scales:
+        if value.ndim != 2:
+            return Rejected(f"its swizzled scales belong to {value.ndim} dimensions, expected 2")
+        scales = unswizzle(scales, rows, columns)
+    factor = getattr(value, "per_tensor_scale", None)
+    multiplier: Tensor | float = 1.0
+    if factor is not None:
+        multiplier = factor.reshape(-1).repeat_interleave(rows // factor.numel())
+    codes = value.qdata.reshape(rows, k // 2).view(torch.uint8)
+    return fp4_weight(codes, scales.reshape(rows, columns), multiplier, name=name)
+
+
+def swizzle(scales: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of scales ``[n, k / group]`` in tiles of 128 by 4, as cuBLAS wants them; padded with zeros.
+
+    Within a tile, row ``32 a + b`` and column ``c`` lie at ``[b, a, c]``. The inverse is `unswizzle`.
+    """
+    rows, columns = scales.shape
+    padded = torch.nn.functional.pad(_bytes(scales), (0, -columns % 4, 0, -rows % 128))
+    tiles = padded.reshape(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)  # R a b C c
+    return tiles.permute(0, 3, 2, 1, 4).reshape(shape).view(scales.dtype)
+
+
+def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `swizzle`."""
+    tiles = _bytes(scales).reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # R C b a c
+    padded = tiles.permute(0, 3, 2, 1, 4).reshape(tiles.shape[0] * 128, tiles.shape[1] * 4)
+    return padded[:rows, :columns].contiguous().view(scales.dtype)
+
+
+def _bytes(scales: Tensor) -> Tensor:
+    return scales.view(torch.uint8)
