@@ -20,6 +20,7 @@ from marlin_w4a16.passes.decode import Decode
 from marlin_w4a16.passes.moment import Moment, State, state_of, watched
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.recognise import Found, Rules, recognise, verify
+from marlin_w4a16.passes.torch_private import is_wrapper
 
 
 class NeedsCallBeforeCapture(RuntimeError):
@@ -121,7 +122,10 @@ class Binding:
                 for part, packed in zip(matrices(fitted, batch), copy.packed, strict=True):
                     pack_into(part, packed)
                 copy.sources = Moment(sources, state)
-        self._held[ids] = copy, *(weakref.ref(root, self._forget(ids)) for root in roots)
+        self._held[ids] = (
+            copy,
+            *(weakref.ref(source, self._forget(ids)) for source in sources if not is_wrapper(source)),
+        )
         return copy
 
     def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from marlin_w4a16.passes.moment import Moment, state_of, watched
+from marlin_w4a16.passes.moment import Moment, state_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import Rewritten
 
@@ -41,17 +41,18 @@ class LiveCall:
         self._traced = traced
         self._kept = rewritten.kept
         self._bound = rewritten.bound
-        leaves = sorted({i for bound in rewritten.bound for i in bound.leaves})
-        self._leaves = operator.itemgetter(leaves[0], *leaves)  # of one position it would give no tuple
-        self._has_wrappers = rewritten.has_wrappers
+        leaves = {i for bound in rewritten.bound for i in bound.leaves}
+        self._wrappers = rewritten.wrappers
+        self._plain = _getter(sorted(leaves - self._wrappers.keys()))
         self._codes = rewritten.bound[0].codes  # tells instances of the model apart
         self._snapshots: dict[int, _Snapshot] = {}
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
-        leaves = self._leaves(args)
-        if self._has_wrappers:
-            leaves = watched(leaves)
+        leaves = self._plain(args)
+        if self._wrappers:
+            parts = [getattr(args[i], name) for i, names in self._wrappers.items() for name in names]
+            leaves = [*leaves, *parts, *[args[i] for i in self._wrappers]]  # as `watched` orders them
         state = state_of(leaves)
         instance = id(args[self._codes])
         snapshot = self._snapshots.get(instance)
@@ -89,3 +90,10 @@ class LiveCall:
             self._warned = True
             log.warning("a weight changed and is no longer FP4 as compiled, so this graph runs eagerly: %s", why.reason)
         return self._traced(*args)
+
+
+def _getter(positions: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Gets these positions; `operator.itemgetter` gives no sequence for one, and wants some."""
+    if len(positions) < 2:
+        return lambda args: [args[i] for i in positions]
+    return operator.itemgetter(*positions)

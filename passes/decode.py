@@ -145,7 +145,7 @@ class Decode:
 
     @functools.cached_property
     def parts(self) -> tuple[int, list["Decode"]]:
-        """The values that a concatenation or a stack is made of, and the axis: 0, below each other, or 1; or nothing."""
+        """The values it is made of, if it is a concatenation or a stack: below (axis 0) or beside each other (1)."""
         node, turned = self.value, False
         while _is_cast(node) or _is_transpose(node):
             turned ^= _is_transpose(node)
@@ -196,7 +196,12 @@ def _signature(value: fx.Node, nodes: list[fx.Node]) -> tuple[Any, ...]:
     def shown(node: fx.Node) -> str:
         return f"%{index[node]}"
 
-    return index[value], *((n.op, str(n.target), repr(fx.map_arg((n.args, n.kwargs), shown))) for n in nodes)
+    def told(node: fx.Node) -> tuple[str, ...]:
+        if node.op == "placeholder":
+            return (node.op,)
+        return node.op, str(node.target), repr(fx.map_arg((node.args, node.kwargs), shown))
+
+    return index[value], *map(told, nodes)
 
 
 def _is_cast(node: fx.Node) -> bool:

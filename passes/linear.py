@@ -98,6 +98,12 @@ class Product:
     refusal: str | None = None
 
     @property
+    def x_node(self) -> fx.Node:
+        """The node of the input."""
+        found: fx.Node = _operands(self.node, self.form)[self.x]
+        return found
+
+    @property
     def weight_node(self) -> fx.Node:
         """The node of the weight."""
         found: fx.Node = _operands(self.node, self.form)[self.weight]
@@ -151,7 +157,9 @@ def operands_of(product: Product, node: fx.Node) -> dict[str, Any]:
     return {name: value for name, value in _operands(node, product.form).items() if name != product.weight}
 
 
-def replace(product: Product, node: fx.Node, packed: Sequence[PackedFP4], inputs: Sequence[fx.Node]) -> list[fx.Node]:
+def replace(
+    product: Product, node: fx.Node, packed: Sequence[PackedFP4], inputs: Sequence[fx.Node], x: fx.Node | None = None
+) -> list[fx.Node]:
     """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten.
 
     Args:
@@ -159,6 +167,7 @@ def replace(product: Product, node: fx.Node, packed: Sequence[PackedFP4], inputs
         node: its copy.
         packed: the weight for each index of the batch.
         inputs: the nodes of words, scales and multiplier of each of them.
+        x: what is read instead of the input that the product has.
 
     Returns:
         What was written; the last one is the result.
@@ -175,7 +184,7 @@ def replace(product: Product, node: fx.Node, packed: Sequence[PackedFP4], inputs
         return new
 
     operands, axes = _operands(node, product.form), product.equation
-    x: fx.Node = operands[product.x]
+    x = operands[product.x] if x is None else x
     for axis in reversed(product.x_first):
         x = call(torch.select, x, axis, 0)
     x = _ordered(call, x, axes.x, axes.batch + axes.free + axes.columns)

@@ -17,12 +17,12 @@ def state_of(tensors: Sequence[Tensor]) -> State:
 
 
 def watched(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, and those that hold the data of the ones that are wrapper subclasses.
+    """The tensors, those that hold the data of wrapper subclasses in the place of these, and at last the wrappers.
 
     A wrapper's own address says nothing, and what is written to it does not count up its parts' versions; what is
     written to a part does not count up the wrapper's.
     """
-    return [*tensors, *(part for t in tensors if is_wrapper(t) for part in inner_tensors(t))]
+    return [*(part for t in tensors for part in inner_tensors(t)), *filter(is_wrapper, tensors)]
 
 
 class Moment:
@@ -31,7 +31,7 @@ class Moment:
     It ends when one of them dies or gives up its memory: an address may come back as another's.
 
     Args:
-        tensors: the tensors.
+        tensors: the tensors, wrapper subclasses last (see `watched`).
         state: their `state_of`, read before anything else is.
         on_death: called, with a weak reference, when one of them dies.
     """
@@ -49,8 +49,9 @@ class Moment:
             if ended is not None:
                 ended._state = None
 
-        self._tensors = [weakref.ref(tensor, on_death) for tensor in tensors]
-        self._storages = [weakref.ref(s, end) for s in map(storage_of, tensors) if s is not None]
+        plain = [tensor for tensor in tensors if not is_wrapper(tensor)]  # swap_tensors, and so .to(), wants no
+        self._tensors = [weakref.ref(tensor, on_death) for tensor in plain]  # weak reference to a wrapper
+        self._storages = [weakref.ref(s, end) for s in map(storage_of, plain) if s is not None]
 
     def holds(self, tensors: Sequence[Tensor], state: State) -> bool:
         """Whether these are the same tensors, unchanged; ``state`` is their `state_of`.

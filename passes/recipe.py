@@ -155,7 +155,7 @@ def read_codes(
     if per_column == 2:
         return coding(matrix)
     step = max(1, BLOCK_ELEMENTS // decode.matrices.k)
-    return torch.cat([coding(part) for part in matrix.split(step)])
+    return torch.cat([coding(part) for part in torch.split(matrix, step)])
 
 
 def read_scales(
@@ -190,7 +190,7 @@ class OfType:
 
     def reading(self, decode: Decode) -> Any:
         """See `FromSources.reading`."""
-        return "type", decode.rows
+        return "type", decode.rows, decode.matrices.k
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,8 @@ class FromValue:
         """See `FromSources.read`; the nearest MXFP4 weight, which need not be the same."""
         value = decode.weight(leaves).detach()
         parts = [
-            quantize_mxfp4(part, self.group, name) for part in value.split(max(1, BLOCK_ELEMENTS // value.shape[1]))
+            quantize_mxfp4(part, self.group, name)
+            for part in torch.split(value, max(1, BLOCK_ELEMENTS // value.shape[1]))
         ]
         codes, scales = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scales"))
         one = torch.ones(decode.rows, device=value.device)

@@ -177,8 +177,10 @@ class _Search:
                 base = FromSources(codes, scales, Factor(), window, group)
                 for recipe, form in self._fitting(part, sample, rows, base):
                     found = self._judge(recipe, form, value)
-                    if isinstance(found, Found | TooFar):
+                    if isinstance(found, Found):
                         return found
+                    if isinstance(found, TooFar):
+                        return Rejected(found.reason)
                     self._see(2.0, found.reason)
         return Rejected(self.nearest if tried else self._sizes())
 

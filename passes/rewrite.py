@@ -1,6 +1,6 @@
 """The pass: from a traced graph and its live inputs to a graph of FP4 ops, the bindings that feed it, and a report."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from marlin_w4a16.kernels.layout import PackedFP4, packed_nbytes
 from marlin_w4a16.passes import linear, tensors
+from marlin_w4a16.passes.activations import quantised
 from marlin_w4a16.passes.binding import Binding, raised
 from marlin_w4a16.passes.constants import Constants, example, find_constants, needed_by
 from marlin_w4a16.passes.decode import Decode
@@ -18,7 +19,7 @@ from marlin_w4a16.passes.recognise import Found, may_be_fp4, recognise, verify
 from marlin_w4a16.passes.regions import Flat, Regions
 from marlin_w4a16.passes.settings import Settings
 from marlin_w4a16.passes.sources import module_path, producer_of
-from marlin_w4a16.passes.torch_private import add_static_input, inner_tensors, is_fake, is_wrapper, source_name
+from marlin_w4a16.passes.torch_private import add_static_input, inner_tensors, is_fake, part_names, source_name
 from marlin_w4a16.passes.trial import worst_error
 
 DEFAULTS = Settings()
@@ -43,7 +44,7 @@ class Rewritten:
         kept: positions of the traced inputs that are still used.
         bound: the weights to look up at each call.
         rows: the report.
-        has_wrappers: some leaf is a wrapper subclass, whose data other tensors hold.
+        wrappers: positions of leaves that are wrapper subclasses, and the names of the tensors that hold their data.
     """
 
     graph: fx.GraphModule
@@ -51,7 +52,7 @@ class Rewritten:
     kept: tuple[int, ...]
     bound: tuple[Bound, ...]
     rows: tuple[Row, ...]
-    has_wrappers: bool = False
+    wrappers: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class _Weight:
     values: list[Any]
     refusal: str | None
     products: list[linear.Product] = field(default_factory=list)
+    quantised: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by product, what its input was before (W4A4)
 
 
 class _Judge:
@@ -146,7 +148,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFA
         graph.erase_node(placeholders[i])
     result.graph.lint()
     result.recompile()
-    wrappers = any(is_wrapper(inputs[i]) for each in bound for i in each.leaves)
+    wrappers = {i: names for each in bound for i in each.leaves if (names := part_names(inputs[i]))}
     examples = [inputs[i] for i in kept] + [fake for _, fake in added]
     return Rewritten(result, examples, kept, tuple(bound), tuple(rows), wrappers)
 
@@ -179,12 +181,19 @@ def _weights(graph: fx.Graph, constants: Constants, inputs: Sequence[Any], setti
         decode = Decode.of(product.weight_node, product.node, product.matrices, constants)
         if not decode.leaves or not may_be_fp4(decode, settings.rules):
             continue
-        key = (tuple(decode.leaves), decode.signature, product.refusal)
+        source, refusal = None, product.refusal
+        if settings.activation_quant != "keep" and refusal is None:
+            source = quantised(product.x_node, constants, live)
+            if source is not None and settings.activation_quant == "refuse":
+                refusal = "its input is quantised too (W4A4), which options={'activation_quant': 'refuse'} leaves alone"
+        key = (tuple(decode.leaves), decode.signature, refusal)
         if key not in found:
             codes = _codes(decode)
             path = module_path(source_name(decode.leaves[codes]))
-            found[key] = _Weight(path, codes, decode, [live[n] for n in decode.leaves], product.refusal)
+            found[key] = _Weight(path, codes, decode, [live[n] for n in decode.leaves], refusal)
         found[key].products.append(product)
+        if source is not None:
+            found[key].quantised[product.node] = source
     return iter(found.values())
 
 
@@ -219,7 +228,9 @@ def _replace(
         node = flat.origin[product.node]
         inner = [regions.reach(n, node.graph) for n in inputs]
         operands = linear.operands_of(product, node)
-        written = linear.replace(product, node, packed, inner)
+        source = weight.quantised.get(product.node)
+        x = regions.reach(flat.origin[source], node.graph) if source is not None else None
+        written = linear.replace(product, node, packed, inner, x)
         if settings.verify:
             errors.append(worst_error(weight.decode, weight.values, product, operands, written, inner, packed))
     return max(errors, default=None)
@@ -251,7 +262,9 @@ def _row(
         seen = weight.decode.matrices
         nbytes = seen.batch * packed_nbytes(seen.n, seen.k, found.recipe.group)
         served = linear.serves(example(weight.decode.value).device)
-        outcome = Replaced("marlin_w4a16::linear", str(served), nbytes, found.note, error)
+        dropped = "the quantisation of its input is left out" if weight.quantised else None
+        note = "; ".join(filter(None, (found.note, dropped))) or None
+        outcome = Replaced("marlin_w4a16::linear", str(served), nbytes, note, error)
         if isinstance(found.recipe, FromSources) and found.recipe.window.total > weight.decode.rows:
             start = found.recipe.window.start
             path = f"{path}[{start}:{start + weight.decode.rows}]"

@@ -28,7 +28,7 @@ def activations(value: Any) -> str | None:
 
 def dense(value: Tensor) -> Tensor:
     """The value as a plain tensor; of these classes, what its producer decodes it to."""
-    return value.dequantize() if is_typed(value) else value  # type: ignore[no-untyped-call]
+    return value.dequantize() if is_typed(value) else value
 
 
 def read(value: Any, name: str) -> FP4Weight | Rejected:

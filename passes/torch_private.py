@@ -102,6 +102,11 @@ def is_wrapper(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
+def part_names(tensor: Tensor) -> tuple[str, ...]:
+    """The names of the tensors that hold the data of a wrapper subclass; none of another tensor."""
+    return tuple(tensor.__tensor_flatten__()[0]) if is_traceable_wrapper_subclass(tensor) else ()
+
+
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the data of a wrapper subclass, at any depth, or the tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
@@ -119,6 +124,7 @@ def graph_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Nod
     output = graph.graph_copy(gm.graph, values)
     graph.output(output).meta.update(next(iter(reversed(gm.graph.nodes))).meta)
     for old, new in values.items():
+        new.meta.pop("grapharg", None)  # holds a weak reference to the live tensor, which swap_tensors does not allow
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
@@ -136,7 +142,7 @@ def add_static_input(graph: fx.Graph, like: fx.Node, member: str, value: Tensor)
     """
     from torch._dynamo.source import AttrSource
 
-    fake = next(inner_tensors(like.meta["example_value"])).fake_mode.from_tensor(value, static_shapes=True)
+    fake = cast(Any, next(inner_tensors(like.meta["example_value"]))).fake_mode.from_tensor(value, static_shapes=True)
     node = graph.placeholder(f"{like.name}_{member}")
     node.meta["example_value"] = fake
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -187,7 +193,7 @@ def region_operands(target: object) -> int | None:
         regions.wrap_activation_checkpoint: 1,
         regions.invoke_subgraph: 2,  # after the name by which calls share what is compiled
     }
-    return starts.get(target) if is_higher_order(target) else None
+    return starts.get(cast(Any, target)) if is_higher_order(target) else None
 
 
 def copy_source(node: fx.Node, like: fx.Node) -> None:
@@ -196,7 +202,7 @@ def copy_source(node: fx.Node, like: fx.Node) -> None:
 
 
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:
-    """Adds a JSON artifact to the trace of this compilation; ``payload`` is called only where ``TORCH_TRACE`` is set."""
+    """Adds a JSON artifact to the trace of this compilation; ``payload`` is called only under ``TORCH_TRACE``."""
     from torch._logging._internal import trace_structured
 
     trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=payload)

@@ -178,6 +178,16 @@ def test_a_function_without_operators_is_no_break():
     assert not watch.look()
 
 
+def test_an_error_of_the_backend_is_no_break():
+    def backend(gm, _):
+        raise ValueError("mine")
+
+    watch = BreakWatch()
+    with pytest.raises(Exception, match="mine"):
+        torch.compile(unbroken, backend=backend)(X)
+    assert not watch.look()
+
+
 def test_a_hidden_cause_is_named_only_if_it_is_certain():
     """Dynamo counts refusals but does not say which one belongs to a break that it calls step_unsupported."""
     counts = torch._dynamo.utils.counters["unimplemented"]

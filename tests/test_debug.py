@@ -49,7 +49,8 @@ def broken(fp4_linear) -> nn.Module:
     return Model()
 
 
-def test_each_graph_is_written_before_and_after_and_all_rows_at_the_end(broken, tmp_path, names, assert_near):
+def test_each_graph_is_written_before_and_after_and_all_rows_at_the_end(broken, tmp_path, names, assert_near, caplog):
+    caplog.set_level("DEBUG", "marlin_w4a16")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="depyf|nothing was compiled")
         with debug(tmp_path / "new" / "folder"):
@@ -63,11 +64,13 @@ def test_each_graph_is_written_before_and_after_and_all_rows_at_the_end(broken, 
     assert OP not in before and after.count(OP) == 1
     assert before.startswith("# Graph 0: as Dynamo traced it\n")
     assert after.startswith("# Graph 0: replaced 1 of 2 FP4 linears")
-    assert re.search(r'up_parameters_codes__words_0: "i32\[', after)
+    assert re.search(r'up_parameters_codes__words_\d+: "i32\[', after)
     found = json.loads((folder / "report.json").read_text())
     assert found["graphs"] == 2 and [w["outcome"] for w in found["weights"]] == ["replaced", "left"]
     (cause,) = found["breaks"]
     assert cause["where"].endswith("in forward: torch._dynamo.graph_break()")
+    (logged,) = (r.message for r in caplog.records if r.message.startswith("graph break: "))
+    assert logged == f"graph break: {cause['reason']}\n  at {cause['where']}"
     page = (folder / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "<code>up.codes</code>" in page and "in 2 graphs" not in page
     assert list(folder.glob("full_code_for_forward_*.py"))

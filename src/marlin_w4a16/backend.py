@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from marlin_w4a16.breaks import breaks_of
 from marlin_w4a16.debug import publish
 from marlin_w4a16.options import parse
 from marlin_w4a16.passes.call import LiveCall
@@ -52,11 +53,11 @@ def marlin_w4a16(
     if not chosen.linear:
         return compile_graph(gm, example_inputs, chosen.patches)
     rewritten = rewrite(gm, example_inputs, chosen.settings)
-    report = Report(rewritten.rows)
+    report = Report(rewritten.rows, breaks=breaks_of(gm))
     publish(report, gm, rewritten.graph if report.replaced else None)
     if chosen.strict and report.rejected:
         raise NotReplaced(report)
-    if report.owned and not (report.replaced or report.rejected):
+    if report.rows and not (report.replaced or report.rejected):
         log.info("%s", report.summary())
         return compile_graph(gm, example_inputs, chosen.patches)
     if not report.replaced:
@@ -65,4 +66,4 @@ def marlin_w4a16(
         return compile_graph(gm, example_inputs, chosen.patches)
     log.info("%s", report.summary())
     compiled = compile_graph(rewritten.graph, rewritten.inputs, chosen.patches)
-    return LiveCall(compiled, gm.forward, rewritten)
+    return LiveCall(compiled, gm.forward, rewritten).__call__  # depyf looks for the code of a function

@@ -37,7 +37,7 @@ class _Recorder:
         self.rows += report.rows
         for gm, when, what in ((traced, "before", "as Dynamo traced it"), (rewritten, "after", report.summary())):
             if gm is not None:
-                code = f"# Graph {self.graphs}: {what}\n{gm.print_readable(print_output=False)}\n"
+                code = f"# Graph {self.graphs}: {what}\n{gm.print_readable(print_output=False).rstrip()}\n"
                 (self.folder / f"graph_{self.graphs}_{when}.py").write_text(code)
         self.graphs += 1
 

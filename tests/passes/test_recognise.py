@@ -259,12 +259,20 @@ def test_inputs_of_any_rank(assert_replaced, product, leading):
     assert_replaced(Product(product), torch.randn(*leading, K))
 
 
+class Stacked(nn.Module):
+    """Two weights as a batch of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Spelled(), Spelled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.stack((self.first.weight().T, self.second.weight().T))
+
+
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (4, 1, 3), (4, 2, 3)])
 def test_a_batch_of_weights(assert_replaced, leading):
-    def product(x, w, b) -> Tensor:
-        return x @ torch.stack((w.T, w.T * 2))
-
-    assert_replaced(Product(product), torch.randn(*leading, K))
+    assert_replaced(Stacked(), torch.randn(*leading, K))
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
