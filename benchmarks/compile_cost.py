@@ -7,6 +7,7 @@ eager decode.
 """
 
 import argparse
+import functools
 import platform
 import time
 from collections.abc import Callable
@@ -144,19 +145,24 @@ def memory() -> None:
         del dense
         x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
         module(x)
-        eager = peak(lambda: module(x))  # noqa: B023
-        found = []
-
-        def backend(gm, inputs):
-            held = []
-            found.append(peak(lambda: held.append(rewrite(gm, inputs))))
-            found.append(sum(row.outcome.nbytes for row in held[0].rows))
-            return gm.forward
-
-        torch._dynamo.reset()
-        torch.compile(module, backend=backend)(x)
-        mib = [value / 2**20 for value in (eager, *found)]
+        eager = peak(functools.partial(module, x))
+        mib = [value / 2**20 for value in (eager, *of_the_pass(module, x))]
         print(f"{linear.__name__} {n}x{k}: eager {mib[0]:.0f} MiB, pass {mib[1]:.0f} MiB, of which packed {mib[2]:.0f}")
+
+
+def of_the_pass(module: nn.Module, x: Tensor) -> tuple[int, int]:
+    """The peak of rewriting, and the bytes of the packed copies that stay."""
+    found: list[int] = []
+
+    def backend(gm, inputs):
+        held = []
+        found.append(peak(lambda: held.append(rewrite(gm, inputs))))
+        found.append(sum(row.outcome.nbytes for row in held[0].rows))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(module, backend=backend)(x)
+    return found[0], found[1]
 
 
 def peak(call: Callable[[], object]) -> int:

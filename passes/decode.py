@@ -19,10 +19,15 @@ _CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "conti
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Rows of a larger weight: ``n`` of them from ``start``, of ``total``."""
+    """Rows of a larger weight: from ``start`` every ``step``-th one, of ``total``."""
 
     start: int
     total: int
+    step: int = 1
+
+    def rows(self, count: int) -> slice:
+        """So many of them."""
+        return slice(self.start, self.start + self.step * count, self.step)
 
 
 @dataclass(eq=False)
@@ -136,9 +141,11 @@ class Decode:
                 if rest or total <= self.rows or not whole.is_contiguous():
                     continue
                 offset = part.storage_offset() - whole.storage_offset()
-                for start in {offset, offset // self.matrices.k}:
-                    if 0 <= start <= total - self.rows and Window(start, total) not in found:
-                        found.append(Window(start, total))
+                step = part.stride(0) // self.matrices.k if part.ndim == 2 and part.stride(1) == 1 else 1
+                for window in (Window(offset, total), Window(offset // self.matrices.k, total, max(1, step))):
+                    last = window.start + window.step * (self.rows - 1)
+                    if window.start >= 0 and last < total and window not in found:
+                        found.append(window)
             if not (_is_cast(node) and isinstance(node.args[0], fx.Node)):
                 return found
             node = node.args[0]

@@ -135,6 +135,26 @@ def conv1d(x: int, weight: int) -> Equation:
     return Equation("bkl"[-x:], "nko"[:weight], "bnl"[-x:])
 
 
+def conv2d(x: int, weight: int) -> Equation:
+    """``F.conv2d`` with a kernel of one position."""
+    return Equation("bkhw"[-x:], "nkop"[:weight], "bnhw"[-x:])
+
+
+def tensordot(dims: tuple[list[int], list[int]] | int, x: int, weight: int, x_first: bool) -> Equation | str:
+    """What ``torch.tensordot`` was asked for, or why it is not read."""
+    first, second = (x, weight) if x_first else (weight, x)
+    left, right = list(_BATCH[:first]), list(string.ascii_lowercase[:second])
+    pairs = ([*range(first - dims, first)], [*range(dims)]) if isinstance(dims, int) else dims
+    if len(pairs) != 2 or len(pairs[0]) != len(pairs[1]):
+        return f"dims {dims!r}"
+    for a, b in zip(*pairs, strict=True):
+        right[b] = left[a]
+    summed = [left[a] for a in pairs[0]]
+    out = "".join(label for label in left + right if label not in summed)
+    operands = "".join(left), "".join(right)
+    return Equation(operands[not x_first], operands[x_first], out)
+
+
 def einsum(spelled: str, x: int, weight: int, x_first: bool) -> Equation | str:
     """What ``torch.einsum`` was asked for, or why it is not read."""
     terms, arrow, out = spelled.replace(" ", "").partition("->")

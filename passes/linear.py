@@ -55,6 +55,14 @@ _CONV1D = Form(
     "bias",
     {"stride": (1, (1,), [1]), "padding": (0, (0,), [0], "valid", "same"), "groups": (1,)},
 )
+_CONV2D = Form(
+    "conv2d",
+    _CONV1D.arguments,
+    (("input", "weight", equation.conv2d),),
+    "bias",
+    {"stride": (1, (1, 1), [1, 1]), "padding": (0, (0, 0), [0, 0], "valid", "same"), "groups": (1,)},
+)
+_TENSORDOT = Form("tensordot", ("a", "b", "dims"), ())
 _EINSUM = Form("einsum", ("equation", "operands", "second"), ())
 _MM, _MV, _BMM = _two("mm", "input", "mat2"), _two("mv", "input", "vec"), _two("bmm", "input", "mat2")
 _ADDMV = _two("addmv", "mat", "vec", "input", added="input")
@@ -65,6 +73,8 @@ CONSUMERS: dict[Callable[..., Any] | str, Form] = {
     operator.matmul: _MATMUL,
     "__matmul__": _MATMUL,
     torch.conv1d: _CONV1D,
+    torch.conv2d: _CONV2D,
+    torch.functional.tensordot: _TENSORDOT,
     torch.functional.einsum: _EINSUM,
     **{
         spelled: form
@@ -229,6 +239,10 @@ def _operands(node: fx.Node, form: Form) -> dict[str, Any]:
 
 def _ways(form: Form, operands: dict[str, Any]) -> Iterator[tuple[str, str, Callable[[int, int], Equation | str]]]:
     yield from form.ways
+    if form is _TENSORDOT:
+        dims = operands.get("dims", 2)
+        yield "a", "b", lambda x, weight: equation.tensordot(dims, x, weight, x_first=True)
+        yield "b", "a", lambda x, weight: equation.tensordot(dims, x, weight, x_first=False)
     if form is _EINSUM and isinstance(operands["equation"], str) and operands.keys() == {"equation", "0", "1"}:
         spelled = operands["equation"]
         yield "0", "1", lambda x, weight: equation.einsum(spelled, x, weight, x_first=True)
@@ -267,7 +281,7 @@ def _is_bias(product: Product, operands: dict[str, Any]) -> bool:
     if added is None or product.equation.batch or operands.get("alpha", 1) != 1 or operands.get("beta", 1) != 1:
         return False
     rows = product.equation.rows
-    last = product.form is _CONV1D or (len(rows) == 1 and product.equation.out.endswith(rows))
+    last = product.form in (_CONV1D, _CONV2D) or (len(rows) == 1 and product.equation.out.endswith(rows))
     return last and example(added).shape == (product.matrices.n,) and example(added).dtype in DTYPES
 
 

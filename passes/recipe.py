@@ -1,6 +1,6 @@
 """How a weight is read from what it is computed from: a recipe gives an `FP4Weight` again for other live leaves."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class Factor:
             return torch.full((decode.rows,), self.number, device=device)
         value = decode.source(self.node, leaves).detach().to(device, torch.float32).reshape(-1)
         spread = value.repeat_interleave(window.total // value.numel())
-        return spread[window.start : window.start + decode.rows]
+        return spread[window.rows(decode.rows)]
 
 
 def _swapped(value: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class FromSources:
         Raises:
             ValueError: the leaves hold no such weight (a NaN scale, a shape that does not fit).
         """
-        rows = slice(self.window.start, self.window.start + decode.rows)
+        rows = self.window.rows(decode.rows)
         codes = read_codes(self.codes, decode, leaves, self.window)
         scales, own = read_scales(self.scales, decode, leaves, self.window, self.group)
         factor = self.factor.value(decode, leaves, self.window, codes.device)
@@ -144,14 +144,13 @@ class FromSources:
         return [node for node in (self.codes.node, self.scales.node, self.factor.node) if node is not None]
 
 
-def read_codes(
-    source: Source, decode: Decode, leaves: Leaves, window: Window, rows: Iterable[int] | None = None
-) -> Tensor:
+def read_codes(source: Source, decode: Decode, leaves: Leaves, window: Window, rows: list[int] | None = None) -> Tensor:
     """Codes as bytes ``[rows, k / 2]``: all of the weight, or some rows of it."""
     per_column, coding = CODINGS[source.coding]
-    total, start = (window.total, window.start) if per_column == 2 else (decode.rows, 0)
-    matrix = source.matrix(decode.source(source.node, leaves), total, decode.matrices.k // per_column)
-    matrix = matrix[start : start + decode.rows] if rows is None else matrix[[start + row for row in rows]]
+    window = window if per_column == 2 else Window(0, decode.rows)
+    matrix = source.matrix(decode.source(source.node, leaves), window.total, decode.matrices.k // per_column)
+    matrix = matrix[window.rows(decode.rows)]
+    matrix = matrix if rows is None else matrix[rows]
     if per_column == 2:
         return coding(matrix)
     step = max(1, BLOCK_ELEMENTS // decode.matrices.k)

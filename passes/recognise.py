@@ -171,9 +171,9 @@ class _Search:
                 if read is None:
                     continue
                 tried = True
-                at = [window.start + row for row in rows]
-                own = read[1][at] if read[1] is not None else torch.ones(len(rows), device=few.device)
-                part = _unchecked(few, read[0][at], own, scales, group)
+                shown = window.rows(self.decode.rows)
+                own = read[1][shown][rows] if read[1] is not None else torch.ones(len(rows), device=few.device)
+                part = _unchecked(few, read[0][shown][rows], own, scales, group)
                 base = FromSources(codes, scales, Factor(), window, group)
                 for recipe, form in self._fitting(part, sample, rows, base):
                     found = self._judge(recipe, form, value)
@@ -311,6 +311,8 @@ class _Search:
 
     def _sizes(self) -> str:
         rows, k = self.decode.rows, self.decode.matrices.k
+        if self.scales:
+            return "its block scales are not bytes times one factor a row, exactly"
         for _, value in self.decode.tensors:
             group = rows * k // max(1, value.numel())
             if value.numel() * group == rows * k and 4 <= group <= 1024 and group not in GROUP_SIZES and k % group == 0:

@@ -266,8 +266,8 @@ def _row(
         note = "; ".join(filter(None, (found.note, dropped))) or None
         outcome = Replaced("marlin_w4a16::linear", str(served), nbytes, note, error)
         if isinstance(found.recipe, FromSources) and found.recipe.window.total > weight.decode.rows:
-            start = found.recipe.window.start
-            path = f"{path}[{start}:{start + weight.decode.rows}]"
+            rows = found.recipe.window.rows(weight.decode.rows)
+            path = f"{path}[{rows.start}:{rows.stop}{f':{rows.step}' if rows.step > 1 else ''}]"
     else:
         outcome = found
     return Row(

@@ -51,14 +51,19 @@ def decode_of(trace) -> Callable[..., Decode]:
     """
 
     def decode(
-        function: Callable[..., Tensor], *weights: Tensor, multiply: Callable[..., Tensor] = linear, cls: type = Decode
+        function: Callable[..., Tensor],
+        *weights: Tensor,
+        multiply: Callable[..., Tensor] = linear,
+        k: int | None = None,
+        cls: type = Decode,
     ) -> Decode:
+        torch._dynamo.reset()
         module = nn.Module()
         for i, weight in enumerate(weights):
             setattr(module, f"weight_{i}", nn.Buffer(weight))
         with torch.no_grad():
             value = function(*module.buffers())
-        x = torch.ones(1, value.shape[-1 if multiply is linear else -2], dtype=value.dtype)
+        x = torch.ones(1, k or value.shape[-1 if multiply is linear else -2], dtype=value.dtype)
         gm, _ = trace(lambda x: multiply(x, function(*module.buffers())), x)
         graph = Regions(gm).flatten().graph
         constants = find_constants(graph)
