@@ -9,6 +9,7 @@ bfloat16 model.
 
 import logging
 import os
+import textwrap
 import time
 import warnings
 
@@ -174,7 +175,7 @@ def main() -> None:
         compiled = torch.compile(model, backend="marlin_w4a16")
         compare(exact, eager, compiled(tokens, use_cache=False).logits)
         report = marlin_w4a16.explain(model, tokens, use_cache=False)
-        print("\n".join("   " + line for line in str(report).splitlines()[:8]) + "\n   ...")
+        print(textwrap.indent(str(report), "   "))
         after = weight_bytes(model)
         print(f"   layers: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({before / after:.1f} times smaller)")
         if (swaps := marlin_w4a16.prepare(model)).done:

@@ -17,6 +17,7 @@ Scale bytes follow the words: ``[w, g, c, r]`` with ``c`` the group within the t
 Rows and columns are padded with zero codes to whole tiles here, never at run time; pad scales are one.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -164,11 +165,19 @@ def _pack_codes(codes: Tensor) -> Tensor:
     grid = codes.reshape(n // TILE, 4, 2, 8, half_k * 2 // TILE, 4, 2, 4).permute(0, 4, 1, 3, 7, 5, 6, 2)
     words = torch.zeros(grid.shape[:-2], dtype=torch.int32, device=codes.device)
     for register, places in enumerate(_BIT_OF):
-        byte = grid[..., register // 2, register % 2].int()
-        for half in (0, 1):
-            for bit, place in zip((3, 2, 1, 0), places, strict=True):
-                words |= ((byte >> (4 * half + bit)) & 1) << (16 * half + place)
+        words |= _spread(places).to(codes.device)[grid[..., register // 2, register % 2].int()]
     return words.reshape(n // TILE, half_k * 2 // TILE, TILE_WORDS)
+
+
+@functools.cache
+def _spread(places: tuple[int, ...]) -> Tensor:
+    """Where the bits of each byte stand in a word, ``[256]``."""
+    byte = torch.arange(256, dtype=torch.int32, device="cpu")
+    word = torch.zeros_like(byte)
+    for half in (0, 1):
+        for bit, place in zip((3, 2, 1, 0), places, strict=True):
+            word |= ((byte >> (4 * half + bit)) & 1) << (16 * half + place)
+    return word
 
 
 def _unpack_codes(words: Tensor) -> Tensor:

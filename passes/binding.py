@@ -161,6 +161,9 @@ def raised(error: Exception) -> Rejected:
 
 def matrices(weight: FP4Weight, batch: int) -> Iterator[FP4Weight]:
     """The matrices that stand below each other in a weight."""
+    if batch == 1:
+        yield weight
+        return
     n = weight.n // batch
     for start in range(0, weight.n, n):
         rows = slice(start, start + n)
@@ -172,4 +175,4 @@ def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:
     try:
         return weight.fit_first(torch.float16, dtype)
     except ValueError as error:
-        return Rejected(str(error))
+        return Rejected(str(error).removeprefix(f"{weight.name}: "))

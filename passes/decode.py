@@ -132,7 +132,7 @@ class Decode:
     def windows(self) -> list[Window]:
         """Where its rows may lie: they are all, or some of a larger value that the traced weight is a view of."""
         found = [Window(0, self.rows)]
-        node = self.value
+        node, order = self.value, self.matrices.order
         while True:
             part = example(node)
             for base in (n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)):
@@ -141,14 +141,15 @@ class Decode:
                 if rest or total <= self.rows or not whole.is_contiguous():
                     continue
                 offset = part.storage_offset() - whole.storage_offset()
-                step = part.stride(0) // self.matrices.k if part.ndim == 2 and part.stride(1) == 1 else 1
+                by_rows = part.ndim == len(order) == 2 and part.stride(order[1]) == 1
+                step = part.stride(order[0]) // self.matrices.k if by_rows else 1
                 for window in (Window(offset, total), Window(offset // self.matrices.k, total, max(1, step))):
                     last = window.start + window.step * (self.rows - 1)
                     if window.start >= 0 and last < total and window not in found:
                         found.append(window)
-            if not (_is_cast(node) and isinstance(node.args[0], fx.Node)):
+            if not _is_cast(node):
                 return found
-            node = node.args[0]
+            node = node.all_input_nodes[0]
 
     @functools.cached_property
     def parts(self) -> tuple[int, list["Decode"]]:
@@ -156,12 +157,12 @@ class Decode:
         node, turned = self.value, False
         while _is_cast(node) or _is_transpose(node):
             turned ^= _is_transpose(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.all_input_nodes[0]
         if node.target not in (torch.cat, torch.concat, torch.stack) or self.lift is not None or self.matrices.first:
             return 0, []
         given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
         tensors: Any = given["tensors"]
-        lift = given.get("dim", 0) % example(node).ndim
+        lift = given.get("dim", given.get("axis", 0)) % example(node).ndim
         place = self.matrices.order.index(example(node).ndim - 1 - lift if turned else lift)
         stacks = node.target is torch.stack
         outer = len(self.matrices.order) - self._inner
@@ -212,7 +213,7 @@ def _signature(value: fx.Node, nodes: list[fx.Node]) -> tuple[Any, ...]:
 
 
 def _is_cast(node: fx.Node) -> bool:
-    return node.op == "call_method" and node.target in _CASTS and isinstance(node.args[0], fx.Node)
+    return node.op == "call_method" and node.target in _CASTS and bool(node.all_input_nodes)
 
 
 def _is_transpose(node: fx.Node) -> bool:

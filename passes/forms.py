@@ -5,6 +5,7 @@ each way to do that is a form, which must give every bit of the traced weight. T
 decode, nearer to the checkpoint than the model itself.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,8 +33,6 @@ _FORMS: dict[str, tuple[int, Callable[[Tensor, Tensor, Tensor, Product, Rounding
     "factor, reciprocal, weight": (3, lambda c, s, m, by, r: r(c * s * r(1 / r(m)))),
     "factor, reciprocal, scale, weight": (4, lambda c, s, m, by, r: r(c * r(s * r(1 / r(m))))),
 }
-# Relative differences that so many roundings to bfloat16 stay within.
-TOLERANCES = {"2**-8": 2.0**-8, "2**-7": 2.0**-7, "3 * 2**-8": 3 * 2.0**-8}
 _TIMES = {1: "once", 2: "twice", 3: "three times", 4: "four times"}
 
 
@@ -61,6 +60,13 @@ class Form:
             return EXACT
         count, dtype = _FORMS[self.rounds][0], str(self.dtype).removeprefix("torch.")
         return f"rounded {_TIMES[count]} in the model ({dtype}: {self.rounds})"
+
+    @property
+    def tolerance(self) -> tuple[float, str]:
+        """The relative difference that its roundings stay within, half a unit in the last place each; and its name."""
+        count, unit = _FORMS[self.rounds][0], math.frexp(torch.finfo(self.dtype).eps / 2)[1] - 1
+        names = {1: f"2**{unit}", 2: f"2**{unit + 1}", 3: f"3 * 2**{unit}", 4: f"2**{unit + 2}"}
+        return count * 2.0**unit, names[count]
 
     def predict(self, part: FP4Weight, factor: Tensor) -> Tensor:
         """What it gives in float32, ``[n, k]``; ``factor`` is the model's own, one for each row."""
@@ -98,20 +104,20 @@ class Difference:
     found: float
 
     def __str__(self) -> str:
-        return f"row {self.row}, column {self.column}: expected {self.expected:.7g}, found {self.found:.7g}"
+        expected, found = self.expected + 0.0, self.found + 0.0  # zero without a sign
+        return f"row {self.row}, column {self.column}: expected {expected:.7g}, found {found:.7g}"
 
 
 def difference(form: Form, weight: FP4Weight, factor: Tensor, value: Tensor) -> Difference | None:
     """The first difference between a traced weight ``[n, k]`` and what a form gives, rounded to its dtype."""
     for rows, part in weight.row_blocks():
         predicted, found = form.predict(part, factor[rows]), value[rows]
-        if form.exact:
+        wrong = predicted.to(value.dtype) != found
+        if form.exact and bool(wrong.any()):
             size = predicted.abs()
             slack = FLOAT32_ULPS * (torch.nextafter(size, torch.full_like(size, torch.inf)) - size)
             low, high = (predicted - slack).to(value.dtype), (predicted + slack).to(value.dtype)
             wrong = ~((low <= found) & (found <= high))
-        else:
-            wrong = predicted.to(value.dtype) != found
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
             at = float(predicted[row, column].to(value.dtype)), float(found[row, column])

@@ -153,7 +153,7 @@ def serves(device: torch.device) -> Rejected | str:
         return "Triton"
     major, minor = torch.cuda.get_device_capability(device)
     why = "it has FP4 tensor cores of its own" if major >= 10 else "the kernels need 8.0"
-    return Rejected(f"device of capability {major}.{minor} is left alone: {why}")
+    return Rejected(f"device of capability {major}.{minor}: {why}")
 
 
 def compute_dtype(products: Sequence[Product]) -> torch.dtype:
@@ -262,6 +262,15 @@ def _product(node: fx.Node, form: Form, x: str, weight: str, spelled: Callable[[
     if isinstance(axes, str) or len(axes.weight) != value.ndim or len(axes.x) != example(held).ndim:
         why = axes if isinstance(axes, str) else f"{tuple(example(held).shape)} by {tuple(value.shape)}"
         return Product(node, form, x, weight, (), *plain, f"{form.name} of {why}")
+    broadcast = [label for label, size in zip(axes.x, example(held).shape, strict=True) if _is_one(size)]
+    if any(
+        label not in axes.out and value.shape[axes.weight.index(label)] != 1
+        for label in broadcast
+        if label in axes.weight
+    ):
+        return Product(
+            node, form, x, weight, (), *plain, f"{form.name} of an input that is broadcast along the columns"
+        )
     x_first = tuple(i for i, label in enumerate(axes.x) if _is_broadcast(example(held), i, label, axes, value))
     kept = "".join(label for i, label in enumerate(axes.x) if i not in x_first)
     axes, seen = matrices(Equation(kept, axes.weight, axes.out), value)
@@ -270,9 +279,13 @@ def _product(node: fx.Node, form: Form, x: str, weight: str, spelled: Callable[[
 
 
 def _is_broadcast(x: Tensor, axis: int, label: str, axes: Equation, weight: Tensor) -> bool:
-    if label not in axes.weight or isinstance(x.shape[axis], torch.SymInt) or x.shape[axis] != 1:
+    if label not in axes.weight or not _is_one(x.shape[axis]):
         return False
     return label in axes.out and weight.shape[axes.weight.index(label)] != 1
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return not isinstance(size, torch.SymInt) and size == 1
 
 
 def _is_bias(product: Product, operands: dict[str, Any]) -> bool:
@@ -297,7 +310,8 @@ def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
         if name in operands and operands[name] not in values:
             return f"{form.name} with {name}={operands[name]}, expected {values[0]}"
     if x.dtype not in DTYPES:
-        return f"{form.name} of an input of {x.dtype}: expected one of {DTYPES}"
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"{form.name} of {str(x.dtype).removeprefix('torch.')}: expected one of {expected}"
     if weight.requires_grad:
         return f"{form.name} with a weight that requires grad: FP4 weights get none"
     added = operands.get(form.added or "")

@@ -5,9 +5,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Left as traced, and why."""
+    """Left as traced, and why.
 
-    reason: str
+    Attributes:
+        why: what many weights may have in common.
+        detail: what this one adds, such as the first element that differs; or None.
+    """
+
+    why: str
+    detail: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """The whole reason."""
+        return self.why if self.detail is None else f"{self.why}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +37,7 @@ class Replaced:
         kernel: what runs it on the weight's device.
         nbytes: bytes of the packed copy; in a dry run, those it would have.
         note: what a reader should know, such as that the model itself rounds this weight twice; or None.
+        detail: what this weight adds to that; or None.
         error: with the option ``verify``, the worst relative L2 difference of a product from its traced form on
             random input; else None.
     """
@@ -35,6 +47,12 @@ class Replaced:
     nbytes: int
     note: str | None = None
     error: float | None = None
+    detail: str | None = None
+
+    @property
+    def told(self) -> str | None:
+        """The note and its detail."""
+        return self.note if self.detail is None else f"{self.note}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)

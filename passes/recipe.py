@@ -180,7 +180,8 @@ class OfType:
         if isinstance(weight, Rejected):
             raise ValueError(weight.reason)
         if (weight.n, weight.k) != (decode.rows, decode.matrices.k):
-            raise ValueError(f"{name}: found {weight.n} x {weight.k}, expected {decode.rows} x {decode.matrices.k}")
+            part, whole = f"[{decode.rows}, {decode.matrices.k}]", f"[{weight.n}, {weight.k}]"
+            raise ValueError(f"its product reads a part {part} of a tensor {whole}, which is read as a whole only")
         return weight, weight.multiplier
 
     def roots(self, decode: Decode) -> list[int]:

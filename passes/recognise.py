@@ -15,7 +15,7 @@ from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_DTYPES, FP4Weight, Scale
 from marlin_w4a16.passes import tensors
 from marlin_w4a16.passes.constants import example
 from marlin_w4a16.passes.decode import Decode, Window
-from marlin_w4a16.passes.forms import TOLERANCES, Difference, Form, difference, forms_of, largest_error
+from marlin_w4a16.passes.forms import Difference, Form, difference, forms_of, largest_error
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.recipe import (
     Factor,
@@ -59,13 +59,14 @@ class Found:
         recipe: where it is read from.
         form: what the model rounds on the way.
         weight: the weight.
-        note: what a reader of the report should know, or None.
+        note, detail: what a reader of the report should know, or None; see `outcome.Replaced`.
     """
 
     recipe: Recipe
     form: Form
     weight: FP4Weight
     note: str | None = None
+    detail: str | None = None
 
     @property
     def format(self) -> str:
@@ -86,7 +87,7 @@ def verify(recipe: Recipe, form: Form, decode: Decode, leaves: Leaves, name: str
     try:
         weight, factor = recipe.read(decode, leaves, name)
     except ValueError as error:
-        return Rejected(str(error))
+        return Rejected(str(error).removeprefix(f"{name}: "))
     return _judged(recipe, form, weight, factor, value, rules)
 
 
@@ -110,7 +111,7 @@ class _Search:
     def __init__(self, decode: Decode, leaves: Leaves, name: str, rules: Rules) -> None:
         self.decode, self.leaves, self.name, self.rules = decode, leaves, name, rules
         self.agreement = 0.0
-        self.nearest = "no hypothesis fits"
+        self.nearest = Rejected("no hypothesis fits")
         self.scales: dict[tuple[Source, Window, int], tuple[Tensor, Tensor | None] | None] = {}
 
     def run(self, value: Tensor) -> Found | Rejected:
@@ -129,7 +130,7 @@ class _Search:
         quantised = tensors.activations(tensor)
         if quantised is not None and not self.rules.drop_activations:
             return Rejected(
-                f"its linear quantises the input too ({quantised}), where the graph does not show it: "
+                f"its linear quantises the input too ({quantised}), inside the tensor's class: "
                 "options={'activation_quant': 'drop'} leaves that out"
             )
         weight = tensors.read(tensor, self.name)
@@ -141,14 +142,14 @@ class _Search:
         try:
             weight, factor = recipe.read(self.decode, self.leaves, self.name)
         except ValueError as error:
-            return Rejected(str(error))
+            return Rejected(str(error).removeprefix(f"{self.name}: "))
         return _judged(recipe, form, weight, factor, value, self.rules)
 
     def _not_finite(self, value: Tensor) -> Rejected:
         """Some scale that is NaN is the likely reason."""
         for codes, window in self._codes():
             for scales, group in self._scales(window, codes.node):
-                if not scales.coding.endswith("bytes"):
+                if not (scales.coding.endswith("bytes") and codes.coding.endswith("nibble first")):
                     continue
                 try:
                     FromSources(codes, scales, Factor(), window, group).read(self.decode, self.leaves, self.name)
@@ -180,9 +181,9 @@ class _Search:
                     if isinstance(found, Found):
                         return found
                     if isinstance(found, TooFar):
-                        return Rejected(found.reason)
-                    self._see(2.0, found.reason)
-        return Rejected(self.nearest if tried else self._sizes())
+                        return Rejected(found.why, found.detail)
+                    self._see(2.0, found.why, found.detail)
+        return self.nearest if tried else Rejected(self._sizes())
 
     def _fitting(
         self, part: FP4Weight, sample: Tensor, rows: list[int], base: FromSources
@@ -197,12 +198,12 @@ class _Search:
             row, column = (~near).nonzero()[0].tolist()
             expected = float((unscaled * middle.nan_to_num(1.0))[row, column])
             first = Difference(rows[row], column, expected, float(found[row, column]))
-            self._see(float(near.double().mean()), f"it is not {what}: {first}")
+            self._see(float(near.double().mean()), f"it is not {what}", str(first))
             return
         factors = list(self._factors(base.window, middle[:, 0], rows, part.codes.device))
         if not factors:
             shown = f"{float(middle[0, 0]):.7g}"
-            self._see(1.0, f"{what} but for a factor of {shown}, which no tensor and no number of the graph gives")
+            self._see(1.0, f"{what} but for a factor that no tensor and no number of the graph gives", shown)
         for factor, values in factors:
             own = values * part.multiplier
             scaled = (values.reciprocal() if factor.divides else values) * part.multiplier
@@ -218,7 +219,7 @@ class _Search:
                         first_difference.expected,
                         first_difference.found,
                     )
-                    self._see(1.5, f"it is not {what}: {at}")
+                    self._see(1.5, f"it is not {what}", str(at))
 
     def _joined(self, value: Tensor) -> Found | Rejected | None:
         axis, parts = self.decode.parts
@@ -228,7 +229,8 @@ class _Search:
             leaves = [self.leaves[self.decode.leaves.index(leaf)] for leaf in part.leaves]
             judged = _Search(part, leaves, self.name, self.rules).run(value.narrow(axis, start, size))
             if isinstance(judged, Rejected):
-                return Rejected(f"{'columns' if axis else 'rows'} {start} to {start + size - 1}: {judged.reason}")
+                which = f"its {'columns' if axis else 'rows'} from {start} to {start + size - 1}"
+                return Rejected(f"{which}: {judged.why}", judged.detail)
             found.append(judged)
             start += size
         if not found:
@@ -304,15 +306,15 @@ class _Search:
         halves = {torch.float16, torch.bfloat16}
         return {dtype} if dtype in halves else halves & {value.dtype for _, value in self.decode.tensors}
 
-    def _see(self, agreement: float, reason: str) -> None:
+    def _see(self, agreement: float, why: str, detail: str | None = None) -> None:
         """Remembers the hypothesis that came nearest."""
         if agreement > self.agreement:
-            self.agreement, self.nearest = agreement, reason
+            self.agreement, self.nearest = agreement, Rejected(why, detail)
 
     def _sizes(self) -> str:
         rows, k = self.decode.rows, self.decode.matrices.k
         if self.scales:
-            return "its block scales are not bytes times one factor a row, exactly"
+            return "its block scales are not E4M3 or E8M0 numbers times one factor a row"
         for _, value in self.decode.tensors:
             group = rows * k // max(1, value.numel())
             if value.numel() * group == rows * k and 4 <= group <= 1024 and group not in GROUP_SIZES and k % group == 0:
@@ -326,17 +328,16 @@ def _judged(
     name = format_name(recipe.kind, recipe.group)
     first = difference(form, weight, factor, value)
     if first is not None:
-        return Rejected(f"it is not {name}: {first}")
+        return Rejected(f"it is not {name}", str(first))
     if form.exact:
         return Found(recipe, form, weight)
     error = largest_error(weight, value)
     if error <= rules.tolerance:
-        return Found(recipe, form, weight, f"{form}, exact here: they differ by up to {error:.2g}")
-    enough = next((shown for shown, tolerance in TOLERANCES.items() if error <= tolerance), f"{error:.3g}")
-    return TooFar(
-        f"{name}, {form}: it differs from its exact decode by up to {error:.2g}, "
-        f"which options={{'tolerance': {enough}}} accepts"
-    )
+        return Found(recipe, form, weight, f"{form}, exact here", f"they differ by up to {error:.2g}")
+    within, named = form.tolerance
+    enough = named if error <= within else f"{error * 1.01:.3g}"
+    why = f"{name}, {form}: options={{'tolerance': {enough}}} accepts it"
+    return TooFar(why, f"it differs from its exact decode by up to {error:.2g}")
 
 
 def _unchecked(codes: Tensor, scales: Tensor, multiplier: Tensor, source: Source, group: int) -> FP4Weight:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from marlin_w4a16.kernels.layout import PackedFP4, packed_nbytes
 from marlin_w4a16.passes import linear, tensors
 from marlin_w4a16.passes.activations import quantised
-from marlin_w4a16.passes.binding import Binding, raised
+from marlin_w4a16.passes.binding import Binding, fit, raised
 from marlin_w4a16.passes.constants import Constants, example, find_constants, needed_by
 from marlin_w4a16.passes.decode import Decode
 from marlin_w4a16.passes.forms import Form
@@ -158,7 +158,15 @@ def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAU
     flat = Regions(gm).flatten()
     weights = _weights(flat.graph, find_constants(flat.graph), inputs, settings)
     judge = _Judge(settings)
-    return (*_owned(flat.graph), *(_row(weight, judge(weight), None, None) for weight in weights))
+    return (*_owned(flat.graph), *(_row(weight, *_dry(weight, judge(weight)), None) for weight in weights))
+
+
+def _dry(weight: _Weight, found: Found | Rejected | Excluded) -> tuple[Found | Rejected | Excluded, Rejected | None]:
+    """What was found, and why it would not be packed."""
+    if not isinstance(found, Found):
+        return found, None
+    fitted = fit(found.weight, linear.compute_dtype(weight.products))
+    return found, fitted if isinstance(fitted, Rejected) else None
 
 
 def _owned(graph: fx.Graph) -> Iterator[Row]:
@@ -264,7 +272,7 @@ def _row(
         served = linear.serves(example(weight.decode.value).device)
         dropped = "the quantisation of its input is left out" if weight.quantised else None
         note = "; ".join(filter(None, (found.note, dropped))) or None
-        outcome = Replaced("marlin_w4a16::linear", str(served), nbytes, note, error)
+        outcome = Replaced("marlin_w4a16::linear", str(served), nbytes, note, error, found.detail)
         if isinstance(found.recipe, FromSources) and found.recipe.window.total > weight.decode.rows:
             rows = found.recipe.window.rows(weight.decode.rows)
             path = f"{path}[{rows.start}:{rows.stop}{f':{rows.step}' if rows.step > 1 else ''}]"

@@ -22,7 +22,8 @@ def to_e8m0(scales: Tensor) -> tuple[Tensor, Tensor | None]:
     significand, exponent = torch.frexp(scales.double())
     factor = 2 * significand[:, :1]
     byte = exponent - 1 + E8M0_BIAS
-    if bool(((2 * significand != factor) | (factor <= 0) | (byte < 0) | (byte >= E8M0_NAN)).any()):
+    wrong = (2 * significand != factor) | (factor <= 0) | (byte < 0) | (byte >= E8M0_NAN) | ~scales.isfinite()
+    if bool(wrong.any()):
         raise ValueError("not powers of two times one factor a row")
     return byte.to(torch.uint8), None if bool((factor == 1).all()) else factor[:, 0].float()
 

@@ -25,7 +25,7 @@ class Settings:
         names = path, path.rpartition(".")[0]
         for pattern in self.exclude:
             if any(fnmatchcase(name, pattern) for name in names):
-                return Excluded(f"excluded by {pattern!r}")
+                return Excluded(f"it matches exclude={pattern!r}")
         if self.include is not None and not any(fnmatchcase(n, pattern) for pattern in self.include for n in names):
-            return Excluded(f"not included by {', '.join(map(repr, self.include))}")
+            return Excluded(f"it matches none of include={', '.join(map(repr, self.include))}")
         return None

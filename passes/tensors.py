@@ -23,7 +23,9 @@ def is_fp4(value: Any) -> bool:
 
 def activations(value: Any) -> str | None:
     """How a product with a tensor of these classes quantises its other operand, or None."""
-    return None if value.act_quant_kwargs is None else str(value.act_quant_kwargs)
+    if value.act_quant_kwargs is None:
+        return None
+    return type(value.act_quant_kwargs).__name__.removeprefix("QuantizeTensorTo").removesuffix("Kwargs")
 
 
 def dense(value: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ def worst_error(
     values: dict[fx.Node, Any] = {}
     for operand in (o for o in operands.values() if isinstance(o, fx.Node)):
         like = example(operand)
+        if not isinstance(like, Tensor):
+            values[operand] = size_hint(like)
+            continue
         shape = [size_hint(size) for size in like.shape]
         values[operand] = torch.randn(shape, device=weight.device).to(like.dtype)
     pairs = zip(linear.operands_of(product, product.node).values(), operands.values(), strict=True)

@@ -4,6 +4,8 @@ import pytest
 from torch._inductor import list_mode_options
 
 from marlin_w4a16.options import Options, parse
+from marlin_w4a16.passes.recognise import Rules
+from marlin_w4a16.passes.settings import Settings
 
 
 def test_the_defaults():
@@ -63,3 +65,53 @@ def test_an_option_of_another_type_is_an_error(options, message):
     with pytest.raises(TypeError) as caught:
         parse(None, options)
     assert str(caught.value) == f"marlin_w4a16: {message}"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"strict": 1}, "option 'strict': found 1, expected bool"),
+        ({"verify": "yes"}, "option 'verify': found 'yes', expected bool"),
+        ({"recover": None}, "option 'recover': found None, expected bool"),
+        ({"tolerance": "2**-7"}, "option 'tolerance': found '2**-7', expected float | int"),
+        ({"include": 3}, "option 'include or exclude': found 3, expected Sequence"),
+        ({"exclude": ["a", 3]}, "option 'exclude': found 3, expected str"),
+        ({"include": [None]}, "option 'include': found None, expected str"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_is_an_error(options, message):
+    with pytest.raises(TypeError) as caught:
+        parse(None, options)
+    assert str(caught.value).startswith(f"marlin_w4a16: {message}")
+
+
+@pytest.mark.parametrize("tolerance", [-1e-9, 1, 1.5, float("nan"), float("inf")])
+def test_a_tolerance_beyond_its_range_is_an_error(tolerance):
+    with pytest.raises(ValueError) as caught:
+        parse(None, {"tolerance": tolerance})
+    message = f"marlin_w4a16: option 'tolerance': found {tolerance}, expected from 0 to below 1"
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("value, hint", [("drops", " Did you mean 'drop'?"), ("ignore", ""), (None, "")])
+def test_an_unknown_way_with_activations_is_an_error_with_the_nearest_name(value, hint):
+    with pytest.raises(ValueError) as caught:
+        parse(None, {"activation_quant": value})
+    known = "drop, keep, refuse"
+    assert str(caught.value) == f"marlin_w4a16: unknown activation_quant {value!r}.{hint} Known: {known}."
+
+
+@pytest.mark.parametrize("value", ["keep", "drop", "refuse"])
+def test_what_happens_to_activations_reaches_the_pass(value):
+    settings = parse(None, {"activation_quant": value}).settings
+    assert settings.activation_quant == value and settings.rules.drop_activations == (value == "drop")
+
+
+def test_settings_of_the_pass():
+    assert parse(None, None).settings == Settings() and Settings().rules == Rules(0.0, False, False)
+    chosen = {"include": "a.*", "exclude": ["b", "c"], "verify": True, "tolerance": 0, "recover": True}
+    assert parse(None, chosen).settings == Settings(Rules(0.0, True, False), ("a.*",), ("b", "c"), True, "keep")
+    assert parse(None, {"include": ["a", "b"], "exclude": "c"}).settings.include == ("a", "b")
+    assert parse(None, {"include": [], "exclude": "c"}).settings == Settings(include=(), exclude=("c",))
+    assert parse(None, {"tolerance": 2**-7}).settings.rules.tolerance == 2**-7

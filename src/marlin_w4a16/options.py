@@ -26,7 +26,8 @@ class Options:
             3 * 2**-8 for three. The op then computes with the exact decode.
         recover: replace also dense weights whose values are MXFP4.
         activation_quant: what happens to the quantisation of the input of a linear (W4A4): ``"keep"`` runs it as
-            traced, ``"drop"`` leaves it out, ``"refuse"`` leaves such linears as traced.
+            traced (where a tensor's class does it out of sight, the linear is refused), ``"drop"`` leaves it out,
+            ``"refuse"`` leaves such linears as traced. `prepare`, which cannot keep it, refuses by default.
         mode: a torch.compile mode, since torch refuses ``mode=`` beside ``options=``.
         inductor: settings for Inductor, as in ``options=`` of its own backend; they go over those of the mode.
     """

@@ -82,7 +82,9 @@ class Report:
         if errors := [outcome.error for outcome in replaced if outcome.error is not None]:
             parts.append(f"worst error of verify {max(errors):.1e}")
         if self.rejected:
-            reasons = Counter(outcome.reason for outcome in outcomes if isinstance(outcome, Rejected))
+            refused = [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
+            whys = Counter(outcome.why for outcome in refused)
+            reasons = Counter(one.reason if whys[one.why] == 1 else one.why for one in refused)
             parts.append(f"left {len(self.rejected)}: {_counts(reasons)}")
         if self.excluded:
             parts.append(f"excluded {len(self.excluded)}")
@@ -204,7 +206,9 @@ def _weight(row: Row) -> dict[str, Any]:
         "format": row.format,
         "group": int(group) if group else None,
         "outcome": word(row),
-        **{name: getattr(outcome, name, None) for name in ("op", "kernel", "reason", "note", "error")},
+        **{name: getattr(outcome, name, None) for name in ("op", "kernel", "reason")},
+        "note": getattr(outcome, "told", None),
+        "error": getattr(outcome, "error", None),
         "bytes": row.nbytes,
         "packed_bytes": getattr(outcome, "nbytes", None),
         "uses": row.uses,

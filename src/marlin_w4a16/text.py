@@ -56,7 +56,7 @@ def how(*rows: Row) -> str:
         return outcome.reason
     text = f"{outcome.op.rpartition('::')[2]} ({outcome.kernel})"
     if isinstance(outcome, Replaced) and outcome.note:
-        text += f"; {outcome.note}"
+        text += f"; {outcome.told}"
     errors = [row.outcome.error for row in rows if isinstance(row.outcome, Replaced) and row.outcome.error is not None]
     return f"{text}; worst error {max(errors):.1e}" if errors else text
 
@@ -117,8 +117,12 @@ def _split(path: str, position: int) -> tuple[str, int, str]:
 
 
 def _look(row: Row) -> Row:
-    """All of a row but its path and its error."""
-    outcome = replace(row.outcome, error=None) if isinstance(row.outcome, Replaced) else row.outcome
+    """All of a row but its path, and what it alone adds."""
+    outcome = row.outcome
+    if isinstance(outcome, Replaced):
+        outcome = replace(outcome, error=None, detail=None)
+    elif isinstance(outcome, Rejected):
+        outcome = replace(outcome, detail=None)
     return replace(row, path="", outcome=outcome)
 
 

@@ -121,7 +121,7 @@ def swapped_back(m) -> Tensor:
 
 form = partial(written, section="layout")
 # What neither lies in rows or columns nor is ever put in order before it is multiplied.
-UNREAD = {"outcome": "refused", "reason": "row 0, column"}
+UNREAD = {"outcome": "refused", "reason": "it is not NVFP4"}
 
 FORMS = [
     form("[k, n]: codes and scales along the first axis", store=transposed, decode=decode_transposed,

@@ -72,7 +72,7 @@ def bits_of_e4m3(m) -> Tensor:
 form = partial(written, section="scales")
 e8m0 = partial(form, saved={"kind": "e8m0", "factor": "none"})
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-NO_BYTE = {"outcome": "refused", "reason": "scale"}
+NO_BYTE = {"outcome": "refused", "reason": "block scales are not"}
 FORMS = [
     form("e4m3 as float8_e4m3fn", store=held_as_float8, scale=lambda m: m.scales.float() * m.factor),
     form("e4m3 as uint8, viewed"),

@@ -34,8 +34,8 @@ def test_it_is_evaluated_on_live_tensors(decode_of):
 
 def test_the_weight_is_seen_as_the_product_sees_it(decode_of):
     live = tensors((2, K, N), (1,))
-    decode = decode_of(scaled, *live, multiply=lambda x, w: x @ w)
-    assert decode.rows == 2 * N and decode.matrices.k == K
+    decode = decode_of(scaled, *live, multiply=lambda x, w: x.expand(2, 1, K) @ w)
+    assert decode.rows == 2 * N and (decode.matrices.batch, decode.matrices.k) == (2, K)
     assert torch.equal(decode.traced(live), scaled(*live))
     assert torch.equal(decode.weight(live), torch.cat([m.T for m in scaled(*live)]))
 
@@ -102,6 +102,7 @@ def test_decodes_agree_if_they_compute_the_same_from_tensors_of_one_layout(decod
         decode_of(lambda c, f: c.float() * f * 2.0, *live),
         decode_of(lambda c, f: f * c.float(), *live),
         decode_of(scaled, *tensors((N, 2 * K), (1,))),
+        decode_of(scaled, *tensors((2 * N, K), (1,))),
         decode_of(scaled, *tensors((N, K), (1, 1))),
         decode_of(scaled, live[0].double(), live[1]),
         decode_of(scaled, live[0].T.contiguous().T, live[1]),
@@ -110,10 +111,16 @@ def test_decodes_agree_if_they_compute_the_same_from_tensors_of_one_layout(decod
     assert signature not in [decode.signature for decode in differ]
 
 
+def test_what_the_product_makes_of_it_is_a_part_of_the_signature(decode_of):
+    (live,) = tensors((K, K))
+    by_rows, by_columns = (decode_of(lambda w: w + 1, live, multiply=f) for f in (linear, lambda x, w: x @ w))
+    assert by_rows.signature != by_columns.signature
+
+
 def test_literals_are_a_part_of_the_signature(decode_of):
     live = tensors((N, K))
     signatures = {decode_of(lambda w, by=by: w * by, *live).signature for by in (2.0, 3.0, 2)}
-    assert len(signatures) == 3
+    assert len(signatures | {decode_of(lambda w, by=by: w.mul(other=by), *live).signature for by in (2.0, 3.0)}) == 5
 
 
 def test_tensors_are_its_values_leaves_first_each_memory_once(decode_of):
@@ -133,6 +140,32 @@ def test_views_that_turn_or_cut_are_tensors_of_their_own(decode_of):
     assert decode.leaf_indices == {decode.nodes.index(decode.leaves[0])}
 
 
+def test_the_first_view_of_a_leaf_is_a_tensor_of_its_own(decode_of):
+    (live,) = tensors((K, N))
+    decode = decode_of(lambda a: a.t().abs(), live)
+    assert [tuple(value.shape) for _, value in decode.tensors] == [(K, N), (N, K), (N, K)]
+
+
+def test_other_bytes_of_one_memory_are_tensors_of_their_own(decode_of):
+    def function(a: Tensor) -> Tensor:
+        b = a + 0
+        first, second = b.split(N)
+        turned = b.view(N, 2, K).transpose(0, 1), b.view(2, K, N).transpose(1, 2)
+        return first * second + b.view(torch.float32)[:N] + turned[0][0] + turned[1][0].T.reshape(N, K)
+
+    decode = decode_of(function, torch.randint(0, 99, (2 * N, K), dtype=torch.int32))
+    found = [(tuple(v.shape), v.storage_offset(), v.dtype, v.is_contiguous()) for _, v in decode.tensors]
+    for expected in (
+        ((N, K), N * K, torch.int32, True),
+        ((N, K), 0, torch.int32, True),
+        ((2 * N, K), 0, torch.float32, True),
+        ((2, N, K), 0, torch.int32, False),
+        ((2, N, K), 0, torch.int32, False),
+    ):
+        assert expected in found
+    assert found.count(((2, N, K), 0, torch.int32, False)) == 2
+
+
 def test_numbers_are_the_floats_of_its_operations(decode_of):
     def function(a: Tensor) -> Tensor:
         return torch.where(a > 0.5, torch.tensor([0.25, 3.0, 0.0]).sum(), a * 0.5).mul(other=1.5) / 7 + float("inf")
@@ -140,10 +173,20 @@ def test_numbers_are_the_floats_of_its_operations(decode_of):
     assert decode_of(function, *tensors((N, K))).numbers == [0.5, 0.25, 3.0, 1.5]
 
 
+def written_beside(a: Tensor) -> Tensor:
+    a = a * 2.0
+    a[3:].mul_(3)
+    return a[1:3]
+
+
 WINDOWS = {
     "all": (lambda a: a * 2.0, (N, K), []),
     "slice": (lambda a: (a * 2.0)[2:5], (N, K), [(2, N)]),
     "slice of a leaf": (lambda a: a[2:5], (N, K), [(2, N)]),
+    "every other row": (lambda a: (a * 2.0)[1::2], (N, K), [(1, N, 2)]),
+    "some of every third row": (lambda a: (a * 2.0)[1:5:3], (N, K), [(1, N, 3)]),
+    "slice of a slice": (lambda a: (a * 2.0)[1:][2:4], (N, K), [(2, N - 1), (3, N)]),
+    "slice before another": (written_beside, (N, K), [(1, N)]),
     "narrow": (lambda a: (a * 2.0).narrow(0, 1, 4), (N, K), [(1, N)]),
     "chunk": (lambda a: (a * 2.0).chunk(2)[1], (N, K), [(3, N)]),
     "split": (lambda a: (a * 2.0).split([2, 4])[1], (N, K), [(2, N)]),
@@ -166,7 +209,9 @@ def test_windows_are_the_rows_of_what_it_is_a_view_of(decode_of, function, shape
     first, *found = decode.windows
     assert first == Window(0, rows)
     assert {Window(*window) for window in expected} <= set(found)
-    assert all(0 <= w.start and w.start + rows <= w.total for w in found)
+    for window in found:
+        assert len(range(window.total)[window.rows(rows)]) == rows and window.start >= 0
+    assert len(set(found)) == len(found)
     if not expected:
         assert not found
 
@@ -222,6 +267,7 @@ def test_parts_are_what_a_concatenation_is_made_of(decode_of, function, shapes, 
 WHOLE = {
     "arithmetic after": lambda a, b: cat(0)(a, b) * 2.0,
     "arithmetic": lambda a, b: a + b,
+    "slice after": lambda a, b: cat(0)(a, b)[1:],
 }
 
 
@@ -234,6 +280,11 @@ def test_a_concatenation_of_inner_rows_has_no_parts(decode_of):
     """The rows of each matrix of a batch would come from both."""
     decode = decode_of(cat(2), *tensors((2, K, N), (2, K, N)), multiply=lambda x, w: x @ w)
     assert decode.parts == (0, [])
+
+
+def test_a_concatenation_of_kernels_has_no_parts(decode_of):
+    live = tensors((2, K, 1), (4, K, 1))
+    assert decode_of(cat(0), *live, multiply=lambda x, w: torch.conv1d(x.T, w), k=K).parts == (0, [])
 
 
 def test_parts_of_a_stack_have_no_parts(decode_of):

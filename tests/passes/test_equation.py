@@ -17,6 +17,7 @@ SPELLINGS: dict[str, tuple[Callable, Callable]] = {
     "matmul left": (lambda x, w: torch.matmul(w, x), equation.matmul_left),
     "inner": (torch.inner, equation.inner),
     "conv1d": (torch.conv1d, equation.conv1d),
+    "conv2d": (torch.conv2d, equation.conv2d),
 }
 CASES = [
     ("linear", (5,), (3, 5), "k,nk->n"),
@@ -42,6 +43,8 @@ CASES = [
     ("inner", (4, 2, 5), (3, 7, 5), "ABz,abz->ABab"),
     ("conv1d", (5, 7), (3, 5, 1), "kl,nk->nl"),
     ("conv1d", (2, 5, 7), (3, 5, 1), "bkl,nk->bnl"),
+    ("conv2d", (5, 7, 6), (3, 5, 1, 1), "khw,nk->nhw"),
+    ("conv2d", (2, 5, 7, 6), (3, 5, 1, 1), "bkhw,nk->bnhw"),
 ]
 
 
@@ -84,6 +87,8 @@ EINSUMS = [
     ("nk,bk", (2, 5), (3, 5), "nk,bk->bn"),
     ("Bk,nk", (2, 5), (3, 5), "Bk,nk->Bn"),
     ("...k,nk", (4, 2, 5), (3, 5), "abk,nk->abn"),
+    ("dcbk,ak", (4, 2, 6, 5), (3, 5), "dcbk,ak->abcd"),
+    ("...a,ba->...b", (4, 2, 5), (3, 5), "cda,ba->cdb"),
     ("bek,enk->ben", (2, 4, 5), (4, 3, 5), "bek,enk->ben"),
     ("bij,nji->bn", (2, 5, 7), (3, 7, 5), "bij,nji->bn"),
     ("bk,hnk->bhn", (2, 5), (4, 3, 5), "bk,hnk->bhn"),
@@ -117,6 +122,41 @@ def test_an_einsum_is_read_as_torch_reads_it(spelled, x, weight, expected, x_fir
 )
 def test_an_einsum_that_is_not_read_says_why(spelled, x, weight, why):
     assert equation.einsum(spelled, x, weight, x_first=True) == why
+
+
+@pytest.mark.parametrize("x_first", [True, False])
+@pytest.mark.parametrize(
+    "x, weight, of_x, of_weight",
+    [
+        ((2, 5), (5, 3), [1], [0]),
+        ((2, 5), (3, 5), [1], [1]),
+        ((2, 5), (3, 5), [-1], [-1]),
+        ((4, 2, 5), (3, 5), [2], [1]),
+        ((5, 4, 2), (3, 5, 7), [0], [1]),
+        ((2, 5, 7), (3, 5, 7), [1, 2], [1, 2]),
+        ((2, 5, 7), (7, 3, 5), [1, 2], [2, 0]),
+    ],
+)
+def test_a_tensordot_is_read_as_torch_reads_it(x, weight, of_x, of_weight, x_first):
+    x, weight = operands(x, weight)
+    dims = (of_x, of_weight) if x_first else (of_weight, of_x)
+    y = torch.tensordot(*((x, weight) if x_first else (weight, x)), dims=dims)
+    axes = equation.tensordot(dims, x.ndim, weight.ndim, x_first)
+    assert axes.refusal() is None
+    torch.testing.assert_close(torch.einsum(str(axes), x, weight), y)
+    torch.testing.assert_close(by_matrices(*matrices(axes, weight), x, weight), y)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_tensordot_of_so_many_axes(dims):
+    x, weight = operands((2, 5, 7), (5, 7, 3) if dims == 2 else (7, 3))
+    axes = equation.tensordot(dims, x.ndim, weight.ndim, x_first=True)
+    torch.testing.assert_close(torch.einsum(str(axes), x, weight), torch.tensordot(x, weight, dims))
+
+
+def test_a_tensordot_of_other_dims_is_not_read():
+    assert equation.tensordot(([1], [0, 1]), 2, 2, x_first=True) == "dims ([1], [0, 1])"
+    assert equation.tensordot(([1],), 2, 2, x_first=True) == "dims ([1],)"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +227,7 @@ def test_matrices_stand_below_each_other():
     assert torch.equal(seen(weight), torch.cat([m.T for m in weight.flatten(0, 1)]))
 
 
-@pytest.mark.parametrize("spelled", [partial(f, 2) for _, f in SPELLINGS.values() if f is not equation.conv1d])
+@pytest.mark.parametrize("spelled", [partial(f, 2) for name, (_, f) in SPELLINGS.items() if "conv" not in name])
 def test_labels_suffice_for_many_axes(spelled):
     weight = 2 if spelled.func is equation.linear else 8
     assert spelled(weight).refusal() is None

@@ -35,7 +35,7 @@ def by_groups(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def plain(codes: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
-    return by_groups(elements(codes), scales.float() * factor)
+    return by_groups(elements(codes), scales.float()) * factor  # rounded once
 
 
 def checkpoint(n: int = N) -> tuple[FP4Weight, list[Tensor]]:
@@ -133,6 +133,12 @@ def test_where_the_rows_of_a_source_lie():
     assert torch.equal(blocks, torch.cat([part.T for part in value.view(2, 4, 3)]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float4_e2m1fn_x2, torch.float8_e8m0fnu, torch.int8], ids=str)
+def test_one_byte_elements_are_seen_as_bytes(dtype):
+    found = Source(0, "low nibble first").matrix(CODES.view(dtype), 16, 16)
+    assert found.dtype == torch.uint8 and torch.equal(found, CODES.view(16, 16))
+
+
 def test_a_source_needs_no_copy_and_no_gradient():
     value = torch.randn(4, 6, requires_grad=True)
     for blocks in (0, 1):
@@ -175,6 +181,14 @@ def test_other_live_leaves_give_another_weight(decode_of):
     assert same(sources(decode).read(decode, others, "fc")[0], weight)
 
 
+def test_the_kind_is_that_of_the_scales(decode_of):
+    weight = quantize_mxfp4(torch.randn(N, K))
+    live = [weight.codes, weight.scales.view(torch.float8_e8m0fnu), torch.ones(1)]
+    decode = decode_of(plain, *live)
+    recipe = sources(decode, scales=Source(leaf(decode, 1), "e8m0 bytes"), group=32)
+    assert recipe.kind == "e8m0" and same(recipe.read(decode, live, "fc")[0], weight)
+
+
 def test_a_divisor(decode_of):
     weight, live = checkpoint()
     live[2] = live[2].reciprocal()
@@ -186,7 +200,7 @@ def test_a_divisor(decode_of):
 
 
 def test_a_factor_of_the_scales_and_one_beside_it(decode_of):
-    weight, live = checkpoint()
+    _, live = checkpoint()
     live[1] = live[1].float() * (torch.rand(N, 1) + 0.5)
     decode = decode_of(plain, *live)
     recipe = sources(decode, scales=Source(leaf(decode, 1), "e4m3 floats"))
@@ -207,6 +221,17 @@ def test_a_window_of_a_larger_weight(decode_of, coding):
     assert torch.equal(found.codes, weight.codes[8:24]) and (found.n, factor.shape) == (16, (16,))
     torch.testing.assert_close(found.decode(torch.float32), plain(*live)[8:24], rtol=2.0**-22, atol=0)
     assert torch.equal(factor, found.multiplier)
+
+
+def test_every_other_row_of_a_larger_weight(decode_of):
+    weight, live = checkpoint()
+    live[2] = torch.rand(N, 1)
+    decode = decode_of(lambda *leaves: plain(*leaves)[1:24:3], *live)
+    found, factor = sources(decode, window=Window(1, N, 3)).read(decode, live, "fc")
+    assert torch.equal(found.codes, weight.codes[1:24:3]) and torch.equal(factor, live[2][1:24:3, 0])
+    assert torch.equal(found.decode(torch.float32), plain(*live)[1:24:3])
+    few = read_codes(Source(leaf(decode, 0), "low nibble first"), decode, live, Window(1, N, 3), [2, 4])
+    assert torch.equal(few, weight.codes[[7, 13]])
 
 
 def transposed(codes: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
@@ -245,7 +270,7 @@ def test_codes_of_a_computed_value_are_those_of_the_window_itself(decode_of, cod
     def function(codes: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
         numbers = nibbles(codes)[8:24].clone()
         values = torch.tensor(E2M1_VALUES)[numbers.int()].clone()
-        return by_groups(values, (scales.float() * factor)[8:24])
+        return by_groups(values, scales.float()[8:24]) * factor
 
     decode = decode_of(function, *live)
     clones = [index for index, node in enumerate(decode.nodes) if node.target == "clone"]
@@ -291,11 +316,19 @@ def test_recipes_of_two_graphs_read_alike(decode_of):
         "number": {"factor": Factor(number=0.3)},
         "another number": {"factor": Factor(number=0.4)},
         "window": {"window": Window(0, 2 * N)},
+        "step": {"window": Window(0, N, 2)},
         "group": {"group": 32},
         "another node": {"factor": Factor(leaf(one, 1))},
     }
     readings = {str(sources(one, **choice).reading(one)) for choice in choices.values()}
     assert len(readings) == len(choices) and str(reading) not in readings
+
+
+def test_how_many_rows_are_read_is_a_part_of_the_reading(decode_of):
+    _, live = checkpoint()
+    decodes = [decode_of(lambda *leaves, n=n: plain(*leaves)[:n], *live) for n in (16, 24)]
+    readings = [sources(decode, window=Window(0, N)).reading(decode) for decode in decodes]
+    assert readings[0] != readings[1]
 
 
 def test_what_a_source_is_computed_by_is_a_part_of_the_reading(decode_of):
@@ -347,7 +380,8 @@ def test_joined_recipes_of_two_graphs_read_alike(decode_of):
         [Joined(tuple(sources(part) for part in d.parts[1]), 0).reading(d) for d in group]
         for group in (decodes, [turned])
     ]
-    assert same[0] == same[1] != other[0] and isinstance(hash(same[0]), int)
+    beside = Joined(tuple(sources(part) for part in decodes[0].parts[1]), 1).reading(decodes[0])
+    assert same[0] == same[1] != other[0] and same[0] != beside and isinstance(hash(same[0]), int)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -114,6 +114,21 @@ def test_float32_may_be_two_units_in_the_last_place_off(ulps, same, sign):
     assert found == (None if same else Difference(row, column, exact, float(value[row, column])))
 
 
+@pytest.mark.parametrize("ulps, same", [(-2, True), (-1, True), (1, True), (2, True), (3, False)])
+def test_two_units_of_a_negative_power_of_two_are_those_above_it(ulps, same):
+    weight = quantize_mxfp4(torch.randn(4, 32))
+    weight.codes[2, 3] = 0xCC  # -2, -2
+    value = weight.decode(torch.float32)
+    for _ in range(abs(ulps)):
+        value[2, 7] = torch.nextafter(value[2, 7], value.new_tensor(-torch.inf if ulps > 0 else torch.inf))
+    assert (difference(Form(), weight, weight.multiplier, value) is None) == same
+
+
+def test_the_exact_one_takes_the_multiplier_of_the_weight():
+    weight, factor = weight_of(True)
+    assert difference(Form(), weight, factor, weight.decode(torch.float32)) is None
+
+
 @ROW
 def test_sixteen_bits_are_the_rounding_of_what_float32_may_be(dtype):
     weight, factor = weight_of(False)
@@ -139,6 +154,10 @@ def test_what_follows_a_block_of_rows_is_named_by_its_own_row():
     weight = quantize_mxfp4(torch.randn(10, 1 << 18))
     value = weight.decode(torch.float32)
     value[9, 3] = 99.0
+    form, factor = Form("factor, weight", torch.bfloat16), torch.linspace(0.5, 1.5, 10)
+    each_row = torch.cat([form.predict(part, factor[rows]) for rows, part in weight.row_blocks()])
+    assert difference(form, weight, factor, each_row) is None
+    assert torch.equal(each_row[8], form.predict(next(weight.row_blocks(1 << 22))[1], factor)[8])
     at = difference(Form(), weight, weight.multiplier, value)
     assert (at.row, at.column, at.found) == (9, 3, 99.0)
     near = weight.decode()

@@ -86,6 +86,13 @@ def test_what_sixteen_bits_rounded_is_refused(dtype):
         to_e4m3(scales)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_sixteen_bits_rounded_is_refused_though_the_largest_scale_is_exact(dtype):
+    scales = (torch.tensor([[256.0, 1.125]]) * (1 + torch.finfo(dtype).eps)).to(dtype)
+    with pytest.raises(ValueError, match="not E4M3 values times one factor a row"):
+        to_e4m3(scales)
+
+
 def test_the_factor_is_a_float32_one_for_float64_scales():
     scales = e4m3(some(5, 64, 0)).double() * float(torch.tensor(0.00137))
     assert_gives(scales, to_e4m3(scales))
@@ -176,6 +183,7 @@ def test_a_factor_of_some_rows_alone():
     [
         [1.0, 0.0], [0.0, 0.0], [1.0, -1.0], [-1.0, -1.0], [1.0, 3.0], [1.0, torch.inf], [1.0, torch.nan],
         [torch.inf, torch.inf], [torch.nan, torch.nan], [1.0, 2.0**-128], [1.0, 2.0**128], [1.0, 1 + 2.0**-23],
+        [1.0, 1 + 2.0**-40],
     ],
     ids=str,
 )  # fmt: skip
