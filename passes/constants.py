@@ -99,15 +99,12 @@ def slice_of(value: fx.Node, user: fx.Node, constants: Constants) -> list[fx.Nod
 
 def evaluate(value: fx.Node, nodes: list[fx.Node], known: Mapping[fx.Node, Tensor]) -> Tensor:
     """The value that a slice computes from what is known, its leaves. Dead values are freed on the way."""
-    last_use: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for used in node.all_input_nodes:
-            last_use[used] = node
+    computed = [node for node in nodes if node not in known]
+    last_use = {used: node for node in computed for used in node.all_input_nodes}
     values: dict[fx.Node, Any] = {node: known[node] for node in nodes if node in known}
     with torch.no_grad():
-        for node in nodes:
-            if node not in known:
-                values[node] = run(node, values)
+        for node in computed:
+            values[node] = run(node, values)
             for used in node.all_input_nodes:
                 if last_use[used] is node and used is not value:
                     del values[used]

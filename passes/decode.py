@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from marlin_w4a16.passes.constants import Constants, evaluate, example, needed_by, slice_of
+from marlin_w4a16.passes.constants import Constants, evaluate, example, needed_by, slice_of, written_by
 from marlin_w4a16.passes.equation import Matrices
 from marlin_w4a16.passes.regions import storage
 from marlin_w4a16.passes.tensors import dense
@@ -41,6 +41,7 @@ class Decode:
         matrices: how the product sees it.
         constants: those of the graph.
         lift: the axis along which it was stacked, if it is a part of a stack.
+        shared: while weights are judged one after the other, the value of the `base` that the last of them had.
     """
 
     value: fx.Node
@@ -49,6 +50,7 @@ class Decode:
     matrices: Matrices
     constants: Constants
     lift: int | None = None
+    shared: dict[fx.Node, Tensor] | None = None
     _slices: dict[int, list[fx.Node]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -64,7 +66,13 @@ class Decode:
 
     def traced(self, leaves: Sequence[Tensor]) -> Tensor:
         """The value that the product reads, from the values of its leaves."""
-        return evaluate(self.value, self.nodes, dict(zip(self.leaves, leaves, strict=True)))
+        known = dict(zip(self.leaves, leaves, strict=True))
+        if self.base is None or self.shared is None:
+            return evaluate(self.value, self.nodes, known)
+        if self.base not in self.shared:
+            self.shared.clear()
+            self.shared[self.base] = evaluate(self.base, self._slice(self.nodes.index(self.base)), known)
+        return evaluate(self.value, self._after_base, known | self.shared)
 
     def weight(self, leaves: Sequence[Tensor]) -> Tensor:
         """The traced weight as ``[rows, k]``, plain."""
@@ -150,6 +158,28 @@ class Decode:
             if not _is_cast(node):
                 return found
             node = node.all_input_nodes[0]
+
+    @functools.cached_property
+    def base(self) -> fx.Node | None:
+        """The last larger value that the weight is a view of, or a cast view: others may be parts of it too."""
+        node = self.value
+        while _is_cast(node):
+            node = node.all_input_nodes[0]
+        of_views = [n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)]
+        larger = [n for n in of_views if example(n).numel() > example(node).numel() and n not in self.leaves]
+        last = max(larger, default=None)
+        return None if last is None or any(n > last and written_by(n) for n in self.nodes) else last
+
+    @functools.cached_property
+    def _after_base(self) -> list[fx.Node]:
+        needed: set[fx.Node] = set()
+        todo = [self.value]
+        while todo:
+            node = todo.pop()
+            needed.add(node)
+            if node is not self.base:
+                todo += node.all_input_nodes
+        return sorted(needed)
 
     @functools.cached_property
     def parts(self) -> tuple[int, list["Decode"]]:

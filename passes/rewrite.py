@@ -74,6 +74,7 @@ class _Judge:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._known: dict[Any, tuple[Recipe, Form]] = {}
+        self._shared: dict[fx.Node, Tensor] = {}
 
     def __call__(self, weight: _Weight) -> Found | Rejected | Excluded:
         excluded = self._settings.excluded(weight.path)
@@ -86,10 +87,15 @@ class _Judge:
         served = linear.serves(example(weight.decode.value).device)
         if isinstance(served, Rejected):
             return served
+        if weight.decode.base not in self._shared:
+            self._shared.clear()
+        weight.decode.shared = self._shared
         try:
             return self._found(weight)
         except Exception as error:
             return raised(error)
+        finally:
+            weight.decode.shared = None
 
     def _found(self, weight: _Weight) -> Found | Rejected:
         rules, decode = self._settings.rules, weight.decode

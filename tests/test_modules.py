@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import marlin_w4a16.backend
 from marlin_w4a16 import FP4Weight, PackedLinear, explain, pack, quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.passes.outcome import Owned
+from marlin_w4a16.text import size
 
 OP = torch.ops.marlin_w4a16.linear.default
 N, K = 48, 96  # neither fills its tiles
@@ -422,9 +423,10 @@ def test_they_are_explained(fp4_linear):
     assert [row.path for row in report.rows] == ["up.0", "twice", "written.codes"]
     assert [row.path for row in report.replaced] == ["written.codes"] and not report.rejected
     assert report.summary().startswith("2 packed linears (1 NVFP4 group 16, 1 MXFP4 group 32; 2 CPU blocks), 7.1 KiB; ")
+    nbytes = [size(row.outcome.nbytes) for row in report.owned]
     assert [" ".join(line.split()) for line in str(report).splitlines()[1:3]] == [
-        "up.0 64 x 96 NVFP4 group 16 packed marlin_w4a16::linear (CPU blocks)",
-        "twice 64 x 64 MXFP4 group 32 packed x 2 marlin_w4a16::linear (CPU blocks)",
+        f"up.0 1 64 x 96 NVFP4 group 16 packed - {nbytes[0]} owned: linear (CPU blocks)",
+        f"twice 1 64 x 64 MXFP4 group 32 packed x 2 - {nbytes[1]} owned: linear (CPU blocks)",
     ]
 
 

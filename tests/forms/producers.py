@@ -156,7 +156,8 @@ class CompressedTensors(nn.Module):
 
         super().__init__()
         self.args, self.dtype = preset_name_to_scheme(scheme, ["Linear"]).weights, dtype
-        self.unpack, self.dequantize, self.decompress_scale = unpack_fp4_from_uint8, dequantize, Tensor.to
+        self.unpack, self.dequantize = unpack_fp4_from_uint8, dequantize
+        self.decompress_scale: Callable[..., Tensor] = lambda scale, dtype: scale.to(dtype)
         if scheme == "NVFP4A16":
             weight = quantize_nvfp4(torch.randn(N, K))
             scales, divisor = weight.scales.view(torch.float8_e4m3fn), weight.multiplier[:1].reciprocal()

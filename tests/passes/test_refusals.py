@@ -108,7 +108,7 @@ REFUSED = {
     NaNScale: "codes: scales: found NaN (byte 0x7f) at [47, 2], expected finite e4m3 codes",
     NaNScaleInBytes: "codes: scales: found NaN (byte 0xff) at [0, 1], expected finite e8m0 codes",
     Trained: "F.linear with a weight that requires grad",
-    Float64: "F.linear of an input of torch.float64",
+    Float64: "F.linear of float64: expected one of float16, bfloat16, float32",
     WithOut: "matmul with out=",
 }
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16 import FP4Weight, quantize_mxfp4, quantize_nvfp4
-from marlin_w4a16.passes.forms import EXACT, TOLERANCES, Difference, Form, difference, forms_of, largest_error
+from marlin_w4a16.passes.forms import EXACT, Difference, Form, difference, forms_of, largest_error
 
 N, K = 24, 256
 ROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -204,6 +204,8 @@ def test_the_largest_error_is_relative_and_zeros_are_zero():
     assert largest_error(weight, off) == float("inf")
 
 
-def test_the_tolerances_that_are_offered_are_the_roundings_to_bfloat16():
-    """Half a unit in the last place for each, of the value that is rounded."""
-    assert [eval(shown) for shown in TOLERANCES] == list(TOLERANCES.values()) == sorted(TOLERANCES.values())
+@ROW
+@EACH
+def test_the_tolerance_of_a_form_is_half_a_unit_in_the_last_place_for_each_rounding(name, divides, dtype):
+    tolerance, shown = Form(name, dtype, divides).tolerance
+    assert tolerance == eval(shown) == len(name.split(", ")) * torch.finfo(dtype).eps / 2
