@@ -14,6 +14,7 @@ from marlin_w4a16.passes.equation import Matrices
 from marlin_w4a16.passes.regions import storage
 from marlin_w4a16.passes.tensors import dense
 
+_JOINS: dict[Any, int] = {torch.cat: 0, torch.concat: 0, torch.stack: 0, torch.vstack: 0, torch.hstack: 1}
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach"})
 
 
@@ -110,7 +111,8 @@ class Decode:
             node, value = self.nodes[index], example(self.nodes[index])
             if not isinstance(value, Tensor):
                 continue
-            shown = (value.is_contiguous() or index, value.storage_offset(), value.numel(), value.dtype, storage(node))
+            order = None if value.is_contiguous() else index
+            shown = (order, value.storage_offset(), value.numel(), value.dtype, storage(node))
             if shown not in seen or storage(node) is None:
                 seen.add(shown)
                 found.append((index, value))
@@ -188,11 +190,11 @@ class Decode:
         while _is_cast(node) or _is_transpose(node):
             turned ^= _is_transpose(node)
             node = node.all_input_nodes[0]
-        if node.target not in (torch.cat, torch.concat, torch.stack) or self.lift is not None or self.matrices.first:
+        if node.target not in _JOINS or self.lift is not None or self.matrices.first or example(node).ndim < 2:
             return 0, []
         given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
         tensors: Any = given["tensors"]
-        lift = given.get("dim", given.get("axis", 0)) % example(node).ndim
+        lift = given.get("dim", given.get("axis", _JOINS[node.target])) % example(node).ndim
         place = self.matrices.order.index(example(node).ndim - 1 - lift if turned else lift)
         stacks = node.target is torch.stack
         outer = len(self.matrices.order) - self._inner

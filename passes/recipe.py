@@ -129,8 +129,8 @@ class FromSources:
         return FP4Weight(*contiguous, self.kind, self.group, name), factor
 
     def roots(self, decode: Decode) -> list[int]:
-        """The leaves, by their positions, that it is read from."""
-        return sorted({root for node in self._nodes for root in decode.roots(node)})
+        """The leaves, by their positions, that it is read from: in one order, however a graph met them."""
+        return list(dict.fromkeys(root for node in self._nodes for root in decode.roots(node)))
 
     def reading(self, decode: Decode) -> Any:
         """How it is read from its `roots`: what the recipes of two decodes have in common if they read alike."""

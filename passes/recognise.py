@@ -122,8 +122,14 @@ class _Search:
             return self._judge(FromValue(), Form(), value)
         if not bool(value.isfinite().all()):
             return self._not_finite(value)
-        found = self._from_sources(value)
-        return self._joined(value) or found if isinstance(found, Rejected) else found
+        found = self._from_sources(value, exact=True)
+        if isinstance(found, Found):
+            return found
+        joined = self._joined(value)
+        if isinstance(joined, Found):
+            return joined
+        rounded = self._from_sources(value, exact=False)
+        return rounded if isinstance(rounded, Found) else joined or rounded
 
     def _of_type(self, leaf: int, value: Tensor) -> Found | Rejected:
         tensor = self.leaves[leaf]
@@ -154,10 +160,10 @@ class _Search:
                 try:
                     FromSources(codes, scales, Factor(), window, group).read(self.decode, self.leaves, self.name)
                 except ValueError as error:
-                    return Rejected(str(error))
+                    return Rejected(str(error).removeprefix(f"{self.name}: "))
         return Rejected(f"the traced weight holds NaN or Inf in {_short(value.dtype)}")
 
-    def _from_sources(self, value: Tensor) -> Found | Rejected:
+    def _from_sources(self, value: Tensor, exact: bool) -> Found | Rejected:
         used = value.count_nonzero(1).nonzero()[:, 0]
         rows = used[torch.linspace(0, len(used) - 1, min(_SAMPLE_ROWS, len(used))).long()].tolist()
         sample = value[rows]
@@ -176,7 +182,7 @@ class _Search:
                 own = read[1][shown][rows] if read[1] is not None else torch.ones(len(rows), device=few.device)
                 part = _unchecked(few, read[0][shown][rows], own, scales, group)
                 base = FromSources(codes, scales, Factor(), window, group)
-                for recipe, form in self._fitting(part, sample, rows, base):
+                for recipe, form in self._fitting(part, sample, rows, base, exact):
                     found = self._judge(recipe, form, value)
                     if isinstance(found, Found):
                         return found
@@ -186,7 +192,7 @@ class _Search:
         return self.nearest if tried else Rejected(self._sizes())
 
     def _fitting(
-        self, part: FP4Weight, sample: Tensor, rows: list[int], base: FromSources
+        self, part: FP4Weight, sample: Tensor, rows: list[int], base: FromSources, exact: bool
     ) -> Iterator[tuple[FromSources, Form]]:
         """The factors and forms with which some rows come out right."""
         unscaled, found = part.unscaled(torch.float64) * part.multiplier.double()[:, None], sample.double()
@@ -208,7 +214,8 @@ class _Search:
             own = values * part.multiplier
             scaled = (values.reciprocal() if factor.divides else values) * part.multiplier
             few = _unchecked(part.codes, part.scales, scaled, base.scales, part.group)
-            for form in forms_of(sample.dtype, self._computed_in(sample.dtype), factor.divides):
+            forms = forms_of(sample.dtype, self._computed_in(sample.dtype), factor.divides)
+            for form in (form for form in forms if form.exact == exact):
                 first_difference = difference(form, few, own, sample)
                 if first_difference is None:
                     yield FromSources(base.codes, base.scales, factor, base.window, base.group), form
@@ -259,7 +266,7 @@ class _Search:
     def _scales(self, window: Window, codes: int) -> Iterator[tuple[Source, int]]:
         for node, value in self.decode.tensors:
             for group in GROUP_SIZES:
-                if node == codes or self.decode.matrices.k % group:
+                if node == codes or self.decode.matrices.k % group or not self._is_unrounded(node, value):
                     continue
                 if value.numel() * group == window.total * self.decode.matrices.k:
                     for coding in _scalings(value.dtype, group):
@@ -295,12 +302,16 @@ class _Search:
 
     def _all_factors(self, window: Window) -> Iterator[Factor]:
         for node, value in self.decode.tensors:
-            unrounded = node in self.decode.leaf_indices or value.dtype in (torch.float32, torch.float64)
-            is_factor = value.is_floating_point() and value.element_size() > 1 and unrounded and value.numel()
+            is_factor = value.is_floating_point() and value.element_size() > 1 and value.numel()
+            is_factor = is_factor and self._is_unrounded(node, value)
             if is_factor and window.total % value.numel() == 0:
                 yield Factor(node)
         yield Factor()
         yield from (Factor(number=number) for number in self.decode.numbers)
+
+    def _is_unrounded(self, node: int, value: Tensor) -> bool:
+        """Whether a node holds what the checkpoint does: one in 16 bits that the graph computes may be rounded."""
+        return node in self.decode.leaf_indices or value.dtype not in (torch.float16, torch.bfloat16)
 
     def _computed_in(self, dtype: torch.dtype) -> set[torch.dtype]:
         halves = {torch.float16, torch.bfloat16}

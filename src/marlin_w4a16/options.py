@@ -54,6 +54,7 @@ class Options:
         for name in ("include", "exclude"):
             for glob in _globs(getattr(self, name)) or ():
                 _expect_type(name, glob, str)
+        _expect_type("exclude", self.exclude, Sequence)
         if self.activation_quant not in get_args(ActivationQuant):
             raise ValueError(_unknown("activation_quant", self.activation_quant, list(get_args(ActivationQuant))))
         if self.mode is not None and self.mode not in modes():

@@ -104,7 +104,7 @@ def quantised_inputs() -> Torchao:
 
 @EAGERLY
 def test_an_nvfp4_weight_whose_inputs_are_quantised_is_refused(quantised_inputs, compiler, logged):
-    with pytest.raises(Exception, match="Invalid scaling configuration|per-tensor scaling"):
+    with pytest.raises(Exception, match=r"Invalid scaling configuration|per-tensor scaling"):
         compiled(quantised_inputs)(X)
     ((_, line),) = logged()
     assert "replaced 0 of 1 FP4 linears" in line and "quantises the input" in line, line
