@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES
 from marlin_w4a16.passes.constants import Constants, evaluate, example, needed_by, run, written_by
 from marlin_w4a16.passes.torch_private import size_hint
@@ -81,7 +82,9 @@ def _is_grid(data: Tensor, found: Any, group: int) -> bool:
 
 def _alike(node: fx.Node, x: fx.Node) -> bool:
     before, after = example(node), example(x)
-    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+        return False
+    return before.shape == after.shape and before.dtype in DTYPES and after.dtype in DTYPES
 
 
 def _is_operator(node: fx.Node) -> bool:

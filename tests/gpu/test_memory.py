@@ -10,6 +10,8 @@ from marlin_w4a16 import PackedLinear, prepare, restore
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.layout import pack, pack_into
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16.passes.outcome import Replaced
+from marlin_w4a16.passes.rewrite import rewrite
 
 pytestmark = pytest.mark.gpu
 
@@ -83,3 +85,21 @@ def test_prepare_and_restore_free_what_they_replace():
     assert allocated() - start <= 4 * packed + (1 << 20) and before - start >= 4 * source
     restore(model)
     assert allocated() <= before + (1 << 20)
+
+
+@torch.no_grad()
+def test_finding_a_weight_takes_no_more_than_an_eager_forward_and_64_mb(fp4_linear, monkeypatch):
+    monkeypatch.setattr(fp4_linear, "device", "cuda")
+    model, x = fp4_linear(8192, 8192, dtype=torch.bfloat16), torch.randn(1, 8192, device="cuda", dtype=torch.bfloat16)
+    model(x)
+    _, eager = peak_above(lambda: model(x))
+    peaks = []
+
+    def backend(gm, inputs):
+        rewritten, peak = peak_above(lambda: rewrite(gm, inputs))
+        assert [type(row.outcome) for row in rewritten.rows] == [Replaced]
+        peaks.append(peak)
+        return gm.forward
+
+    torch.compile(model, backend=backend)(x)
+    assert len(peaks) == 1 and peaks[0] <= eager + (64 << 20)

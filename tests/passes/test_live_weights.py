@@ -255,6 +255,7 @@ def test_a_copy_of_a_model_that_was_compiled(fp4_linear, assert_near, logged, ho
 
 
 def copies() -> int:
+    gc.collect()
     return len(binding._COPIES)
 
 
