@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_DTYPES, FP4Weight, ScaleKind, format_name
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES, FP4Weight, ScaleKind, format_name
 from marlin_w4a16.passes import tensors
 from marlin_w4a16.passes.constants import example
 from marlin_w4a16.passes.decode import Decode, Window
 from marlin_w4a16.passes.forms import Difference, Form, difference, forms_of, largest_error
+from marlin_w4a16.passes.hypotheses import codes_in, factors_in, is_bytes, scales_in
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.recipe import (
     Factor,
@@ -95,10 +96,10 @@ def may_be_fp4(decode: Decode, rules: Rules) -> bool:
     """Whether leaves could hold a weight: cheap, before anything is evaluated."""
     leaves = [example(leaf) for leaf in decode.leaves]
     typed = [leaf for leaf in leaves if tensors.is_typed(leaf)]
-    if typed or (rules.recover and not any(map(_is_bytes, leaves))):
+    if typed or (rules.recover and not any(map(is_bytes, leaves))):
         return all(map(tensors.is_fp4, typed))
     sizes = {decode.rows * decode.matrices.k} | {value.numel() for _, value in decode.tensors}
-    return any(_is_bytes(value) and value.numel() * 2 in sizes for _, value in decode.tensors)
+    return any(is_bytes(value) and value.numel() * 2 in sizes for _, value in decode.tensors)
 
 
 class TooFar(Rejected):
@@ -118,7 +119,7 @@ class _Search:
         typed = [i for i, leaf in enumerate(self.leaves) if tensors.is_typed(leaf)]
         if typed:
             return self._of_type(typed[0], value)
-        if not any(map(_is_bytes, self.leaves)) and self.rules.recover:
+        if not any(map(is_bytes, self.leaves)) and self.rules.recover:
             return self._judge(FromValue(), Form(), value)
         if not bool(value.isfinite().all()):
             return self._not_finite(value)
@@ -153,8 +154,8 @@ class _Search:
 
     def _not_finite(self, value: Tensor) -> Rejected:
         """Some scale that is NaN is the likely reason."""
-        for codes, window in self._codes():
-            for scales, group in self._scales(window, codes.node):
+        for codes, window in codes_in(self.decode):
+            for scales, group in scales_in(self.decode, window, codes.node):
                 if not (scales.coding.endswith("bytes") and codes.coding.endswith("nibble first")):
                     continue
                 try:
@@ -168,12 +169,12 @@ class _Search:
         rows = used[torch.linspace(0, len(used) - 1, min(_SAMPLE_ROWS, len(used))).long()].tolist()
         sample = value[rows]
         tried = False
-        for codes, window in self._codes():
+        for codes, window in codes_in(self.decode):
             try:
                 few = read_codes(codes, self.decode, self.leaves, window, rows)
             except ValueError:
                 continue
-            for scales, group in self._scales(window, codes.node):
+            for scales, group in scales_in(self.decode, window, codes.node):
                 read = self._read_scales(scales, window, group)
                 if read is None:
                     continue
@@ -246,38 +247,6 @@ class _Search:
             return Rejected(f"parts of several formats: {', '.join(sorted({f.format for f in found}))}")
         return self._judge(Joined(tuple(f.recipe for f in found), axis), found[0].form, value)
 
-    def _codes(self) -> Iterator[tuple[Source, Window]]:
-        """Where codes may stand: in bytes; failing that, one by one in what the graph makes of them."""
-        decode, k = self.decode, self.decode.matrices.k
-        for window in decode.windows:
-            for node, value in decode.tensors:
-                if _is_bytes(value) and value.numel() * 2 == window.total * k:
-                    for blocks in self._blocks(window):
-                        yield Source(node, "low nibble first", blocks), window
-                        yield Source(node, "high nibble first", blocks), window
-        for node, value in decode.tensors:
-            if value.numel() == decode.rows * k and value.dtype not in (torch.bool, *SCALE_DTYPES):
-                codings = ["a number each", "a value each"] if value.is_floating_point() else ["a number each"]
-                for coding in codings:
-                    for window in decode.windows:
-                        for blocks in self._blocks(Window(0, decode.rows)):
-                            yield Source(node, coding, blocks), window
-
-    def _scales(self, window: Window, codes: int) -> Iterator[tuple[Source, int]]:
-        for node, value in self.decode.tensors:
-            for group in GROUP_SIZES:
-                if node == codes or self.decode.matrices.k % group or not self._is_unrounded(node, value):
-                    continue
-                if value.numel() * group == window.total * self.decode.matrices.k:
-                    for coding in _scalings(value.dtype, group):
-                        for blocks in self._blocks(window):
-                            yield Source(node, coding, blocks), group
-
-    def _blocks(self, window: Window) -> list[int]:
-        """Rows, columns, or columns for each index of the outermost axis of the rows."""
-        outer = self.decode.matrices.sizes[:1]
-        return [0, 1, *(size for size in outer if 1 < size < self.decode.rows and window.total == self.decode.rows)]
-
     def _read_scales(self, source: Source, window: Window, group: int) -> tuple[Tensor, Tensor | None] | None:
         key = source, window, group
         if key not in self.scales:
@@ -291,7 +260,7 @@ class _Search:
         self, window: Window, wanted: Tensor, rows: list[int], device: torch.device
     ) -> Iterator[tuple[Factor, Tensor]]:
         """The tensors and numbers that are near the factor that rows want, with their values for these rows."""
-        for factor in self._all_factors(window):
+        for factor in factors_in(self.decode, window):
             values = factor.value(self.decode, self.leaves, window, device)[rows]
             for divides in (False, True):
                 applied = values.reciprocal() if divides else values
@@ -299,19 +268,6 @@ class _Search:
                     yield Factor(factor.node, factor.number, divides), values
                 if factor == Factor():
                     break
-
-    def _all_factors(self, window: Window) -> Iterator[Factor]:
-        for node, value in self.decode.tensors:
-            is_factor = value.is_floating_point() and value.element_size() > 1 and value.numel()
-            is_factor = is_factor and self._is_unrounded(node, value)
-            if is_factor and window.total % value.numel() == 0:
-                yield Factor(node)
-        yield Factor()
-        yield from (Factor(number=number) for number in self.decode.numbers)
-
-    def _is_unrounded(self, node: int, value: Tensor) -> bool:
-        """Whether a node holds what the checkpoint does: one in 16 bits that the graph computes may be rounded."""
-        return node in self.decode.leaf_indices or value.dtype not in (torch.float16, torch.bfloat16)
 
     def _computed_in(self, dtype: torch.dtype) -> set[torch.dtype]:
         halves = {torch.float16, torch.bfloat16}
@@ -359,19 +315,6 @@ def _unchecked(codes: Tensor, scales: Tensor, multiplier: Tensor, source: Source
     for field, value in fields.items():
         object.__setattr__(part, field, value)
     return part
-
-
-def _scalings(dtype: torch.dtype, group: int) -> list[str]:
-    if dtype in SCALE_DTYPES:
-        return [f"{SCALE_DTYPES[dtype]} bytes"]
-    kinds = ("e4m3", "e8m0") if group == 16 else ("e8m0", "e4m3")  # the usual one first, where both are true
-    if dtype in (torch.uint8, torch.int8):
-        return [f"{kind} bytes" for kind in kinds]
-    return [f"{kind} floats" for kind in kinds] if dtype.is_floating_point and dtype.itemsize > 1 else []
-
-
-def _is_bytes(leaf: Tensor) -> bool:
-    return leaf.element_size() == 1 and leaf.dtype != torch.bool
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from marlin_w4a16.passes.constants import Constants, example, find_constants, ne
 from marlin_w4a16.passes.decode import Decode
 from marlin_w4a16.passes.forms import Form
 from marlin_w4a16.passes.outcome import Excluded, Owned, Rejected, Replaced, Row
+from marlin_w4a16.passes.products import Product, find_products, operands_of
 from marlin_w4a16.passes.recipe import FromSources, Recipe
 from marlin_w4a16.passes.recognise import Found, may_be_fp4, recognise, verify
 from marlin_w4a16.passes.regions import Flat, Regions
@@ -64,7 +65,7 @@ class _Weight:
     decode: Decode
     values: list[Any]
     refusal: str | None
-    products: list[linear.Product] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     quantised: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by product, what its input was before (W4A4)
 
 
@@ -127,7 +128,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFA
     rows = list(_owned(flat.graph))
     bound: list[Bound] = []
     added: list[tuple[fx.Node, Any]] = []
-    replaced: dict[fx.Node, linear.Product] = {}
+    replaced: dict[fx.Node, Product] = {}
     for weight in _weights(flat.graph, constants, inputs, settings):
         found = judge(weight)
         packed: list[PackedFP4] | Rejected | None = None
@@ -191,7 +192,7 @@ def _weights(graph: fx.Graph, constants: Constants, inputs: Sequence[Any], setti
     """The weights that could be FP4, each once however often its computation was traced."""
     live = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     found: dict[Any, _Weight] = {}
-    for product in linear.find_products(graph, constants):
+    for product in find_products(graph, constants):
         decode = Decode.of(product.weight_node, product.node, product.matrices, constants)
         if not decode.leaves or not may_be_fp4(decode, settings.rules):
             continue
@@ -241,7 +242,7 @@ def _replace(
     for product in weight.products:
         node = flat.origin[product.node]
         inner = [regions.reach(n, node.graph) for n in inputs]
-        operands = linear.operands_of(product, node)
+        operands = operands_of(product, node)
         source = weight.quantised.get(product.node)
         x = regions.reach(flat.origin[source], node.graph) if source is not None else None
         written = linear.replace(product, node, packed, inner, x)
@@ -250,11 +251,11 @@ def _replace(
     return max(errors, default=None)
 
 
-def _dead(flat: Flat, constants: Constants, replaced: dict[fx.Node, linear.Product]) -> set[fx.Node]:
+def _dead(flat: Flat, constants: Constants, replaced: dict[fx.Node, Product]) -> set[fx.Node]:
     roots: list[fx.Node] = []
     for node in flat.graph.nodes:
         if node in replaced:
-            operands = linear.operands_of(replaced[node], node).values()
+            operands = operands_of(replaced[node], node).values()
             roots += [n for n in operands if isinstance(n, fx.Node) and n in constants.nodes]
         elif node not in constants.nodes:
             roots += [n for n in node.all_input_nodes if n in constants.nodes]

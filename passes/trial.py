@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.passes import linear
+from marlin_w4a16.passes import products
 from marlin_w4a16.passes.constants import example, run
 from marlin_w4a16.passes.decode import Decode
 from marlin_w4a16.passes.torch_private import size_hint
@@ -16,7 +16,7 @@ from marlin_w4a16.passes.torch_private import size_hint
 def worst_error(
     decode: Decode,
     leaves: Sequence[Tensor],
-    product: linear.Product,
+    product: products.Product,
     operands: dict[str, Any],
     written: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
@@ -32,7 +32,7 @@ def worst_error(
             continue
         shape = [size_hint(size) for size in like.shape]
         values[operand] = torch.randn(shape, device=weight.device).to(like.dtype)
-    pairs = zip(linear.operands_of(product, product.node).values(), operands.values(), strict=True)
+    pairs = zip(products.operands_of(product, product.node).values(), operands.values(), strict=True)
     traced = {flat: values[own] for flat, own in pairs if isinstance(own, fx.Node)}
     traced[product.weight_node] = decode.traced(leaves)
     members = [t for matrix in packed for t in (matrix.words, matrix.scales, matrix.multiplier)]

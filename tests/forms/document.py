@@ -23,6 +23,7 @@ from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS, format_name
 from marlin_w4a16.options import Options
 from marlin_w4a16.passes import forms, linear, tensors
 from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.passes.products import CONSUMERS
 from marlin_w4a16.passes.recipe import CODINGS, SCALINGS
 from marlin_w4a16.passes.torch_private import region_operands
 
@@ -124,7 +125,7 @@ def served(device: torch.device) -> str:
 def products() -> list[tuple[str, str, str]]:
     spelled: dict[str, list[str]] = {}
     only = {}
-    for target, form in linear.CONSUMERS.items():
+    for target, form in CONSUMERS.items():
         spelled.setdefault(form.name, []).append(spelling(target))
         only[form.name] = ", ".join(f"`{name}` {values_of(values)}" for name, values in form.fixed.items())
     return [(name, ", ".join(f"`{way}`" for way in dict.fromkeys(ways)), only[name]) for name, ways in spelled.items()]

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from marlin_w4a16.passes.constants import Constants, find_constants
 from marlin_w4a16.passes.decode import Decode
-from marlin_w4a16.passes.linear import find_products
+from marlin_w4a16.passes.products import find_products
 from marlin_w4a16.passes.regions import Regions
 
 
