@@ -84,7 +84,7 @@ def _alike(node: fx.Node, x: fx.Node) -> bool:
     before, after = example(node), example(x)
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False
-    return before.shape == after.shape and before.dtype in DTYPES and after.dtype in DTYPES
+    return before.shape == after.shape and before.dtype == after.dtype and before.dtype in DTYPES
 
 
 def _is_operator(node: fx.Node) -> bool:

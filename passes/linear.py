@@ -46,7 +46,7 @@ def compute_dtype(products: Sequence[Product]) -> torch.dtype:
 
 
 def replace(
-    product: Product, node: fx.Node, packed: Sequence[PackedFP4], inputs: Sequence[fx.Node], x: fx.Node | None = None
+    product: Product, node: fx.Node, packed: Sequence[PackedFP4], inputs: Sequence[fx.Node], x: fx.Node
 ) -> list[fx.Node]:
     """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten.
 
@@ -55,7 +55,7 @@ def replace(
         node: its copy.
         packed: the weight for each index of the batch.
         inputs: the nodes of words, scales and multiplier of each of them.
-        x: what is read instead of the input that the product has.
+        x: the input, of the shape and dtype of that of the product.
 
     Returns:
         What was written; the last one is the result.
@@ -72,7 +72,6 @@ def replace(
         return new
 
     operands, axes = arguments_of(node, product.form), product.equation
-    x = operands[product.x] if x is None else x
     for axis in reversed(product.x_first):
         x = call(torch.select, x, axis, 0)
     x = _ordered(call, x, axes.x, axes.batch + axes.free + axes.columns)

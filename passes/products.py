@@ -169,30 +169,21 @@ def _product(node: fx.Node, form: Form, x: str, weight: str, spelled: Callable[[
     if isinstance(axes, str) or len(axes.weight) != value.ndim or len(axes.x) != example(held).ndim:
         why = axes if isinstance(axes, str) else f"{tuple(example(held).shape)} by {tuple(value.shape)}"
         return Product(node, form, x, weight, (), *plain, f"{form.name} of {why}")
-    broadcast = [label for label, size in zip(axes.x, example(held).shape, strict=True) if _is_one(size)]
-    if any(
-        label not in axes.out and value.shape[axes.weight.index(label)] != 1
-        for label in broadcast
-        if label in axes.weight
-    ):
-        return Product(
-            node, form, x, weight, (), *plain, f"{form.name} of an input that is broadcast along the columns"
-        )
-    x_first = tuple(i for i, label in enumerate(axes.x) if _is_broadcast(example(held), i, label, axes, value))
+    x_first = tuple(i for i in range(len(axes.x)) if _is_broadcast(example(held), i, axes, value))
+    if any(axes.x[i] not in axes.out for i in x_first):
+        why = f"{form.name} of an input that is broadcast along the columns"
+        return Product(node, form, x, weight, (), *plain, why)
     kept = "".join(label for i, label in enumerate(axes.x) if i not in x_first)
     axes, seen = matrices(Equation(kept, axes.weight, axes.out), value)
     product = Product(node, form, x, weight, x_first, axes, seen)
     return dataclasses.replace(product, refusal=_refusal(product, operands))
 
 
-def _is_broadcast(x: Tensor, axis: int, label: str, axes: Equation, weight: Tensor) -> bool:
-    if label not in axes.weight or not _is_one(x.shape[axis]):
+def _is_broadcast(x: Tensor, axis: int, axes: Equation, weight: Tensor) -> bool:
+    size, label = x.shape[axis], axes.x[axis]
+    if isinstance(size, torch.SymInt) or size != 1 or label not in axes.weight:
         return False
-    return label in axes.out and weight.shape[axes.weight.index(label)] != 1
-
-
-def _is_one(size: int | torch.SymInt) -> bool:
-    return not isinstance(size, torch.SymInt) and size == 1
+    return weight.shape[axes.weight.index(label)] != 1
 
 
 def is_bias(product: Product, operands: dict[str, Any]) -> bool:

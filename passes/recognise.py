@@ -116,6 +116,7 @@ class _Search:
         self.scales: dict[tuple[Source, Window, int], tuple[Tensor, Tensor | None] | None] = {}
 
     def run(self, value: Tensor) -> Found | Rejected:
+        """Judges the traced weight: exact hypotheses first, then those that round on the way."""
         typed = [i for i, leaf in enumerate(self.leaves) if tensors.is_typed(leaf)]
         if typed:
             return self._of_type(typed[0], value)

@@ -66,6 +66,12 @@ class Regions:
         _set_operands(call, [*operands, outer])
         return inner
 
+    def sees(self, node: fx.Node, graph: fx.Graph) -> bool:
+        """Whether ``graph`` is that of a node, or of a region further in."""
+        while graph is not node.graph and graph in self._calls:
+            graph = self._calls[graph].graph
+        return graph is node.graph
+
     def finish(self, dead: Collection[fx.Node]) -> fx.GraphModule:
         """Erases dead nodes, and what enters and leaves regions only for them; the copy is then ready to run.
 

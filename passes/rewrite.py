@@ -129,7 +129,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFA
     bound: list[Bound] = []
     added: list[tuple[fx.Node, Any]] = []
     replaced: dict[fx.Node, Product] = {}
-    for weight in _weights(flat.graph, constants, inputs, settings):
+    for weight in _weights(flat, regions, constants, inputs, settings):
         found = judge(weight)
         packed: list[PackedFP4] | Rejected | None = None
         error = None
@@ -162,8 +162,9 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFA
 
 def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> tuple[Row, ...]:
     """The report of `rewrite` without packing or changing anything."""
-    flat = Regions(gm).flatten()
-    weights = _weights(flat.graph, find_constants(flat.graph), inputs, settings)
+    regions = Regions(gm)
+    flat = regions.flatten()
+    weights = _weights(flat, regions, find_constants(flat.graph), inputs, settings)
     judge = _Judge(settings)
     return (*_owned(flat.graph), *(_row(weight, *_dry(weight, judge(weight)), None) for weight in weights))
 
@@ -188,17 +189,21 @@ def _owned(graph: fx.Graph) -> Iterator[Row]:
         yield Row(path, "packed", (n, k), packed.format, outcome, 0, len(calls))
 
 
-def _weights(graph: fx.Graph, constants: Constants, inputs: Sequence[Any], settings: Settings) -> Iterator[_Weight]:
+def _weights(
+    flat: Flat, regions: Regions, constants: Constants, inputs: Sequence[Any], settings: Settings
+) -> Iterator[_Weight]:
     """The weights that could be FP4, each once however often its computation was traced."""
-    live = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    live = dict(zip(flat.graph.find_nodes(op="placeholder"), inputs, strict=True))
     found: dict[Any, _Weight] = {}
-    for product in find_products(graph, constants):
+    for product in find_products(flat.graph, constants):
         decode = Decode.of(product.weight_node, product.node, product.matrices, constants)
         if not decode.leaves or not may_be_fp4(decode, settings.rules):
             continue
         source, refusal = None, product.refusal
         if settings.activation_quant != "keep" and refusal is None:
             source = quantised(product.x_node, constants, live)
+            if source is not None and not regions.sees(flat.origin[source], flat.origin[product.node].graph):
+                source = None  # inside a region that ends before the product
             if source is not None and settings.activation_quant == "refuse":
                 refusal = "its input is quantised too (W4A4), which options={'activation_quant': 'refuse'} leaves alone"
         key = (tuple(decode.leaves), decode.signature, refusal)
@@ -243,9 +248,9 @@ def _replace(
         node = flat.origin[product.node]
         inner = [regions.reach(n, node.graph) for n in inputs]
         operands = operands_of(product, node)
-        source = weight.quantised.get(product.node)
-        x = regions.reach(flat.origin[source], node.graph) if source is not None else None
-        written = linear.replace(product, node, packed, inner, x)
+        if product.node in weight.quantised:
+            operands[product.x] = regions.reach(flat.origin[weight.quantised[product.node]], node.graph)
+        written = linear.replace(product, node, packed, inner, operands[product.x])
         if settings.verify:
             errors.append(worst_error(weight.decode, weight.values, product, operands, written, inner, packed))
     return max(errors, default=None)

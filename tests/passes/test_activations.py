@@ -81,3 +81,37 @@ def test_what_was_quantised_is_found_behind_what_comes_before_it(fp4_linear, ass
     model, x = Quantising(fp4_linear(), OTHERS["of another input"]), torch.randn(3, K)
     out, _ = through_backend(model, (x,), activation_quant="drop")
     assert_near(out, linear(x.sin().flip(-1), model.layer.weight()))
+
+
+@pytest.mark.parametrize("inside", [None, in_checkpoint], ids=["plain", "checkpoint"])
+def test_it_is_dropped_and_verified(fp4_linear, inside):
+    model = Quantising(fp4_linear(), to_fp4, inside)
+    _, line = through_backend(model, (torch.randn(3, K),), activation_quant="drop", verify=True)
+    assert "worst error of verify" in line, line
+
+
+@pytest.mark.parametrize("choice", ["drop", "refuse"])
+def test_what_is_quantised_in_a_region_that_ends_before_the_product_stays(fp4_linear, assert_near, choice):
+    layer = fp4_linear()
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(checkpoint(lambda t: to_fp4(t.sin()), x, use_reentrant=False), layer.weight())
+
+    model, x = Model(), torch.randn(3, K)
+    out, line = through_backend(model, (x,), activation_quant=choice)
+    assert_near(out, model(x))
+    assert "replaced 1 of 1" in line, line
+
+
+def test_what_casts_too_stays(fp4_linear, assert_near):
+    """The product is computed in the dtype of what was quantised, not of what it was made from."""
+    layer, x = fp4_linear(dtype=torch.bfloat16), torch.randn(3, K)
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(to_fp4(x.sin()).bfloat16(), layer.weight())
+
+    out, _ = through_backend(Model(), (x,), activation_quant="drop")
+    assert out.dtype == torch.bfloat16
+    assert_near(out, Model()(x))
