@@ -1,13 +1,16 @@
-"""Quantisers from dense weights to FP4, so that examples and tests can make their own checkpoints.
+"""Quantisers from dense weights to FP4.
 
 NVFP4 follows NVIDIA ModelOpt (amax of the tensor and of each block), MXFP4 the OCP Microscaling specification v1.0;
-both round to nearest, ties to even.
+both round to nearest, ties to even. They work in blocks of rows, so that beyond codes and scales only a few tens of
+megabytes are taken.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, fp4_weight
+from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, E8M0_BIAS, FP4Weight, ScaleKind, as_bytes, fp4_weight
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
@@ -15,6 +18,7 @@ E4M3_TINY = 2.0**-9
 # Midpoints between neighbouring magnitudes; a tie goes to the even code, which is the upper one at odd positions.
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _TIES_UP = (0.75, 1.75, 3.5)
+_ELEMENTS = BLOCK_ELEMENTS // 2  # at about 50 bytes each, in float64 and indices of int64
 
 
 def quantize_nvfp4(weight: Tensor, group: int = 16, name: str = "weight") -> FP4Weight:
@@ -23,13 +27,16 @@ def quantize_nvfp4(weight: Tensor, group: int = 16, name: str = "weight") -> FP4
     The global scale is ``amax / (6 * 448)``, a block's scale ``amax_block / (6 * global)`` rounded to E4M3 and kept
     at or above 2**-9 (1.0 for a block of zeros).
     """
-    blocks = _blocks(weight, group, name)
-    global_scale = blocks.abs().amax().float() / (E2M1_MAX * E4M3_MAX)
+    blocks, amax = _blocks(weight, group, name)
+    global_scale = amax.float() / (E2M1_MAX * E4M3_MAX)
     if global_scale == 0:
         global_scale = torch.ones_like(global_scale)
-    scale = nvfp4_scales(blocks, global_scale)
-    codes = encode(blocks / (scale.float() * global_scale).unsqueeze(-1))
-    return fp4_weight(pack_nibbles(codes.reshape(weight.shape)), scale, global_scale, name=name)
+
+    def rows(part: Tensor) -> tuple[Tensor, Tensor]:
+        scale = nvfp4_scales(part, global_scale)
+        return encode(part / (scale.float() * global_scale).unsqueeze(-1)), scale
+
+    return _by_rows(blocks, rows, global_scale, "e4m3", name)
 
 
 def nvfp4_scales(blocks: Tensor, global_scale: Tensor) -> Tensor:
@@ -41,22 +48,48 @@ def nvfp4_scales(blocks: Tensor, global_scale: Tensor) -> Tensor:
 
 def quantize_mxfp4(weight: Tensor, group: int = 32, name: str = "weight") -> FP4Weight:
     """Quantises ``[n, k]`` to E2M1 codes and E8M0 block scales ``2 ** (floor(log2(amax_block)) - 2)``."""
-    blocks = _blocks(weight, group, name).double()  # ldexp by an exponent below -126 would flush in float32
-    _, exponent = torch.frexp(blocks.abs().amax(-1))  # amax = m * 2**exponent, m in [0.5, 1)
+    blocks, _ = _blocks(weight, group, name)
+    return _by_rows(blocks, _mxfp4_rows, 1.0, "e8m0", name)
+
+
+def _mxfp4_rows(part: Tensor) -> tuple[Tensor, Tensor]:
+    part = part.double()  # ldexp by an exponent below -126 would flush in float32
+    _, exponent = torch.frexp(part.abs().amax(-1))  # amax = m * 2**exponent, m in [0.5, 1)
     byte = (exponent - 3 + E8M0_BIAS).clamp(0, 254).to(torch.uint8)
-    scaled = torch.ldexp(blocks, (E8M0_BIAS - byte.int()).unsqueeze(-1))
-    return fp4_weight(pack_nibbles(encode(scaled).reshape(weight.shape)), byte, kind="e8m0", name=name)
+    return encode(torch.ldexp(part, (E8M0_BIAS - byte.int()).unsqueeze(-1))), byte
 
 
-def _blocks(weight: Tensor, group: int, name: str) -> Tensor:
+def _by_rows(
+    blocks: Tensor,
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    multiplier: Tensor | float,
+    kind: ScaleKind,
+    name: str,
+) -> FP4Weight:
+    """Quantises ``[n, k / group, group]`` a few rows at a time."""
+    n, groups, group = blocks.shape
+    codes = torch.empty((n, groups * group // 2), dtype=torch.uint8, device=blocks.device)
+    scales = torch.empty((n, groups), dtype=torch.uint8, device=blocks.device)
+    step = max(1, _ELEMENTS // max(1, groups * group))
+    for start in range(0, n, step):
+        at = slice(start, start + step)
+        part, scale = quantize(blocks[at])
+        codes[at], scales[at] = pack_nibbles(part.flatten(1)), as_bytes(scale)
+    return fp4_weight(codes, scales, multiplier, kind=kind, name=name)
+
+
+def _blocks(weight: Tensor, group: int, name: str) -> tuple[Tensor, Tensor]:
+    """A weight as ``[n, k / group, group]``, and its largest magnitude."""
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"{name}: found {weight.dtype} of shape {tuple(weight.shape)}, expected floats [n, k]")
     if weight.shape[1] % group:
         raise ValueError(f"{name}: found k = {weight.shape[1]}, expected a multiple of the group {group}")
-    if not bool(weight.isfinite().all()):
+    weight = weight.detach()
+    low, high = torch.aminmax(weight) if weight.numel() else weight.new_zeros(2)  # NaN if there is one; takes no memory
+    amax = torch.maximum(-low, high)
+    if not bool(amax.isfinite()):
         raise ValueError(f"{name}: found NaN or Inf, expected finite values")
-    blocks: Tensor = weight.detach().unflatten(1, (-1, group))
-    return blocks
+    return weight.unflatten(1, (-1, group)), amax
 
 
 def encode(values: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ NEVER = {
     "passes": ("triton",),
 }
 ALLOWED = {"marlin_w4a16", "torch", "triton", *sys.stdlib_module_names}
-ALLOWED_IN_HF = {"transformers", "safetensors", "accelerate"}
+ALLOWED_IN = {
+    "marlin_w4a16.hf": {"transformers", "safetensors", "accelerate"},
+    "marlin_w4a16.checkpoints": {"safetensors"},
+}
 ALLOWED_IN_FUNCTIONS = {"rich", "depyf"}
 
 
@@ -54,7 +57,7 @@ def problems(module: str, source: str) -> Iterator[str]:
                 yield f"{name} is above {room}"
             elif not (
                 top in ALLOWED
-                or (top in ALLOWED_IN_HF and within(module, "marlin_w4a16.hf"))
+                or any(top in names and within(module, package) for package, names in ALLOWED_IN.items())
                 or (top in ALLOWED_IN_FUNCTIONS and node in lazy)
                 or (module == f"marlin_w4a16.producers.{top}" and node in lazy)
             ):

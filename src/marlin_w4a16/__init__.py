@@ -2,6 +2,7 @@
 
 `FP4Weight` is a weight in its canonical form, `pack` brings it into the kernels' layout, `linear` and `dequantize` run
 packed weights. `prepare` gives a loaded model modules that own packed weights (`PackedLinear`), `restore` undoes it.
+`quantize` makes such a model from a dense one.
 `explain` says what the backend would do to a model, `debug` writes what it did; `refresh` tells it of writes that
 nothing can see.
 """
@@ -15,6 +16,7 @@ from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.modules import PackedLinear
 from marlin_w4a16.prepare import prepare, restore
+from marlin_w4a16.quantize import quantize
 from marlin_w4a16.refresh import refresh
 from marlin_w4a16.report import Report, explain
 
@@ -33,6 +35,7 @@ __all__ = [
     "linear",
     "pack",
     "prepare",
+    "quantize",
     "quantize_mxfp4",
     "quantize_nvfp4",
     "refresh",

@@ -13,8 +13,11 @@ from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.text import size
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """``x @ weight.T + bias`` from a weight that is held packed, and nowhere else.
+
+    A ``nn.Linear`` whose ``weight`` is None, so that libraries which look for linears find it: PEFT puts adapters on it
+    (`merge` fails there, since there is no dense weight to add to).
 
     Runs in eager mode and under any torch.compile backend, as one op; captured in a CUDA graph it sees what is loaded
     in place later (``load_state_dict``). The packed tensors are parameters that require no grad; casts of the module
@@ -35,7 +38,7 @@ class PackedLinear(nn.Module):
     def __init__(
         self, weight: FP4Weight | PackedFP4, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if weight.multiplier.ndim != 1:
             raise ValueError(f"PackedLinear: found a weight of {weight.multiplier.ndim + 1} dimensions, expected 2")
         packed = pack(weight if isinstance(weight, PackedFP4) else weight.fit_first(torch.float16, dtype))
@@ -46,13 +49,18 @@ class PackedLinear(nn.Module):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
+        self.register_parameter("weight", None)
         self.origin: Any = None  # what restore() needs
 
     words: nn.Parameter
     scales: nn.Parameter
     multiplier: nn.Parameter
-    bias: nn.Parameter | None
     _kind: ScaleKind
+
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes; PEFT puts adapters on the device it finds here."""
+        return self.words
 
     @property
     def packed(self) -> PackedFP4:

@@ -15,54 +15,10 @@ from marlin_w4a16.modules import PackedLinear
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers import compressed_tensors, modelopt, torchao
 from marlin_w4a16.producers.found import Found
-from marlin_w4a16.text import size, table
+from marlin_w4a16.progress import track
+from marlin_w4a16.swaps import HOOKS, PACKED, Swap, Swaps, has_hooks, place, places_of
 
 PRODUCERS = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """One linear of the model: swapped, or left as it was and why.
-
-    Attributes:
-        path: its module path.
-        producer: who made it, or None.
-        format: such as ``"NVFP4 group 16"``, or None.
-        refusal: why it was left, or None.
-        before, after: bytes of its weight.
-    """
-
-    path: str
-    producer: str | None
-    format: str | None
-    refusal: str | None
-    before: int = 0
-    after: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Swaps:
-    """What `prepare` or `restore` did, one row per linear; ``print`` it for a table."""
-
-    rows: tuple[Swap, ...]
-
-    @property
-    def done(self) -> tuple[Swap, ...]:
-        """The linears that were swapped."""
-        return tuple(row for row in self.rows if row.refusal is None)
-
-    @property
-    def refused(self) -> tuple[Swap, ...]:
-        """The linears that were left as they were."""
-        return tuple(row for row in self.rows if row.refusal is not None)
-
-    def summary(self) -> str:
-        """One line: how many were swapped, and their bytes before and after."""
-        before, after = sum(row.before for row in self.done), sum(row.after for row in self.done)
-        return f"swapped {len(self.done)} of {len(self.rows)} linears: {size(before)} -> {size(after)}"
-
-    def __str__(self) -> str:
-        return f"{table([_COLUMNS, *map(_cells, self.rows)])}\n{self.summary()}"
 
 
 @dataclass(slots=True)
@@ -110,7 +66,11 @@ class Origin:
 
 
 def prepare(
-    model: nn.Module, *, recover: bool = False, activation_quant: Literal["refuse", "drop"] = "refuse"
+    model: nn.Module,
+    *,
+    recover: bool = False,
+    activation_quant: Literal["refuse", "drop"] = "refuse",
+    progress: bool | None = None,
 ) -> Swaps:
     """Swaps the FP4 linears of a model, in place, for `PackedLinear` modules, and frees the original weights.
 
@@ -125,6 +85,7 @@ def prepare(
             back the rounded weight.
         activation_quant: what to do with a linear that quantises its input too: ``"refuse"`` it, or ``"drop"`` the
             quantisation: 16-bit activations, other and more exact values.
+        progress: see `marlin_w4a16.progress.track`.
 
     Returns:
         One row per linear, swapped or refused with its reason.
@@ -135,8 +96,8 @@ def prepare(
     if activation_quant not in ("refuse", "drop"):
         raise ValueError(f"prepare: activation_quant: found {activation_quant!r}, expected 'refuse' or 'drop'")
     rows: list[Swap] = []
-    places, outside = _places(model), compressed_tensors.outside(model)
-    for path, module in list(model.named_modules()):
+    places, outside = places_of(model), compressed_tensors.outside(model)
+    for path, module in track(list(model.named_modules()), "packing", show=progress):
         producer, found = _read(module, recover)
         if found is None:
             continue
@@ -145,7 +106,7 @@ def prepare(
         packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
         if isinstance(packed, PackedLinear):
             PRODUCERS[packed.origin.producer].strip(module, packed.origin.kept)
-            _place(packed, places[id(module)])
+            place(packed, places[id(module)])
             rows.append(Swap(path, producer, packed.packed.format, None, packed.origin.nbytes, packed.packed.nbytes))
         else:
             rows.append(Swap(path, producer or None, None, packed.reason))
@@ -167,7 +128,7 @@ def restore(model: nn.Module) -> Swaps:
         One row per `PackedLinear`: restored, or left as it is with the reason.
     """
     rows: list[Swap] = []
-    places = _places(model)
+    places = places_of(model)
     for path in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
         packed: Any = model.get_submodule(path)  # no list of modules: each is freed when it has been restored
         origin, packing = packed.origin, packed.packed
@@ -176,25 +137,19 @@ def restore(model: nn.Module) -> Swaps:
         if refusal is not None or not isinstance(origin, Origin) or origin.module is None:
             rows.append(Swap(path, producer, packing.format, refusal))
             continue
-        _place(origin.module, places[id(packed)])
+        place(origin.module, places[id(packed)])
         if origin.hook is not None:
             origin.hook.put_back(origin.module, model)
         rows.append(Swap(path, producer, packing.format, None, packing.nbytes, origin.nbytes))
     return Swaps(tuple(rows))
 
 
-_COLUMNS = ("linear", "producer", "format", "bytes", "outcome")
 _ROOT = Rejected("it is the model itself: prepare() swaps the modules in a model")
-
-
-def _cells(row: Swap) -> tuple[str, ...]:
-    change = f"{size(row.before)} -> {size(row.after)}" if row.refusal is None else "-"
-    return row.path, row.producer or "-", row.format or "-", change, row.refusal or "swapped"
 
 
 def _read(module: nn.Module, recover: bool) -> tuple[str, Found | Rejected | None]:
     if isinstance(module, PackedLinear):
-        return "", Rejected("it is packed already")
+        return "", PACKED
     for name, producer in PRODUCERS.items():
         try:
             found = producer.read(module, recover)
@@ -214,9 +169,8 @@ def _packed(
         return found
     if found.activations is not None and keeps_activations:
         return Rejected(f"{found.activations}: prepare(model, activation_quant='drop') leaves that out")
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or hasattr(module, "_hf_hook"):
-        return Rejected("it has hooks, which a PackedLinear would lose")
+    if has_hooks(module):
+        return HOOKS
     try:
         weight = found.weight.fit(found.dtype)
     except ValueError as error:
@@ -240,7 +194,7 @@ def _refill(packed: PackedLinear, path: str) -> str | None:
         PRODUCERS[origin.producer].fill(origin.module, _unfitted(packed.to_fp4(path), origin), origin.kept)
     except ValueError as error:
         return str(error)
-    origin.module.bias = packed.bias  # type: ignore[assignment]
+    origin.module.bias = packed.bias
     origin.module.train(packed.training)
     if packed.words.device != origin.device:
         origin.module.to(packed.words.device)
@@ -259,17 +213,3 @@ def _unfitted(weight: FP4Weight, origin: Origin) -> FP4Weight:
         return weight
     same = torch.equal(again.scales, weight.scales) and torch.equal(again.multiplier, weight.multiplier)
     return before if same else weight
-
-
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each module stands: its parents, and its name in each."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, name))
-    return places
-
-
-def _place(module: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    for parent, name in places:
-        parent._modules[name] = module

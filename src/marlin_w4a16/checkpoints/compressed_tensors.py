@@ -1,0 +1,76 @@
+"""Checkpoints of compressed-tensors (llm-compressor); read in version 0.20."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from marlin_w4a16.checkpoints.scheme import Rule, Scheme
+from marlin_w4a16.checkpoints.storage import SCALE_DTYPES, Activations, FP4Storage, Part
+from marlin_w4a16.kernels.fp4 import ScaleKind
+from marlin_w4a16.passes.outcome import Rejected
+
+NVFP4 = (
+    Part("weight_packed", "codes", ("U8",), ("n", "k/2")),
+    Part("weight_scale", "scales", SCALE_DTYPES["e4m3"], ("n", "k/g")),
+    Part("weight_global_scale", "divisor", ("F32",)),
+    Part("input_global_scale", "input divisor", ("F32",), optional=True),  # W4A4: 6 * 448 / amax of the input
+)
+MXFP4 = (
+    Part("weight_packed", "codes", ("U8",), ("n", "k/2")),
+    Part("weight_scale", "scales", SCALE_DTYPES["e8m0"], ("n", "k/g")),
+)
+FORMATS: dict[str, tuple[tuple[Part, ...], ScaleKind, int]] = {
+    "nvfp4-pack-quantized": (NVFP4, "e4m3", 16),
+    "mxfp4-pack-quantized": (MXFP4, "e8m0", 32),
+}
+
+
+def is_fp4(config: Mapping[str, Any]) -> bool:
+    """Whether a quantisation config of compressed-tensors stores any layer as FP4."""
+    return any(_format(config, group) in FORMATS for group in _groups(config).values())
+
+
+def scheme(config: Mapping[str, Any]) -> Scheme:
+    """What a quantisation config says; groups that are not FP4 are left to compressed-tensors."""
+    rules = tuple(Rule(tuple(group["targets"]), _storage(config, group)) for group in _groups(config).values())
+    names = dict.fromkeys(str(_format(config, group)) for group in _groups(config).values())
+    notes: tuple[str, ...] = ()
+    if config.get("kv_cache_scheme"):
+        notes = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",)
+    return Scheme("compressed-tensors", " + ".join(names), rules, tuple(config.get("ignore") or ()), "re", notes)
+
+
+def fp4_groups(config: Mapping[str, Any]) -> set[str]:
+    """The names of the config groups that are FP4."""
+    return {name for name, group in _groups(config).items() if _format(config, group) in FORMATS}
+
+
+def _groups(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    groups: Mapping[str, Any] = config.get("config_groups") or {}
+    return {name: group for name, group in groups.items() if isinstance(group, Mapping)}
+
+
+def _format(config: Mapping[str, Any], group: Mapping[str, Any]) -> str | None:
+    return group.get("format") or config.get("format")
+
+
+def _storage(config: Mapping[str, Any], group: Mapping[str, Any]) -> FP4Storage | Rejected | None:
+    name = _format(config, group)
+    if name not in FORMATS:
+        return None
+    parts, kind, size = FORMATS[name]
+    weights = group.get("weights") or {}
+    if weights.get("group_size", size) != size:
+        return Rejected(f"{name} with group_size {weights['group_size']}", f"group_size {size}")
+    if group.get("output_activations"):
+        return Rejected(f"{name} with quantised outputs", "none")
+    return FP4Storage(f"compressed-tensors {name}", kind, (size,), parts, _activations(group.get("input_activations")))
+
+
+def _activations(args: Mapping[str, Any] | None) -> Activations | None:
+    if not args:
+        return None
+    told = f"compressed-tensors quantises the inputs to {args.get('num_bits')} bit {args.get('type')}"
+    kind: ScaleKind | None = {16: "e4m3", 32: "e8m0"}.get(args.get("group_size") or 0)  # type: ignore[assignment]
+    if args.get("num_bits") != 4 or args.get("type") != "float" or kind is None:
+        return Activations(told)
+    return Activations(f"{told} (W4A4)", kind, args["group_size"])

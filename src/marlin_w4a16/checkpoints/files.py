@@ -1,0 +1,149 @@
+"""The tensors of a checkpoint by their headers: which file, dtype and shape; no values are read."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HF_QUANT_CONFIG = "hf_quant_config.json"  # all that older exports of ModelOpt have
+# Bits of an element, by the name safetensors gives its dtype.
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names file, tensor, what was found and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        file: where it lies.
+        dtype: as safetensors names it, such as ``"F8_E4M3"``.
+        shape: its shape.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * BITS.get(self.dtype, 8) // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The weight files of a folder: those its index names, or the single one.
+
+    Raises:
+        CheckpointError: there are none, one is missing, or the index points outside the folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [folder / SINGLE]
+        found = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) if folder.is_dir() else "no such folder"
+        raise CheckpointError(f"{folder}: found {found or 'an empty folder'}, expected {SINGLE} or {INDEX}")
+    names = sorted(set(index_of(folder).values()))
+    files = [inside(folder, name) for name in names]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: found no such file, expected it since {INDEX} names it: download it again")
+    return files
+
+
+def index_of(folder: Path) -> Mapping[str, str]:
+    """Which file each tensor lies in, as the index of a folder says; empty where there is none."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    found = read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise CheckpointError(f"{path}: weight_map: found {type(found).__name__}, expected tensors and their files")
+    return found
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a folder.
+
+    Raises:
+        CheckpointError: the name leads out of the folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"{folder / INDEX}: found the file {name!r}, expected one inside the folder")
+    return folder / name
+
+
+def entries(files: Iterable[Path], index: Mapping[str, str]) -> dict[str, Entry]:
+    """The tensors of some files by name.
+
+    Args:
+        files: safetensors files.
+        index: what `index_of` says; each tensor must lie where it says.
+
+    Raises:
+        CheckpointError: a file is truncated or no safetensors file, a tensor is missing or there twice.
+    """
+    found: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in _header(Path(file)).items():
+            if name in found:
+                raise CheckpointError(f"{file}: {name}: found it in {found[name].file.name} too, expected it once")
+            found[name] = entry
+    for name, file_name in index.items():
+        if name not in found:
+            raise CheckpointError(f"{file_name}: {name}: found no such tensor, expected it since {INDEX} names it")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}: expected a JSON file") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: found {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def quantization_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """The quantisation config of a folder and the file it stands in, or None; ``config.json`` goes first."""
+    config = folder / "config.json"
+    if config.is_file():
+        values = read_json(config)
+        for part in (values, values.get("text_config")):
+            found = part.get("quantization_config") if isinstance(part, dict) else None
+            if isinstance(found, dict):
+                return config.name, found
+    other = folder / HF_QUANT_CONFIG
+    return (other.name, {**read_json(other), "quant_method": "modelopt"}) if other.is_file() else None
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{file}: found a {file.suffix or 'nameless'} file, expected safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: Entry(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: {error}: expected a whole safetensors file: download it again") from error

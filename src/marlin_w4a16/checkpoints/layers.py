@@ -1,0 +1,170 @@
+"""What a checkpoint holds: its tensors held against its scheme, layer by layer."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from marlin_w4a16.checkpoints.files import Entry
+from marlin_w4a16.checkpoints.scheme import Scheme
+from marlin_w4a16.checkpoints.storage import FP4Storage, Storage
+from marlin_w4a16.passes.outcome import Rejected
+
+EXPERTS = Rejected("FP4 experts (mixture-of-experts)", "linears only: experts are not supported yet")
+# Leaves that only a quantised weight has, of any producer.
+QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
+_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a checkpoint cannot be loaded.
+
+    Attributes:
+        file: where, or None.
+        tensor: which tensor or layer.
+        found, expected: what is wrong.
+    """
+
+    file: str | None
+    tensor: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}: " if self.file else ""
+        return f"{where}{self.tensor}: found {self.found}, expected {self.expected}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One quantised linear of a checkpoint.
+
+    Attributes:
+        path: its path in the checkpoint.
+        storage: how it is stored.
+        n, k, group: rows, columns, columns that share a scale (0 for FP8).
+        entries: its tensors by leaf, without the bias.
+    """
+
+    path: str
+    storage: Storage
+    n: int
+    k: int
+    group: int
+    entries: Mapping[str, Entry]
+
+    @property
+    def format(self) -> str:
+        """The name of the format for people."""
+        return self.storage.format(self.group) if isinstance(self.storage, FP4Storage) else "FP8 E4M3"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        layers: its quantised linears by path, those that are right.
+        others: all other tensors.
+        problems: what is wrong with it.
+    """
+
+    layers: Mapping[str, Layer]
+    others: Mapping[str, Entry]
+    problems: tuple[Problem, ...]
+
+
+def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
+    """Holds the tensors of a checkpoint against its scheme."""
+    modules: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        path, _, leaf = name.rpartition(".")
+        modules.setdefault(path, {})[leaf] = entry
+    layers: dict[str, Layer] = {}
+    others: dict[str, Entry] = {}
+    problems: list[Problem] = []
+    refused: dict[Rejected, list[str]] = {}
+    for path, tensors in modules.items():
+        found = _judge(path, tensors, scheme)
+        if isinstance(found, Layer):
+            layers[path] = found
+        elif isinstance(found, Problem):
+            problems.append(found)
+        elif isinstance(found, Rejected):
+            refused.setdefault(found, []).append(path)
+        mine = found.entries if isinstance(found, Layer) else {}
+        others |= {f"{path}.{leaf}" if path else leaf: e for leaf, e in tensors.items() if leaf not in mine}
+    for why, paths in refused.items():  # once, not for each of hundreds of layers
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        problems.append(Problem(None, f"{paths[0]}{more}", why.why, why.detail or "linears"))
+    return Contents(layers, others, tuple(problems))
+
+
+def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | Problem | Rejected | None:
+    """What the tensors of a module are; None: not quantised here, or no linear."""
+    storage = scheme.storage(path)
+    if storage is None:
+        return _stray(path, tensors, scheme)
+    if not _is_quantised(storage, tensors):
+        return None
+    if isinstance(storage, Rejected):
+        return storage
+    if _EXPERT.search(path):
+        return EXPERTS
+    for part in storage.parts:
+        if part.leaf not in tensors and not part.optional:
+            held = ", ".join(sorted(tensors))
+            return _problem(path, tensors, part.leaf, f"no such tensor beside {held}", f"one ({storage.label})")
+        if part.leaf in tensors and tensors[part.leaf].dtype not in part.dtypes:
+            return _problem(path, tensors, part.leaf, str(tensors[part.leaf]), f"dtype {' or '.join(part.dtypes)}")
+    return _shaped(path, tensors, storage)
+
+
+def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer | Problem | Rejected:
+    mine = {part.leaf: tensors[part.leaf] for part in storage.parts if part.leaf in tensors}
+    codes, scales = (mine[storage.leaf(role)] for role in ("codes", "scales"))
+    if len(codes.shape) == 3:
+        return EXPERTS
+    shape = storage.shape_of(mine)
+    if shape is None:
+        return _problem(path, tensors, storage.leaf("scales"), str(scales), f"{storage.scales} for codes {codes}")
+    n, k, group = shape
+    axes = {"n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1)}
+    for part in storage.parts:
+        if part.leaf in mine and not storage.fits(part, mine[part.leaf].shape, axes):
+            expected = f"shape {[axes[axis] for axis in part.shape]}" if part.shape else "one element"
+            return _problem(path, tensors, part.leaf, str(mine[part.leaf]), expected)
+    for leaf in sorted((set(tensors) & QUANTISED) - set(mine)):
+        return _problem(path, tensors, leaf, str(tensors[leaf]), f"no such tensor in {storage.label}")
+    return Layer(path, storage, n, k, group, mine)
+
+
+def _stray(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Problem | None:
+    """FP4 tensors that the scheme knows nothing of; what compressed-tensors stores in other formats is its own."""
+    ignored = scheme.ignored_by(path)
+    rules = [rule.storage for rule in scheme.rules]
+    codes = sorted({s.leaf("codes") for s in rules if isinstance(s, FP4Storage)})
+    leaf = next((leaf for leaf in codes if _packed(tensors.get(leaf))), None)
+    if leaf is None or (ignored is None and None in rules):
+        return None
+    why = f"ignored by {ignored!r}" if ignored is not None else "not among the quantised layers"
+    return _problem(path, tensors, leaf, str(tensors[leaf]), f"a dense weight: the config says it is {why}")
+
+
+def _is_quantised(storage: Storage | Rejected, tensors: Mapping[str, Entry]) -> bool:
+    """Whether a module is quantised at all: it holds scales, or packed bytes for its weight."""
+    return bool(QUANTISED & set(tensors) - {"weight"}) or _packed(tensors.get("weight"))
+
+
+def _packed(entry: Entry | None) -> bool:
+    return entry is not None and entry.dtype in ("U8", "I8", "F4", "F8_E4M3")
+
+
+def _problem(path: str, tensors: Mapping[str, Entry], leaf: str, found: str, expected: str) -> Problem:
+    near = tensors.get(leaf) or next(iter(tensors.values()), None)
+    return Problem(near.file.name if near else None, f"{path}.{leaf}", found, expected)

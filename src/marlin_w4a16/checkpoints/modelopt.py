@@ -1,0 +1,103 @@
+"""Checkpoints of NVIDIA ModelOpt (``export_hf_checkpoint``); read in version 0.47."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.scheme import LINEAR, Rule, Scheme
+from marlin_w4a16.checkpoints.storage import FLOATS, SCALE_DTYPES, Activations, FP4Storage, FP8Storage, Part
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES, ScaleKind
+from marlin_w4a16.passes.outcome import Rejected
+
+PRE_QUANT_SCALE = Part("pre_quant_scale", "pre-quant scale", FLOATS, ("k",), optional=True)
+INPUT_SCALE = Part("input_scale", "input multiplier", ("F32",), optional=True)
+NVFP4 = (
+    Part("weight", "codes", ("U8",), ("n", "k/2")),
+    Part("weight_scale", "scales", SCALE_DTYPES["e4m3"], ("n", "k/g")),
+    Part("weight_scale_2", "multiplier", ("F32",)),
+    INPUT_SCALE,  # W4A4: amax of the input / (6 * 448)
+    PRE_QUANT_SCALE,  # where ModelOpt could not fold it into the layer before
+)
+MXFP4 = (
+    Part("weight", "codes", ("U8",), ("n", "k/2")),
+    Part("weight_scale", "scales", SCALE_DTYPES["e8m0"], ("n", "k/g")),
+    INPUT_SCALE,
+    PRE_QUANT_SCALE,
+)
+FP8 = (
+    Part("weight", "codes", ("F8_E4M3",), ("n", "k")),
+    Part("weight_scale", "scales", FLOATS, ("n",)),
+    INPUT_SCALE,
+)
+# quant_algo -> tensors, kind of scales, what becomes of the input
+FP4_ALGORITHMS: dict[str, tuple[tuple[Part, ...], ScaleKind, str | None]] = {
+    "NVFP4": (NVFP4, "e4m3", "FP4"),
+    "W4A16_NVFP4": (NVFP4, "e4m3", None),
+    "NVFP4_AWQ": (NVFP4, "e4m3", "FP4"),
+    "W4A8_NVFP4_FP8": (NVFP4, "e4m3", "FP8"),
+    "MXFP4": (MXFP4, "e8m0", "FP4"),
+    "W4A8_MXFP4_FP8": (MXFP4, "e8m0", "FP8"),
+}
+FP8_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+SINGLE = (*FP4_ALGORITHMS, *FP8_ALGORITHMS, "MIXED_PRECISION")
+
+
+def is_fp4(config: Mapping[str, Any]) -> bool:
+    """Whether a quantisation config of ModelOpt names an FP4 format for any layer."""
+    values = _values(config)
+    layers = values.get("quantized_layers") or {}
+    algorithms = [values.get("quant_algo"), *(layer.get("quant_algo") for layer in layers.values())]
+    return any(str(name).upper() in FP4_ALGORITHMS for name in algorithms)
+
+
+def scheme(config: Mapping[str, Any]) -> Scheme:
+    """What a quantisation config says: that of config.json (``quant_method: modelopt``) or hf_quant_config.json.
+
+    Raises:
+        CheckpointError: it names no algorithm.
+    """
+    values = _values(config)
+    algorithm = str(values.get("quant_algo") or "").upper()
+    if not algorithm:
+        raise CheckpointError(
+            f"quantization_config: quant_algo: found none, expected one of {', '.join(SINGLE)}; a checkpoint that has "
+            "only a hf_quant_config.json needs quantization_config=marlin_w4a16.hf.ModelOptConfig.of(path)"
+        )
+    if algorithm == "MIXED_PRECISION":
+        layers = values.get("quantized_layers") or {}
+        rules = tuple(Rule((path,), _storage(layer)) for path, layer in layers.items())
+    else:
+        rules = (Rule((LINEAR,), _storage(values)),)
+    ignore = tuple(values.get("exclude_modules") or values.get("ignore") or ())
+    cache = values.get("kv_cache_quant_algo") or values.get("kv_cache_scheme")
+    notes = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",) if cache else ()
+    return Scheme("ModelOpt", algorithm, rules, ignore, "glob", notes)
+
+
+def _values(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """hf_quant_config.json nests them."""
+    values: Mapping[str, Any] = config.get("quantization", config)
+    return values
+
+
+def _storage(layer: Mapping[str, Any]) -> FP4Storage | FP8Storage | Rejected:
+    algorithm = str(layer.get("quant_algo")).upper()
+    if algorithm in FP8_ALGORITHMS:
+        return FP8Storage(f"ModelOpt {algorithm}", FP8)
+    if algorithm not in FP4_ALGORITHMS:
+        known = ", ".join([*FP4_ALGORITHMS, *FP8_ALGORITHMS])
+        return Rejected(f"ModelOpt's {algorithm}", f"one of {known}")
+    parts, kind, inputs = FP4_ALGORITHMS[algorithm]
+    group = layer.get("group_size") or _group_of(layer)
+    groups = (int(group),) if group else GROUP_SIZES  # config.json of NVFP4_AWQ does not say it
+    activations = None
+    if inputs == "FP4":
+        activations = Activations("ModelOpt quantises the inputs to FP4 (W4A4)", kind, groups[0], "up")
+    elif inputs == "FP8":
+        activations = Activations("ModelOpt quantises the inputs to FP8 (W4A8)")
+    return FP4Storage(f"ModelOpt {algorithm}", kind, groups, parts, activations)
+
+
+def _group_of(layer: Mapping[str, Any]) -> int | None:
+    groups = layer.get("config_groups") or {}
+    return next((g["weights"].get("group_size") for g in groups.values() if isinstance(g.get("weights"), dict)), None)

@@ -1,0 +1,64 @@
+"""Which linears of a checkpoint are stored how, as its quantisation config says."""
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from marlin_w4a16.checkpoints.storage import Storage
+from marlin_w4a16.passes.outcome import Rejected
+
+LINEAR = "Linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Linears of some names are stored in one way.
+
+    Attributes:
+        targets: patterns of module paths; ``"Linear"`` is every one.
+        storage: how, or why such linears cannot be loaded, or None: someone else loads them.
+    """
+
+    targets: tuple[str, ...]
+    storage: Storage | Rejected | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What a quantisation config says.
+
+    Attributes:
+        producer: who wrote the checkpoint.
+        algorithm: its name for the format.
+        rules: the first that matches decides.
+        ignore: patterns of module paths that are dense.
+        patterns: ``"glob"``, or ``"re"``: regular expressions where they begin with ``re:``, else exact names.
+        notes: what is not loaded, such as a quantised cache.
+    """
+
+    producer: str
+    algorithm: str
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+    patterns: Literal["glob", "re"] = "glob"
+    notes: tuple[str, ...] = ()
+
+    def storage(self, path: str) -> Storage | Rejected | None:
+        """How the linear at a path is stored; None: it is dense, or someone else's."""
+        if self.ignored_by(path) is not None:
+            return None
+        rules = (rule for rule in self.rules if any(t == LINEAR or self._matches(path, t) for t in rule.targets))
+        rule = next(rules, None)
+        return None if rule is None else rule.storage
+
+    def ignored_by(self, path: str) -> str | None:
+        """The pattern by which a path is ignored."""
+        return next((pattern for pattern in self.ignore if self._matches(path, pattern)), None)
+
+    def _matches(self, path: str, pattern: str) -> bool:
+        if self.patterns == "glob":
+            return fnmatchcase(path, pattern) or path.startswith(f"{pattern}.")
+        if pattern.startswith("re:"):
+            return re.match(pattern.removeprefix("re:"), path) is not None
+        return pattern == path

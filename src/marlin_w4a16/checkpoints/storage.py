@@ -1,0 +1,196 @@
+"""How one quantised linear is stored: its tensors, their dtypes and shapes, and which way they decode."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.checkpoints.files import Entry
+from marlin_w4a16.kernels.activations import Rounding
+from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind, format_name, fp4_weight
+
+FLOATS = ("F32", "BF16", "F16")
+SCALE_DTYPES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+Role = Literal["codes", "scales", "multiplier", "divisor", "input multiplier", "input divisor", "pre-quant scale"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of a stored linear.
+
+    Attributes:
+        leaf: the last part of its name.
+        role: what it is. Global scales multiply or divide; those of the input belong to W4A4; a pre-quant scale
+            multiplies the input before the product (AWQ).
+        dtypes: as safetensors names them.
+        shape: axes as ``n``, ``k``, ``k/2`` and ``k/g``; empty for one element.
+        optional: may be missing.
+    """
+
+    leaf: str
+    role: Role
+    dtypes: tuple[str, ...]
+    shape: tuple[str, ...] = ()
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """How the producer quantises a linear's input.
+
+    Attributes:
+        told: for people.
+        kind: of block scales that are computed from the input in each call, or None: not FP4.
+        group: elements that share one.
+        rounding: how the producer rounds E8M0 scales.
+    """
+
+    told: str
+    kind: ScaleKind | None = None
+    group: int = 0
+    rounding: Rounding = "near"
+
+
+@dataclass(frozen=True, slots=True)
+class FP4Storage:
+    """A linear whose weight is FP4.
+
+    Attributes:
+        label: the producer's name for the format.
+        kind: how its scale bytes are read.
+        groups: columns that may share a scale; which, the shapes say.
+        parts: its tensors.
+        activations: how its input is quantised, or None.
+    """
+
+    label: str
+    kind: ScaleKind
+    groups: tuple[int, ...]
+    parts: tuple[Part, ...]
+    activations: Activations | None = None
+
+    def part(self, *roles: Role) -> Part | None:
+        """The tensor that plays one of some roles."""
+        return next((part for part in self.parts if part.role in roles), None)
+
+    def leaf(self, *roles: Role) -> str:
+        """The name of a tensor that every linear has."""
+        part = self.part(*roles)
+        if part is None:
+            raise KeyError(roles)
+        return part.leaf
+
+    @property
+    def scales(self) -> str:
+        """The shape of block scales in words."""
+        return f"[n, k / {' or '.join(map(str, self.groups))}]"
+
+    def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
+        """Rows, columns and group size by the shapes of codes and scales, or None: they make no linear."""
+        codes, scales = entries[self.leaf("codes")].shape, entries[self.leaf("scales")].shape
+        if len(codes) != 2 or len(scales) != 2 or not scales[1] or codes[1] * 2 % scales[1]:
+            return None
+        group = codes[1] * 2 // scales[1]
+        return (codes[0], codes[1] * 2, group) if group in self.groups else None
+
+    def fits(self, part: Part, shape: tuple[int, ...], axes: Mapping[str, int]) -> bool:
+        """Whether a tensor has its shape."""
+        return shape == tuple(axes[axis] for axis in part.shape) if part.shape else math.prod(shape) == 1
+
+    def format(self, group: int) -> str:
+        """The name of the format for people."""
+        return format_name(self.kind, group)
+
+    def read(self, tensors: Mapping[str, Tensor], name: str) -> FP4Weight:
+        """The weight that some tensors, by leaf, are."""
+        part = self.part("multiplier", "divisor")
+        factor: Tensor | float = 1.0 if part is None else tensors[part.leaf].float()
+        if part is not None and part.role == "divisor":
+            factor = torch.as_tensor(factor).reciprocal()
+        codes, scales = tensors[self.leaf("codes")], tensors[self.leaf("scales")]
+        return fp4_weight(codes, scales, factor, kind=self.kind, name=name)
+
+    def write(self, weight: FP4Weight, kept: Mapping[str, Tensor], scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        """The inverse of `read`, bit for bit: ``kept`` are the tensors beside codes and scales."""
+        made = {self.leaf("codes"): weight.codes, self.leaf("scales"): weight.scales.view(scale_dtype)}
+        return {part.leaf: t for part in self.parts if (t := {**kept, **made}.get(part.leaf)) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class FP8Storage:
+    """A linear whose weight is FP8 (E4M3) with a scale for the tensor or for each row; it is loaded dense.
+
+    Attributes:
+        label: the producer's name for the format.
+        parts: its tensors: ``weight``, ``weight_scale``, maybe ``input_scale``.
+    """
+
+    label: str
+    parts: tuple[Part, ...]
+
+    scales: ClassVar[str] = "a scale for the weight or for each row"
+
+    def leaf(self, role: Role) -> str:
+        """The name of a tensor that every linear has."""
+        return next(part.leaf for part in self.parts if part.role == role)
+
+    def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
+        """Rows and columns, and 0 for the group size, or None: the weight is no matrix."""
+        shape = entries["weight"].shape
+        return (shape[0], shape[1], 0) if len(shape) == 2 else None
+
+    def fits(self, part: Part, shape: tuple[int, ...], axes: Mapping[str, int]) -> bool:
+        """Whether a tensor has its shape; a scale may be one for the weight, and one per row may keep its axis."""
+        expected = tuple(axes[axis] for axis in part.shape)
+        one = math.prod(shape) == 1 and part.role != "codes"
+        return one or shape == expected or (part.role == "scales" and shape == (*expected, 1))
+
+    def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight ``[n, k]``, rounded once to ``dtype``."""
+        codes, scale = tensors["weight"], _per_row(tensors["weight_scale"])
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for rows in _row_blocks(*codes.shape):
+            out[rows] = (codes[rows].float() * (scale[rows] if scale.ndim else scale)).to(dtype)
+        return out
+
+    def write(self, weight: Tensor, kept: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+        """The inverse of `read`.
+
+        Raises:
+            ValueError: the weight is not what was loaded: it changed, or its dtype cannot hold the codes.
+        """
+        scale = _per_row(kept["weight_scale"]).to(weight.device)
+        codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+        for rows in _row_blocks(*weight.shape):
+            by = scale[rows] if scale.ndim else scale
+            codes[rows] = (weight[rows].float() / by).to(torch.float8_e4m3fn)
+            again = (codes[rows].float() * by).to(weight.dtype)
+            if not torch.equal(again.nan_to_num(7.0), weight[rows].nan_to_num(7.0)):
+                raise ValueError(
+                    f"{name}.weight: found values that are no FP8 codes times weight_scale, expected those loaded: "
+                    "save with dequantize() to store what the layer holds now"
+                )
+        return {"weight": codes, **kept}
+
+
+Storage = FP4Storage | FP8Storage
+
+
+def _per_row(scale: Tensor) -> Tensor:
+    return scale.float().reshape(-1, 1) if scale.numel() > 1 else scale.float().reshape(())
+
+
+def _row_blocks(n: int, k: int) -> Iterator[slice]:
+    rows = max(1, BLOCK_ELEMENTS // max(1, k))
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))

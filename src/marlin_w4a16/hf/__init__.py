@@ -1,0 +1,33 @@
+"""FP4 checkpoints in transformers: after ``import marlin_w4a16.hf``, ``from_pretrained`` loads them four bits wide.
+
+Checkpoints of NVIDIA ModelOpt and of compressed-tensors keep their format in memory, run in eager mode and under
+torch.compile, and are saved as they were. `ModelOptConfig` and `CompressedTensorsConfig` hold the options, `report`
+says what a model was loaded from.
+"""
+
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+
+from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
+from marlin_w4a16.hf.loaded import Loaded
+from marlin_w4a16.hf.quantizer import CompressedTensorsQuantizer, ModelOptQuantizer
+
+__all__ = ["CheckpointError", "CompressedTensorsConfig", "Loaded", "ModelOptConfig", "report"]
+
+
+def report(model: PreTrainedModel) -> Loaded | None:
+    """What a model was loaded from, or None if this plugin did not load it."""
+    found: Loaded | None = getattr(getattr(model, "hf_quantizer", None), "report", None)
+    return found
+
+
+def _register() -> None:
+    if "modelopt" not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config("modelopt")(ModelOptConfig)
+        auto.register_quantizer("modelopt")(ModelOptQuantizer)
+    # The one thing of transformers that is replaced: the name is taken. What is not FP4 goes to the class it replaces.
+    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsQuantizer
+
+
+_register()

@@ -1,0 +1,98 @@
+"""What a user may choose when a checkpoint is loaded: ``from_pretrained(path, quantization_config=...)``."""
+
+import copy
+from pathlib import Path
+from typing import Any, get_args
+
+import transformers
+from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import Mxfp4Config
+
+from marlin_w4a16.checkpoints import files
+from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.passes.settings import ActivationQuant
+
+
+class ModelOptConfig(Mxfp4Config):
+    """How an FP4 checkpoint of NVIDIA ModelOpt is loaded.
+
+    Args:
+        dequantize: load dense weights instead.
+        activation_quant: ``"drop"`` leaves out the quantisation of inputs (W4A4), ``"keep"`` runs it, ``"refuse"``
+            raises if there is any.
+        values: the quantisation config itself, as config.json or hf_quant_config.json has it; needed only where
+            config.json has none: ``ModelOptConfig.of(path)`` reads it.
+    """
+
+    # A subclass of Mxfp4Config, since transformers takes options over from a fixed tuple of classes only
+    # (LOADING_ATTRIBUTES_CONFIG_TYPES in quantizers/auto.py, 5.17 to 5.23).
+    def __init__(self, dequantize: bool = False, activation_quant: ActivationQuant = "drop", **values: Any) -> None:
+        self.quant_method = "modelopt"  # type: ignore[assignment]
+        self.values = {**values, "quant_method": "modelopt"} if values else {}
+        self.dequantize = dequantize
+        self.activation_quant = checked(activation_quant)
+
+    @classmethod
+    def of(cls, path: str, **options: Any) -> "ModelOptConfig":
+        """The config of a checkpoint that has a hf_quant_config.json only, as older exports of ModelOpt have.
+
+        Args:
+            path: a folder or a name on the hub.
+            options: ``dequantize``, ``activation_quant``.
+
+        Raises:
+            CheckpointError: there is no such file, or it is no JSON object.
+        """
+        found = cached_file(path, "hf_quant_config.json", _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            raise CheckpointError(f"{path}: found no hf_quant_config.json, expected one")
+
+        return cls(**options, **files.read_json(Path(found)))
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What goes over a checkpoint's own config."""
+        return {"dequantize": self.dequantize, "activation_quant": self.activation_quant}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The checkpoint's config as it was."""
+        return copy.deepcopy(self.values) or {"quant_method": "modelopt"}
+
+
+class CompressedTensorsConfig(transformers.CompressedTensorsConfig):  # transformers compares the names of classes
+    """``transformers.CompressedTensorsConfig`` with ``activation_quant``, see `ModelOptConfig`."""
+
+    values: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, activation_quant: ActivationQuant = "drop", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation_quant = checked(activation_quant)
+
+    @classmethod
+    def like(cls, other: transformers.CompressedTensorsConfig, values: dict[str, Any]) -> "CompressedTensorsConfig":
+        """The config that transformers read, which is saved as it stood in config.json."""
+        config = cls()
+        vars(config).update(vars(other))
+        config.values = values
+        return config
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What goes over a checkpoint's own config."""
+        inherited: dict[str, Any] = super().get_loading_attributes()
+        return {**inherited, "activation_quant": self.activation_quant}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The checkpoint's config as it was."""
+        return copy.deepcopy(self.values) if self.values else super().to_dict()
+
+
+def checked(activation_quant: Any) -> ActivationQuant:
+    """The policy.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if activation_quant not in get_args(ActivationQuant):
+        known = ", ".join(map(repr, get_args(ActivationQuant)))
+        raise ValueError(f"activation_quant: found {activation_quant!r}, expected one of {known}")
+    policy: ActivationQuant = activation_quant
+    return policy

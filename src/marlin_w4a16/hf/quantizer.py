@@ -1,0 +1,212 @@
+"""The quantizers that transformers asks to load FP4 checkpoints; hooks as in transformers 5.17 to 5.23."""
+
+import copy
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils.hub import cached_file
+
+from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
+from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.layers import contents
+from marlin_w4a16.checkpoints.scheme import Scheme
+from marlin_w4a16.checkpoints.values import bad_values, read
+from marlin_w4a16.hf.configs import CompressedTensorsConfig, checked
+from marlin_w4a16.hf.generation import compile_decode
+from marlin_w4a16.hf.linear import CheckpointLinear, FP8Linear, StoredLinear
+from marlin_w4a16.hf.loaded import Loaded, loaded
+from marlin_w4a16.hf.placing import place, put, swap_in
+from marlin_w4a16.progress import track
+
+log = logging.getLogger("marlin_w4a16")
+
+
+class FP4Loading(HfQuantizer):
+    """What the quantizers share: layers are stored ones while weights are loaded, and are packed one by one after it.
+
+    A subclass says by `scheme` what the checkpoint holds; None leaves everything to its base class.
+    """
+
+    scheme: Scheme | None = None
+    model_dtype: torch.dtype = torch.bfloat16
+    report: Loaded | None = None
+    cache_scales: Mapping[str, Tensor] = MappingProxyType({})
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remembers the dtype of the model: no other hook is told."""
+        self.model_dtype = super().update_dtype(dtype)
+        return self.model_dtype
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.scheme is None:
+            super()._process_model_before_weight_loading(model, **kwargs)
+            return
+        name = str(model.config.name_or_path)
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise CheckpointError(
+                f"{model.config.name_or_path}: tensor parallel loading of FP4 layers is not supported"
+            )
+        self._keep_config(name)
+        held = contents(self._entries(model, kwargs.get("checkpoint_files")), self.scheme)
+        placement = place(held, model, self.scheme)
+        problems = held.problems + placement.problems
+        problems = problems or tuple(bad_values(placement.layers.values()))
+        if problems:
+            shown = "\n".join(f"  {problem}" for problem in problems[:20])
+            more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise CheckpointError(f"{name} cannot be loaded:\n{shown}{more}")
+        policy = checked(getattr(self.quantization_config, "activation_quant", "drop"))
+        self.report = loaded(self.scheme, placement.layers, held.others, policy, self._dequantizes)
+        self.cache_scales = read(placement.cache_scales)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *map(re.escape, self.cache_scales)}
+        swap_in(model, placement.layers, self.model_dtype, keep=policy == "keep")
+        if self._shares:
+            super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        if self.scheme is None:
+            return super()._process_model_after_weight_loading(model, **kwargs)
+        paths = [path for path, module in model.named_modules() if isinstance(module, StoredLinear)]
+        for path in track(paths, "Packing weights"):
+            _settle(model, path, self.model_dtype if self._dequantizes else None)
+        if not self._dequantizes:
+            compile_decode(model)
+        if self.report is not None:
+            self.report.log(log)
+        return super()._process_model_after_weight_loading(model, **kwargs) if self._shares else model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Layers are loaded under the names of the checkpoint; 5.17 does not hand over the model."""
+        if self.scheme is not None and not self._shares:
+            return weight_conversions
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        return conversions
+
+    @property
+    def _shares(self) -> bool:
+        """Whether the base class loads some layers."""
+        return False
+
+    def _keep_config(self, path: str) -> None:
+        """Keeps the quantisation config as it stands in the checkpoint, to save it so."""
+
+    @property
+    def _dequantizes(self) -> bool:
+        return bool(getattr(self.quantization_config, "dequantize", False))
+
+    def _entries(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> dict[str, files.Entry]:
+        name = str(model.config.name_or_path)
+        if not checkpoint_files:
+            raise CheckpointError(f"{name}: found a state dict, expected a checkpoint's files: its headers are read")
+        folder = Path(name) if Path(name).is_dir() else Path(checkpoint_files[0]).parent
+        for file in checkpoint_files:
+            if Path(file).is_relative_to(folder):
+                files.inside(folder, str(Path(file).relative_to(folder)))
+        return files.entries(map(Path, checkpoint_files), files.index_of(Path(checkpoint_files[0]).parent))
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, CheckpointLinear | FP8Linear | StoredLinear):
+                put(model, path, module.dense(dtype or self.model_dtype).train(module.training))
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """The state dict in the checkpoint's format, bit for bit."""
+        if self.scheme is None or getattr(model, "_hf_peft_config_loaded", False):
+            state, metadata = super().get_state_dict_and_metadata(model)
+            return state, metadata
+        state = dict(model.state_dict())
+        for path, module in model.named_modules():
+            if isinstance(module, StoredLinear):
+                raise CheckpointError(f"{path}: found a layer that is offloaded, expected all on one device to save it")
+            if isinstance(module, CheckpointLinear | FP8Linear):
+                prefix = f"{path}."
+                state = {k: v for k, v in state.items() if not k.startswith(prefix) or k == f"{prefix}bias"}
+                state |= {f"{prefix}{leaf}": tensor for leaf, tensor in module.stored().items()}
+        return {**state, **self.cache_scales}, {}
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes of an element, once dense for a layer that will be dequantised."""
+        path, _, leaf = param_name.rpartition(".")
+        if self._dequantizes and isinstance(module := model.get_submodule(path), StoredLinear) and leaf != "bias":
+            dense = module.in_features * module.out_features * self.model_dtype.itemsize
+            return dense / max(1, param.numel()) if leaf in ("weight", "weight_packed") else 0.0
+        return super().param_element_size(model, param_name, param)
+
+    def is_serializable(self) -> bool:
+        """A model is saved in the format it was loaded from."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters, biases and dense layers are; FP4 weights are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Decode is compiled by generate()."""
+        return True
+
+
+class ModelOptQuantizer(FP4Loading):
+    """Checkpoints of NVIDIA ModelOpt with FP4 layers."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = True  # also where config.json does not say so: see ModelOptConfig.of
+        self.scheme = modelopt.scheme(quantization_config.values)
+
+
+class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
+    """Checkpoints of compressed-tensors: FP4 groups are loaded here, all others by transformers' own quantizer."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        config = quantization_config.quantization_config
+        values = config.model_dump() if config is not None else {}
+        if not compressed_tensors.is_fp4(values):
+            return
+        self.scheme = compressed_tensors.scheme(values)
+        mine = compressed_tensors.fp4_groups(values)
+        rest = copy.deepcopy(config)
+        rest.config_groups = {name: group for name, group in config.config_groups.items() if name not in mine}
+        self.compressor.quantization_config = rest
+
+    def _keep_config(self, path: str) -> None:
+        file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
+        found = files.quantization_of(Path(file).parent) if file is not None else None
+        if found is not None and found[0] == "config.json":
+            self.quantization_config = CompressedTensorsConfig.like(self.quantization_config, found[1])
+
+    @property
+    def _shares(self) -> bool:
+        """Whether some groups are not FP4."""
+        return bool(self.compressor.quantization_config.config_groups)
+
+
+def _settle(model: PreTrainedModel, path: str, dense: torch.dtype | None) -> None:
+    """Puts what runs in place of a stored layer; one that is offloaded stays as it is, and runs too."""
+    stored: Any = model.get_submodule(path)
+    hook = getattr(stored, "_hf_hook", None)
+    if any(parameter.is_meta for parameter in stored.parameters()):
+        if dense is not None:
+            raise CheckpointError(
+                f"{path}: found a layer that is offloaded, expected all on devices to dequantize them"
+            )
+        return
+    module = stored.loaded() if dense is None else stored.dense(dense).train(stored.training)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(module, hook)
+    put(model, path, module)

@@ -1,0 +1,149 @@
+"""The formats by name, and checkpoints of them written once per process."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from checkpoints import compressed, modelopt
+from checkpoints.compressed import LINEARS
+from checkpoints.modelopt import FP8, Rule, nvfp4, rule
+from checkpoints.models import FAMILIES
+
+Producer = Literal["ModelOpt", "compressed-tensors"]
+MLP, ATTENTION = ["re:.*mlp.*_proj$"], ["re:.*self_attn.*_proj$"]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to store a quantised model.
+
+    Attributes:
+        name: unique; begins with the producer.
+        producer: whose code writes it.
+        write: called as ``write(model, folder, max_shard_size=...)``; the model is not to be used afterwards.
+        about: what is special about it.
+    """
+
+    name: str
+    producer: Producer
+    write: Callable[..., None]
+    about: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def of_modelopt(name: str, about: str, preset: str, *rules: Rule) -> Format:
+    """A preset of ModelOpt, with further rules."""
+
+    def write(model: Any, folder: Path, max_shard_size: str = "5GB") -> None:
+        modelopt.write(model, folder, preset, *rules, max_shard_size=max_shard_size)
+
+    return Format(f"modelopt-{name}", "ModelOpt", write, about)
+
+
+def of_compressed(name: str, about: str, *groups: compressed.Group, **choices: Any) -> Format:
+    """Presets of compressed-tensors, each with its targets."""
+
+    def write(model: Any, folder: Path, max_shard_size: str = "5GB") -> None:
+        compressed.write(model, folder, *groups, **choices, max_shard_size=max_shard_size)
+
+    return Format(f"ct-{name}", "compressed-tensors", write, about)
+
+
+MODELOPT = [
+    of_modelopt("nvfp4", "with input_scale", "NVFP4_DEFAULT_CFG"),
+    of_modelopt("w4a16", "weights only", "W4A16_NVFP4_CFG"),
+    of_modelopt("group32", "E4M3 scales of groups of 32", "W4A16_NVFP4_CFG",
+                rule("*_proj.weight_quantizer", nvfp4(group=32))),
+    of_modelopt("head", "lm_head is quantised", "W4A16_NVFP4_CFG", rule("*lm_head.weight_quantizer", nvfp4())),
+    of_modelopt("mlp", "ignore has a prefix and a star: the attention is dense", "NVFP4_MLP_ONLY_CFG"),
+    of_modelopt("kv-fp8", "with k_scale and v_scale", "NVFP4_DEFAULT_CFG", rule("*[kv]_bmm_quantizer", FP8)),
+    of_modelopt("kv-nvfp4", "kv_cache_scheme is a string", "NVFP4_DEFAULT_CFG", rule("*[kv]_bmm_quantizer", nvfp4())),
+    of_modelopt("mixed", "FP8 attention, NVFP4 MLP, a dense down_proj", "NVFP4_DEFAULT_CFG",
+                rule("*self_attn*_proj.weight_quantizer", FP8), rule("*self_attn*_proj.input_quantizer", FP8),
+                rule("*layers.1.mlp.down_proj*")),
+    of_modelopt("mixed-fp4", "NVFP4 with and without input_scale, groups of 16 and 32, dense", "NVFP4_DEFAULT_CFG",
+                rule("*layers.1.*input_quantizer"), rule("*layers.1.mlp.down_proj.weight_quantizer", nvfp4(group=32)),
+                rule("*layers.0.self_attn*")),
+    of_modelopt("awq", "o_proj has a pre_quant_scale, in Gemma down_proj too", "NVFP4_AWQ_LITE_CFG"),
+    of_modelopt("svdquant", "every linear has a pre_quant_scale and a low-rank part", "NVFP4_SVDQUANT_DEFAULT_CFG"),
+    of_modelopt("mxfp4", "E8M0 scales, quant_algo in lower case", "MXFP4_DEFAULT_CFG"),
+    of_modelopt("w4a8-nvfp4", "groups of 32, a factor of amax / 448", "W4A8_NVFP4_FP8_CFG"),
+    of_modelopt("w4a8-mxfp4", "E8M0 scales", "W4A8_MXFP4_FP8_CFG"),
+    of_modelopt("fp8", "nothing is FP4", "FP8_DEFAULT_CFG"),
+]  # fmt: skip
+
+COMPRESSED = [
+    of_compressed("nvfp4a16", "weights only", ("NVFP4A16", LINEARS)),
+    of_compressed("nvfp4", "with input_global_scale", ("NVFP4", LINEARS)),
+    of_compressed("mxfp4a16", "weights only", ("MXFP4A16", LINEARS)),
+    of_compressed("mxfp4", "inputs quantised, nothing stored for them", ("MXFP4", LINEARS)),
+    of_compressed("mxfp4-fp8", "inputs in FP8, nothing stored for them", ("MXFP4XFP8", LINEARS)),
+    of_compressed("head", "lm_head is quantised", ("NVFP4A16", LINEARS), ignore=()),
+    of_compressed("embedding", "the embedding is quantised", ("NVFP4A16", [*LINEARS, "Embedding"])),
+    of_compressed("kv", "with k_scale and v_scale of the attention", ("NVFP4A16", LINEARS), kv_cache=True),
+    of_compressed("ignore-names", "ignore names each linear", ("NVFP4A16", LINEARS),
+                  ignore=("lm_head", "re:.*self_attn.*", "model.layers.1.mlp.down_proj")),
+    of_compressed("ignore-patterns", "ignore has a pattern", ("NVFP4A16", LINEARS), as_given=True,
+                  ignore=("lm_head", "re:.*self_attn.*", "model.layers.1.mlp.down_proj")),
+    of_compressed("target-names", "targets are names",
+                  ("NVFP4A16", ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]),
+                  as_given=True, ignore=()),
+    of_compressed("two-groups", "two groups of one format", ("NVFP4A16", MLP), ("NVFP4", ATTENTION)),
+    of_compressed("nvfp4-mxfp4", "mixed-precision, all FP4", ("NVFP4A16", MLP), ("MXFP4A16", ATTENTION)),
+    of_compressed("nvfp4-fp8", "mixed-precision, FP8 attention", ("NVFP4A16", MLP), ("FP8_DYNAMIC", ATTENTION)),
+    of_compressed("fp8", "nothing is FP4", ("FP8_DYNAMIC", LINEARS)),
+]  # fmt: skip
+
+FORMATS: dict[str, Format] = {made.name: made for made in [*MODELOPT, *COMPRESSED]}
+# For parametrised tests: every format of one family, and the main formats of every family without experts.
+DENSE_FAMILIES = [name for name in FAMILIES if name not in ("qwen3moe", "mixtral")]
+MAIN = ["modelopt-nvfp4", "modelopt-w4a16", "modelopt-awq", "ct-nvfp4a16", "ct-nvfp4", "ct-mxfp4a16"]
+CASES = [(name, "llama") for name in FORMATS] + [(n, family) for n in MAIN for family in DENSE_FAMILIES[1:]]
+
+
+@functools.cache
+def store() -> tempfile.TemporaryDirectory:
+    """Where checkpoints of this process lie until it ends."""
+    return tempfile.TemporaryDirectory(prefix="fp4-checkpoints-")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Random numbers of their own, and one thread: tensors this small are slower on several."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@functools.cache
+def export(name: str, family: str, shards: bool, dtype: torch.dtype) -> Path:
+    folder = Path(store().name, f"{name}-{family}-{str(dtype)[6:]}{'-shards' * shards}")
+    with undisturbed():
+        FORMATS[name].write(FAMILIES[family](dtype=dtype), folder, max_shard_size="60KB" if shards else "5GB")
+    return folder
+
+
+def written(name: str, family: str, shards: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The folder of a checkpoint, written at the first call: for all to read, for none to change."""
+    return export(name, family, shards, dtype)
+
+
+def write(name: str, family: str, folder: Path, shards: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A copy of that checkpoint in a folder, to be changed at will."""
+    return Path(shutil.copytree(export(name, family, shards, dtype), folder, dirs_exist_ok=True))
