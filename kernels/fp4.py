@@ -117,23 +117,20 @@ class FP4Weight:
         """
         if self.kind == "e4m3" or not self.scales.numel():
             return self
-        low, high = EXACT_EXPONENTS[dtype]
-        used = torch.cat([_nonzero_groups(part) for _, part in self.row_blocks()])
-        exponent = self.scales.int() - E8M0_BIAS
-        top = exponent.masked_fill(~used, -1000).amax(-1, keepdim=True)
-        bottom = exponent.masked_fill(~used, 1000).amin(-1, keepdim=True)
-        shift = (top - high).clamp(min=0) + (bottom - low).clamp(max=0)  # one of them is 0, or the span too wide
-        if not shift.any() and bool(((exponent >= low) & (exponent <= high)).all()):
+        limits = EXACT_EXPONENTS[dtype]
+        scales, shift = torch.empty_like(self.scales), torch.empty_like(self.multiplier, dtype=torch.int32)
+        for rows, part in self.row_blocks(16 * BLOCK_ELEMENTS):  # half a byte each
+            scales[rows], shift[rows], span = _moved(part, *limits)
+            _check_fits(part, rows.start, span > limits[1] - limits[0], dtype, *limits)
+        if torch.equal(scales, self.scales):
             return self
-        _check_fits(self, top - bottom > high - low, dtype, low, high)
-        moved = (exponent - shift).clamp(low, high)
-        multiplier = torch.ldexp(self.multiplier.double(), shift[:, 0]).float()
-        back = torch.ldexp(multiplier.double(), -shift[:, 0])
+        multiplier = torch.ldexp(self.multiplier.double(), shift).float()
+        back = torch.ldexp(multiplier.double(), -shift)
         if not torch.equal(back, self.multiplier.double()):
             raise ValueError(
                 f"{self.name}: multiplier leaves the range of float32 when the rows' powers of two move into it"
             )
-        return replace(self, scales=(moved + E8M0_BIAS).to(torch.uint8), multiplier=multiplier)
+        return replace(self, scales=scales, multiplier=multiplier)
 
     def fit_first(self, *dtypes: torch.dtype) -> "FP4Weight":
         """`fit` for the first of some dtypes that can hold the weight.
@@ -268,11 +265,21 @@ def _check_values(w: FP4Weight) -> None:
         raise ValueError(f"{w.name}: multiplier: found {found}, expected finite values")
 
 
-def _check_fits(w: FP4Weight, bad: Tensor, dtype: torch.dtype, low: int, high: int) -> None:
+def _moved(part: FP4Weight, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+    """E8M0 scales between two exponents, the power of two that each row gives away for it, and the span of each row."""
+    used, exponent = _nonzero_groups(part), part.scales.int() - E8M0_BIAS
+    top = exponent.masked_fill(~used, -1000).amax(-1, keepdim=True)
+    bottom = exponent.masked_fill(~used, 1000).amin(-1, keepdim=True)
+    shift = (top - high).clamp(min=0) + (bottom - low).clamp(max=0)  # one of them is 0, or the span too wide
+    moved = (exponent - shift).clamp(low, high)
+    return (moved + E8M0_BIAS).to(torch.uint8), shift[:, 0], (top - bottom)[:, 0]
+
+
+def _check_fits(part: FP4Weight, first: int, bad: Tensor, dtype: torch.dtype, low: int, high: int) -> None:
     if bool(bad.any()):
-        row = int(bad[:, 0].nonzero()[0])
-        used = w.scales[row][_nonzero_groups(w)[row]].int() - E8M0_BIAS
+        row = int(bad.nonzero()[0])
+        used = part.scales[row][_nonzero_groups(part)[row]].int() - E8M0_BIAS
         raise ValueError(
-            f"{w.name}: scales: row {row} holds powers of two from {int(used.min())} to {int(used.max())}, "
+            f"{part.name}: scales: row {first + row} holds powers of two from {int(used.min())} to {int(used.max())}, "
             f"expected a span of at most {high - low} for {dtype}"
         )

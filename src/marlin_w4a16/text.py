@@ -3,7 +3,7 @@
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from marlin_w4a16.passes.outcome import Excluded, Owned, Rejected, Replaced, Row
@@ -21,12 +21,10 @@ class Line:
     Attributes:
         path: all their paths, such as ``layers.{0..31}.mlp.up_proj``.
         rows: the rows, at least one.
-        copy: tells rows of one path apart.
     """
 
     path: str
     rows: tuple[Row, ...]
-    copy: int = 0
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -80,30 +78,47 @@ def packed_bytes(row: Row) -> int:
 
 def collapse(rows: Iterable[Row]) -> list[Line]:
     """One line for rows that are equal but for numbers in their paths, if those numbers make a full product."""
-    copies: Counter[tuple[str, Row]] = Counter()
-    lines = []
-    for row in rows:
-        key = row.path, _look(row)
-        lines.append(Line(row.path, (row,), copies[key]))
-        copies[key] += 1
-    for position in reversed(range(max((len(_NUMBER.findall(line.path)) for line in lines), default=0))):
-        lines = _merge(lines, position)
-    return lines
+    held = list(rows)
+    groups = collapse_paths((row.path, _look(row)) for row in held)
+    return [Line(path, tuple(held[place] for place in places)) for path, places in groups]
 
 
-def _merge(lines: list[Line], position: int) -> list[Line]:
-    """Merges the lines that differ in the number at one position of their paths."""
-    groups: dict[tuple[str, str, Row, int], dict[int, Line]] = {}
-    for line in lines:
-        before, number, after = _split(line.path, position)
-        groups.setdefault((before, after, _look(line.rows[0]), line.copy), {})[number] = line
+def collapse_paths(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, tuple[int, ...]]]:
+    """Paths that differ in numbers only as one, where what stands beside them is equal; with the places of each."""
+    copies: Counter[tuple[str, Hashable]] = Counter()
+    runs = []
+    for place, item in enumerate(items):
+        path, look = item
+        runs.append(_Run(path, look, copies[item], (place,)))
+        copies[item] += 1
+    for position in reversed(range(max((len(_NUMBER.findall(run.path)) for run in runs), default=0))):
+        runs = _merge(runs, position)
+    return [(run.path, run.places) for run in runs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Some items as one; ``copy`` tells those apart that are alike in path and look."""
+
+    path: str
+    look: Hashable
+    copy: int
+    places: tuple[int, ...]
+
+
+def _merge(runs: list[_Run], position: int) -> list[_Run]:
+    """Merges the runs that differ in the number at one position of their paths."""
+    groups: dict[tuple[str, str, Hashable, int], dict[int, _Run]] = {}
+    for run in runs:
+        before, number, after = _split(run.path, position)
+        groups.setdefault((before, after, run.look, run.copy), {})[number] = run
     merged = []
     for (before, after, *_), group in groups.items():
-        line, *others = group.values()
+        run, *others = group.values()
         if others:
             path = f"{before}{{{_ranges(sorted(group))}}}{after}"
-            line = Line(path, tuple(row for one in group.values() for row in one.rows), line.copy)
-        merged.append(line)
+            run = replace(run, path=path, places=tuple(place for one in group.values() for place in one.places))
+        merged.append(run)
     return merged
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from marlin_w4a16.checkpoints.scheme import Rule, Scheme
+from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
 from marlin_w4a16.checkpoints.storage import SCALE_DTYPES, Activations, FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import ScaleKind
 from marlin_w4a16.passes.outcome import Rejected
@@ -22,6 +22,8 @@ FORMATS: dict[str, tuple[tuple[Part, ...], ScaleKind, int]] = {
     "nvfp4-pack-quantized": (NVFP4, "e4m3", 16),
     "mxfp4-pack-quantized": (MXFP4, "e8m0", 32),
 }
+# Of the groups of a config that was saved as the user gave it: it names no format but "mixed-precision".
+BY_GROUP_SIZE = {size: name for name, (_, _, size) in FORMATS.items()}
 
 
 def is_fp4(config: Mapping[str, Any]) -> bool:
@@ -31,12 +33,14 @@ def is_fp4(config: Mapping[str, Any]) -> bool:
 
 def scheme(config: Mapping[str, Any]) -> Scheme:
     """What a quantisation config says; groups that are not FP4 are left to compressed-tensors."""
-    rules = tuple(Rule(tuple(group["targets"]), _storage(config, group)) for group in _groups(config).values())
+    stored = {target: _storage(config, group) for group in _groups(config).values() for target in group["targets"]}
+    # as compressed_tensors.utils.match_targets has it: names, then patterns, then classes, each in alphabetical order
+    targets = {target: stored[target] for target in sorted(stored, key=lambda t: (t == LINEAR, t))}
     names = dict.fromkeys(str(_format(config, group)) for group in _groups(config).values())
     notes: tuple[str, ...] = ()
     if config.get("kv_cache_scheme"):
         notes = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",)
-    return Scheme("compressed-tensors", " + ".join(names), rules, tuple(config.get("ignore") or ()), "re", notes)
+    return Scheme("compressed-tensors", " + ".join(names), targets, tuple(config.get("ignore") or ()), "re", notes)
 
 
 def fp4_groups(config: Mapping[str, Any]) -> set[str]:
@@ -50,7 +54,10 @@ def _groups(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _format(config: Mapping[str, Any], group: Mapping[str, Any]) -> str | None:
-    return group.get("format") or config.get("format")
+    name, weights = group.get("format") or config.get("format"), group.get("weights") or {}
+    if name == "mixed-precision" and (weights.get("num_bits"), weights.get("type")) == (4, "float"):
+        return BY_GROUP_SIZE.get(weights.get("group_size") or 0)
+    return name
 
 
 def _storage(config: Mapping[str, Any], group: Mapping[str, Any]) -> FP4Storage | Rejected | None:

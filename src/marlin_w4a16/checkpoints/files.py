@@ -56,8 +56,7 @@ def files_of(folder: Path) -> list[Path]:
             return [folder / SINGLE]
         found = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) if folder.is_dir() else "no such folder"
         raise CheckpointError(f"{folder}: found {found or 'an empty folder'}, expected {SINGLE} or {INDEX}")
-    names = sorted(set(index_of(folder).values()))
-    files = [inside(folder, name) for name in names]
+    files = [folder / name for name in sorted(set(index_of(folder).values()))]
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file}: found no such file, expected it since {INDEX} names it: download it again")
@@ -65,13 +64,19 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def index_of(folder: Path) -> Mapping[str, str]:
-    """Which file each tensor lies in, as the index of a folder says; empty where there is none."""
+    """Which file each tensor lies in, as the index of a folder says; empty where there is none.
+
+    Raises:
+        CheckpointError: it is no index, or it points outside the folder.
+    """
     path = folder / INDEX
     if not path.is_file():
         return {}
     found = read_json(path).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise CheckpointError(f"{path}: weight_map: found {type(found).__name__}, expected tensors and their files")
+    for name in set(found.values()):
+        inside(folder, name)
     return found
 
 
@@ -105,6 +110,8 @@ def entries(files: Iterable[Path], index: Mapping[str, str]) -> dict[str, Entry]
     for name, file_name in index.items():
         if name not in found:
             raise CheckpointError(f"{file_name}: {name}: found no such tensor, expected it since {INDEX} names it")
+        if found[name].file.name != Path(file_name).name:
+            raise CheckpointError(f"{found[name].file}: {name}: found it here, expected it in {file_name} by {INDEX}")
     return found
 
 

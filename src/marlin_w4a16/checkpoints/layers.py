@@ -12,6 +12,8 @@ from marlin_w4a16.passes.outcome import Rejected
 EXPERTS = Rejected("FP4 experts (mixture-of-experts)", "linears only: experts are not supported yet")
 # Leaves that only a quantised weight has, of any producer.
 QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
+# Leaves that may stand beside them: a bias, and the scales of a quantised cache.
+BESIDE = {"bias", "k_scale", "v_scale", "q_scale"}
 _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 
 
@@ -139,18 +141,18 @@ def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer 
         if part.leaf in mine and not storage.fits(part, mine[part.leaf].shape, axes):
             expected = f"shape {[axes[axis] for axis in part.shape]}" if part.shape else "one element"
             return _problem(path, tensors, part.leaf, str(mine[part.leaf]), expected)
-    for leaf in sorted((set(tensors) & QUANTISED) - set(mine)):
+    for leaf in sorted(set(tensors) - set(mine) - BESIDE):
         return _problem(path, tensors, leaf, str(tensors[leaf]), f"no such tensor in {storage.label}")
     return Layer(path, storage, n, k, group, mine)
 
 
 def _stray(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Problem | None:
-    """FP4 tensors that the scheme knows nothing of; what compressed-tensors stores in other formats is its own."""
+    """Packed tensors that the scheme knows nothing of; what compressed-tensors stores in other formats is its own."""
     ignored = scheme.ignored_by(path)
-    rules = [rule.storage for rule in scheme.rules]
-    codes = sorted({s.leaf("codes") for s in rules if isinstance(s, FP4Storage)})
+    stored = list(scheme.targets.values())
+    codes = sorted({s.leaf("codes") for s in stored if isinstance(s, Storage)})
     leaf = next((leaf for leaf in codes if _packed(tensors.get(leaf))), None)
-    if leaf is None or (ignored is None and None in rules):
+    if leaf is None or (ignored is None and None in stored):
         return None
     why = f"ignored by {ignored!r}" if ignored is not None else "not among the quantised layers"
     return _problem(path, tensors, leaf, str(tensors[leaf]), f"a dense weight: the config says it is {why}")
@@ -158,7 +160,7 @@ def _stray(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Problem |
 
 def _is_quantised(storage: Storage | Rejected, tensors: Mapping[str, Entry]) -> bool:
     """Whether a module is quantised at all: it holds scales, or packed bytes for its weight."""
-    return bool(QUANTISED & set(tensors) - {"weight"}) or _packed(tensors.get("weight"))
+    return bool(QUANTISED & set(tensors)) or _packed(tensors.get("weight"))
 
 
 def _packed(entry: Entry | None) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.checkpoints.scheme import LINEAR, Rule, Scheme
+from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
 from marlin_w4a16.checkpoints.storage import FLOATS, SCALE_DTYPES, Activations, FP4Storage, FP8Storage, Part
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, ScaleKind
 from marlin_w4a16.passes.outcome import Rejected
@@ -38,6 +38,7 @@ FP4_ALGORITHMS: dict[str, tuple[tuple[Part, ...], ScaleKind, str | None]] = {
     "MXFP4": (MXFP4, "e8m0", "FP4"),
     "W4A8_MXFP4_FP8": (MXFP4, "e8m0", "FP8"),
 }
+SIZES: dict[ScaleKind, tuple[int, ...]] = {"e4m3": GROUP_SIZES, "e8m0": (32,)}
 FP8_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 SINGLE = (*FP4_ALGORITHMS, *FP8_ALGORITHMS, "MIXED_PRECISION")
 
@@ -65,18 +66,18 @@ def scheme(config: Mapping[str, Any]) -> Scheme:
         )
     if algorithm == "MIXED_PRECISION":
         layers = values.get("quantized_layers") or {}
-        rules = tuple(Rule((path,), _storage(layer)) for path, layer in layers.items())
+        targets = {path: _storage(layer) for path, layer in layers.items()}
     else:
-        rules = (Rule((LINEAR,), _storage(values)),)
+        targets = {LINEAR: _storage(values)}
     ignore = tuple(values.get("exclude_modules") or values.get("ignore") or ())
     cache = values.get("kv_cache_quant_algo") or values.get("kv_cache_scheme")
     notes = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",) if cache else ()
-    return Scheme("ModelOpt", algorithm, rules, ignore, "glob", notes)
+    return Scheme("ModelOpt", algorithm, targets, ignore, "glob", notes)
 
 
 def _values(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """hf_quant_config.json nests them."""
-    values: Mapping[str, Any] = config.get("quantization", config)
+    values: Mapping[str, Any] = config.get("quantization") or config
     return values
 
 
@@ -89,7 +90,9 @@ def _storage(layer: Mapping[str, Any]) -> FP4Storage | FP8Storage | Rejected:
         return Rejected(f"ModelOpt's {algorithm}", f"one of {known}")
     parts, kind, inputs = FP4_ALGORITHMS[algorithm]
     group = layer.get("group_size") or _group_of(layer)
-    groups = (int(group),) if group else GROUP_SIZES  # config.json of NVFP4_AWQ does not say it
+    groups = (group,) if group else SIZES[kind]  # config.json of NVFP4_AWQ and all of MXFP4 do not say it
+    if groups[0] not in GROUP_SIZES:
+        return Rejected(f"ModelOpt's {algorithm} with group_size {group!r}", f"one of {GROUP_SIZES}")
     activations = None
     if inputs == "FP4":
         activations = Activations("ModelOpt quantises the inputs to FP4 (W4A4)", kind, groups[0], "up")

@@ -1,6 +1,7 @@
 """Which linears of a checkpoint are stored how, as its quantisation config says."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -12,26 +13,14 @@ LINEAR = "Linear"
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """Linears of some names are stored in one way.
-
-    Attributes:
-        targets: patterns of module paths; ``"Linear"`` is every one.
-        storage: how, or why such linears cannot be loaded, or None: someone else loads them.
-    """
-
-    targets: tuple[str, ...]
-    storage: Storage | Rejected | None
-
-
-@dataclass(frozen=True, slots=True)
 class Scheme:
     """What a quantisation config says.
 
     Attributes:
         producer: who wrote the checkpoint.
         algorithm: its name for the format.
-        rules: the first that matches decides.
+        targets: how linears are stored by module path or by a pattern of paths (``"Linear"`` is every one), or why they
+            cannot be loaded, or None: someone else loads them. A path goes before patterns, they go in their order.
         ignore: patterns of module paths that are dense.
         patterns: ``"glob"``, or ``"re"``: regular expressions where they begin with ``re:``, else exact names.
         notes: what is not loaded, such as a quantised cache.
@@ -39,7 +28,7 @@ class Scheme:
 
     producer: str
     algorithm: str
-    rules: tuple[Rule, ...]
+    targets: Mapping[str, Storage | Rejected | None]
     ignore: tuple[str, ...] = ()
     patterns: Literal["glob", "re"] = "glob"
     notes: tuple[str, ...] = ()
@@ -48,9 +37,10 @@ class Scheme:
         """How the linear at a path is stored; None: it is dense, or someone else's."""
         if self.ignored_by(path) is not None:
             return None
-        rules = (rule for rule in self.rules if any(t == LINEAR or self._matches(path, t) for t in rule.targets))
-        rule = next(rules, None)
-        return None if rule is None else rule.storage
+        if path in self.targets:
+            return self.targets[path]
+        patterns = (p for p in self.targets if p == LINEAR or self._matches(path, p))
+        return self.targets.get(next(patterns, ""))
 
     def ignored_by(self, path: str) -> str | None:
         """The pattern by which a path is ignored."""

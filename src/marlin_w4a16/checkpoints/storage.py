@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.kernels.activations import Rounding
-from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind, format_name, fp4_weight
+from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind, format_name, fp4_weight, round_once
 
 FLOATS = ("F32", "BF16", "F16")
 SCALE_DTYPES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
@@ -161,7 +161,7 @@ class FP8Storage:
         codes, scale = tensors["weight"], _per_row(tensors["weight_scale"])
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         for rows in _row_blocks(*codes.shape):
-            out[rows] = (codes[rows].float() * (scale[rows] if scale.ndim else scale)).to(dtype)
+            out[rows] = round_once(codes[rows].double() * (scale[rows] if scale.ndim else scale), dtype)
         return out
 
     def write(self, weight: Tensor, kept: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -174,9 +174,9 @@ class FP8Storage:
         codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
         for rows in _row_blocks(*weight.shape):
             by = scale[rows] if scale.ndim else scale
-            codes[rows] = (weight[rows].float() / by).to(torch.float8_e4m3fn)
-            again = (codes[rows].float() * by).to(weight.dtype)
-            if not torch.equal(again.nan_to_num(7.0), weight[rows].nan_to_num(7.0)):
+            codes[rows] = (weight[rows].double() / by).to(torch.float8_e4m3fn)
+            again = round_once(codes[rows].double() * by, weight.dtype)
+            if not torch.allclose(again, weight[rows], rtol=0, atol=0, equal_nan=True):
                 raise ValueError(
                     f"{name}.weight: found values that are no FP8 codes times weight_scale, expected those loaded: "
                     "save with dequantize() to store what the layer holds now"
@@ -188,7 +188,7 @@ Storage = FP4Storage | FP8Storage
 
 
 def _per_row(scale: Tensor) -> Tensor:
-    return scale.float().reshape(-1, 1) if scale.numel() > 1 else scale.float().reshape(())
+    return scale.double().reshape(-1, 1) if scale.numel() > 1 else scale.double().reshape(())
 
 
 def _row_blocks(n: int, k: int) -> Iterator[slice]:

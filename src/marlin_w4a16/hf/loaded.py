@@ -51,9 +51,9 @@ class Loaded:
         stored = size(sum(layer.stored for layer in self.layers))
         return f"{self.scheme.producer} {self.scheme.algorithm}: {len(self.layers)} linears ({parts}), {stored}"
 
-    def log(self, log: logging.Logger) -> None:
-        """One INFO line, and a WARNING for each note."""
-        log.info("loaded %s", self.summary())
+    def log(self, log: logging.Logger, seconds: float) -> None:
+        """One INFO line with the time that packing took, and a WARNING for each note."""
+        log.info("loaded %s, packed in %.1f s", self.summary(), seconds)
         for note in self.notes:
             log.warning("loaded %s: %s", self.scheme.producer, note)
 

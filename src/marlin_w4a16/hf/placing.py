@@ -44,7 +44,7 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     for layer in contents.layers.values():
         path = renamed(f"{layer.path}.weight").removesuffix(".weight")
         module = _module(model, path)
-        if module is None and _not_run(layer.path, model):
+        if module is None and _not_run(path, model):
             continue
         problem = _misfit(layer, path, module)
         if problem is None:
@@ -111,11 +111,11 @@ def _misfit(layer: Layer, path: str, module: nn.Module | None) -> Problem | None
 
 
 def _not_run(path: str, model: PreTrainedModel) -> bool:
-    """Whether transformers leaves a layer out: the head, for a model without one, or the layers of other heads."""
+    """Whether transformers leaves a layer out that has no module: of another head, or one that the model ignores."""
     weight = f"{path}.weight"
     if any(re.search(pattern, weight) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
         return True
-    return model.base_model is model and not path.startswith(f"{model.base_model_prefix}.")
+    return not path.startswith(f"{model.base_model_prefix}.")
 
 
 def _without_weight(model: PreTrainedModel, held: Set[str], scheme: Scheme) -> list[Problem]:
@@ -136,6 +136,8 @@ def _biases(model: PreTrainedModel, layers: Mapping[str, Layer], held: Mapping[s
         wanted = getattr(model.get_submodule(path), "bias", None) is not None
         if wanted and bias not in held:
             found.append(Problem(file, bias, "no such tensor", f"[{layer.n}], since the model has a bias"))
+        if wanted and bias in held and held[bias].shape != (layer.n,):
+            found.append(Problem(file, bias, str(held[bias]), f"shape [{layer.n}]"))
         if not wanted and bias in held:
             found.append(Problem(file, bias, "a bias", "none, since the model has no bias"))
     return found

@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -76,13 +77,14 @@ class FP4Loading(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.scheme is None:
             return super()._process_model_after_weight_loading(model, **kwargs)
+        start = time.perf_counter()
         paths = [path for path, module in model.named_modules() if isinstance(module, StoredLinear)]
         for path in track(paths, "Packing weights"):
             _settle(model, path, self.model_dtype if self._dequantizes else None)
         if not self._dequantizes:
             compile_decode(model)
         if self.report is not None:
-            self.report.log(log)
+            self.report.log(log, time.perf_counter() - start)
         return super()._process_model_after_weight_loading(model, **kwargs) if self._shares else model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
@@ -121,14 +123,12 @@ class FP4Loading(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """The state dict in the checkpoint's format, bit for bit."""
+        """The state dict in the checkpoint's format, bit for bit; a `StoredLinear`, offloaded, holds it already."""
         if self.scheme is None or getattr(model, "_hf_peft_config_loaded", False):
             state, metadata = super().get_state_dict_and_metadata(model)
             return state, metadata
         state = dict(model.state_dict())
         for path, module in model.named_modules():
-            if isinstance(module, StoredLinear):
-                raise CheckpointError(f"{path}: found a layer that is offloaded, expected all on one device to save it")
             if isinstance(module, CheckpointLinear | FP8Linear):
                 prefix = f"{path}."
                 state = {k: v for k, v in state.items() if not k.startswith(prefix) or k == f"{prefix}bias"}
@@ -187,6 +187,12 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
         found = files.quantization_of(Path(file).parent) if file is not None else None
         if found is not None and found[0] == "config.json":
             self.quantization_config = CompressedTensorsConfig.like(self.quantization_config, found[1])
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """The state dict; layers of compressed-tensors, which their first forward decompressed, are compressed again."""
+        if self.scheme is not None and self._shares and not self._dequantizes:
+            self.compressor.compress_model(model, skip_compressed=True)
+        return super().get_state_dict_and_metadata(model)
 
     @property
     def _shares(self) -> bool:

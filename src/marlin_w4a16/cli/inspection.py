@@ -1,0 +1,262 @@
+"""What `inspect` tells of a checkpoint: what each tensor is, what becomes of it, and how many bytes it takes."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
+from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.layers import QUANTISED, Contents, Layer, Problem, contents
+from marlin_w4a16.checkpoints.scheme import Scheme
+from marlin_w4a16.checkpoints.storage import FP4Storage
+from marlin_w4a16.checkpoints.values import bad_values
+from marlin_w4a16.kernels.layout import packed_nbytes
+from marlin_w4a16.progress import track
+from marlin_w4a16.text import collapse_paths
+
+Outcome = Literal["packed", "decoded", "dense", "unused", "left", "refused"]
+PACKED = {"U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}  # in which others keep quantised weights
+CACHE_SCALE = re.compile(r"\.[qkv]_scale$")  # as in hf/placing.py, which needs transformers
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)$")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_MOST = 8
+SIZES = ("bytes", "loaded_bytes", "bf16_bytes")  # of a line
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Tensors that are told as one: a linear with its scales, a dense tensor, or the equal ones of many layers.
+
+    Attributes:
+        path: their paths, such as ``model.layers.{0..31}.mlp.up_proj``.
+        count: how many they are.
+        shape: of each; rows and columns of a linear; None where they differ.
+        format: such as ``"NVFP4 group 16"``, or the dtype as safetensors names it.
+        outcome: ``"packed"``; ``"decoded"`` from FP8 and dense; ``"dense"`` as it is; ``"unused"``; ``"left"`` to
+            transformers; or ``"refused"``.
+        reason: why it is refused or unused.
+        bytes: in the files.
+        loaded_bytes: in a loaded model.
+        bf16_bytes: in a model whose quantised linears are bfloat16, where headers tell how big those are.
+    """
+
+    path: str
+    count: int
+    shape: tuple[int, ...] | None
+    format: str
+    outcome: Outcome
+    reason: str | None
+    bytes: int
+    loaded_bytes: int
+    bf16_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        folder: where it lies.
+        config: the file that holds its quantisation config, or None.
+        producer: who quantised it, as far as the config says.
+        algorithm: its name for the format.
+        files, tensors: how many there are.
+        layers: its quantised linears, those that are right.
+        lines: all of its tensors.
+        notes: what is not loaded as the producer made it, and what is needed to load it.
+        problems: why it cannot be loaded.
+    """
+
+    folder: Path
+    config: str | None
+    producer: str | None
+    algorithm: str | None
+    files: int
+    tensors: int
+    layers: tuple[Layer, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def formats(self) -> Counter[str]:
+        """How many FP4 linears there are of each format."""
+        return Counter(layer.format for layer in self.layers if isinstance(layer.storage, FP4Storage))
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Numbers of FP4 and of FP8 linears, and the bytes of all lines."""
+        sums = {name: sum(getattr(line, name) for line in self.lines) for name in SIZES}
+        linears = self.formats.total()
+        return {"fp4_linears": linears, "fp8_linears": len(self.layers) - linears, **sums}
+
+
+def local(path: str) -> Path:
+    """The folder of a checkpoint on this machine; its index may be named instead.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if folder.name == files.INDEX and folder.is_file():
+        return folder.parent
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path}: found a file, expected the folder of a checkpoint")
+    if _HUB_NAME.fullmatch(path):
+        raise CheckpointError(
+            f"{path}: found no such folder, expected one on this machine: if it is a name on the hub, download it by "
+            f"'hf download {path}', which prints its folder"
+        )
+    raise CheckpointError(f"{path}: found no such folder, expected that of a checkpoint")
+
+
+def inspect(folder: Path, values: bool = False) -> Inspection:
+    """Reads the configs and headers of a checkpoint.
+
+    Args:
+        folder: where it lies.
+        values: read the scales too, and look for such that cannot be decoded.
+
+    Raises:
+        CheckpointError: its files cannot be read, or do not belong together.
+    """
+    found = files.quantization_of(folder)
+    config = found[1] if found is not None else {}
+    paths, index = files.files_of(folder), files.index_of(folder)
+    entries = files.entries(track(paths, "Reading headers"), index)
+    scheme = scheme_of(config)
+    held = Contents({}, entries, ()) if scheme is None else _without_embeddings(contents(entries, scheme), scheme)
+    linears = collapsed(_linear(layer) for layer in held.layers.values())
+    return Inspection(
+        folder,
+        found[0] if found is not None else None,
+        scheme.producer if scheme else config.get("quant_method"),
+        scheme.algorithm if scheme else config.get("format"),
+        len(paths),
+        len(entries),
+        tuple(held.layers.values()),
+        (*linears, *_others(held, scheme, quantised=bool(config))),
+        tuple(_notes(held, scheme, found)),
+        (*held.problems, *(bad_values(held.layers.values()) if values else ())),
+    )
+
+
+def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
+    """How this project reads a quantisation config; None: it leaves everything to transformers."""
+    method = config.get("quant_method")
+    if method == "modelopt":
+        return modelopt.scheme(config)
+    if method == "compressed-tensors" and compressed_tensors.is_fp4(config):
+        return compressed_tensors.scheme(config)
+    return None
+
+
+def collapsed(lines: Iterable[Line]) -> list[Line]:
+    """The lines that differ in the numbers of their paths only as one."""
+    held = list(lines)
+    groups = collapse_paths((line.path, replace(line, path="")) for line in held)
+    return [_sum(path, [held[place] for place in places]) for path, places in groups]
+
+
+def _sum(path: str, lines: list[Line]) -> Line:
+    shapes, formats = {line.shape for line in lines}, dict.fromkeys(line.format for line in lines)
+    sums = {name: sum(getattr(line, name) for line in lines) for name in ("count", *SIZES)}
+    shape = shapes.pop() if len(shapes) == 1 else None
+    return replace(lines[0], path=path, shape=shape, format=" + ".join(formats), **sums)
+
+
+def _linear(layer: Layer) -> Line:
+    """A linear that is loaded; beside its weight it keeps the checkpoint's small tensors, such as global scales."""
+    stored, dense = layer.storage, 2 * layer.n * layer.k
+    if isinstance(stored, FP4Storage):
+        outcome: Outcome = "packed"
+        big, weight = {stored.leaf("codes"), stored.leaf("scales")}, packed_nbytes(layer.n, layer.k, layer.group)
+    else:
+        outcome, big, weight = "decoded", {stored.leaf("codes")}, dense
+    small = sum(entry.nbytes for leaf, entry in layer.entries.items() if leaf not in big)
+    shape = layer.n, layer.k
+    return Line(layer.path, 1, shape, layer.format, outcome, None, layer.nbytes, weight + small, dense)
+
+
+def _others(held: Contents, scheme: Scheme | None, quantised: bool) -> Iterator[Line]:
+    """What is no linear of ours: refused, left, unused, dense; all but the largest dense matrices in few lines."""
+    modules: dict[str, dict[str, Entry]] = {}
+    for name, entry in held.others.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = entry
+    odd = {path: names for path, names in modules.items() if quantised and _is_quantised(names)}
+    problems = {problem.tensor.rpartition(".")[0]: problem for problem in held.problems}
+    yield from collapsed(_odd(path, names, scheme, problems.get(path)) for path, names in odd.items())
+    rest = {name: entry for path, names in modules.items() if path not in odd for name, entry in names.items()}
+    yield from collapsed(_unused(name, entry) for name, entry in rest.items() if CACHE_SCALE.search(name))
+    dense = [_dense(name, entry) for name, entry in rest.items() if not CACHE_SCALE.search(name)]
+    vectors = [line for line in dense if len(line.shape or ()) <= 1]
+    matrices = collapsed(line for line in dense if len(line.shape or ()) > 1)
+    largest = sorted(matrices, key=lambda line: line.bytes, reverse=True)[:_MOST]
+    yield from (line for line in matrices if line in largest)
+    smaller = [line for line in matrices if line not in largest]
+    for path, lines in (("other matrices", smaller), ("norms, biases and other vectors", vectors)):
+        if lines:
+            yield _sum(path, lines)
+
+
+def _is_quantised(names: Mapping[str, Entry]) -> bool:
+    leaves = {name.rpartition(".")[2] for name in names}
+    return bool(leaves & QUANTISED) or any(entry.dtype in PACKED for entry in names.values())
+
+
+def _odd(path: str, names: Mapping[str, Entry], scheme: Scheme | None, problem: Problem | None) -> Line:
+    """A quantised module that is not loaded here."""
+    if problem is None and scheme is not None:
+        problem = next(iter(contents(names, scheme).problems), None)
+    largest, total = max(names.values(), key=lambda entry: entry.nbytes), sum(entry.nbytes for entry in names.values())
+    if problem is not None:
+        reason = f"found {problem.found}, expected {problem.expected}"
+        return Line(path, 1, largest.shape, largest.dtype, "refused", reason, total, 0, 0)
+    bf16 = 2 * math.prod(largest.shape) if largest.dtype.startswith("F8") else total
+    return Line(path, 1, largest.shape, largest.dtype, "left", None, total, total, bf16)
+
+
+def _unused(name: str, entry: Entry) -> Line:
+    reason = "a scale of the key/value cache"
+    return Line(name, 1, entry.shape, entry.dtype, "unused", reason, entry.nbytes, 0, 0)
+
+
+def _dense(name: str, entry: Entry) -> Line:
+    sizes = (entry.nbytes,) * len(SIZES)
+    return Line(name.removesuffix(".weight"), 1, entry.shape, entry.dtype, "dense", None, *sizes)
+
+
+def _without_embeddings(held: Contents, scheme: Scheme) -> Contents:
+    """Quantised embeddings are refused once the model is known; headers tell them where the config names the class."""
+    if "Embedding" not in scheme.targets:
+        return held
+    layers, others, problems = dict(held.layers), dict(held.others), list(held.problems)
+    for path, layer in held.layers.items():
+        if _EMBEDDING.search(path):
+            leaf, entry = next(iter(layer.entries.items()))
+            expected = "a linear: the config's targets say Embedding"
+            problems.append(Problem(entry.file.name, f"{path}.{leaf}", f"{layer.format} of an embedding", expected))
+            others |= {f"{path}.{leaf}": entry for leaf, entry in layers.pop(path).entries.items()}
+    return Contents(layers, others, tuple(problems))
+
+
+def _notes(held: Contents, scheme: Scheme | None, found: tuple[str, Mapping[str, Any]] | None) -> Iterator[str]:
+    storages = [layer.storage for layer in held.layers.values()]
+    activations = Counter(s.activations for s in storages if isinstance(s, FP4Storage) and s.activations)
+    for one, count in activations.items():
+        kept = ", unless activation_quant='keep'" if one.kind is not None else ""
+        yield f"{one.told}; this is left out{kept} ({count} linears)"
+    if decoded := sum(not isinstance(storage, FP4Storage) for storage in storages):
+        yield f"FP8 weights are decoded to the model's dtype ({decoded} linears)"
+    yield from scheme.notes if scheme is not None else ()
+    if scheme is not None and found is not None and found[0] == files.HF_QUANT_CONFIG:
+        yield (
+            f"its config stands in {files.HF_QUANT_CONFIG} alone: from_pretrained needs "
+            "quantization_config=marlin_w4a16.hf.ModelOptConfig.of(path)"
+        )

@@ -1,0 +1,165 @@
+"""Quantisation configs of ModelOpt, as its versions spell them."""
+
+import pytest
+
+from marlin_w4a16.checkpoints import modelopt
+from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.storage import Activations, FP4Storage, FP8Storage
+from marlin_w4a16.passes.outcome import Rejected
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+PRODUCER = {"producer": {"name": "modelopt", "version": "0.47.0"}}
+W4A4 = "ModelOpt quantises the inputs to FP4 (W4A4)"
+W4A8 = "ModelOpt quantises the inputs to FP8 (W4A8)"
+CACHE = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",)
+INPUTS = {"input_scale": ("F32",)}
+NVFP4 = {"weight": ("U8",), "weight_scale": ("F8_E4M3",), "weight_scale_2": ("F32",)}
+MXFP4 = {"weight": ("U8",), "weight_scale": ("U8", "F8_E8M0")}
+
+
+def config(algorithm: str | None, group: int | None = None, inputs: bool = False, **more) -> dict:
+    """quantization_config of config.json; a group size makes a config group."""
+    args = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": group}
+    of_inputs = {"input_activations": args} if inputs else {}
+    groups = {"group_0": {**of_inputs, "weights": args, "targets": ["Linear"]}}
+    ignore = ["lm_head", "model.embed_tokens"]
+    made = {"ignore": ignore, "quant_algo": algorithm, **PRODUCER, "quant_method": "modelopt", **more}
+    return {"config_groups": groups, **made} if group else made
+
+
+def other(algorithm: str | None, **more) -> dict:
+    """hf_quant_config.json."""
+    excluded = {"exclude_modules": ["lm_head", "model.embed_tokens"]}
+    return {**PRODUCER, "quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": None, **excluded, **more}}
+
+
+AWQ = {"has_zero_point": False, "pre_quant_scale": True}
+FP4_CONFIGS = [
+    (config("NVFP4", 16, inputs=True), "NVFP4", NVFP4, "e4m3", (16,), Activations(W4A4, "e4m3", 16, "up")),
+    (config("W4A16_NVFP4", 16), "W4A16_NVFP4", NVFP4, "e4m3", (16,), None),
+    (config("W4A16_NVFP4", 32), "W4A16_NVFP4", NVFP4, "e4m3", (32,), None),
+    (config("NVFP4", 32), "NVFP4", NVFP4, "e4m3", (32,), Activations(W4A4, "e4m3", 32, "up")),
+    (config("NVFP4_AWQ"), "NVFP4_AWQ", NVFP4, "e4m3", (16, 32), Activations(W4A4, "e4m3", 16, "up")),
+    (config("W4A8_NVFP4_FP8"), "W4A8_NVFP4_FP8", NVFP4, "e4m3", (16, 32), Activations(W4A8)),
+    (config("mxfp4"), "MXFP4", MXFP4, "e8m0", (32,), Activations(W4A4, "e8m0", 32, "up")),
+    (config("W4A8_MXFP4_FP8"), "W4A8_MXFP4_FP8", MXFP4, "e8m0", (32,), Activations(W4A8)),
+    (config("NVFP4", config_groups={"group_0": {"weights": None}}), "NVFP4", NVFP4, "e4m3", (16, 32),
+     Activations(W4A4, "e4m3", 16, "up")),
+    (other("NVFP4", group_size=16), "NVFP4", NVFP4, "e4m3", (16,), Activations(W4A4, "e4m3", 16, "up")),
+    (other("NVFP4_AWQ", group_size=16, **AWQ), "NVFP4_AWQ", NVFP4, "e4m3", (16,),
+     Activations(W4A4, "e4m3", 16, "up")),
+    (other("W4A16_NVFP4", group_size=32), "W4A16_NVFP4", NVFP4, "e4m3", (32,), None),
+    (other("mxfp4"), "MXFP4", MXFP4, "e8m0", (32,), Activations(W4A4, "e8m0", 32, "up")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values, algorithm, tensors, kind, groups, activations", FP4_CONFIGS)
+def test_an_algorithm(values, algorithm, tensors, kind, groups, activations):
+    assert modelopt.is_fp4(values)
+    scheme = modelopt.scheme(values)
+    assert (scheme.producer, scheme.algorithm, scheme.notes) == ("ModelOpt", algorithm, ())
+    storage = scheme.storage(Q)
+    assert isinstance(storage, FP4Storage) and storage.label == f"ModelOpt {algorithm}"
+    assert (storage.kind, storage.groups, storage.activations) == (kind, groups, activations)
+    assert {part.leaf: part.dtypes for part in storage.parts if not part.optional} == tensors
+    optional = {part.leaf: (part.role, part.dtypes, part.shape) for part in storage.parts if part.optional}
+    assert optional == {
+        "input_scale": ("input multiplier", ("F32",), ()),
+        "pre_quant_scale": ("pre-quant scale", ("F32", "BF16", "F16"), ("k",)),
+    }
+    assert storage.leaf("codes") == "weight" and storage.leaf("scales") == "weight_scale"
+    assert (storage.part("multiplier") is not None) == (tensors is NVFP4)
+    assert scheme.storage("lm_head") is None and scheme.ignored_by("lm_head") == "lm_head"
+
+
+@pytest.mark.parametrize("spelling", ["FP8", "fp8", "FP8_PER_CHANNEL_PER_TOKEN"])
+def test_fp8(spelling):
+    values = config(spelling)
+    storage = modelopt.scheme(values).storage(Q)
+    assert isinstance(storage, FP8Storage) and storage.label == f"ModelOpt {spelling.upper()}"
+    assert {part.leaf: part.dtypes for part in storage.parts} == {
+        "weight": ("F8_E4M3",), "weight_scale": ("F32", "BF16", "F16"), "input_scale": ("F32",)
+    }  # fmt: skip
+    assert [part.leaf for part in storage.parts if part.optional] == ["input_scale"]
+    assert not modelopt.is_fp4(values)
+
+
+MIXED = {
+    f"{Q}": {"quant_algo": "FP8"},
+    "model.layers.0.mlp.gate_proj": {"quant_algo": "NVFP4", "group_size": 16},
+    "model.layers.0.mlp.up_proj": {"quant_algo": "W4A16_NVFP4", "group_size": 32},
+    "model.layers.0.self_attn.k_proj": {"quant_algo": "INT4_AWQ", "group_size": 128},
+}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        config("MIXED_PRECISION", 16, quantized_layers=MIXED, ignore=[]),
+        {"quantization": {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": MIXED}},
+    ],
+    ids=["config.json", "hf_quant_config.json"],
+)
+def test_mixed_precision(values):
+    assert modelopt.is_fp4(values)
+    scheme = modelopt.scheme(values)
+    found = {path: scheme.storage(path) for path in (*MIXED, DOWN, "lm_head", "model.embed_tokens")}
+    assert isinstance(found[Q], FP8Storage)
+    up, gate = found["model.layers.0.mlp.up_proj"], found["model.layers.0.mlp.gate_proj"]
+    assert (up.label, up.groups, up.activations) == ("ModelOpt W4A16_NVFP4", (32,), None)
+    assert (gate.label, gate.groups, gate.activations.told) == ("ModelOpt NVFP4", (16,), W4A4)
+    assert found["model.layers.0.self_attn.k_proj"].why == "ModelOpt's INT4_AWQ"
+    assert not any(found[path] for path in (DOWN, "lm_head", "model.embed_tokens"))
+    assert (scheme.algorithm, scheme.ignore) == ("MIXED_PRECISION", ())
+
+
+def test_mixed_precision_without_fp4():
+    assert not modelopt.is_fp4(config("MIXED_PRECISION", quantized_layers={Q: {"quant_algo": "FP8"}}))
+    assert modelopt.scheme(config("MIXED_PRECISION")).storage(Q) is None
+
+
+@pytest.mark.parametrize("key, wrap", [("ignore", config), ("exclude_modules", other)])
+def test_ignored_names_and_prefixes(key, wrap):
+    scheme = modelopt.scheme(wrap("NVFP4", **{key: ["lm_head", "model.layers.0.self_attn*"]}))
+    assert scheme.storage(Q) is None and scheme.storage("lm_head") is None
+    assert scheme.ignored_by(Q) == "model.layers.0.self_attn*"
+    assert scheme.storage(DOWN) is not None and scheme.storage("model.embed_tokens") is not None
+    assert modelopt.scheme(wrap("NVFP4", **{key: None})).storage("lm_head") is not None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        config("NVFP4", 16, kv_cache_scheme={"dynamic": False, "num_bits": 8, "type": "float"}),
+        config("NVFP4", 16, kv_cache_scheme="NVFP4"),
+        other("NVFP4", kv_cache_quant_algo="FP8"),
+    ],
+)
+def test_a_quantised_cache_is_noted(values):
+    assert modelopt.scheme(values).notes == CACHE
+
+
+@pytest.mark.parametrize("algorithm", ["NVFP4_SVD", "INT4_AWQ", "W4A8_AWQ", "MXFP8", "nf4"])
+def test_an_algorithm_that_is_not_supported(algorithm):
+    values = config(algorithm, 16, **AWQ)
+    known = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN"
+    assert modelopt.scheme(values).storage(Q) == Rejected(f"ModelOpt's {algorithm.upper()}", f"one of {known}")
+    assert not modelopt.is_fp4(values)
+
+
+@pytest.mark.parametrize("group", [8, 64, 128, "16"])
+@pytest.mark.parametrize("algorithm", ["NVFP4", "MXFP4"])
+def test_a_group_size_that_is_not_supported(algorithm, group):
+    expected = Rejected(f"ModelOpt's {algorithm} with group_size {group!r}", "one of (16, 32)")
+    assert modelopt.scheme(config(algorithm, group)).storage(Q) == expected
+    assert modelopt.scheme(other(algorithm, group_size=group)).storage(Q) == expected
+
+
+@pytest.mark.parametrize("values", [{}, {"quant_method": "modelopt"}, config(None), config(""), other(None)])
+def test_no_algorithm(values):
+    with pytest.raises(CheckpointError) as caught:
+        modelopt.scheme(values)
+    message = str(caught.value)
+    assert message.startswith("quantization_config: quant_algo: found none, expected one of NVFP4, W4A16_NVFP4, ")
+    assert "MIXED_PRECISION" in message and "marlin_w4a16.hf.ModelOptConfig.of(path)" in message
+    assert not modelopt.is_fp4(values)

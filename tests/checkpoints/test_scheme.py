@@ -1,0 +1,75 @@
+"""Which linears a scheme names, and which it leaves."""
+
+import pytest
+
+from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
+from marlin_w4a16.passes.outcome import Rejected
+
+FIRST, SECOND, THIRD = Rejected("first"), Rejected("second"), Rejected("third")
+Q, UP = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+
+
+def scheme(targets, ignore=(), patterns="glob") -> Scheme:
+    return Scheme("ModelOpt", "NVFP4", targets, tuple(ignore), patterns)
+
+
+@pytest.mark.parametrize(
+    "pattern, patterns, matches, others",
+    [
+        (Q, "glob", [Q, f"{Q}.weight_quantizer"], [UP, f"{Q}2", f"{Q[:-1]}", f"x.{Q}"]),
+        ("model.layers.1", "glob", [Q, UP, "model.layers.1"], ["model.layers.10.mlp.up_proj", "layers.1"]),
+        ("model.layers.1.self_attn*", "glob", [Q, "model.layers.1.self_attn"], [UP, "model.layers.10.self_attn"]),
+        ("*self_attn*", "glob", [Q], [UP]),
+        ("model.layers.?.mlp.*", "glob", [UP], [Q, "model.layers.10.mlp.up_proj"]),
+        ("lm_head", "glob", ["lm_head"], ["model.lm_head", "lm_head2", "LM_head"]),
+        ("re:.*self_attn.*", "glob", [], [Q]),
+        (Q, "re", [Q], [f"{Q}.weight_quantizer", f"{Q}2", UP]),
+        ("model.layers.1*", "re", ["model.layers.1*"], [Q]),
+        ("re:.*self_attn.*", "re", [Q], [UP]),
+        ("re:model.layers.1", "re", [Q, "model.layers.10.mlp.up_proj"], [f"x.{Q}"]),  # anchored at its start only
+        ("re:self_attn", "re", [], [Q]),
+        ("re:.*proj$", "re", [Q, UP], [f"{Q}.weight"]),
+        (".*self_attn.*", "re", [], [Q]),
+    ],
+)
+def test_a_pattern(pattern, patterns, matches, others):
+    targeted = scheme({pattern: FIRST}, patterns=patterns)
+    ignoring = scheme({LINEAR: FIRST}, [pattern], patterns)
+    for path in matches:
+        assert targeted.storage(path) is FIRST
+        assert ignoring.storage(path) is None and ignoring.ignored_by(path) == pattern
+    for path in others:
+        assert targeted.storage(path) is None
+        assert ignoring.storage(path) is FIRST and ignoring.ignored_by(path) is None
+
+
+@pytest.mark.parametrize("patterns", ["glob", "re"])
+def test_linear_is_every_path(patterns):
+    assert scheme({LINEAR: FIRST}, patterns=patterns).storage(Q) is FIRST
+
+
+@pytest.mark.parametrize("patterns, mlp, every", [("glob", "*.mlp.*", "*_proj"), ("re", "re:.*mlp", "re:.*_proj")])
+def test_a_path_goes_before_patterns_and_these_in_order(patterns, mlp, every):
+    made = scheme({mlp: FIRST, every: SECOND, LINEAR: THIRD, UP: None}, patterns=patterns)
+    paths = (UP, "model.layers.0.mlp.up_proj", Q, "lm_head")
+    assert [made.storage(path) for path in paths] == [None, FIRST, SECOND, THIRD]
+
+
+def test_what_is_ignored_goes_before_all():
+    assert scheme({Q: FIRST, LINEAR: FIRST}, ["lm_head", Q]).storage(Q) is None
+    assert scheme({}).storage(Q) is None
+
+
+def test_many_names_are_looked_up():
+    """A MIXED_PRECISION config of a mixture of experts names each of tens of thousands of linears."""
+
+    class Counted(Scheme):
+        asked = 0
+
+        def _matches(self, path: str, pattern: str) -> bool:
+            Counted.asked += 1
+            return super()._matches(path, pattern)
+
+    paths = [f"model.layers.{i}.mlp.up_proj" for i in range(100)]
+    made = Counted("ModelOpt", "MIXED_PRECISION", dict.fromkeys(paths, FIRST))
+    assert all(made.storage(path) is FIRST for path in paths) and Counted.asked == 0
