@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import E8M0_BIAS, ScaleKind
-from marlin_w4a16.kernels.quantize import E2M1_MAX, E4M3_MAX, E4M3_TINY
+from marlin_w4a16.kernels.quantize import E2M1_MAX, E4M3_MAX
 
 # How an E8M0 scale is rounded: compressed-tensors rounds amax to two bits ("near"), ModelOpt takes
 # 2 ** ceil(log2(amax / 6)) ("up").
@@ -32,12 +32,13 @@ def fake_quantize(
     amax = blocks.abs().amax(-1, keepdim=True)
     if kind == "e4m3":
         factor = torch.ones((), device=x.device) if scale is None else scale
-        step = (amax / (E2M1_MAX * factor)).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn).float() * factor
+        # a scale that rounds to 0 makes its block 0, as with both producers
+        step = (amax / (E2M1_MAX * factor)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * factor
     else:
         fraction, exponent = torch.frexp(amax)  # amax = fraction * 2**exponent, fraction in [0.5, 1)
         exponent = exponent - 3 + (fraction > 0.75 if rounding == "up" else fraction >= 0.875).int()
         step = torch.ldexp(torch.ones_like(amax), exponent.clamp(-E8M0_BIAS + 1, E8M0_BIAS))
-    rounded: Tensor = round_e2m1(blocks / step) * step
+    rounded: Tensor = round_e2m1(blocks / torch.where(step == 0, 1.0, step)) * step
     return rounded.flatten(-2).to(x.dtype)
 
 

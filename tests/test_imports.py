@@ -22,6 +22,7 @@ ALLOWED_IN = {
     "marlin_w4a16.checkpoints": {"safetensors"},
 }
 ALLOWED_IN_FUNCTIONS = {"rich", "depyf"}
+ALLOWED_IN_FUNCTIONS_OF = {"marlin_w4a16.cli": {"transformers"}}
 
 
 def within(name: str, module: str) -> bool:
@@ -41,12 +42,17 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
+def runs_later(node: ast.AST) -> bool:
+    """Whether what stands inside is not imported with the module."""
+    checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return checking or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
 def problems(module: str, source: str) -> Iterator[str]:
     """What is wrong with the imports of ``module``, a dotted name, given its source."""
     tree = ast.parse(source)
     room = module.split(".")[1]
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    lazy = {n for f in ast.walk(tree) if isinstance(f, functions) for n in ast.walk(f) if n is not f}
+    lazy = {n for block in ast.walk(tree) if runs_later(block) for n in ast.walk(block) if n is not block}
     for node in ast.walk(tree):
         used = imported(node)
         for name in used:
@@ -59,6 +65,7 @@ def problems(module: str, source: str) -> Iterator[str]:
                 top in ALLOWED
                 or any(top in names and within(module, package) for package, names in ALLOWED_IN.items())
                 or (top in ALLOWED_IN_FUNCTIONS and node in lazy)
+                or any(top in n and within(module, p) and node in lazy for p, n in ALLOWED_IN_FUNCTIONS_OF.items())
                 or (module == f"marlin_w4a16.producers.{top}" and node in lazy)
             ):
                 yield f"{name} is no runtime dependency"
@@ -99,6 +106,9 @@ def test_every_room_is_checked():
         ("marlin_w4a16.backend", "import transformers"),
         ("marlin_w4a16.backend", "import numpy as np"),
         ("marlin_w4a16.report", "from rich.table import Table"),
+        ("marlin_w4a16.cli.bench", "import transformers"),
+        ("marlin_w4a16.cli.bench", "if SLOW:\n    import transformers"),
+        ("marlin_w4a16.backend", "def f():\n    import transformers"),
         ("marlin_w4a16.producers.torchao", "import torchao"),
         ("marlin_w4a16.producers.torchao", "def f():\n    import modelopt"),
     ],
@@ -115,6 +125,8 @@ def test_a_bad_import_is_caught(module: str, source: str):
         ("marlin_w4a16.passes.x", "import torch.fx\nfrom marlin_w4a16.fake_impls import linear"),
         ("marlin_w4a16.report", "def show():\n    import rich"),
         ("marlin_w4a16.hf.plugin", "import transformers"),
+        ("marlin_w4a16.cli.bench", "def f():\n    import transformers"),
+        ("marlin_w4a16.cli.bench", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
         ("marlin_w4a16.producers.torchao", "def f():\n    import torchao"),
     ],
 )

@@ -128,7 +128,6 @@ def test_a_deep_copy_stands_by_itself(format):
     model = causal_lm("Llama")
     quantize(model, format)
     twin, expected = copy.deepcopy(model), logits(model)
-    assert torch.equal(logits(twin), expected)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.words.zero_()
@@ -217,7 +216,7 @@ def test_an_unknown_format_raises(format):
     hint = r" Did you mean 'nvfp4'\?" if format == "nvpf4" else ".*"
     with pytest.raises(ValueError, match=rf"unknown format '{format}'\.{hint} Known: mxfp4, nvfp4"):
         quantize(model, format)
-    assert isinstance(model.up, nn.Linear)
+    assert type(model.up) is nn.Linear
 
 
 # Memory
@@ -286,3 +285,15 @@ def test_dense_weights_go_one_at_a_time(monkeypatch, format, progress):
         assert alive == [4, 3, 2, 1] and not any(reference() for reference in weights)
     finally:
         gc.enable()
+
+
+@pytest.mark.gpu
+def test_the_memory_of_a_gpu(format):
+    model = nn.Sequential(*(nn.Linear(8192, 8192, bias=False, dtype=torch.bfloat16, device="cuda") for _ in range(4)))
+    quantize(nn.Sequential(nn.Linear(64, 64, device="cuda")), format)
+    torch.cuda.reset_peak_memory_stats()
+    start, dense = torch.cuda.memory_allocated(), 4 * 8192 * 8192 * 2
+    swaps = quantize(model, format)
+    packed = sum(row.after for row in swaps.done)
+    assert torch.cuda.max_memory_allocated() - start <= packed // 4 + dense // 4 + (64 << 20)
+    assert torch.cuda.memory_allocated() == start - dense + packed

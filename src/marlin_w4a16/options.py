@@ -56,9 +56,9 @@ class Options:
                 _expect_type(name, glob, str)
         _expect_type("exclude", self.exclude, Sequence)
         if self.activation_quant not in get_args(ActivationQuant):
-            raise ValueError(_unknown("activation_quant", self.activation_quant, list(get_args(ActivationQuant))))
+            raise ValueError(unknown("activation_quant", self.activation_quant, list(get_args(ActivationQuant))))
         if self.mode is not None and self.mode not in modes():
-            raise ValueError(_unknown("mode", self.mode, modes()))
+            raise ValueError(unknown("mode", self.mode, modes()))
 
     @property
     def patches(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     given = dict(options or {})
     for name in given:
         if name not in names:
-            raise ValueError(_unknown("option", name, names))
+            raise ValueError(unknown("option", name, names))
     if mode is not None:
         given.setdefault("mode", mode)
     return Options(**given)
@@ -97,7 +97,7 @@ def _globs(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _unknown(what: str, name: str, known: list[str]) -> str:
+def unknown(what: str, name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(str(name), known, 1, 0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"marlin_w4a16: unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known))}."

@@ -1,9 +1,8 @@
 """Quantises the linears of a dense model, in place, into modules that own packed FP4 weights."""
 
-import dis
 import inspect
+import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -13,7 +12,7 @@ from marlin_w4a16.kernels.fp4 import EXACT_EXPONENTS, FP4Weight
 from marlin_w4a16.kernels.layout import packed_nbytes
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.modules import PackedLinear
-from marlin_w4a16.options import Options, _unknown
+from marlin_w4a16.options import Options, unknown
 from marlin_w4a16.passes.settings import Settings
 from marlin_w4a16.prepare import Origin
 from marlin_w4a16.producers.found import NO_VALUES, bytes_of, holds_values, is_linear
@@ -61,7 +60,7 @@ def quantize(
         TypeError: ``include`` or ``exclude`` of another type.
     """
     if format not in _QUANTISERS:
-        raise ValueError(_unknown("format", format, list(_QUANTISERS)))
+        raise ValueError(unknown("format", format, list(_QUANTISERS)))
     chosen = _Choice(include, exclude)
     linears, shared, rows = _linears(model), _Shared(model), []
     for paths, places in track(linears, f"quantising to {format}", show=progress):
@@ -140,7 +139,7 @@ def _linears(model: nn.Module) -> list[tuple[list[str], Places]]:
     """All paths of each linear, and its places; not the linears, whose weights would live on."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear | PackedLinear):
+        if isinstance(module, nn.Linear):
             paths.setdefault(id(module), []).append(path)
     places = places_of(model)
     return [(found, places.get(at, [])) for at, found in paths.items()]
@@ -200,7 +199,7 @@ def _refusal(module: Any, places: Places) -> str | None:
     if lost:
         return f"it also holds {', '.join(lost)}, which a PackedLinear would lose"
     reader = next((found for parent, name in places if (found := _reader(type(parent), name))), None)
-    return None if reader is None else f"{reader} reads its weight, which a PackedLinear does not have"
+    return None if reader is None else f"{reader} reads its weight, which is None in a PackedLinear"
 
 
 def _weight_refusal(weight: Tensor | None, group: int, named: bool) -> str | None:
@@ -225,7 +224,7 @@ def _weight_refusal(weight: Tensor | None, group: int, named: bool) -> str | Non
 def _reader(cls: type[nn.Module], child: str) -> str | None:
     """The method of a class that reads ``self.child.weight``, or None; what only initialises is left out.
 
-    One of `nn.MultiheadAttention` does, and so do those of T5 and Mamba in transformers.
+    `nn.MultiheadAttention` has one, Bloom and Mamba of transformers too. T5's asks first whether it is a tensor.
     """
     for owner in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for method, value in vars(owner).items():
@@ -233,7 +232,11 @@ def _reader(cls: type[nn.Module], child: str) -> str | None:
             code = getattr(function, "__code__", None)
             if code is None or not {child, "weight"} <= set(code.co_names) or "init" in method or "reset" in method:
                 continue
-            read = ((it.opname, it.argval) for it in dis.get_instructions(code))
-            if (("LOAD_ATTR", child), ("LOAD_ATTR", "weight")) in pairwise(read):
+            try:
+                source = inspect.getsource(function)
+            except OSError:  # made at run time
+                continue
+            read = rf"self\.{re.escape(child)}\.weight\b"
+            if re.search(read, source) and not re.search(rf"isinstance\({read}", source):
                 return f"{owner.__name__}.{method}"
     return None

@@ -89,18 +89,17 @@ def test_groups_of_several_formats(top):
 
 def test_groups_that_name_no_format():
     """As a config is that was saved as its user gave it: the group size tells."""
-    values = config(MIXED, group(None, args(16), MLP), group(None, args(32), ATTENTION), group(None, args(None, 8), "a"),
-                    group(None, args(16, kind="int"), "b"), group(None, args(64), "c"))  # fmt: skip
+    others = [group(None, args(None, 8), "a"), group(None, args(16, kind="int"), "b"), group(None, args(64), "c")]
+    values = config(MIXED, group(None, args(16), MLP), group(None, args(32), ATTENTION), *others)
     assert compressed_tensors.fp4_groups(values) == {"group_0", "group_1"}
-    assert [getattr(storage(values, path), "kind", None) for path in (UP, Q, "a", "b", "c")] == [
-        "e4m3", "e8m0", None, None, None
-    ]  # fmt: skip
+    kinds = [getattr(storage(values, path), "kind", None) for path in (UP, Q, "a", "b", "c")]
+    assert kinds == ["e4m3", "e8m0", None, None, None]
 
 
 PRIORITY = [(Q, 16), ("re:.*attn", 32), ("re:.*q_proj", None), (ALL, 64)]
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(4)), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
 def test_names_go_before_patterns_and_these_before_classes(order):
     """Whichever group they stand in; patterns in alphabetical order (compressed_tensors.utils.match_targets)."""
     groups = [group(NVFP4 if size else FP8, args(size), target) for target, size in PRIORITY]
@@ -116,7 +115,7 @@ def test_order_is_that_of_compressed_tensors():
     from torch import nn
 
     targets = ["Linear", "re:.*z", "re:.*q_proj", Q, "re:.*attn"]
-    expected = [t for t in match_targets(Q, nn.Linear(1, 1), targets)]
+    expected = match_targets(Q, nn.Linear(1, 1), targets)
     groups = [group(FP8, args(None, 8), target) for target in targets]
     assert expected == [Q, "re:.*attn", "re:.*q_proj", "Linear"]
     assert [t for t in compressed_tensors.scheme(config(FP8, *groups)).targets if t != "re:.*z"] == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hf.producers import Tensors, quantised_input
 from marlin_w4a16 import FP4Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Tensors = dict[str, Tensor]
 PACKED = ("weight_packed", "weight")  # compressed-tensors, ModelOpt
 NOT_THE_MODELS = ("_scale", "_scale_2", "weight_packed", "_global_scale")
 
@@ -54,22 +56,37 @@ def pre_quant_scale(tensors: Tensors, path: str) -> Tensor | None:
 
 
 def dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint with dense weights: each rounded once to ``dtype``, inputs scaled as AWQ says."""
+    """The model of a checkpoint with dense weights, each rounded once to ``dtype``.
+
+    Inputs are scaled as AWQ says, and quantised where transformers runs FP8 layers of compressed-tensors.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tensors, config = tensors_of(folder), AutoConfig.from_pretrained(folder)
+    quantised, producer = codes_of(tensors), config.quantization_config
     del config.quantization_config
-    quantised = codes_of(tensors)
     config.tie_word_embeddings &= "lm_head" not in quantised
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     state = {name: t for name, t in tensors.items() if not name.endswith(NOT_THE_MODELS)}
     state |= {f"{path}.weight": rounded(exact(tensors, path), dtype) for path in quantised}
     lacking, surplus = model.load_state_dict(state, strict=False)
     assert not surplus and lacking == (["lm_head.weight"] if config.tie_word_embeddings else [])
-    for path in quantised:
-        if (scale := pre_quant_scale(tensors, path)) is not None:
-            model.get_submodule(path).register_forward_pre_hook(lambda _, x, by=scale: ((x[0] * by).to(x[0].dtype),))
+    for path, codes in quantised.items():
+        if pre_quant_scale(tensors, path) is not None:
+            before(model, path, partial(scaled, by=pre_quant_scale(tensors, path)))
+        if codes.dtype == torch.float8_e4m3fn and producer["quant_method"] == "compressed-tensors":
+            before(model, path, partial(quantised_input, tensors=tensors, path=path, config=producer))
     return model
+
+
+def before(model: nn.Module, path: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Changes the input of a module."""
+    model.get_submodule(path).register_forward_pre_hook(lambda _, inputs: (change(inputs[0]),))
+
+
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """In the dtype of the input."""
+    return (x * by).to(x.dtype)
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -171,6 +171,13 @@ class FP8Storage:
             ValueError: the weight is not what was loaded: it changed, or its dtype cannot hold the codes.
         """
         scale = _per_row(kept["weight_scale"]).to(weight.device)
+        every = torch.arange(0x7F, dtype=torch.uint8, device=weight.device).view(torch.float8_e4m3fn).double()
+        held = round_once(every * scale, weight.dtype)
+        if not bool(held.isfinite().all() and (held.diff() > 0).all()):
+            raise ValueError(
+                f"{name}.weight: found {weight.dtype}, expected a dtype that holds every FP8 code times weight_scale: "
+                "load in bfloat16 or float32 to save"
+            )
         codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
         for rows in _row_blocks(*weight.shape):
             by = scale[rows] if scale.ndim else scale

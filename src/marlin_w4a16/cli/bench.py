@@ -34,8 +34,8 @@ PACKED, DENSE = "packed", "dequantised"
 _TOO_BIG = "out of memory: the dequantised model does not fit on this GPU"
 _RIGHT = {PACKED, DENSE, "ratio"}
 Value = Callable[[Result], float | None]
-# What is told: how to read it off a result, how to write it, and whether more of it is better.
-_ROWS: tuple[tuple[str, Value, Callable[[float], str], bool], ...] = (
+# What is told: how to read it off a result, how to write it, and whether more of it is better; None: neither.
+_ROWS: tuple[tuple[str, Value, Callable[[float], str], bool | None], ...] = (
     ("load", lambda r: r.load_s, lambda v: f"{v:.1f} s", False),
     ("peak memory meanwhile", lambda r: r.load_peak_bytes, lambda v: size(int(v)), False),
     ("model in memory", lambda r: r.model_bytes, lambda v: size(int(v)), False),
@@ -43,7 +43,7 @@ _ROWS: tuple[tuple[str, Value, Callable[[float], str], bool], ...] = (
     ("first token", lambda r: 1e3 * r.prefill_s, lambda v: f"{v:.1f} ms", False),
     ("step of decode", lambda r: 1e3 * r.step_s, lambda v: f"{v:.2f} ms", False),
     ("tokens a second", lambda r: r.tokens_per_s, lambda v: f"{v:.1f}", True),
-    ("weights read at", lambda r: r.read_rate / 1e9, lambda v: f"{v:.4g} GB/s", True),
+    ("weights read at", lambda r: r.read_rate / 1e9, lambda v: f"{v:.4g} GB/s", None),
     ("whole generate()", lambda r: r.generate_s, lambda v: f"{v:.2f} s", False),
     ("peak memory in it", lambda r: r.peak_bytes, lambda v: size(int(v)), False),
 )
@@ -75,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(headline(found, work))
     show_table(("", *(result.name for result in results), *["ratio"] * (len(results) > 1)), lines(results), _RIGHT)
-    print(*(f"note: {note}" for note in notes), sep="\n", end="\n" * bool(notes))
+    if len(results) > 1:
+        print(f"ratio: how many times as fast, or as small, {PACKED} is")
+    for note in notes:
+        print(f"note: {note}")
     return 0
 
 
@@ -155,7 +158,7 @@ def lines(results: list[Result]) -> list[Cells]:
         if not any(values):
             continue
         first, last = values[0], values[-1]
-        ratio = f"{first / last if more else last / first:.2f}" if first and last else ""
+        ratio = f"{first / last if more else last / first:.2f}" if first and last and more is not None else ""
         shown.append((name, *("-" if v is None else write(v) for v in values), *[ratio] * others))
     return shown
 

@@ -11,7 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from marlin_w4a16.checkpoints.files import Entry
-from marlin_w4a16.checkpoints.layers import Contents, Layer, Problem
+from marlin_w4a16.checkpoints.layers import BESIDE, Contents, Layer, Problem
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.hf.linear import StoredLinear
@@ -41,9 +41,11 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     renamed = _renaming(model)
     layers: dict[str, Layer] = {}
     problems: list[Problem] = []
+    stored: set[str] = set()  # module paths of which the checkpoint holds a weight, be it right or wrong
     for layer in contents.layers.values():
         path = renamed(f"{layer.path}.weight").removesuffix(".weight")
         module = _module(model, path)
+        stored.add(path)
         if module is None and _not_run(path, model):
             continue
         problem = _misfit(layer, path, module)
@@ -52,10 +54,8 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
         else:
             problems.append(problem)
     held = {renamed(name): entry for name, entry in contents.others.items()}
-    problems += [
-        *_without_weight(model, held.keys() | {f"{p}.weight" for p in layers}, scheme),
-        *_biases(model, layers, held),
-    ]
+    stored |= {path for path, _, leaf in (name.rpartition(".") for name in held) if leaf not in BESIDE}
+    problems += [*_without_weight(model, stored, scheme), *_biases(model, layers, held)]
     return Placement(layers, {n: e for n, e in held.items() if CACHE_SCALE.search(n)}, tuple(problems))
 
 
@@ -118,14 +118,14 @@ def _not_run(path: str, model: PreTrainedModel) -> bool:
     return not path.startswith(f"{model.base_model_prefix}.")
 
 
-def _without_weight(model: PreTrainedModel, held: Set[str], scheme: Scheme) -> list[Problem]:
-    """Linears that should be FP4 and have no tensor at all; transformers tells of all others that are missing."""
+def _without_weight(model: PreTrainedModel, stored: Set[str], scheme: Scheme) -> list[Problem]:
+    """Linears that should be FP4 and of which there is nothing; transformers tells of all others that are missing."""
     body = "" if model.base_model is model else f"{model.base_model_prefix}."
     paths = (path for path, module in model.named_modules() if is_linear(type(module)) and path.startswith(body))
     return [
         Problem(None, f"{path}.weight", "no such tensor in any file", f"one ({storage.label})")
         for path in paths
-        if f"{path}.weight" not in held and isinstance(storage := scheme.storage(path), FP4Storage)
+        if path not in stored and isinstance(storage := scheme.storage(path), FP4Storage)
     ]
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -23,7 +23,7 @@ from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.values import bad_values, read
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, checked
 from marlin_w4a16.hf.generation import compile_decode
-from marlin_w4a16.hf.linear import CheckpointLinear, FP8Linear, StoredLinear
+from marlin_w4a16.hf.linear import CheckpointLinear, FP8Linear, StoredLinear, plain_linear
 from marlin_w4a16.hf.loaded import Loaded, loaded
 from marlin_w4a16.hf.placing import place, put, swap_in
 from marlin_w4a16.progress import track
@@ -116,10 +116,19 @@ class FP4Loading(HfQuantizer):
                 files.inside(folder, str(Path(file).relative_to(folder)))
         return files.entries(map(Path, checkpoint_files), files.index_of(Path(checkpoint_files[0]).parent))
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if self.scheme is None:
+            dequantized: PreTrainedModel = super()._dequantize(model, dtype)
+            return dequantized
+        # save_pretrained makes a name of the dtype in the config, which is what transformers passes on
+        chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self.model_dtype
+        before = model.dtype
         for path, module in list(model.named_modules()):
             if isinstance(module, CheckpointLinear | FP8Linear | StoredLinear):
-                put(model, path, module.dense(dtype or self.model_dtype).train(module.training))
+                put(model, path, module.dense(chosen).train(module.training))
+        for parameter in model.parameters():
+            if parameter.dtype == before:
+                parameter.data = parameter.data.to(chosen)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
@@ -189,15 +198,48 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
             self.quantization_config = CompressedTensorsConfig.like(self.quantization_config, found[1])
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """The state dict; layers of compressed-tensors, which their first forward decompressed, are compressed again."""
-        if self.scheme is not None and self._shares and not self._dequantizes:
-            self.compressor.compress_model(model, skip_compressed=True)
-        return super().get_state_dict_and_metadata(model)
+        """The state dict; layers of compressed-tensors are compressed again, since their first forward undid that."""
+        state, metadata = super().get_state_dict_and_metadata(model)
+        if self.scheme is not None and state is not None:
+            for path, module in model.named_modules():
+                if getattr(module, "quantization_status", None) == "decompressed":
+                    state = {name: t for name, t in state.items() if name.rpartition(".")[0] != path}
+                    state |= {f"{path}.{leaf}": tensor for leaf, tensor in _compressed(module, path).items()}
+        return state, metadata
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if self.scheme is not None:
+            from compressed_tensors.compressors.base import decompress_module
+
+            for path, module in list(model.named_modules()):
+                if isinstance(module, nn.Linear) and hasattr(module, "quantization_status"):
+                    if module.quantization_status != "decompressed":
+                        decompress_module(module)
+                    put(model, path, plain_linear(module.weight.detach(), module.bias).train(module.training))
+            self.compressor.remove_decompression_hook(model)
+        return super()._dequantize(model, dtype)
 
     @property
     def _shares(self) -> bool:
         """Whether some groups are not FP4."""
         return bool(self.compressor.quantization_config.config_groups)
+
+
+def _compressed(module: Any, path: str) -> dict[str, Tensor]:
+    """The tensors of a layer that compressed-tensors decompressed, as it stores them."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    scheme = module.quantization_scheme
+    held = {leaf: tensor.detach() for leaf, tensor in module.named_parameters(recurse=False)}
+    held |= dict(module.named_buffers(recurse=False))
+    compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+    found: dict[str, Tensor] = compressor.compress(held, scheme)
+    if not torch.equal(compressor.decompress(found, scheme)["weight"], held["weight"]):
+        raise CheckpointError(
+            f"{path}.weight: found values that {scheme.format.value} and the scales in {held['weight'].dtype} cannot "
+            "hold, expected those loaded: save before the first forward, or load in bfloat16"
+        )
+    return found
 
 
 def _settle(model: PreTrainedModel, path: str, dense: torch.dtype | None) -> None:

@@ -1,0 +1,271 @@
+"""Tensors held against a scheme: what is a layer, what is not its, what is wrong."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from checkpoints.formats import FORMATS, written
+from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
+from marlin_w4a16.checkpoints.files import Entry
+from marlin_w4a16.checkpoints.layers import Contents, Problem, contents
+from marlin_w4a16.checkpoints.scheme import Scheme
+
+Tensor = tuple[str, tuple[int, ...]]
+UP = "model.layers.0.mlp.up_proj"
+NAMES = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN"
+
+
+def of_modelopt(algorithm: str, **more) -> Scheme:
+    return modelopt.scheme({"quant_algo": algorithm, "ignore": ["lm_head"], **more})
+
+
+def of_compressed(*groups: tuple[str, str]) -> Scheme:
+    made = {f"group_{i}": {"format": name, "targets": [target]} for i, (name, target) in enumerate(groups)}
+    return compressed_tensors.scheme({"config_groups": made, "ignore": ["lm_head"]})
+
+
+SCALES, CODES, ONE = ("F8_E4M3", (4, 4)), ("U8", (4, 32)), ("F32", ())
+DENSE: dict[str, Tensor] = {"weight": ("BF16", (4, 64))}
+NVFP4 = of_modelopt("NVFP4"), {"weight": CODES, "weight_scale": SCALES, "weight_scale_2": ONE}
+MXFP4 = of_modelopt("mxfp4"), {"weight": CODES, "weight_scale": ("U8", (4, 2))}
+FP8 = of_modelopt("FP8"), {"weight": ("F8_E4M3", (4, 64)), "weight_scale": ONE}
+CT_NVFP4 = (
+    of_compressed(("nvfp4-pack-quantized", "Linear")),
+    {"weight_packed": CODES, "weight_scale": SCALES, "weight_global_scale": ("F32", (1,))},
+)
+CT_MXFP4 = (
+    of_compressed(("mxfp4-pack-quantized", "Linear")),
+    {"weight_packed": CODES, "weight_scale": ("U8", (4, 2))},
+)
+ALL = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp8": FP8, "ct-nvfp4": CT_NVFP4, "ct-mxfp4": CT_MXFP4}
+
+
+def hold(scheme: Scheme, **modules: dict[str, Tensor | None]) -> Contents:
+    """The tensors of modules; None: not there."""
+    named = {f"{path}.{leaf}": t for path, tensors in modules.items() for leaf, t in tensors.items() if t is not None}
+    return contents({name: Entry(Path("folder/x.safetensors"), *tensor) for name, tensor in named.items()}, scheme)
+
+
+def problem(scheme: Scheme, tensors: dict[str, Tensor | None], path: str = UP) -> str:
+    """The one thing that is wrong; the tensors belong to no layer."""
+    held = hold(scheme, **{path: tensors})
+    assert not held.layers and held.others.keys() == {f"{path}.{leaf}" for leaf, t in tensors.items() if t is not None}
+    (found,) = held.problems
+    return str(found)
+
+
+def layer(scheme: Scheme, tensors: dict[str, Tensor | None]):
+    held = hold(scheme, **{UP: tensors})
+    assert not held.problems
+    (found,) = held.layers.values()
+    return found, held.others
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_layer(name):
+    scheme, tensors = ALL[name]
+    found, others = layer(scheme, {**tensors, "bias": ("BF16", (4,)), "k_scale": ONE})
+    size = {"nvfp4": 16, "ct-nvfp4": 16, "fp8": 0}.get(name, 32)
+    assert (found.path, found.n, found.k, found.group) == (UP, 4, 64, size)
+    assert found.storage is scheme.storage(UP) and found.entries.keys() == tensors.keys()
+    assert found.format == {16: "NVFP4 group 16", 32: "MXFP4 group 32", 0: "FP8 E4M3"}[size]
+    sizes = {"U8": 1, "F8_E4M3": 1, "F32": 4}
+    assert found.nbytes == sum(sizes[dtype] * math.prod(shape) for dtype, shape in tensors.values())
+    assert others.keys() == {f"{UP}.bias", f"{UP}.k_scale"}
+
+
+@pytest.mark.parametrize(
+    "made, changes, kept",
+    [
+        (NVFP4, {"input_scale": ONE, "pre_quant_scale": ("BF16", (64,))}, True),
+        (NVFP4, {"weight_scale_2": ("F32", (1,)), "input_scale": ("F32", (1,))}, True),
+        (NVFP4, {"weight_scale": ("F8_E4M3", (4, 2))}, True),  # the config does not say its group size
+        (MXFP4, {"weight_scale": ("F8_E8M0", (4, 2)), "input_scale": ONE}, True),
+        (FP8, {"weight_scale": ("BF16", (4, 1)), "input_scale": ONE}, True),
+        (FP8, {"weight_scale": ("F16", (4,))}, True),
+        (CT_NVFP4, {"input_global_scale": ("F32", (1,)), "weight_global_scale": ONE}, True),
+        (NVFP4, {"v_scale": ONE, "q_scale": ONE, "bias": ("F32", (4,))}, False),
+    ],
+)
+def test_tensors_that_may_differ_or_be_there(made, changes, kept):
+    found, others = layer(made[0], {**made[1], **changes})
+    assert all((leaf in found.entries) == kept and (f"{UP}.{leaf}" in others) != kept for leaf in changes)
+
+
+MISSING = [(name, leaf) for name, (_, tensors) in ALL.items() for leaf in tensors]
+LABELS = {
+    "nvfp4": "ModelOpt NVFP4", "mxfp4": "ModelOpt MXFP4", "fp8": "ModelOpt FP8",
+    "ct-nvfp4": "compressed-tensors nvfp4-pack-quantized", "ct-mxfp4": "compressed-tensors mxfp4-pack-quantized",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, leaf", MISSING)
+def test_a_missing_tensor(name, leaf):
+    scheme, tensors = ALL[name]
+    beside = ", ".join(sorted({*tensors, "bias"} - {leaf}))
+    assert problem(scheme, {**tensors, "bias": ("BF16", (4,)), leaf: None}) == (
+        f"x.safetensors: {UP}.{leaf}: found no such tensor beside {beside}, expected one ({LABELS[name]})"
+    )
+
+
+@pytest.mark.parametrize(
+    "made, leaf, tensor, expected",
+    [
+        (NVFP4, "weight", ("I8", (4, 32)), "dtype U8"),
+        (NVFP4, "weight_scale", ("U8", (4, 4)), "dtype F8_E4M3"),
+        (NVFP4, "weight_scale", ("BF16", (4, 4)), "dtype F8_E4M3"),
+        (NVFP4, "weight_scale_2", ("BF16", ()), "dtype F32"),
+        (NVFP4, "input_scale", ("F16", ()), "dtype F32"),
+        (NVFP4, "pre_quant_scale", ("F8_E4M3", (64,)), "dtype F32 or BF16 or F16"),
+        (MXFP4, "weight_scale", ("F8_E4M3", (4, 2)), "dtype U8 or F8_E8M0"),
+        (FP8, "weight", ("U8", (4, 64)), "dtype F8_E4M3"),
+        (FP8, "weight_scale", ("F8_E4M3", (4,)), "dtype F32 or BF16 or F16"),
+        (CT_NVFP4, "weight_packed", ("I32", (4, 8)), "dtype U8"),
+        (CT_NVFP4, "weight_global_scale", ("BF16", (1,)), "dtype F32"),
+        (NVFP4, "weight_scale_2", ("F32", (4,)), "one element"),
+        (NVFP4, "input_scale", ("F32", (0,)), "one element"),
+        (NVFP4, "pre_quant_scale", ("BF16", (4,)), "shape [64]"),
+        (NVFP4, "weight_scale", ("F8_E4M3", (3, 4)), "shape [4, 4]"),
+        (NVFP4, "weight_scale", ("F8_E4M3", (4, 3)), "[n, k / 16 or 32] for codes U8 [4, 32]"),
+        (NVFP4, "weight_scale", ("F8_E4M3", (16,)), "[n, k / 16 or 32] for codes U8 [4, 32]"),
+        (MXFP4, "weight_scale", ("U8", (4, 4)), "[n, k / 32] for codes U8 [4, 32]"),
+        (FP8, "weight_scale", ("F32", (64,)), "shape [4]"),
+        (FP8, "input_scale", ("F32", (4,)), "one element"),
+        (CT_NVFP4, "weight_scale", ("F8_E4M3", (4, 2)), "[n, k / 16] for codes U8 [4, 32]"),
+        (NVFP4, "weight_global_scale", ONE, "no such tensor in ModelOpt NVFP4"),
+        (NVFP4, "weight_zero_point", ("U8", (4, 4)), "no such tensor in ModelOpt NVFP4"),
+        (MXFP4, "weight_scale_2", ONE, "no such tensor in ModelOpt MXFP4"),
+        (FP8, "weight_scale_2", ONE, "no such tensor in ModelOpt FP8"),
+        (CT_NVFP4, "weight", ("BF16", (4, 64)), "no such tensor in compressed-tensors nvfp4-pack-quantized"),
+        (CT_NVFP4, "pre_quant_scale", ("BF16", (64,)), "no such tensor in compressed-tensors nvfp4-pack-quantized"),
+        (CT_MXFP4, "weight_global_scale", ONE, "no such tensor in compressed-tensors mxfp4-pack-quantized"),
+    ],
+)
+def test_a_tensor_that_does_not_belong(made, leaf, tensor, expected):
+    found = f"{tensor[0]} {list(tensor[1])}"
+    assert problem(made[0], {**made[1], leaf: tensor}) == (
+        f"x.safetensors: {UP}.{leaf}: found {found}, expected {expected}"
+    )
+
+
+def test_codes_that_are_no_matrix():
+    tensors = {**FP8[1], "weight": ("F8_E4M3", (64,))}
+    assert problem(FP8[0], tensors) == (
+        f"x.safetensors: {UP}.weight_scale: found F32 [], expected a scale for the weight or for each row for codes "
+        "F8_E4M3 [64]"
+    )
+
+
+def test_dense_layers_are_others():
+    tensors = {UP: DENSE, "model.norm": {"weight": ("BF16", (64,))}, "lm_head": DENSE}
+    for scheme, _ in ALL.values():
+        held = hold(scheme, **tensors)
+        assert not held.layers and not held.problems and held.others.keys() == {f"{path}.weight" for path in tensors}
+
+
+def test_a_name_without_a_path():
+    entry = Entry(Path("x.safetensors"), "F32", ())
+    assert contents({"scale": entry, "weight_scale": entry}, CT_NVFP4[0]).others["scale"] is entry
+
+
+# FP4 tensors where the config says that there are none
+
+MIXED = of_modelopt("MIXED_PRECISION", quantized_layers={"other": {"quant_algo": "NVFP4"}})
+SHARED = of_compressed(("nvfp4-pack-quantized", "re:.*down"), ("float-quantized", "re:.*attn"))
+
+
+@pytest.mark.parametrize(
+    "scheme, tensors, path, leaf, why",
+    [
+        (NVFP4[0], NVFP4[1], "lm_head", "weight", "ignored by 'lm_head'"),
+        (FP8[0], FP8[1], "lm_head", "weight", "ignored by 'lm_head'"),
+        (NVFP4[0], FP8[1], "lm_head", "weight", "ignored by 'lm_head'"),
+        (CT_NVFP4[0], CT_NVFP4[1], "lm_head", "weight_packed", "ignored by 'lm_head'"),
+        (SHARED, CT_NVFP4[1], "lm_head", "weight_packed", "ignored by 'lm_head'"),
+        (MIXED, NVFP4[1], UP, "weight", "not among the quantised layers"),
+        (MIXED, FP8[1], UP, "weight", "not among the quantised layers"),
+        (of_compressed(("mxfp4-pack-quantized", "x")), CT_MXFP4[1], UP, "weight_packed",
+         "not among the quantised layers"),
+    ],
+)  # fmt: skip
+def test_packed_tensors_that_the_config_does_not_know(scheme, tensors, path, leaf, why):
+    found = f"{tensors[leaf][0]} {list(tensors[leaf][1])}"
+    expected = f"expected a dense weight: the config says it is {why}"
+    assert problem(scheme, tensors, path) == f"x.safetensors: {path}.{leaf}: found {found}, {expected}"
+
+
+@pytest.mark.parametrize("path", ["model.layers.0.self_attn.q_proj", UP])
+def test_what_compressed_tensors_loads_itself_is_left(path):
+    held = hold(SHARED, **{path: {"weight_packed": ("I32", (4, 8)), "weight_scale": ("BF16", (4, 1))}})
+    assert not held.layers and not held.problems and len(held.others) == 2
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.block_sparse_moe.experts.3.w1", "experts", "experts.1"],
+)
+@pytest.mark.parametrize("made", [NVFP4, FP8, CT_NVFP4])
+def test_experts_are_refused(made, path):
+    expected = "found FP4 experts (mixture-of-experts), expected linears only: experts are not supported yet"
+    assert problem(*made, path) == f"{path}: {expected}"
+    assert not hold(made[0], **{path: DENSE}).problems
+
+
+def test_shared_experts_are_linears():
+    path = "model.layers.0.mlp.shared_experts.up_proj"
+    assert hold(NVFP4[0], **{path: NVFP4[1]}).layers.keys() == {path}
+
+
+def test_experts_in_one_tensor_are_refused():
+    tensors = {"weight": ("U8", (8, 4, 32)), "weight_scale": ("F8_E4M3", (8, 4, 4)), "weight_scale_2": ("F32", (1,))}
+    assert "FP4 experts" in problem(NVFP4[0], tensors)
+
+
+def test_a_reason_that_many_layers_share_is_told_once():
+    paths = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
+    held = hold(of_modelopt("NVFP4_SVD"), **dict.fromkeys(paths, NVFP4[1]), **{"model.norm": DENSE})
+    assert held.problems == (Problem(None, f"{paths[0]} and 2 more", "ModelOpt's NVFP4_SVD", f"one of {NAMES}"),)
+    assert str(held.problems[0]) == f"{paths[0]} and 2 more: found ModelOpt's NVFP4_SVD, expected one of {NAMES}"
+    assert not held.layers and len(held.others) == 10
+
+
+def test_right_layers_stand_beside_wrong_ones():
+    wrong = {**NVFP4[1], "weight_scale": None}
+    held = hold(NVFP4[0], a=wrong, b=NVFP4[1], c=wrong)
+    assert held.layers.keys() == {"b"} and [p.tensor for p in held.problems] == ["a.weight_scale", "c.weight_scale"]
+    assert {name[0] for name in held.others} == {"a", "c"}
+
+
+# What the producers write
+
+GROUP16, GROUP32, MX, E4M3 = "NVFP4 group 16", "FP4 e4m3 group 32", "MXFP4 group 32", "FP8 E4M3"
+HELD = {
+    "modelopt-group32": {GROUP32: 14}, "modelopt-head": {GROUP16: 15}, "modelopt-mlp": {GROUP16: 6},
+    "modelopt-mixed": {GROUP16: 5, E4M3: 8}, "modelopt-mixed-fp4": {GROUP16: 9, GROUP32: 1},
+    "modelopt-svdquant": {}, "modelopt-mxfp4": {MX: 14}, "modelopt-w4a8-nvfp4": {GROUP32: 14},
+    "modelopt-w4a8-mxfp4": {MX: 14}, "modelopt-fp8": {E4M3: 14}, "ct-mxfp4a16": {MX: 14}, "ct-mxfp4": {MX: 14},
+    "ct-mxfp4-fp8": {MX: 14}, "ct-head": {GROUP16: 15}, "ct-embedding": {GROUP16: 15}, "ct-ignore-names": {GROUP16: 5},
+    "ct-ignore-patterns": {GROUP16: 5}, "ct-target-names": {GROUP16: 2}, "ct-nvfp4-mxfp4": {GROUP16: 6, MX: 8},
+    "ct-nvfp4-fp8": {GROUP16: 6}, "ct-fp8": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_checkpoint_of_a_producer(name):
+    folder = written(name, "llama")
+    _, config = files.quantization_of(folder)
+    reader = modelopt if config["quant_method"] == "modelopt" else compressed_tensors
+    scheme = reader.scheme(config)
+    held = contents(files.entries(files.files_of(folder), files.index_of(folder)), scheme)
+    assert Counter(layer.format for layer in held.layers.values()) == HELD.get(name, {GROUP16: 14})
+    assert [problem.found for problem in held.problems] == ["ModelOpt's NVFP4_SVD"] * (name == "modelopt-svdquant")
+    assert bool(scheme.notes) == ("kv" in name)
+    if name.startswith("modelopt"):  # both of its configs say the same
+        other = modelopt.scheme(files.read_json(folder / files.HF_QUANT_CONFIG))
+        assert (other.algorithm, other.ignore, other.notes) == (scheme.algorithm, scheme.ignore, scheme.notes)
+        assert contents(files.entries(files.files_of(folder), {}), other).layers.keys() == held.layers.keys()

@@ -1,0 +1,268 @@
+"""Tensors of a linear become its weight and come back, bit for bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from marlin_w4a16.checkpoints import compressed_tensors, modelopt, storage
+from marlin_w4a16.checkpoints.files import Entry
+from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage, FP8Storage, Part, Storage
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def of_modelopt(algorithm: str, group: int | None = None) -> Storage:
+    return modelopt.scheme({"quant_algo": algorithm, "group_size": group}).storage("x")
+
+
+def of_compressed(name: str, group: int) -> Storage:
+    weights = {"num_bits": 4, "type": "float", "group_size": group}
+    groups = {"group_0": {"format": name, "targets": ["Linear"], "weights": weights}}
+    return compressed_tensors.scheme({"config_groups": groups}).storage("x")
+
+
+FP4: dict[str, tuple[FP4Storage, int]] = {
+    "modelopt-nvfp4": (of_modelopt("NVFP4", 16), 16),
+    "modelopt-group32": (of_modelopt("W4A16_NVFP4", 32), 32),
+    "modelopt-awq-32": (of_modelopt("NVFP4_AWQ"), 32),
+    "modelopt-mxfp4": (of_modelopt("mxfp4"), 32),
+    "ct-nvfp4": (of_compressed("nvfp4-pack-quantized", 16), 16),
+    "ct-mxfp4": (of_compressed("mxfp4-pack-quantized", 32), 32),
+}
+FP8: FP8Storage = of_modelopt("FP8")
+
+
+def scale_value(kind: str, byte: int) -> float:
+    """A scale by its bits."""
+    if kind == "e8m0":
+        return 2.0 ** (byte - 127)
+    sign, exponent, mantissa = -1 if byte & 0x80 else 1, byte >> 3 & 15, byte & 7
+    return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
+
+
+def scale_bytes(kind: str) -> list[int]:
+    """All that are no NaN: zeros, subnormals and negative ones among them."""
+    return [byte for byte in range(256) if (byte != 255 if kind == "e8m0" else byte & 0x7F != 0x7F)]
+
+
+def tensors(made: FP4Storage, group: int, scale_dtype: torch.dtype, one: tuple[int, ...]) -> dict[str, Tensor]:
+    """Random codes, every scale, and factors of shape ``[]`` or ``[1]``."""
+    scales = torch.tensor(scale_bytes(made.kind), dtype=torch.uint8)
+    scales = torch.cat((scales, scales[: 256 - len(scales)])).view(16, 16)
+    columns = {"codes": (16, 8 * group), "pre-quant scale": (16 * group,)}
+    found = {}
+    for part in made.parts:
+        shape, dtype = columns.get(part.role, one), DTYPES[part.dtypes[-1]]
+        found[part.leaf] = torch.randint(256, shape, dtype=torch.uint8) if part.role == "codes" else torch.rand(shape)
+        found[part.leaf] = found[part.leaf].to(dtype)
+    return {**found, made.leaf("scales"): scales.view(scale_dtype)}
+
+
+SCALE_DTYPES = {"e4m3": [torch.float8_e4m3fn], "e8m0": [torch.uint8, torch.float8_e8m0fnu]}
+CASES = [(name, dtype) for name, (made, _) in FP4.items() for dtype in SCALE_DTYPES[made.kind]]
+
+
+@pytest.mark.parametrize("one", [(), (1,)], ids=str)
+@pytest.mark.parametrize("name, scale_dtype", CASES, ids=str)
+def test_fp4_decodes_exactly_and_comes_back(name, scale_dtype, one):
+    made, group = FP4[name]
+    stored = tensors(made, group, scale_dtype, one)
+    weight = made.read(stored, "some.linear")
+    assert (weight.kind, weight.group, weight.name) == (made.kind, group, "some.linear")
+    codes = stored[made.leaf("codes")]
+    values = E2M1[torch.stack((codes & 15, codes >> 4), -1).flatten(-2).int()]
+    scales = stored[made.leaf("scales")].view(torch.uint8).double().apply_(lambda b: scale_value(made.kind, int(b)))
+    factor = torch.ones(())
+    if (part := made.part("multiplier", "divisor")) is not None:
+        factor = 1 / stored[part.leaf] if part.role == "divisor" else stored[part.leaf]
+        assert part.role == ("multiplier" if name.startswith("modelopt") else "divisor")
+    assert torch.equal(weight.decode(), values * scales.repeat_interleave(group, -1) * factor.double())
+    codes_and_scales = {made.leaf("codes"), made.leaf("scales")}
+    kept = {leaf: tensor for leaf, tensor in stored.items() if leaf not in codes_and_scales}
+    assert_same(made.write(weight, {**kept, "bias": torch.zeros(16)}, scale_dtype), stored)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """In the order of the parts, bit for bit."""
+    assert list(found) == list(expected)
+    for leaf, tensor in expected.items():
+        assert (found[leaf].dtype, found[leaf].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[leaf].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_tensors_that_may_be_missing_may_be_missing():
+    made, group = FP4["modelopt-nvfp4"]
+    stored = tensors(made, group, torch.float8_e4m3fn, ())
+    del stored["input_scale"], stored["pre_quant_scale"]
+    weight = made.read(stored, "x")
+    assert_same(made.write(weight, {"weight_scale_2": stored["weight_scale_2"]}, torch.float8_e4m3fn), stored)
+
+
+def shapes(codes: tuple[int, ...], scales: tuple[int, ...], prefix: str = "weight") -> dict[str, Entry]:
+    return {prefix: Entry(None, "U8", codes), "weight_scale": Entry(None, "F8_E4M3", scales)}
+
+
+@pytest.mark.parametrize(
+    "name, codes, scales, expected",
+    [
+        ("modelopt-nvfp4", (4, 32), (4, 4), (4, 64, 16)),
+        ("modelopt-nvfp4", (4, 32), (4, 2), None),  # groups of 32, the config says 16
+        ("modelopt-awq-32", (4, 32), (4, 4), (4, 64, 16)),  # the config does not say
+        ("modelopt-awq-32", (4, 32), (4, 2), (4, 64, 32)),
+        ("modelopt-awq-32", (4, 32), (4, 1), None),
+        ("modelopt-awq-32", (4, 32), (4, 8), None),
+        ("modelopt-mxfp4", (4, 32), (4, 2), (4, 64, 32)),
+        ("modelopt-mxfp4", (4, 32), (4, 4), None),
+        ("modelopt-nvfp4", (4, 32), (4, 3), None),
+        ("modelopt-nvfp4", (4, 32), (4, 0), None),
+        ("modelopt-nvfp4", (4, 0), (4, 4), None),
+        ("modelopt-nvfp4", (4, 32), (4,), None),
+        ("modelopt-nvfp4", (4, 32), (16, 1, 1), None),
+        ("modelopt-nvfp4", (128,), (4, 4), None),
+    ],
+)
+def test_the_shape_of_a_linear(name, codes, scales, expected):
+    assert FP4[name][0].shape_of(shapes(codes, scales)) == expected
+
+
+def test_the_shape_of_a_linear_in_fp8():
+    assert FP8.shape_of({"weight": Entry(None, "F8_E4M3", (4, 64))}) == (4, 64, 0)
+    assert FP8.shape_of({"weight": Entry(None, "F8_E4M3", (2, 4, 64))}) is None
+
+
+AXES = {"n": 4, "k": 64, "k/2": 32, "k/g": 4}
+MATRIX, ROW, COLUMN, ONE = ("n", "k/2"), ("n",), ("k",), ()
+
+
+@pytest.mark.parametrize(
+    "made, role, axes, fitting, other",
+    [
+        (FP4["modelopt-nvfp4"][0], "codes", MATRIX, [(4, 32)], [(4, 64), (32, 4), (4,), (), (1,)]),
+        (FP4["modelopt-nvfp4"][0], "pre-quant scale", COLUMN, [(64,)], [(4,), (1,), (), (1, 64)]),
+        (FP4["modelopt-nvfp4"][0], "multiplier", ONE, [(), (1,), (1, 1)], [(4,), (0,), (2,)]),
+        (FP8, "codes", ("n", "k"), [(4, 64)], [(64, 4), (1, 1), (4, 64, 1)]),
+        (FP8, "scales", ROW, [(), (1,), (1, 1), (4,), (4, 1)], [(1, 4), (64,), (0,), (4, 1, 1)]),
+        (FP8, "input multiplier", ONE, [(), (1,)], [(4,), (4, 1), (0,)]),
+    ],
+)
+def test_whether_a_shape_fits(made, role, axes, fitting, other):
+    part = Part("leaf", role, ("F32",), axes)
+    assert all(made.fits(part, shape, AXES) for shape in fitting)
+    assert not any(made.fits(part, shape, AXES) for shape in other)
+
+
+def test_names_for_people():
+    assert FP4["modelopt-awq-32"][0].scales == "[n, k / 16 or 32]"
+    assert [made.format(group) for made, group in FP4.values()] == [
+        "NVFP4 group 16", "FP4 e4m3 group 32", "FP4 e4m3 group 32", "MXFP4 group 32", "NVFP4 group 16",
+        "MXFP4 group 32",
+    ]  # fmt: skip
+    with pytest.raises(KeyError, match="multiplier"):
+        FP4["modelopt-mxfp4"][0].leaf("multiplier", "divisor")
+
+
+# FP8
+
+BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
+EVERY_CODE = torch.arange(256, dtype=torch.uint8).repeat(8, 1).view(torch.float8_e4m3fn)
+FINITE = [byte & 0x7F != 0x7F for byte in range(256)]
+PER_ROW = torch.tensor([1.0, 0.3, 0.0123, 1 / 3, 2**-5, 1.7, 0.9, 0.05])
+SCALES = {
+    "tensor": PER_ROW[1],
+    "one": PER_ROW[1:2],
+    "row": PER_ROW,
+    "column": PER_ROW[:, None],
+    "bfloat16": PER_ROW[:, None].bfloat16(),
+    "float16": PER_ROW.half(),
+}
+
+
+def rounded(exact: Tensor, bits: int) -> Tensor:
+    """To so many significant bits, to nearest even."""
+    mantissa, exponent = exact.frexp()
+    return torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent)
+
+
+@pytest.fixture(params=[storage.BLOCK_ELEMENTS, 600, 1], ids=lambda n: f"blocks of {n}")
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(storage, "BLOCK_ELEMENTS", request.param)
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_fp8_decodes_and_comes_back(scale, dtype, blocks):
+    scale = SCALES[scale]
+    stored = {"weight": EVERY_CODE, "weight_scale": scale, "input_scale": torch.tensor(0.5)}
+    weight = FP8.read(stored, dtype)
+    exact = EVERY_CODE.double() * (scale.double().reshape(-1, 1) if scale.numel() > 1 else scale.double())
+    assert weight.dtype == dtype and weight.isnan().sum() == 16
+    if dtype != torch.float16:  # some are its subnormals
+        assert torch.equal(weight[:, FINITE].double(), rounded(exact, BITS[dtype])[:, FINITE])
+    kept = {leaf: stored[leaf] for leaf in ("weight_scale", "input_scale")}
+    found = FP8.write(weight, kept, "x")
+    assert found["weight"].dtype == torch.float8_e4m3fn and found["weight"].float()[:, 0x7F].isnan().all()
+    assert torch.equal(found["weight"].view(torch.uint8)[:, FINITE], EVERY_CODE.view(torch.uint8)[:, FINITE])
+    assert found["weight"].float()[:, 0xFF].isnan().all()
+    assert found.keys() == stored.keys() and all(found[leaf] is kept[leaf] for leaf in kept)
+
+
+def test_fp8_is_rounded_once():
+    """A product that float32 rounds to a tie of bfloat16 is rounded by its exact value."""
+    codes = torch.tensor([1.125, 1.375, 1.625, 1.875]).to(torch.float8_e4m3fn).repeat(64, 1)
+    ties = 1 + (2 * torch.arange(64, dtype=torch.float64) + 1) / 256
+    scale = (ties / codes[:, 0].double()).float()
+    exact = codes.double() * scale.double()[:, None]
+    twice = (codes.float() * scale[:, None]).bfloat16()
+    found = FP8.read({"weight": codes, "weight_scale": scale}, torch.bfloat16)
+    assert torch.equal(found.double(), rounded(exact, 8)) and not torch.equal(found, twice)
+    written = FP8.write(found, {"weight_scale": scale}, "x")["weight"]
+    assert torch.equal(written.view(torch.uint8), codes.view(torch.uint8))
+
+
+def changed(at: tuple[int, int], value: float, scale: float) -> tuple[Tensor, Tensor]:
+    weight = FP8.read({"weight": EVERY_CODE, "weight_scale": torch.tensor(scale)}, torch.float32)
+    weight[at] = value
+    return weight, torch.tensor(scale)
+
+
+@pytest.mark.parametrize(
+    "at, value, scale",
+    [
+        ((0, 0x38), 1 + 2**-23, 1.0),
+        ((7, 0x01), 2**-10, 1.0),
+        ((0, 0), 1e-30, 1.0),
+        ((3, 0x38), 449.0, 1.0),
+        ((3, 0x38), float("inf"), 1.0),
+        ((0, 0x38), 7.0, 1e-3),  # 7000 is more than E4M3 holds
+        ((0, 0x7F), 7.0, 1e-3),
+    ],
+)
+def test_fp8_that_was_changed_is_not_written(at, value, scale, blocks):
+    weight, scale = changed(at, value, scale)
+    with pytest.raises(
+        ValueError, match=r"^a\.b\.weight: found values that are no FP8 codes times weight_scale, "
+    ) as e:
+        FP8.write(weight, {"weight_scale": scale}, "a.b")
+    assert "expected those loaded" in str(e.value) and "dequantize()" in str(e.value)
+
+
+def test_fp8_that_was_changed_to_another_code_is_written():
+    weight, scale = changed((0, 0x38), 448.0, 1.0)
+    assert FP8.write(weight, {"weight_scale": scale}, "x")["weight"][0, 0x38].float() == 448
+
+
+@pytest.mark.parametrize("scale", [1e-9, 2.8e-5, 147.0, 1e3])
+def test_fp8_that_float16_cannot_hold_is_not_written(scale):
+    scale = torch.tensor(scale)
+    weight = FP8.read({"weight": EVERY_CODE, "weight_scale": scale}, torch.float16)
+    with pytest.raises(
+        ValueError, match=r"^a\.b\.weight: found torch\.float16, expected a dtype that holds every FP8 code"
+    ):
+        FP8.write(weight, {"weight_scale": scale}, "a.b")
+
+
+@pytest.mark.parametrize("scale, dtype", [(3e-5, torch.float16), (146.0, torch.float16), (1e-9, torch.bfloat16)])
+def test_fp8_at_the_ends_of_a_dtype(scale, dtype):
+    stored = {"weight": EVERY_CODE[:, FINITE], "weight_scale": torch.tensor(scale)}
+    found = FP8.write(FP8.read(stored, dtype), {"weight_scale": stored["weight_scale"]}, "x")["weight"]
+    assert torch.equal(found.view(torch.uint8), stored["weight"].view(torch.uint8))

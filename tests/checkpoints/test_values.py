@@ -1,0 +1,144 @@
+"""Values that no header tells: NaN scales and global scales that cannot be multiplied or divided by."""
+
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
+from marlin_w4a16.checkpoints.layers import contents
+from marlin_w4a16.checkpoints.scheme import Scheme
+from marlin_w4a16.checkpoints.values import bad_values, read
+
+N, K = 3, 64
+COLUMNS, ONE = torch.ones(K, dtype=torch.bfloat16), torch.tensor(0.5)
+CODES = torch.zeros(N, K // 2, dtype=torch.uint8)
+E4M3 = torch.ones(N, K // 16).to(torch.float8_e4m3fn)
+E8M0 = torch.full((N, K // 32), 127, dtype=torch.uint8)
+DIVIDED = {"format": "nvfp4-pack-quantized", "targets": ["Linear"]}
+FORMATS: dict[str, tuple[Scheme, dict[str, Tensor]]] = {
+    "nvfp4": (
+        modelopt.scheme({"quant_algo": "NVFP4"}),
+        {"weight": CODES, "weight_scale": E4M3, "weight_scale_2": ONE, "input_scale": ONE, "pre_quant_scale": COLUMNS},
+    ),
+    "mxfp4": (modelopt.scheme({"quant_algo": "mxfp4"}), {"weight": CODES, "weight_scale": E8M0}),
+    "e8m0": (
+        modelopt.scheme({"quant_algo": "mxfp4"}),
+        {"weight": CODES, "weight_scale": E8M0.view(torch.float8_e8m0fnu)},
+    ),
+    "fp8": (
+        modelopt.scheme({"quant_algo": "FP8"}),
+        {"weight": torch.full((N, K), torch.nan).to(torch.float8_e4m3fn), "weight_scale": torch.ones(N),
+         "input_scale": ONE},
+    ),
+    "ct": (
+        compressed_tensors.scheme({"config_groups": {"group_0": DIVIDED}}),
+        {"weight_packed": CODES, "weight_scale": E4M3, "weight_global_scale": ONE.view(1),
+         "input_global_scale": ONE.view(1)},
+    ),
+}  # fmt: skip
+
+
+def write(folder: Path, name: str, leaf: str, tensor: Tensor) -> list[str]:
+    """Writes two linears, of which the second has another tensor; what is wrong with them."""
+    scheme, good = FORMATS[name]
+    for path, tensors in (("a", good), ("b", {**good, leaf: tensor})):
+        save_file({f"{path}.{leaf}": t.clone() for leaf, t in tensors.items()}, folder / f"{path}.safetensors")
+    held = contents(files.entries(sorted(folder.glob("*.safetensors")), {}), scheme)
+    assert not held.problems and list(held.layers) == ["a", "b"]
+    return [str(problem) for problem in bad_values(held.layers.values())]
+
+
+def with_byte(scales: Tensor, byte: int) -> Tensor:
+    made = scales.clone()
+    made.view(torch.uint8)[1, 1] = byte
+    return made
+
+
+@pytest.mark.parametrize(
+    "name, scales, byte, kind",
+    [("nvfp4", E4M3, 0x7F, "e4m3"), ("nvfp4", E4M3, 0xFF, "e4m3"), ("ct", E4M3, 0xFF, "e4m3"),
+     ("mxfp4", E8M0, 0xFF, "e8m0"), ("e8m0", E8M0.view(torch.float8_e8m0fnu), 0xFF, "e8m0")],
+)  # fmt: skip
+def test_a_scale_that_is_nan(name, scales, byte, kind, tmp_path):
+    found = write(tmp_path, name, "weight_scale", with_byte(scales, byte))
+    expected = f"b.safetensors: b.weight_scale: found NaN (byte {byte:#x}) at [1, 1], expected finite {kind} scales"
+    assert found == [expected]
+
+
+@pytest.mark.parametrize(
+    "name, scales, bytes_", [("nvfp4", E4M3, (0, 1, 0x7E, 0x80, 0xFE)), ("mxfp4", E8M0, (0, 1, 0x7F, 254))]
+)
+def test_any_other_scale_is_fine(name, scales, bytes_, tmp_path):
+    assert not any(write(tmp_path, name, "weight_scale", with_byte(scales, byte)) for byte in bytes_)
+
+
+NOT_ZERO = "finite numbers, not 0"
+BAD = ["nan", "inf", "-inf"]
+
+
+@pytest.mark.parametrize(
+    "name, leaf, bad, fine, expected",
+    [
+        ("nvfp4", "weight_scale_2", BAD, [0, -1, 1e-45, 3e38], "finite numbers"),
+        ("nvfp4", "input_scale", BAD, [0, 1e-45], "finite numbers"),
+        ("nvfp4", "pre_quant_scale", BAD, [0, -2], "finite numbers"),
+        ("fp8", "weight_scale", BAD, [0, 1e-45], "finite numbers"),
+        ("ct", "weight_global_scale", [*BAD, 0, -0.0, 1e-40], [-1, 1e-38, 3e38], NOT_ZERO),
+        ("ct", "input_global_scale", [*BAD, 0], [1, 3e38], NOT_ZERO),
+    ],
+)
+def test_a_factor(name, leaf, bad, fine, expected, tmp_path):
+    good = FORMATS[name][1][leaf]
+
+    def one_element(value: float) -> Tensor:
+        made = good.clone()
+        made.reshape(-1)[-1] = float(value)
+        return made
+
+    for value in bad:
+        (found,) = write(tmp_path, name, leaf, one_element(value))
+        where, _, said = found.partition(", expected ")
+        assert where.startswith(f"b.safetensors: b.{leaf}: found ") and said == expected
+        assert where.endswith(f"found {one_element(value).reshape(-1)[-1].item()}")
+    assert not any(write(tmp_path, name, leaf, one_element(value)) for value in fine)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_are_not_read(name, tmp_path, monkeypatch):
+    asked, opened = [], safetensors.safe_open
+
+    class Recorded:
+        def __init__(self, *args, **kwargs):
+            self.context = opened(*args, **kwargs)
+
+        def __enter__(self):
+            self.file = self.context.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            self.context.__exit__(*error)
+
+        def get_tensor(self, name):
+            asked.append(name)
+            return self.file.get_tensor(name)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(safetensors, "safe_open", Recorded)
+    small = FORMATS[name][1].keys() - {"weight", "weight_packed"}
+    assert write(tmp_path, name, "weight_scale", FORMATS[name][1]["weight_scale"]) == []
+    assert sorted(asked) == sorted(f"{path}.{leaf}" for path in "ab" for leaf in small)
+
+
+def test_some_tensors_are_read(tmp_path):
+    write(tmp_path, "nvfp4", "weight_scale_2", torch.tensor(7.0))
+    entries = files.entries(sorted(tmp_path.glob("*.safetensors")), {})
+    found = read({name: entries[name] for name in ("b.weight_scale_2", "a.weight_scale_2", "a.weight_scale")})
+    assert found["b.weight_scale_2"] == 7 and found["a.weight_scale_2"] == 0.5
+    assert torch.equal(found["a.weight_scale"].view(torch.uint8), E4M3.view(torch.uint8)) and len(found) == 3
+    assert read({}) == {}

@@ -1,0 +1,127 @@
+"""The matrix of checkpoint formats, model classes and steps: what the tests of this folder run, and docs/supported.md
+says. Nothing here imports transformers or a producer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from checkpoints.formats import CASES, DENSE_FAMILIES, FORMATS, MAIN
+
+Case = tuple[str, str]
+
+FAMILIES = {
+    "llama": "Llama",
+    "llama-tied": "Llama, tied",
+    "llama-bias": "Llama, biases",
+    "llama-zeros": "Llama, blocks of zeros",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3-tied": "Qwen3, tied",
+    "mistral": "Mistral",
+    "mistral-tied": "Mistral, tied",
+    "gemma3": "Gemma-3",
+    "gemma3-tied": "Gemma-3, tied",
+    "qwen3moe": "Qwen3-MoE",
+    "mixtral": "Mixtral",
+}
+EXPERTS = [(name, family) for name in ("modelopt-w4a16", "ct-nvfp4a16") for family in ("qwen3moe", "mixtral")]
+# A head of its own beside the embedding, under a config that ties them: both producers write that.
+OWN_HEADS = [(name, family) for name in ("modelopt-head", "ct-head") for family in ("llama-tied", "gemma3-tied")]
+# The words of the error, by format and family.
+NO_EXPERTS = "FP4 experts (mixture-of-experts), expected linears only: experts are not supported yet"
+REFUSED: dict[Case, str] = {
+    ("modelopt-svdquant", "llama"): "ModelOpt's NVFP4_SVD",
+    ("ct-embedding", "llama"): "expected a linear in the model, not Embedding",
+    **dict.fromkeys(EXPERTS, NO_EXPERTS),
+}
+# Without a layer in FP4 there is nothing for this package to do.
+LEFT = "ct-fp8"
+LOADED: list[Case] = [case for case in [*CASES, *OWN_HEADS] if case not in REFUSED]
+OWN = [case for case in LOADED if case[0] != LEFT]
+ON_LLAMA = [case for case in OWN if case[1] == "llama"]
+KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-mxfp4", "modelopt-fp8",
+        "ct-nvfp4", "ct-mxfp4", "ct-two-groups"]  # fmt: skip
+COMPILED: list[Case] = [
+    *((name, "llama") for name in ("ct-nvfp4a16", "ct-mxfp4a16", "modelopt-group32", "modelopt-mixed", "modelopt-awq")),
+    *(("ct-nvfp4a16", family) for family in DENSE_FAMILIES if family not in ("llama", "llama-zeros")),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What becomes of a loaded model, as tests assert it.
+
+    Attributes:
+        name: in a word.
+        asserts: what holds.
+        cases: format and family of each case.
+    """
+
+    name: str
+    asserts: str
+    cases: list[Case]
+
+
+LOAD = Step(
+    "load",
+    "quantised linears are packed, or dense where they are FP8; every other tensor is as stored; none is missing",
+    OWN,
+)
+FLOAT32 = Step(
+    "float32",
+    "logits within 1e-5 of the dense model that the exact decode gives, all tokens equal, generated ones too",
+    OWN,
+)
+BFLOAT16 = Step(
+    "bfloat16",
+    "32 teacher-forced steps of 8 prompts: logits no further from the exact model than those of the dense model in "
+    "bfloat16; tokens equal wherever the two best logits differ by more than 4 times the error",
+    OWN,
+)
+GENERATE = Step("generate", "greedy tokens with a static cache equal those of the dense model", OWN)
+SAVE = Step("save", "every tensor bit for bit, config.json equal, in any dtype, whole or in shards; loads again", OWN)
+DENSE = Step(
+    "dequantize", "`dequantize=True` and `dequantize()` give plain linears with the exact weight rounded once", OWN
+)
+ADAPTERS = Step(
+    "LoRA", "gradients of adapters and inputs equal the dense model's within 1e-5; the base does not change", OWN
+)
+COMPILE = Step("compile", "one graph, logits within 1e-5 of eager in float32", COMPILED)
+KEEP = Step(
+    "keep", "with `activation_quant=\"keep\"` inputs are what the producer's own code makes of them",
+    [(name, "llama") for name in KEPT],
+)  # fmt: skip
+STEPS = [LOAD, FLOAT32, BFLOAT16, GENERATE, SAVE, DENSE, ADAPTERS, COMPILE, KEEP]
+ALWAYS = [step for step in STEPS if step.cases is OWN]
+
+
+def cell(name: str, family: str) -> str:
+    """What holds for a format in a model class: empty where nothing is tested."""
+    case = name, family
+    if case in REFUSED:
+        return f'refused: "{REFUSED[case]}"'
+    if name == LEFT and case in LOADED:
+        return "left to transformers"
+    if case not in OWN:
+        return ""
+    return ", ".join(["all", *(step.name for step in STEPS if step not in ALWAYS and case in step.cases)])
+
+
+def rows(names: Iterable[str], families: Iterable[str]) -> list[tuple[str, ...]]:
+    """Lines of a table: a format, and what holds for it in each class."""
+    columns = list(families)
+    return [(f"`{name}`", FORMATS[name].about, *(cell(name, family) for family in columns)) for name in names]
+
+
+def tables() -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Every format in one class, then the main ones in all classes."""
+    others = [family for family in FAMILIES if family != "llama"]
+    shown = [name for name in FORMATS if any(cell(name, family) for family in others)]
+    return [
+        (("format", "what is special", FAMILIES["llama"]), rows(FORMATS, ["llama"])),
+        (("class", *(f"`{name}`" for name in shown)), [
+            (FAMILIES[family], *(cell(name, family) for name in shown)) for family in others
+        ]),
+    ]  # fmt: skip

@@ -1,0 +1,91 @@
+"""from_pretrained: which linears are packed, and that everything else is what the files hold."""
+
+import pytest
+import torch
+from torch import nn
+
+from checkpoints.formats import written
+from hf.loading import DTYPES, kinds, load, loaded, logits, same, stored
+from hf.matrix import EXPERTS, LEFT, LOAD, OWN_HEADS, REFUSED
+from marlin_w4a16 import PackedLinear
+from marlin_w4a16.hf import CheckpointError, report
+
+CODES_AND_SCALES = ("weight", "weight_packed", "weight_scale")
+
+
+@pytest.mark.parametrize("name, family", LOAD.cases)
+def test_layers_are_what_the_files_hold(name, family):
+    model, info = load(name, family, output_loading_info=True)
+    assert not any(info.values())
+    expected = kinds(name, family)
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {path: type(m).__name__ for path, m in linears.items()} == dict.fromkeys(linears, "Linear") | expected
+    assert model.dtype == torch.bfloat16 and not model.training
+    for path, kind in expected.items():
+        assert isinstance(linears[path], PackedLinear) == (kind == "CheckpointLinear")
+    mine = [path for path in expected if type(linears[path]) is not nn.Linear]
+    for path in mine:
+        assert {leaf for leaf, p in linears[path].named_parameters() if p.requires_grad} <= {"bias"}
+    assert {layer.path for layer in report(model).layers} == set(mine)
+    assert str(report(model)).count("packed") >= sum(kind == "CheckpointLinear" for kind in expected.values())
+
+
+@pytest.mark.parametrize(
+    "name, family, dtype",
+    [(*case, dtype) for case in LOAD.cases for dtype in DTYPES if dtype != torch.float16 or case[1] == "llama"],
+)
+def test_small_tensors_are_kept_and_dense_ones_are_the_models(name, family, dtype):
+    model = loaded(name, family, dtype)
+    held, modules = model.state_dict(), dict(model.named_modules())
+    quantised = kinds(name, family)
+    for key, tensor in stored(name, family).items():
+        path, _, leaf = key.rpartition(".")
+        if path not in quantised:
+            if not leaf.endswith("_scale"):  # of a cache: kept to be saved
+                assert same(held[key], tensor.to(dtype))
+        elif leaf == "bias":
+            assert same(modules[path].bias.detach(), tensor.to(dtype))
+        elif leaf not in CODES_AND_SCALES and not leaf.startswith(("k_", "v_")):
+            kept = getattr(modules[path], leaf).detach()
+            assert same(kept if quantised[path] == "CheckpointLinear" else kept.view(tensor.dtype).reshape(()), tensor)
+    tied = model.config.tie_word_embeddings and "lm_head" not in quantised
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("name, family", REFUSED)
+def test_what_cannot_be_loaded_is_refused(name, family):
+    with pytest.raises(CheckpointError) as raised:
+        load(name, family)
+    assert REFUSED[name, family] in str(raised.value) and str(written(name, family)) in str(raised.value)
+
+
+@pytest.mark.parametrize("name, family", EXPERTS)
+def test_layers_of_experts_are_counted_not_listed(name, family):
+    with pytest.raises(CheckpointError, match=r"experts\.0\.(down_proj|w1) and 23 more: found FP4 experts") as raised:
+        load(name, family)
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_a_checkpoint_without_fp4_is_left_to_transformers(monkeypatch):
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    model = load(LEFT)
+    assert report(model) is None
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "compressed-tensors", CompressedTensorsHfQuantizer)
+    assert torch.equal(logits(model), logits(load(LEFT)))
+    with pytest.raises(NotImplementedError):
+        model.dequantize()
+
+
+@pytest.mark.parametrize("name", ["modelopt-mixed", "modelopt-awq", "ct-nvfp4", "ct-nvfp4-fp8"])
+def test_shards_load_the_same(name):
+    assert torch.equal(logits(load(name, shards=True)), logits(loaded(name, "llama", torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name, family", OWN_HEADS)
+def test_a_head_of_its_own_stays_its_own_when_weights_are_tied_again(name, family):
+    model = load(name, family, dtype=torch.float32)
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
