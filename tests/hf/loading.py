@@ -38,6 +38,13 @@ def read(folder: Any, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
+def choosing(name: str, **options: Any) -> Any:
+    """The config of a format's producer with such options."""
+    from marlin_w4a16.hf import CompressedTensorsConfig, ModelOptConfig
+
+    return (ModelOptConfig if name.startswith("modelopt") else CompressedTensorsConfig)(**options)
+
+
 @functools.cache
 def loaded(name: str, family: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model to be read, not to be changed."""

@@ -20,21 +20,10 @@ NVFP4 = {"ModelOpt": "ModelOpt NVFP4", "compressed-tensors": "compressed-tensors
 Damage = Callable[[Path], Any]
 
 
-@pytest.fixture(autouse=True)
-def plugin(monkeypatch) -> None:
-    """Registered for one test: others load what compressed-tensors itself makes."""
-    from transformers.quantizers import auto
-
-    for mapping in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-        monkeypatch.setattr(auto, mapping, dict(getattr(auto, mapping)))
-    from marlin_w4a16 import hf
-
-    hf._register()
-    assert hf.CheckpointError is CheckpointError and issubclass(CheckpointError, ValueError)
-
-
 def load(folder: Path, auto: str = "AutoModelForCausalLM", **options: Any) -> nn.Module:
     import transformers
+
+    import marlin_w4a16.hf  # noqa: F401, registers
 
     return getattr(transformers, auto).from_pretrained(folder, **options)
 
@@ -75,6 +64,12 @@ def damaged(tmp_path, error) -> Callable[..., str]:
         return problems
 
     return said
+
+
+def test_the_error_is_a_value_error():
+    from marlin_w4a16 import hf
+
+    assert hf.CheckpointError is CheckpointError and issubclass(CheckpointError, ValueError)
 
 
 def test_weights_of_a_whole_checkpoint_are_reached(monkeypatch):

@@ -15,6 +15,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     found = inspect(local(args.path))
     if not found.formats and not found.problems:
         raise CheckpointError(f"{args.path}: found no FP4 linear: 'python -m marlin_w4a16 inspect' says what there is")
+    import_plugin(found.folder)
     results, notes = measure_both(found, work, not args.no_dense)
     if args.json:
         print(json.dumps(as_dict(found, work, results, notes), indent=2))
@@ -94,17 +96,11 @@ def measure_both(found: Inspection, work: Work, dense: bool) -> tuple[list[Resul
 
 
 def load(found: Inspection, work: Work, dequantize: bool) -> "PreTrainedModel":
-    """The model of a checkpoint by from_pretrained.
+    """The model of a checkpoint by from_pretrained."""
+    from transformers import AutoModelForCausalLM
 
-    Raises:
-        ImportError: a package that loads it is not installed.
-    """
-    try:
-        from transformers import AutoModelForCausalLM
+    from marlin_w4a16.hf import CompressedTensorsConfig, ModelOptConfig
 
-        from marlin_w4a16.hf import CompressedTensorsConfig, ModelOptConfig
-    except ImportError as error:
-        raise ImportError(f"{error}: bench needs transformers: pip install 'marlin_w4a16[hf]'") from error
     choices: dict[str, Any] = {}
     if found.config == HF_QUANT_CONFIG:
         choices["quantization_config"] = ModelOptConfig.of(str(found.folder), dequantize=dequantize)
@@ -116,6 +112,23 @@ def load(found: Inspection, work: Work, dequantize: bool) -> "PreTrainedModel":
     dtype = getattr(torch, work.dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(found.folder, dtype=dtype, **choices)
     return model
+
+
+def import_plugin(folder: Path) -> None:
+    """Imports what loads the model, and its class, so that loading is not charged for that.
+
+    Raises:
+        ImportError: a package is not installed.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        import marlin_w4a16.hf  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}: bench needs transformers: pip install 'marlin_w4a16[hf]'") from error
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def as_dict(found: Inspection, work: Work, results: list[Result], notes: list[str]) -> dict[str, Any]:

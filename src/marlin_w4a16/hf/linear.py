@@ -164,7 +164,7 @@ class FP8Linear(nn.Linear):
         self, layer: Layer, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, keep: bool
     ) -> None:
         super().__init__(layer.k, layer.n, bias=bias is not None, device="meta")
-        self.layer, self.quantize_input = layer, keep and "input_scale" in tensors
+        self.layer, self.loaded_as, self.quantize_input = layer, dtype, keep and "input_scale" in tensors
         self.weight = nn.Parameter(fp8(layer).read(tensors, dtype), requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
         for leaf in layer.entries.keys() - {"weight"}:  # kept as bytes, which casts leave alone
@@ -173,8 +173,12 @@ class FP8Linear(nn.Linear):
     def stored(self) -> dict[str, Tensor]:
         """See `CheckpointLinear.stored`."""
         kept = {leaf: self._kept(leaf) for leaf in self.layer.entries.keys() - {"weight"}}
+        weight = self.weight.detach()
+        as_loaded = weight.to(self.loaded_as)
+        if torch.equal(as_loaded.to(weight.dtype), weight):  # a cast since then is no change
+            weight = as_loaded
         try:
-            tensors = fp8(self.layer).write(self.weight.detach(), kept, self.layer.path)
+            tensors = fp8(self.layer).write(weight, kept, self.layer.path)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         return {leaf: tensors[leaf].cpu() for leaf in self.layer.entries}

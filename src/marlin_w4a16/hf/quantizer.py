@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
-from transformers.utils.hub import cached_file
 
 from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
 from marlin_w4a16.checkpoints.files import CheckpointError
@@ -53,11 +52,12 @@ class FP4Loading(HfQuantizer):
             return
         name = str(model.config.name_or_path)
         if getattr(model.config, "distributed_config", None) is not None:
-            raise CheckpointError(
-                f"{model.config.name_or_path}: tensor parallel loading of FP4 layers is not supported"
-            )
-        self._keep_config(name)
-        held = contents(self._entries(model, kwargs.get("checkpoint_files")), self.scheme)
+            raise CheckpointError(f"{name}: found a distributed_config, expected none: FP4 layers are not sharded yet")
+        checkpoint_files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if not checkpoint_files:
+            raise CheckpointError(f"{name}: found a state dict, expected a checkpoint's files: its headers are read")
+        self._keep_config(checkpoint_files[0].parent)
+        held = contents(_entries(name, checkpoint_files), self.scheme)
         placement = place(held, model, self.scheme)
         problems = held.problems + placement.problems
         problems = problems or tuple(bad_values(placement.layers.values()))
@@ -99,22 +99,12 @@ class FP4Loading(HfQuantizer):
         """Whether the base class loads some layers."""
         return False
 
-    def _keep_config(self, path: str) -> None:
+    def _keep_config(self, folder: Path) -> None:
         """Keeps the quantisation config as it stands in the checkpoint, to save it so."""
 
     @property
     def _dequantizes(self) -> bool:
         return bool(getattr(self.quantization_config, "dequantize", False))
-
-    def _entries(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> dict[str, files.Entry]:
-        name = str(model.config.name_or_path)
-        if not checkpoint_files:
-            raise CheckpointError(f"{name}: found a state dict, expected a checkpoint's files: its headers are read")
-        folder = Path(name) if Path(name).is_dir() else Path(checkpoint_files[0]).parent
-        for file in checkpoint_files:
-            if Path(file).is_relative_to(folder):
-                files.inside(folder, str(Path(file).relative_to(folder)))
-        return files.entries(map(Path, checkpoint_files), files.index_of(Path(checkpoint_files[0]).parent))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         if self.scheme is None:
@@ -191,9 +181,8 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
         rest.config_groups = {name: group for name, group in config.config_groups.items() if name not in mine}
         self.compressor.quantization_config = rest
 
-    def _keep_config(self, path: str) -> None:
-        file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
-        found = files.quantization_of(Path(file).parent) if file is not None else None
+    def _keep_config(self, folder: Path) -> None:
+        found = files.quantization_of(folder)
         if found is not None and found[0] == "config.json":
             self.quantization_config = CompressedTensorsConfig.like(self.quantization_config, found[1])
 
@@ -223,6 +212,15 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
     def _shares(self) -> bool:
         """Whether some groups are not FP4."""
         return bool(self.compressor.quantization_config.config_groups)
+
+
+def _entries(name: str, checkpoint_files: list[Path]) -> dict[str, files.Entry]:
+    """The tensors of a checkpoint, whose files must lie in its folder."""
+    folder = Path(name) if Path(name).is_dir() else checkpoint_files[0].parent
+    for file in checkpoint_files:
+        if file.is_relative_to(folder):
+            files.inside(folder, str(file.relative_to(folder)))
+    return files.entries(checkpoint_files, files.index_of(checkpoint_files[0].parent))
 
 
 def _compressed(module: Any, path: str) -> dict[str, Tensor]:

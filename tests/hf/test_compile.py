@@ -1,0 +1,38 @@
+"""torch.compile(model, backend="marlin_w4a16") of loaded models."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from hf.dense import relative
+from hf.loading import choosing, kinds, load, loaded, logits, reference
+from hf.matrix import COMPILE
+
+
+def compiled_once(model, packed: int, caplog) -> torch.Tensor:
+    """The logits of one graph that holds so many packed linears."""
+    counters.clear()
+    caplog.set_level("INFO", "marlin_w4a16")
+    caplog.clear()
+    found = logits(torch.compile(model, backend="marlin_w4a16", fullgraph=True))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert [r.message.partition(" (")[0] for r in caplog.records] == [f"{packed} packed linears"]
+    return found
+
+
+@pytest.mark.parametrize("name, family", COMPILE.cases)
+def test_one_graph_gives_the_logits_of_eager(name, family, caplog):
+    model = loaded(name, family, torch.float32)
+    found = compiled_once(model, list(kinds(name, family).values()).count("CheckpointLinear"), caplog)
+    assert relative(found, logits(model)) <= 1e-5
+    assert relative(found, logits(reference(name, family, torch.float32))) <= 1e-5
+    assert torch.equal(found.argmax(-1), logits(model).argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["ct-mxfp4", "modelopt-nvfp4"])
+def test_kept_inputs_are_in_the_graph(name):
+    kept = load(name, dtype=torch.float32, quantization_config=choosing(name, activation_quant="keep"))
+    one, plain = (m.model.layers[1].mlp.up_proj for m in (kept, loaded(name, "llama", torch.float32)))
+    x = torch.randn(5, 96)
+    found = torch.compile(one, backend="marlin_w4a16", fullgraph=True)(x)
+    assert relative(found, one(x)) <= 1e-5 < relative(found, plain(x))

@@ -1,0 +1,143 @@
+"""save_pretrained: the files are what was loaded, bit for bit, and load again."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from checkpoints.formats import write, written
+from hf.dense import relative, tensors_of
+from hf.loading import DTYPES, kinds, load, loaded, logits, read, same, stored
+from hf.matrix import ON_LLAMA, OWN_HEADS, SAVE
+from marlin_w4a16.hf import CheckpointError, ModelOptConfig
+
+FEW = ["modelopt-mixed", "modelopt-kv-fp8", "modelopt-awq", "ct-nvfp4", "ct-mxfp4a16", "ct-kv", "ct-nvfp4-fp8"]
+
+
+def config(folder) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def expect_the_checkpoint(folder, name, family="llama", dtype=torch.bfloat16):
+    """Everything as it was; what is not quantised in the dtype of the model."""
+    found, quantised = tensors_of(folder), kinds(name, family)
+    before = stored(name, family)
+    assert found.keys() == before.keys()
+    for key, tensor in before.items():
+        path, _, leaf = key.rpartition(".")
+        upstream = path in quantised and quantised[path] == "Linear" and leaf == "weight_scale"
+        of_the_model = path not in quantised and not leaf.endswith("_scale")
+        expected = tensor.to(dtype) if of_the_model or leaf == "bias" or upstream else tensor
+        assert same(found[key], expected), key
+    expected = {**config(written(name, family)), "dtype": str(dtype).removeprefix("torch.")}
+    assert config(folder) == expected
+
+
+@pytest.mark.parametrize("name, family", SAVE.cases)
+def test_what_is_saved_is_what_was_loaded(name, family, tmp_path):
+    model = load(name, family)
+    model.save_pretrained(tmp_path)
+    expect_the_checkpoint(tmp_path, name, family)
+    again = read(tmp_path)
+    assert torch.equal(logits(again), logits(loaded(name, family, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name, family", ON_LLAMA)
+def test_a_model_of_another_dtype(name, family, dtype, tmp_path):
+    model = load(name, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    expect_the_checkpoint(tmp_path, name, dtype=dtype)
+    assert relative(logits(read(tmp_path)), logits(model)) == 0
+
+
+@pytest.mark.parametrize("from_shards", [False, True])
+@pytest.mark.parametrize("name", FEW)
+def test_shards(name, from_shards, tmp_path):
+    load(name, shards=from_shards).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expect_the_checkpoint(tmp_path, name)
+    assert torch.equal(logits(read(tmp_path)), logits(loaded(name, "llama", torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_model_that_ran_and_its_copies_are_saved_alike(name, tmp_path):
+    model = load(name)
+    model.save_pretrained(tmp_path / "before")
+    expected = logits(model)
+    for at, saved in enumerate([model, copy.deepcopy(model), model, read(tmp_path / "before")]):
+        saved.save_pretrained(tmp_path / str(at))
+        expect_the_checkpoint(tmp_path / str(at), name)
+        assert torch.equal(logits(saved), expected)
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3-tied", "gemma3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_biases_and_tied_heads_in_other_dtypes(family, dtype, tmp_path):
+    load("ct-mxfp4a16", family, dtype=dtype).save_pretrained(tmp_path)
+    expect_the_checkpoint(tmp_path, "ct-mxfp4a16", family, dtype)
+
+
+CASTS = {
+    "to float32": lambda m: m.to(torch.float32),
+    "to float32 and back": lambda m: m.to(torch.float32).to(torch.bfloat16),
+    "half": nn.Module.half,
+    "half and back": lambda m: nn.Module.half(m).to(torch.bfloat16),
+    "double and back": lambda m: nn.Module.double(m).to(torch.bfloat16),
+    "to bfloat16": lambda m: m.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("name", ["modelopt-mixed", "modelopt-awq", "ct-nvfp4", "ct-mxfp4a16", "ct-kv"])
+def test_casts_leave_the_checkpoint_as_it_is(name, cast, tmp_path):
+    model = CASTS[cast](load(name, dtype=torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    found, quantised = tensors_of(tmp_path), kinds(name, "llama")
+    for key, tensor in stored(name).items():
+        if key.rpartition(".")[0] in quantised or key.endswith("_scale"):
+            assert same(found[key], tensor), key
+
+
+@pytest.mark.parametrize("name, family", OWN_HEADS)
+def test_a_head_of_its_own_is_saved_after_weights_are_tied_again(name, family, tmp_path):
+    model = load(name, family)
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    expect_the_checkpoint(tmp_path, name, family)
+
+
+def test_the_files_are_marked_as_of_pytorch(tmp_path):
+    load("ct-nvfp4").save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_changed_weight_is_not_saved_in_the_checkpoints_format(tmp_path):
+    model = load("ct-nvfp4a16")
+    linear = model.model.layers[0].mlp.up_proj
+    linear.words.data[0, 0] ^= 1
+    model.save_pretrained(tmp_path / "codes")  # other codes under the same scales are a checkpoint like any other
+    linear.multiplier.data *= 2
+    with pytest.raises(CheckpointError, match=r"up_proj: found another weight than the checkpoint's"):
+        model.save_pretrained(tmp_path)
+    fp8 = load("modelopt-mixed")
+    fp8.model.layers[0].self_attn.q_proj.weight.data[0, 0] += 0.3
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight: found values that are no FP8 codes"):
+        fp8.save_pretrained(tmp_path)
+
+
+def test_a_checkpoint_with_its_config_in_a_file_of_its_own(tmp_path):
+    folder = write("modelopt-nvfp4", "llama", tmp_path / "older")
+    whole = config(folder)
+    del whole["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(whole))
+    model = read(folder, quantization_config=ModelOptConfig.of(folder))
+    assert torch.equal(logits(model), logits(loaded("modelopt-nvfp4", "llama", torch.bfloat16)))
+    model.save_pretrained(tmp_path / "saved")
+    found, before = tensors_of(tmp_path / "saved"), stored("modelopt-nvfp4")
+    assert found.keys() == before.keys() and all(same(found[key], tensor) for key, tensor in before.items())
+    assert torch.equal(logits(read(tmp_path / "saved")), logits(model))
