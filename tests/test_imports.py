@@ -67,6 +67,7 @@ def problems(module: str, source: str) -> Iterator[str]:
                 or (top in ALLOWED_IN_FUNCTIONS and node in lazy)
                 or any(top in n and within(module, p) and node in lazy for p, n in ALLOWED_IN_FUNCTIONS_OF.items())
                 or (module == f"marlin_w4a16.producers.{top}" and node in lazy)
+                or (module == "marlin_w4a16.hf.quantizer" and top == "compressed_tensors" and node in lazy)
             ):
                 yield f"{name} is no runtime dependency"
         if isinstance(node, ast.Attribute):

@@ -144,6 +144,17 @@ def test_groups_that_are_not_fp4_are_left_to_transformers():
     assert outcomes(found) == {"packed", "left", "dense"} and not found.problems
 
 
+def test_the_cache_of_what_transformers_loads_is_its_own(tmp_path):
+    folder = write("ct-fp8", "llama", tmp_path / "model")
+    damage.configure(folder, kv_cache_scheme={"num_bits": 8})
+    assert not inspect(folder).notes and inspect(folder).algorithm == "float-quantized"
+
+
+def test_vectors_of_many_sizes_have_no_shape():
+    vectors = line(inspect(written("ct-nvfp4a16", "llama-bias")), "norms, biases and other vectors")
+    assert (vectors.count, vectors.shape) == (19, None)
+
+
 def test_a_quantised_embedding_is_refused():
     found = inspect(written("ct-embedding", "llama"))
     embedding = line(found, "model.embed_tokens")

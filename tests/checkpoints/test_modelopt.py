@@ -39,17 +39,17 @@ FP4_CONFIGS = [
     (config("W4A16_NVFP4", 16), "W4A16_NVFP4", NVFP4, "e4m3", (16,), None),
     (config("W4A16_NVFP4", 32), "W4A16_NVFP4", NVFP4, "e4m3", (32,), None),
     (config("NVFP4", 32), "NVFP4", NVFP4, "e4m3", (32,), Activations(W4A4, "e4m3", 32, "up")),
-    (config("NVFP4_AWQ"), "NVFP4_AWQ", NVFP4, "e4m3", (16, 32), Activations(W4A4, "e4m3", 16, "up")),
+    (config("NVFP4_AWQ"), "NVFP4_AWQ", NVFP4, "e4m3", (16, 32), Activations(W4A4, "e4m3", 0, "up")),
     (config("W4A8_NVFP4_FP8"), "W4A8_NVFP4_FP8", NVFP4, "e4m3", (16, 32), Activations(W4A8)),
-    (config("mxfp4"), "MXFP4", MXFP4, "e8m0", (32,), Activations(W4A4, "e8m0", 32, "up")),
+    (config("mxfp4"), "MXFP4", MXFP4, "e8m0", (32,), Activations(W4A4, "e8m0", 0, "up")),
     (config("W4A8_MXFP4_FP8"), "W4A8_MXFP4_FP8", MXFP4, "e8m0", (32,), Activations(W4A8)),
     (config("NVFP4", config_groups={"group_0": {"weights": None}}), "NVFP4", NVFP4, "e4m3", (16, 32),
-     Activations(W4A4, "e4m3", 16, "up")),
+     Activations(W4A4, "e4m3", 0, "up")),
     (other("NVFP4", group_size=16), "NVFP4", NVFP4, "e4m3", (16,), Activations(W4A4, "e4m3", 16, "up")),
     (other("NVFP4_AWQ", group_size=16, **AWQ), "NVFP4_AWQ", NVFP4, "e4m3", (16,),
      Activations(W4A4, "e4m3", 16, "up")),
     (other("W4A16_NVFP4", group_size=32), "W4A16_NVFP4", NVFP4, "e4m3", (32,), None),
-    (other("mxfp4"), "MXFP4", MXFP4, "e8m0", (32,), Activations(W4A4, "e8m0", 32, "up")),
+    (other("mxfp4"), "MXFP4", MXFP4, "e8m0", (32,), Activations(W4A4, "e8m0", 0, "up")),
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch
 
 from forms import hand, producers
 from forms.form import Form
+from hf import matrix as checkpoints
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS, format_name
 from marlin_w4a16.options import Options
@@ -51,6 +52,9 @@ REGIONS = {
     "wrap_activation_checkpoint": "the same with functionalised random numbers",
     "invoke_subgraph": "`torch.compiler.nested_compile_region`",
 }
+CHECKPOINTS = """After `import marlin_w4a16.hf`, `from_pretrained` loads checkpoints of NVIDIA ModelOpt and of
+compressed-tensors. The tests write one of each format with its producer's own code, from tiny models of the real
+classes, and hold what is loaded to a dense model that is made from the same files without the code under test."""
 OUTCOMES = (
     ("replaced", "by default: the weight is rounded once, at the end"),
     ("replaced with `tolerance`", "left by default: the model itself rounds the weight more often"),
@@ -74,7 +78,22 @@ def text() -> str:
     for name in dict.fromkeys(form.section for form in producers.FORMS):
         parts += [f"### {name}", matrix(form for form in producers.FORMS if form.section == name)]
     parts += ["### Right, replaced or not", "\n".join(f"- {name}" for name in producers.RIGHT)]
+    parts += loaded()
     return "\n\n".join(parts) + "\n"
+
+
+def loaded() -> list[str]:
+    """What becomes of checkpoints: the cases of the tests of transformers."""
+    steps = [(step.name, step.asserts) for step in checkpoints.STEPS]
+    always = listed(step.name for step in checkpoints.ALWAYS).replace(" or ", " and ")
+    return [
+        "## Checkpoints in transformers",
+        prose(CHECKPOINTS),
+        table(("step", "what the tests assert"), steps),
+        prose(f"""In the tables "all" is {always}; steps that are tested for some cases only are named, an empty cell
+        is not tested. A checkpoint is refused by a `CheckpointError` with the words quoted, before weights are loaded."""),
+        *(table(*shown) for shown in checkpoints.tables()),
+    ]
 
 
 def code() -> list[str]:

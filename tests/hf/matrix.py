@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from checkpoints.formats import CASES, FORMATS
+from checkpoints.formats import CASES, DENSE_FAMILIES, FORMATS
 
 Case = tuple[str, str]
 
@@ -44,9 +44,8 @@ ON_LLAMA = [case for case in OWN if case[1] == "llama"]
 KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-mxfp4", "modelopt-fp8",
         "ct-nvfp4", "ct-mxfp4", "ct-two-groups"]  # fmt: skip
 COMPILED: list[Case] = [
-    *((name, "llama") for name in ("ct-nvfp4a16", "ct-mxfp4a16", "modelopt-mixed", "modelopt-awq")),
-    *(("ct-nvfp4a16", f"{family}{tied}") for family in ("qwen3", "mistral", "gemma3") for tied in ("", "-tied")),
-    ("ct-nvfp4a16", "llama-tied"),
+    *((n, "llama") for n in ("ct-nvfp4a16", "ct-mxfp4a16", "modelopt-group32", "modelopt-mixed", "modelopt-awq")),
+    *(("ct-nvfp4a16", family) for family in DENSE_FAMILIES if family not in ("llama", "llama-zeros")),
 ]
 
 
@@ -72,7 +71,7 @@ LOAD = Step(
 )
 FLOAT32 = Step(
     "float32",
-    "logits within 1e-5 of the dense model that the exact decode gives, all tokens equal, generated ones too",
+    "logits within 1e-5 of the dense model that the exact decode gives, all tokens equal",
     OWN,
 )
 BFLOAT16 = Step(

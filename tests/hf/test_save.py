@@ -94,7 +94,11 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("name", ["modelopt-mixed", "modelopt-awq", "ct-nvfp4", "ct-mxfp4a16", "ct-kv"])
 def test_casts_leave_the_checkpoint_as_it_is(name, cast, tmp_path):
-    model = CASTS[cast](load(name, dtype=torch.bfloat16))
+    model = CASTS[cast](load(name))
+    if name == "modelopt-mixed" and "half" in cast:  # float16 cannot hold these dense weights
+        with pytest.raises(CheckpointError, match="no FP8 codes"):
+            model.save_pretrained(tmp_path)
+        return
     model.save_pretrained(tmp_path)
     found, quantised = tensors_of(tmp_path), kinds(name, "llama")
     for key, tensor in stored(name).items():

@@ -95,7 +95,7 @@ def _storage(layer: Mapping[str, Any]) -> FP4Storage | FP8Storage | Rejected:
         return Rejected(f"ModelOpt's {algorithm} with group_size {group!r}", f"one of {GROUP_SIZES}")
     activations = None
     if inputs == "FP4":
-        activations = Activations("ModelOpt quantises the inputs to FP4 (W4A4)", kind, groups[0], "up")
+        activations = Activations("ModelOpt quantises the inputs to FP4 (W4A4)", kind, group or 0, "up")
     elif inputs == "FP8":
         activations = Activations("ModelOpt quantises the inputs to FP8 (W4A8)")
     return FP4Storage(f"ModelOpt {algorithm}", kind, groups, parts, activations)

@@ -52,7 +52,7 @@ class Activations:
     Attributes:
         told: for people.
         kind: of block scales that are computed from the input in each call, or None: not FP4.
-        group: elements that share one.
+        group: elements that share one; 0: as many as in the weight.
         rounding: how the producer rounds E8M0 scales.
     """
 

@@ -10,7 +10,7 @@ from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES, Activations, FP4Storage, FP8Storage
 from marlin_w4a16.kernels.activations import fake_quantize
-from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind
+from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind, round_once
 from marlin_w4a16.modules import PackedLinear
 
 
@@ -135,7 +135,7 @@ class CheckpointLinear(PackedLinear):
         if self.pre_scale is not None:
             x = (x * getattr(self, self.pre_scale)).to(x.dtype)
         if self.quantize_input is not None:
-            x = quantized_input(x, self.quantize_input, self._input_scale())
+            x = quantized_input(x, self.quantize_input, self.layer.group, self._input_scale())
         return super().forward(x)
 
     def _input_scale(self) -> Tensor | None:
@@ -200,12 +200,12 @@ class FP8Linear(nn.Linear):
         return kept.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def quantized_input(x: Tensor, activations: Activations, scale: Tensor | None) -> Tensor:
+def quantized_input(x: Tensor, activations: Activations, group: int, scale: Tensor | None) -> Tensor:
     """The input as its producer would hand it to an FP4 product, in its own dtype."""
     kind: ScaleKind | None = activations.kind
     if kind is None:
         raise ValueError(f"{activations.told}: it cannot be kept")
-    return fake_quantize(x, kind, activations.group, scale, activations.rounding)
+    return fake_quantize(x, kind, activations.group or group, scale, activations.rounding)
 
 
 def decoded(weight: FP4Weight, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
@@ -215,7 +215,7 @@ def decoded(weight: FP4Weight, dtype: torch.dtype, columns: Tensor | None = None
         if columns is None:
             out[rows] = part.decode(dtype)
         else:
-            out[rows] = (part.decode() * columns.double()).to(dtype)
+            out[rows] = round_once(part.decode() * columns.double(), dtype)
     return out
 
 

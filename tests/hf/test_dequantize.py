@@ -1,0 +1,87 @@
+"""dequantize=True and dequantize(): plain linears with the exact weight, rounded once."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf.dense import exact, pre_quant_scale, relative, rounded, tensors_of
+from hf.loading import DTYPES, choosing, kinds, load, loaded, logits, read, same, stored
+from hf.matrix import DENSE, ON_LLAMA
+from marlin_w4a16.hf import report
+
+UPSTREAM = "ct-nvfp4-fp8"  # whose FP8 layers transformers dequantises
+
+
+def expect_dense(model, name, family, dtype):
+    """Plain linears that hold the exact weights, a pre-quant scale multiplied in."""
+    tensors = stored(name, family)
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {type(m) for m in linears.values()} == {nn.Linear} and model.dtype == dtype
+    assert not any("hook" in key and value for m in linears.values() for key, value in vars(m).items())
+    for path in kinds(name, family):
+        weight, columns = exact(tensors, path), pre_quant_scale(tensors, path)
+        weight = weight if columns is None else weight * columns.double()
+        found = linears[path].weight
+        if name == UPSTREAM and "self_attn" in path:  # computed in bfloat16
+            assert relative(found.detach(), weight) <= 3e-3
+        else:
+            assert same(found.detach(), rounded(weight, dtype)), path
+        assert found.requires_grad
+        if (bias := tensors.get(f"{path}.bias")) is not None:
+            assert same(linears[path].bias.detach(), bias.to(dtype))
+    assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("name, family", DENSE.cases)
+def test_at_loading(name, family):
+    model, info = load(name, family, output_loading_info=True, quantization_config=choosing(name, dequantize=True))
+    assert not any(info.values()) and report(model) is None
+    expect_dense(model, name, family, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name, family", DENSE.cases)
+def test_afterwards(name, family):
+    model = load(name, family)
+    assert model.dequantize() is model
+    expect_dense(model, name, family, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("name, family", ON_LLAMA)
+def test_other_dtypes(name, family, dtype):
+    expect_dense(load(name, dtype=dtype, quantization_config=choosing(name, dequantize=True)), name, family, dtype)
+    expect_dense(load(name, dtype=dtype).dequantize(), name, family, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "float16"])
+@pytest.mark.parametrize("name", ["modelopt-mixed", "modelopt-awq", "ct-nvfp4-mxfp4"])
+def test_into_another_dtype(name, dtype):
+    model = load(name).dequantize(dtype=dtype)
+    if name != "modelopt-mixed":  # its FP8 layers were rounded to bfloat16 when they were loaded
+        expect_dense(model, name, "llama", torch.float32 if dtype != "float16" else torch.float16)
+    assert {p.dtype for p in model.parameters()} == {model.dtype} == {logits(model).dtype}
+
+
+@pytest.mark.parametrize("name", ["modelopt-mixed", "modelopt-awq", "ct-nvfp4", UPSTREAM])
+def test_a_model_that_ran_and_was_saved(name, tmp_path):
+    model = load(name)
+    logits(model)
+    model.save_pretrained(tmp_path / "packed")
+    expect_dense(model.dequantize(), name, "llama", torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    again = read(tmp_path / "dense")
+    assert torch.equal(logits(again), logits(model)) and report(again) is None
+    assert not {t.dtype for t in tensors_of(tmp_path / "dense").values()} - {torch.bfloat16}
+
+
+def test_what_trains_and_what_does_not_stays_so():
+    model = load("ct-nvfp4a16", "llama-bias").train()
+    model.model.layers[0].eval()
+    model.dequantize()
+    assert model.model.layers[1].mlp.up_proj.training and not model.model.layers[0].mlp.up_proj.training
+    assert load("ct-nvfp4a16", quantization_config=choosing("ct-nvfp4a16", dequantize=True)).training is False
+
+
+def test_logits_are_those_of_the_packed_model():
+    found = logits(load("modelopt-w4a16", dtype=torch.float32).dequantize())
+    assert relative(found, logits(loaded("modelopt-w4a16", "llama", torch.float32))) <= 1e-5
