@@ -74,8 +74,9 @@ def test_files_in_a_folder_of_the_folder(single):
     [
         (torch.uint8, "U8", 1), (torch.int8, "I8", 1), (torch.bool, "BOOL", 1), (torch.float8_e4m3fn, "F8_E4M3", 1),
         (torch.float8_e5m2, "F8_E5M2", 1), (torch.float8_e8m0fnu, "F8_E8M0", 1), (torch.bfloat16, "BF16", 2),
-        (torch.float16, "F16", 2), (torch.int16, "I16", 2), (torch.float32, "F32", 4), (torch.int32, "I32", 4),
-        (torch.float64, "F64", 8), (torch.int64, "I64", 8),
+        (torch.float16, "F16", 2), (torch.int16, "I16", 2), (torch.uint16, "U16", 2), (torch.float32, "F32", 4),
+        (torch.int32, "I32", 4), (torch.uint32, "U32", 4), (torch.float64, "F64", 8), (torch.int64, "I64", 8),
+        (torch.uint64, "U64", 8),
     ],
     ids=str,
 )  # fmt: skip
@@ -176,13 +177,16 @@ def test_no_weights(tmp_path):
     (tmp_path / SINGLE).mkdir()
     (tmp_path / "config.json").touch()
     assert error(tmp_path) == f"{tmp_path}: found config.json, {SINGLE}, {expected}"
+    for i in range(10):
+        (tmp_path / f"{i}.bin").touch()
+    assert f"found {', '.join(f'{i}.bin' for i in range(8))}, {expected}" in error(tmp_path)
 
 
 # Configs
 
 QUANTISED = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 OTHER = {"quantization": {"quant_algo": "MXFP4"}}
-FROM_OTHER = (files.HF_QUANT_CONFIG, {"quant_method": "modelopt", **OTHER})
+FROM_OTHER = ("hf_quant_config.json", {"quant_method": "modelopt", **OTHER})
 
 
 @pytest.mark.parametrize(

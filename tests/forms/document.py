@@ -91,7 +91,8 @@ def loaded() -> list[str]:
         prose(CHECKPOINTS),
         table(("step", "what the tests assert"), steps),
         prose(f"""In the tables "all" is {always}; steps that are tested for some cases only are named, an empty cell
-        is not tested. A checkpoint is refused by a `CheckpointError` with the words quoted, before weights are loaded."""),
+        is not tested. A refused checkpoint raises a `CheckpointError` with the words quoted, before any weight is
+        loaded."""),
         *(table(*shown) for shown in checkpoints.tables()),
     ]
 

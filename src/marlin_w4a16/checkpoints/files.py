@@ -10,10 +10,10 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HF_QUANT_CONFIG = "hf_quant_config.json"  # all that older exports of ModelOpt have
-# Bits of an element, by the name safetensors gives its dtype.
+# Bits of an element, by the name safetensors gives its dtype; all others have 8.
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+    "F4": 4, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64,
+    "F64": 64,
 }  # fmt: skip
 
 
@@ -80,15 +80,14 @@ def index_of(folder: Path) -> Mapping[str, str]:
     return found
 
 
-def inside(folder: Path, name: str) -> Path:
-    """A file of a folder.
+def inside(folder: Path, name: str) -> None:
+    """Checks the name of a file of a folder.
 
     Raises:
-        CheckpointError: the name leads out of the folder.
+        CheckpointError: it leads out of the folder.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(f"{folder / INDEX}: found the file {name!r}, expected one inside the folder")
-    return folder / name
 
 
 def entries(files: Iterable[Path], index: Mapping[str, str]) -> dict[str, Entry]:

@@ -10,7 +10,7 @@ from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.passes.settings import ActivationQuant
-from marlin_w4a16.text import size, table
+from marlin_w4a16.text import collapse_paths, size, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,11 @@ class LoadedLayer:
     format: str
     stored: int
     outcome: str
+
+    @property
+    def look(self) -> tuple[str, int, str]:
+        """What equal layers have in common."""
+        return self.format, self.stored, self.outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +63,11 @@ class Loaded:
             log.warning("loaded %s: %s", self.scheme.producer, note)
 
     def __str__(self) -> str:
-        rows = [(layer.path, layer.format, size(layer.stored), layer.outcome) for layer in self.layers]
-        text = table([("linear", "format", "stored", "outcome"), *rows])
-        return "\n".join([text, self.summary(), *self.notes])
+        rows = [("linear", "n", "format", "stored", "outcome")]
+        for path, places in collapse_paths((layer.path, layer.look) for layer in self.layers):
+            one = self.layers[places[0]]
+            rows.append((path, str(len(places)), one.format, size(len(places) * one.stored), one.outcome))
+        return "\n".join([table(rows), self.summary(), *self.notes])
 
 
 def loaded(
