@@ -25,8 +25,7 @@ def expect_dense(model, name, family, dtype):
         if name == UPSTREAM and "self_attn" in path:  # computed in bfloat16
             assert relative(found.detach(), weight) <= 3e-3
         else:
-            assert same(found.detach(), rounded(weight, dtype)), path
-        assert found.requires_grad
+            assert same(found.detach(), rounded(weight, dtype)) and found.requires_grad, path
         if (bias := tensors.get(f"{path}.bias")) is not None:
             assert same(linears[path].bias.detach(), bias.to(dtype))
     assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
