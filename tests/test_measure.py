@@ -54,8 +54,8 @@ def clock(monkeypatch) -> SimpleNamespace:
 TICKS = [
     [1.0, 500.0, 1.0, 1.0, 1.0, 1.0, 1.0],
     [1.0, 20.0, 7.0, 3.0, 3.0, 3.0, 1.0],
-    [1.0, 10.0, 9.0, 3.0, 4.0, 4.0, 1.0],
-    [1.0, 40.0, 8.0, 4.0, 5.0, 4.0, 1.0],
+    [1.0, 10.0, 9.0, 3.0, 4.0, 6.0, 1.0],
+    [1.0, 40.0, 8.0, 3.0, 6.0, 7.0, 1.0],
 ]
 
 
@@ -71,8 +71,8 @@ def measured(clock, ticks=TICKS, **choices) -> tuple[Result, Clocked, list[str]]
 
 def test_times_are_medians_of_later_runs(clock):
     result, _, told = measured(clock)
-    assert result == Result("it", None, 12.0, 3212, 1612, 506.0 - 38.0, 38.0, 20.0, 4.0, 0.5, None, None)
-    assert result.read_rate == 1612 / 4.0
+    assert result == Result("it", None, 12.0, 3212, 1612, 506.0 - 38.0, 38.0, 20.0, 5.0, 0.4, None, None)
+    assert result.read_rate == 1612 / 5.0
     assert told == [f"it: {step} ..." for step in STEPS]
 
 

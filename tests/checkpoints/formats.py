@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 
 from checkpoints import compressed, modelopt
@@ -133,6 +134,7 @@ def undisturbed() -> Iterator[None]:
 
 @functools.cache
 def export(name: str, family: str, shards: bool, dtype: torch.dtype) -> Path:
+    pytest.importorskip({"ModelOpt": "modelopt", "compressed-tensors": "compressed_tensors"}[FORMATS[name].producer])
     folder = Path(store().name, f"{name}-{family}-{str(dtype)[6:]}{'-shards' * shards}")
     with undisturbed():
         FORMATS[name].write(FAMILIES[family](dtype=dtype), folder, max_shard_size="60KB" if shards else "5GB")

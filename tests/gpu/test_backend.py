@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch._inductor.cudagraph_trees
 from torch import nn
 
 from marlin_w4a16 import PackedLinear, refresh
