@@ -88,12 +88,13 @@ DENSE = Step(
 ADAPTERS = Step(
     "LoRA", "gradients of adapters and inputs equal the dense model's within 1e-5; the base does not change", OWN
 )
-COMPILE = Step("compile", "one graph, logits within 1e-5 of eager in float32", COMPILED)
+TRACE = Step("trace", "`torch.compile` sees one graph, which gives the logits of eager", ON_LLAMA)
+COMPILE = Step("compile", "that graph compiled by Inductor: logits within 1e-5 of eager in float32", COMPILED)
 KEEP = Step(
     "keep", "with `activation_quant=\"keep\"` inputs are what the producer's own code makes of them",
     [(name, "llama") for name in KEPT],
 )  # fmt: skip
-STEPS = [LOAD, FLOAT32, BFLOAT16, GENERATE, SAVE, DENSE, ADAPTERS, COMPILE, KEEP]
+STEPS = [LOAD, FLOAT32, BFLOAT16, TRACE, GENERATE, SAVE, DENSE, ADAPTERS, COMPILE, KEEP]
 ALWAYS = [step for step in STEPS if step.cases is OWN]
 
 

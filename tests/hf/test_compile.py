@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 from hf.dense import relative
 from hf.loading import choosing, kinds, load, loaded, logits, reference
-from hf.matrix import COMPILE
+from hf.matrix import COMPILE, TRACE
 
 
 def compiled_once(model, packed: int, caplog) -> torch.Tensor:
@@ -18,6 +18,17 @@ def compiled_once(model, packed: int, caplog) -> torch.Tensor:
     assert counters["stats"]["unique_graphs"] == 1
     assert [r.message.partition(" (")[0] for r in caplog.records] == [f"{packed} packed linears"]
     return found
+
+
+@pytest.mark.parametrize("name, family", TRACE.cases)
+def test_one_graph(name, family):
+    model = loaded(name, family, torch.float32)
+    expected = logits(model)  # compressed-tensors decompresses its FP8 layers in the first call, by a hook
+    counters.clear()
+    torch._dynamo.reset()
+    found = logits(torch.compile(model, backend="eager", fullgraph=True))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert relative(found, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("name, family", COMPILE.cases)

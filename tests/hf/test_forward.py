@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from checkpoints.formats import written
 from hf.dense import exact, relative
 from hf.loading import choosing, kinds, load, loaded, logits, prompts, reference, stored
-from hf.matrix import BFLOAT16, FLOAT32, KEEP
+from hf.matrix import BFLOAT16, FLOAT32, KEEP, ON_LLAMA
 from hf.producers import quantised_input
 from marlin_w4a16.hf import CheckpointError
 
@@ -21,6 +21,14 @@ def test_logits_and_tokens_in_float32(name, family):
     found, expected = (logits(of(name, family, torch.float32)) for of in (loaded, reference))
     assert relative(found, expected) <= 1e-5
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("name, family", [case for case in ON_LLAMA if case[0] != "ct-nvfp4-fp8"])
+def test_logits_in_float16(name, family):
+    truth = logits(reference(name, family, torch.float32))
+    found, plain = (logits(of(name, family, torch.float16)) for of in (loaded, reference))
+    assert found.dtype == torch.float16
+    assert relative(found, truth) <= 1.02 * relative(plain, truth) and relative(found, plain) <= 2e-3
 
 
 @pytest.mark.parametrize("name, family", BFLOAT16.cases)
@@ -54,6 +62,21 @@ def test_kept_inputs_are_the_producers(name, family):
         expected = linear(inputs, exact(tensors, path).float(), tensors.get(f"{path}.bias"))
         assert relative(y, expected) <= 1e-5, path
     assert changed and relative(kept, logits(loaded(name, family, torch.float32))) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", ["modelopt-nvfp4", "modelopt-mixed", "modelopt-awq", "modelopt-mxfp4", "ct-nvfp4", "ct-mxfp4"]
+)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_kept_inputs_of_any_size(name, size):
+    """Beyond what was seen in calibration, too."""
+    model = load(name, dtype=torch.float32, quantization_config=choosing(name, activation_quant="keep"))
+    tensors, config = stored(name), json.loads((written(name, "llama") / "config.json").read_text())
+    x = size * torch.randn(7, 96)
+    for path in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj"):
+        inputs = quantised_input(x, tensors, path, config["quantization_config"])
+        with torch.no_grad():
+            assert relative(model.get_submodule(path)(x), linear(inputs, exact(tensors, path).float())) <= 1e-5
 
 
 @pytest.mark.parametrize("name", FP8_INPUTS)

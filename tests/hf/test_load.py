@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from checkpoints.formats import written
-from hf.loading import DTYPES, kinds, load, loaded, logits, same, stored
+from hf.loading import DTYPES, choosing, kinds, load, loaded, logits, same, stored
 from hf.matrix import EXPERTS, LEFT, LOAD, OWN_HEADS, REFUSED
 from marlin_w4a16 import PackedLinear
 from marlin_w4a16.hf import CheckpointError, report
@@ -91,3 +91,68 @@ def test_a_head_of_its_own_stays_its_own_when_weights_are_tied_again(name, famil
     before = logits(model)
     model.tie_weights()
     assert torch.equal(logits(model), before)
+
+
+TOLD = {
+    "modelopt-kv-fp8": ("ModelOpt NVFP4: 14 linears (14 NVFP4 group 16)", ["this is left out", "key/value cache"]),
+    "modelopt-mixed": ("ModelOpt MIXED_PRECISION: 13 linears (5 NVFP4 group 16, 8 FP8 E4M3)",
+                       ["(W4A4); this is left out (activation_quant='drop') (5 linears)", "decoded", "(8 linears)"]),
+    "ct-kv": ("compressed-tensors nvfp4-pack-quantized: 14 linears (14 NVFP4 group 16)", ["key/value cache"]),
+    "ct-nvfp4-fp8": ("compressed-tensors float-quantized + nvfp4-pack-quantized: 6 linears (6 NVFP4 group 16)", []),
+    "modelopt-w4a16": ("ModelOpt W4A16_NVFP4: 14 linears (14 NVFP4 group 16)", []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_loading_is_told_once(name, caplog):
+    caplog.set_level("INFO", "marlin_w4a16")
+    load(name)
+    (line, *others), (summary, notes) = [r for r in caplog.records if r.name == "marlin_w4a16"], TOLD[name]
+    assert line.levelname == "INFO" and line.message.startswith(f"loaded {summary}, ")
+    assert {record.levelname for record in others} <= {"WARNING"}
+    warnings = " ".join(record.message for record in others)
+    assert bool(warnings) == bool(notes) and all(note in warnings for note in notes)
+
+
+def test_loading_tells_of_inputs_that_are_kept(caplog):
+    model = load("ct-nvfp4", quantization_config=choosing("ct-nvfp4", activation_quant="keep"))
+    told = "quantises the inputs to 4 bit float (W4A4); this is run (activation_quant='keep') (14 linears)"
+    assert told in caplog.text and told in str(report(model))
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize(
+    "name, family", [("modelopt-mixed", "llama"), ("ct-nvfp4a16", "llama-bias"), ("ct-kv", "llama")]
+)
+def test_device_maps_count_the_bytes_that_layers_will_take(name, family, dequantize, monkeypatch):
+    """Of each linear as it is put on the meta device."""
+    from marlin_w4a16.hf import quantizer
+
+    counted = {}
+    whole = quantizer.FP4Loading._process_model_after_weight_loading
+
+    def count(self, model, **kwargs):
+        for path in kinds(name, family):
+            sizes = [
+                p.numel() * self.param_element_size(model, f"{path}.{leaf}", p)
+                for leaf, p in model.get_submodule(path).named_parameters()
+            ]
+            counted[path] = sum(sizes)
+        return whole(self, model, **kwargs)
+
+    monkeypatch.setattr(quantizer.FP4Loading, "_process_model_after_weight_loading", count)
+    load(name, family, quantization_config=choosing(name, dequantize=dequantize))
+    held = {path: 0 for path in counted}
+    for key, tensor in stored(name, family).items():
+        path, _, leaf = key.rpartition(".")
+        if path in held and not leaf.startswith(("k_", "v_")):
+            held[path] += tensor.nbytes
+    if dequantize:
+        shapes = {path: m.weight.shape for path, m in loaded_dense(name, family).items()}
+        held = {path: 2 * n * k + (2 * n if family == "llama-bias" else 0) for path, (n, k) in shapes.items()}
+    assert counted == pytest.approx(held)
+
+
+def loaded_dense(name, family) -> dict:
+    model = load(name, family, quantization_config=choosing(name, dequantize=True))
+    return {path: model.get_submodule(path) for path in kinds(name, family)}

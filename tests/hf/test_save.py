@@ -134,6 +134,15 @@ def test_a_changed_weight_is_not_saved_in_the_checkpoints_format(tmp_path):
         fp8.save_pretrained(tmp_path)
 
 
+def test_scales_of_other_formats_that_float16_lost_are_not_saved(tmp_path):
+    """transformers casts the scales of FP8 layers to the dtype of the model; a row of this one is below float16."""
+    model = load("ct-nvfp4-fp8", dtype=torch.float16)
+    before = logits(model)
+    with pytest.raises(CheckpointError, match="save before the first forward, or load in bfloat16"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(model), before)
+
+
 def test_a_checkpoint_with_its_config_in_a_file_of_its_own(tmp_path):
     folder = write("modelopt-nvfp4", "llama", tmp_path / "older")
     whole = config(folder)

@@ -14,6 +14,17 @@ from torch import Tensor, nn
 from marlin_w4a16 import PackedLinear, prepare, quantize_mxfp4, quantize_nvfp4, restore
 
 TOKENS = torch.arange(0, 96, 12).view(1, 8)
+
+
+@pytest.fixture(autouse=True)
+def _loaded_by_transformers_alone(monkeypatch):
+    """Without marlin_w4a16.hf, which another test of this process may have imported."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "compressed-tensors", CompressedTensorsHfQuantizer)
+
+
 FORMATS = {"NVFP4A16": "NVFP4 group 16", "MXFP4A16": "MXFP4 group 32", "NVFP4": "NVFP4 group 16"}
 LEFT = "model.layers.0.self_attn.q_proj"
 
@@ -38,7 +49,8 @@ def llama(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not model.lm_head]
+    dense = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, PackedLinear)]
+    return [module for module in dense if module is not model.lm_head]
 
 
 def quantised(model: nn.Module, scheme: str | object) -> nn.Module:
