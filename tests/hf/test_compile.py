@@ -23,7 +23,7 @@ def compiled_once(model, packed: int, caplog) -> torch.Tensor:
 @pytest.mark.parametrize("name, family", TRACE.cases)
 def test_one_graph(name, family):
     model = loaded(name, family, torch.float32)
-    expected = logits(model)  # compressed-tensors decompresses its FP8 layers in the first call, by a hook
+    expected = logits(model)
     counters.clear()
     torch._dynamo.reset()
     found = logits(torch.compile(model, backend="eager", fullgraph=True))
