@@ -110,6 +110,28 @@ def test_a_missing_tensor(name, leaf):
     )
 
 
+@pytest.mark.parametrize("dtype", ["U8", "I8", "F4", "F8_E4M3"])
+def test_packed_bytes_without_a_scale(dtype):
+    leaf = "weight_scale" if dtype == "U8" else "weight"
+    assert problem(NVFP4[0], {"weight": (dtype, (4, 32))}).startswith(f"x.safetensors: {UP}.{leaf}: found ")
+
+
+def test_the_file_of_a_problem_is_that_of_the_tensor_or_of_one_beside_it():
+    entries = {f"{UP}.{leaf}": Entry(Path(f"{leaf}.x"), *tensor) for leaf, tensor in NVFP4[1].items()}
+    entries[f"{UP}.weight_scale"] = Entry(Path("other.x"), "U8", (4, 4))
+    (found,) = contents(entries, NVFP4[0]).problems
+    assert (found.file, found.tensor) == ("other.x", f"{UP}.weight_scale")
+    del entries[f"{UP}.weight_scale"]
+    (found,) = contents(entries, NVFP4[0]).problems
+    assert (found.file, found.tensor) == ("weight.x", f"{UP}.weight_scale")
+
+
+@pytest.mark.parametrize("leaf", ["weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_dense_weight_beside_what_is_left_of_a_packed_one(name, leaf):
+    assert problem(ALL[name][0], {**DENSE, leaf: SCALES}).startswith(f"x.safetensors: {UP}.weight")
+
+
 @pytest.mark.parametrize(
     "made, leaf, tensor, expected",
     [
@@ -196,9 +218,10 @@ def test_packed_tensors_that_the_config_does_not_know(scheme, tensors, path, lea
     assert problem(scheme, tensors, path) == f"x.safetensors: {path}.{leaf}: found {found}, {expected}"
 
 
+@pytest.mark.parametrize("dtype", ["I32", "U8"])
 @pytest.mark.parametrize("path", ["model.layers.0.self_attn.q_proj", UP])
-def test_what_compressed_tensors_loads_itself_is_left(path):
-    held = hold(SHARED, **{path: {"weight_packed": ("I32", (4, 8)), "weight_scale": ("BF16", (4, 1))}})
+def test_what_compressed_tensors_loads_itself_is_left(path, dtype):
+    held = hold(SHARED, **{path: {"weight_packed": (dtype, (4, 8)), "weight_scale": ("BF16", (4, 1))}})
     assert not held.layers and not held.problems and len(held.others) == 2
 
 
@@ -232,6 +255,8 @@ def test_a_reason_that_many_layers_share_is_told_once():
     assert held.problems == (Problem(None, f"{paths[0]} and 2 more", "ModelOpt's NVFP4_SVD", f"one of {NAMES}"),)
     assert str(held.problems[0]) == f"{paths[0]} and 2 more: found ModelOpt's NVFP4_SVD, expected one of {NAMES}"
     assert not held.layers and len(held.others) == 10
+    two = hold(of_modelopt("NVFP4_SVD"), a=NVFP4[1], b=NVFP4[1])
+    assert [problem.tensor for problem in two.problems] == ["a and 1 more"]
 
 
 def test_right_layers_stand_beside_wrong_ones():

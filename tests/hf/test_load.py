@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from checkpoints.formats import written
+from hf.dense import tensors_of
 from hf.loading import DTYPES, choosing, kinds, load, loaded, logits, same, stored
 from hf.matrix import EXPERTS, LEFT, LOAD, OWN_HEADS, REFUSED
 from marlin_w4a16 import PackedLinear
@@ -20,7 +21,7 @@ def test_layers_are_what_the_files_hold(name, family):
     expected = kinds(name, family)
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert {path: type(m).__name__ for path, m in linears.items()} == dict.fromkeys(linears, "Linear") | expected
-    assert model.dtype == torch.bfloat16 and not model.training
+    assert model.dtype == torch.bfloat16 and not any(module.training for module in model.modules())
     for path, kind in expected.items():
         assert isinstance(linears[path], PackedLinear) == (kind == "CheckpointLinear")
     mine = [path for path in expected if type(linears[path]) is not nn.Linear]
@@ -78,6 +79,18 @@ def test_a_checkpoint_without_fp4_is_left_to_transformers(monkeypatch):
     assert torch.equal(logits(model), logits(load(LEFT)))
     with pytest.raises(NotImplementedError):
         model.dequantize()
+
+
+@pytest.mark.parametrize("name", ["modelopt-mixed", "modelopt-awq", "ct-nvfp4"])
+def test_a_class_that_keeps_modules_in_float32(name, tmp_path, monkeypatch):
+    """Their small tensors come widened from the loader."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"self_attn", "mlp"})
+    model = load(name)
+    model.save_pretrained(tmp_path)
+    found, quantised = tensors_of(tmp_path), kinds(name, "llama")
+    assert all(same(found[key], t) for key, t in stored(name).items() if key.rpartition(".")[0] in quantised)
 
 
 @pytest.mark.parametrize("name", ["modelopt-mixed", "modelopt-awq", "ct-nvfp4", "ct-nvfp4-fp8"])

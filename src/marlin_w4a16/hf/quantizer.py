@@ -218,8 +218,7 @@ def _entries(name: str, checkpoint_files: list[Path]) -> dict[str, files.Entry]:
     """The tensors of a checkpoint, whose files must lie in its folder."""
     folder = Path(name) if Path(name).is_dir() else checkpoint_files[0].parent
     for file in checkpoint_files:
-        if file.is_relative_to(folder):
-            files.inside(folder, str(file.relative_to(folder)))
+        files.inside(folder, str(file.relative_to(folder) if file.is_relative_to(folder) else file))
     return files.entries(checkpoint_files, files.index_of(checkpoint_files[0].parent))
 
 
