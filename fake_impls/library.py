@@ -11,7 +11,7 @@ from marlin_w4a16.kernels.layout import LAYOUTS, PackedFP4, packed_shapes
 NAMESPACE = "marlin_w4a16"
 # Part of every call: raise it when a schema, fake or layout changes its meaning, so that no compile cache of an older
 # version is met again.
-CONTRACT = 1
+CONTRACT = 2
 WEIGHT_SCHEMA = (
     "Tensor words, Tensor scales, Tensor multiplier, int n, int k, int group, str kind, str layout, int contract"
 )

@@ -21,7 +21,7 @@ def decode_tiles(words: Tensor, scales: Tensor, kind: str, group: int) -> Tensor
     """Tiles ``[R, C, ...]`` of a packed weight as float32 ``code * scale`` of shape ``[64 R, 64 C]``, exact."""
     pairs = torch.stack(tile_pairs(words), -1).view(torch.bfloat16)
     codes = untile_rows(pairs).float() * 2.0**126
-    factors = scale_values(untile_scales(scales.contiguous(), group), kind)
+    factors = scale_values(untile_scales(scales.contiguous(), group), kind).abs()  # signs are in the codes
     return (codes.reshape(*factors.shape, group) * factors.unsqueeze(-1)).flatten(1)
 
 

@@ -1,9 +1,10 @@
-"""Launch parameters of the linear kernels: a table by regime, read by pure functions.
+"""Launch parameters of the linear kernels: tables by regime, read by pure functions.
 
-Measured on an H200 (benchmarks/sweep_linear.py); the rows of SM80 to SM89 are held by compilation only.
+Measured on an H200 (docs/performance.md); the rows of SM80 to SM89 are held by compilation only.
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 DENSE_TOKENS = 2048
@@ -27,6 +28,65 @@ class Launch:
     split_k: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one launch of the kernel for few tokens (rows.py) is compiled and started with.
+
+    Attributes:
+        rows: weight rows of a block: 16, 32 or 64.
+        block_m: tokens of a program: 8 or 16, no fewer than there are.
+        num_warps: warps that share out the columns, 64 each a step.
+        steps: steps whose tiles are loaded ahead.
+        stages: parts of x in shared memory, each ``64 * num_warps * steps`` columns.
+        resident: whether these parts are all of x; otherwise they are a ring.
+        programs: programs that take the blocks in turn.
+    """
+
+    rows: int
+    block_m: int
+    num_warps: int
+    steps: int
+    stages: int
+    resident: bool
+    programs: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: x, and the sums of the warps when a block ends."""
+        x = self.stages * self.steps * self.num_warps * self.block_m * 128
+        return x + self.num_warps * self.rows * self.block_m * 4 + (0 if self.resident else 8 * self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What one launch of the kernel for more tokens (stream.py) is compiled and started with.
+
+    Attributes:
+        rows, block_m: weight rows and tokens of a tile of the output.
+        tiles: 64-column tiles of a unit.
+        stages: units in shared memory.
+        num_warps: warps that decode and multiply, beside one that copies.
+        wgmma: multiply with wgmma instead of mma.sync.
+        overlap: leave a product of wgmma in flight while the next operand is decoded. It takes registers: where they
+            are too few, ptxas waits for every single instruction (advisory C7511).
+        programs: programs, each with an equal run of units.
+    """
+
+    rows: int
+    block_m: int
+    tiles: int
+    stages: int
+    num_warps: int
+    wgmma: bool
+    overlap: bool
+    programs: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of codes, scales (16 columns a group) and tokens, and the barriers."""
+        return self.stages * (self.tiles * (self.rows * 36 + self.block_m * 128) + 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +131,65 @@ def plan_linear(capability: tuple[int, int], processors: int, m: int, n: int, k:
     while tiles * split * 2 <= processors * regime.programs and steps >= split * 2 * regime.steps:
         split *= 2
     return replace(launch, split_k=split)
+
+
+# Shared memory of a multiprocessor that two programs of the kernel for few tokens can have each.
+_HALF = (227 << 10) // 2 - 1024
+_FEW = 16  # tokens up to which rows.py can serve
+# Elements of a weight from which x is read once for 128 and for 256 rows.
+_MEDIUM, _LARGE = 40 << 20, 100 << 20
+
+
+def plan_hopper(processors: int, m: int, n: int, k: int) -> Rows | Stream:
+    """Chooses the launch of the Hopper kernels, as pure as `plan_linear`."""
+    if m > _FEW or (m > 8 and n * k >= _LARGE):
+        return _plan_stream(processors, m, n, k)
+    return _plan_rows(processors, m, n, k)
+
+
+def _plan_rows(processors: int, m: int, n: int, k: int) -> Rows:
+    block_m = 8 if m <= 8 else 16
+    # 64 rows of a tile are adjacent in memory: the more of them a block has, the better; but every processor wants one
+    rows = 64 if n >= 48 * processors and block_m == 8 else 32 if n >= 16 * processors else 16
+    k_tiles = -(-k // 64)
+    blocks = -(-n // rows)
+    per = 2 if blocks > processors else 1
+    limit = _HALF if per == 2 else SHARED_MEMORY[9, 0]
+    for warps, steps in product((8, 16) if per == 2 else (16,), (2, 1)):
+        if per == 2 and warps == 16:
+            per, limit = 1, SHARED_MEMORY[9, 0]
+        stages = -(-k_tiles // (warps * steps))
+        launch = Rows(rows, block_m, warps, steps, stages, True, min(blocks, processors * per))
+        padded = stages * steps * warps - k_tiles >= warps
+        if launch.shared_memory <= limit and (steps == 1 or (rows < 64 and not padded)):
+            return launch
+    rows = min(rows, 32)
+    blocks = -(-n // rows)
+    if blocks > processors:
+        return Rows(rows, block_m, 8, 2, 2, False, min(blocks, 2 * processors))
+    return Rows(rows, block_m, 16, 2 if block_m == 8 else 1, 3, False, blocks)
+
+
+def _plan_stream(processors: int, m: int, n: int, k: int) -> Stream:
+    block_m = next(b for b in (16, 32, 64, 128) if b >= min(m, 128))
+    # more rows read x less often, fewer leave fewer parts to be summed and more programs something to do
+    size, tiles_m = n * k, -(-m // block_m)
+    rows = 256 if size >= _LARGE else 128 if size >= _MEDIUM else 64
+    if rows == 128 and 64 < m <= 128:
+        rows = 64
+    if rows == 64 and -(-n // 64) * tiles_m > processors and m > 128:
+        rows = 128
+    if m > 256 and 4 * -(-n // 256) * tiles_m >= 3 * processors:
+        rows = 256
+    wgmma = block_m > 16
+    num_warps = rows // 16 if wgmma or rows < 256 else 8
+    stages = 3 if 3 * 4 * (rows * 36 + block_m * 128) < SHARED_MEMORY[9, 0] - 1024 else 2
+    out_tiles = -(-n // rows) * tiles_m
+    units = -(-k // 256)
+    programs = min(out_tiles * units, processors)
+    if out_tiles <= programs:  # whole shares: no tile is met by more programs than need be
+        programs = out_tiles * min(units, programs // out_tiles)
+    return Stream(rows, block_m, 4, stages, num_warps, wgmma, wgmma and rows * block_m < 256 * 128, programs)
 
 
 def plan_dense(m: int) -> bool:

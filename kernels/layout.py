@@ -13,7 +13,9 @@ of bfloat16 ``value * 2**-126`` (sign at bit 15, magnitude at 8..6):
     register 0  w & M          register 1  (w << 3) & M          register 2  (w << 6) & M          M = 0x81C081C0
     register 3  (w << 1) & 0x80008000 | (w >> 3) & 0x01800180 | (w >> 7) & 0x00400040
 
-Scale bytes follow the words: ``[w, g, c, r]`` with ``c`` the group within the tile. The multiplier stays ``[n]``.
+Scale bytes follow the words: ``[w, g, c / 2, r, c % 2]`` with ``c`` the group within the tile, so that a 32-bit word
+holds both rows of a lane for two groups: one shift and one mask give the pair (r = 0, 1) of either group. E4M3 scales
+keep their sign bit there, but the sign itself is folded into the codes of the group. The multiplier stays ``[n]``.
 Rows and columns are padded with zero codes to whole tiles here, never at run time; pad scales are one.
 """
 
@@ -76,8 +78,10 @@ class PackedFP4:
         codes = torch.empty((*lead, self.n, self.k // 2), dtype=torch.uint8, device=self.words.device)
         scales = torch.empty((*lead, self.n, self.k // self.group), dtype=torch.uint8, device=self.words.device)
         for rows, words, scale_tiles, codes_out, scales_out in self._blocks(codes, scales):
-            codes_out[rows] = _unpack_codes(words)[: rows.stop - rows.start, : codes.shape[-1]]
-            scales_out[rows] = untile_scales(scale_tiles, self.group)[: rows.stop - rows.start, : scales.shape[-1]]
+            count = rows.stop - rows.start
+            scales_out[rows] = untile_scales(scale_tiles, self.group)[:count, : scales.shape[-1]]
+            found = _unpack_codes(words)[:count, : codes.shape[-1]]
+            codes_out[rows] = _fold_signs(found, scales_out[rows], self.kind, self.group)
         return FP4Weight(codes, scales, self.multiplier.clone(), self.kind, self.group, name)
 
     def _blocks(self, *canonical: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
@@ -126,12 +130,14 @@ def pack_into(weight: FP4Weight, packed: PackedFP4) -> None:
     same = (weight.n, weight.k, weight.kind, weight.group) == (packed.n, packed.k, packed.kind, packed.group)
     if not same or weight.multiplier.shape != packed.multiplier.shape:
         raise ValueError(f"{weight.name}: found another shape or format than that of the packed weight")
-    packed.multiplier.copy_(weight.multiplier)
     for rows, words, scale_tiles, codes, scales in packed._blocks(weight.codes, weight.scales):
-        words.copy_(_pack_codes(_padded(codes[rows], TILE // 2, 0)))
+        folded = _fold_signs(codes[rows], scales[rows], weight.kind, weight.group)
+        words.copy_(_pack_codes(_padded(folded, TILE // 2, 0)))
         scale_tiles.copy_(
             _tile_scales(_padded(scales[rows], TILE // weight.group, PAD_SCALE[weight.kind]), weight.group)
         )
+    # last: a kernel launched after this one may read words and scales before this one ends (programmatic launch)
+    packed.multiplier.copy_(weight.multiplier)
 
 
 def block_tiles(k: int) -> int:
@@ -193,10 +199,19 @@ def _unpack_codes(words: Tensor) -> Tensor:
     return grid.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(r * TILE, c * TILE // 2)
 
 
+def _fold_signs(codes: Tensor, scales: Tensor, kind: ScaleKind, group: int) -> Tensor:
+    """Flips the signs of the codes whose block scale is negative; its own inverse."""
+    if kind != "e4m3":
+        return codes
+    flips = (scales >> 7) * 0x88
+    folded: Tensor = codes.unflatten(-1, (-1, group // 2)) ^ flips.unsqueeze(-1)
+    return folded.flatten(-2)
+
+
 def _tile_scales(scales: Tensor, group: int) -> Tensor:
     n, groups = scales.shape
     per_tile = TILE // group
-    grid = scales.reshape(n // TILE, 4, 2, 8, groups // per_tile, per_tile).permute(0, 4, 1, 3, 5, 2)
+    grid = scales.reshape(n // TILE, 4, 2, 8, groups // per_tile, per_tile // 2, 2).permute(0, 4, 1, 3, 5, 2, 6)
     return grid.reshape(n // TILE, groups // per_tile, TILE * per_tile)
 
 
@@ -204,4 +219,5 @@ def untile_scales(scales: Tensor, group: int) -> Tensor:
     """Scale tiles ``[R, C, 4096 / group]`` as rows ``[64 R, 64 C / group]``."""
     r, c, _ = scales.shape
     per_tile = TILE // group
-    return scales.reshape(r, c, 4, 8, per_tile, 2).permute(0, 2, 5, 3, 1, 4).reshape(r * TILE, c * per_tile)
+    grid = scales.reshape(r, c, 4, 8, per_tile // 2, 2, 2).permute(0, 2, 5, 3, 1, 4, 6)
+    return grid.reshape(r * TILE, c * per_tile)

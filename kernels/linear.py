@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from marlin_w4a16.kernels.launch import Launch, plan_dense, plan_linear
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_hopper, plan_linear
 from marlin_w4a16.kernels.layout import TILE, PackedFP4
-from marlin_w4a16.kernels.unpack import UNPACK_GAIN, unpack_words
+from marlin_w4a16.kernels.unpack import UNPACK_GAIN, scale_pairs, unpack_words
 
+# Gluon has no stable interface: its kernels are used with the releases they are compiled under in the tests.
+GLUON = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 10)
 _EPILOGUE_BLOCK = 1024
 # Bytes of the scratch tensors when a weight is written out for cuBLAS: of the weight, and of float32 products.
 _WEIGHT_BYTES = 32 << 20
@@ -48,7 +50,7 @@ def _linear_kernel(
 ):
     R: tl.constexpr = BLOCK_N // 64
     C: tl.constexpr = BLOCK_K // 64
-    PAIRS: tl.constexpr = 64 // GROUP  # int16 pairs of scale bytes, one for each group of a tile
+    SCALES: tl.constexpr = 32 // GROUP  # scale words of a lane in a tile
     token_blocks = tl.cdiv(m, BLOCK_M)
     pid = tl.program_id(0)
     block_n = pid // token_blocks
@@ -63,7 +65,7 @@ def _linear_kernel(
     tile_row = tl.minimum(block_n * R + tl.arange(0, R), row_tiles - 1)[:, None, None] * k_tiles
     lane = tl.arange(0, 128)[None, :, None]
     word_at = lane * 4 + tl.arange(0, 4)[None, None, :]
-    pair_at = (lane // 4) * PAIRS + tl.arange(0, PAIRS)[None, None, :]
+    scale_at = (lane // 4) * SCALES + tl.arange(0, SCALES)[None, None, :]
 
     rows_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     x_rows = x + rows_m[None, :].to(tl.int64) * stride_xm
@@ -74,10 +76,10 @@ def _linear_kernel(
             tile = step + c
             at = tile_row + (tile if C == 1 else tl.minimum(tile, k_tiles - 1))
             w = tl.load(words + at * 512 + word_at)
-            s = tl.load(scales + at * (32 * PAIRS) + pair_at).to(tl.int32)
-            if PAIRS == 2:  # a group of 32 columns serves two k-steps
-                s = tl.broadcast_to(s[:, :, :, None], (R, 128, 2, 2)).reshape((R, 128, 4))
-            a = unpack_words(w, s, kind, x.dtype.element_ty, PTX)
+            s = scale_pairs(tl.load(scales + at * (32 * SCALES) + scale_at), kind, x.dtype.element_ty, PTX)
+            if GROUP == 32:  # a group serves two k-steps
+                s = tl.broadcast_to(s[:, :, :, :, None], (R, 128, 1, 2, 2))
+            a = unpack_words(w, s.reshape((R, 128, 4)), kind, x.dtype.element_ty, PTX)
             # R w g t s p r h -> (R w r g) (s h t p)
             a = a.reshape((R, 4, 8, 4, 4, 2, 2, 2)).permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((BLOCK_N, 64))
             if PTX and not WGMMA:
@@ -136,23 +138,26 @@ def _epilogue_kernel(
 
 @triton.jit(do_not_specialize=["k_tiles"])
 def _decode_kernel(words, scales, out, k_tiles, kind: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr):
-    PAIRS: tl.constexpr = 64 // GROUP
+    SCALES: tl.constexpr = 32 // GROUP
     row = tl.program_id(0)
     col = tl.program_id(1)
     tile = row.to(tl.int64) * k_tiles + col
     lane = tl.arange(0, 128)[:, None]
     w = tl.load(words + tile * 512 + lane * 4 + tl.arange(0, 4)[None, :])
-    s = tl.load(scales + tile * (32 * PAIRS) + (lane // 4) * PAIRS + tl.arange(0, PAIRS)[None, :]).to(tl.int32)
-    if PAIRS == 2:
-        s = tl.broadcast_to(s[:, :, None], (128, 2, 2)).reshape((128, 4))
     dtype: tl.constexpr = tl.float16 if out.dtype.element_ty == tl.float16 else tl.bfloat16
-    a = unpack_words(w, s, kind, dtype, PTX)
+    s = tl.load(scales + tile * (32 * SCALES) + (lane // 4) * SCALES + tl.arange(0, SCALES)[None, :])
+    s = scale_pairs(s, kind, dtype, PTX)
+    if GROUP == 32:
+        s = tl.broadcast_to(s[:, :, :, None], (128, 1, 2, 2))
+    a = unpack_words(w, s.reshape((128, 4)), kind, dtype, PTX)
     a = a.reshape((4, 8, 4, 4, 2, 2, 2)).permute((0, 5, 1, 3, 6, 2, 4)).reshape((64, 64))
     at = (row * 64 + tl.arange(0, 64))[:, None].to(tl.int64) * (k_tiles * 64) + col * 64 + tl.arange(0, 64)[None, :]
     tl.store(out + at, a.to(out.dtype.element_ty))
 
 
-def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None, launch: Launch | None = None) -> Tensor:
+def linear(
+    x: Tensor, packed: PackedFP4, bias: Tensor | None = None, launch: Launch | Rows | Stream | None = None
+) -> Tensor:
     """``x @ weight.T + bias`` on a GPU of capability 8.0 to 9.x.
 
     Args:
@@ -160,7 +165,7 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None, launch: Lau
         packed: a weight that fits the dtype of x (see `FP4Weight.fit`); float16 turns E8M0 scales out of its range
             into NaN.
         bias: ``[n]`` of any floating dtype, added in float32.
-        launch: the fused kernel with these parameters instead of what the table says.
+        launch: the kernel with these parameters instead of what the tables say.
 
     Returns:
         ``[m, n]`` in the dtype of x: sums, multiplier and bias in float32, rounded once. Equal bits on every run.
@@ -177,9 +182,28 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None, launch: Lau
         if launch is None and (plan_dense(m) or x.dtype == torch.float32):
             _through_dense(x, packed, bias, out)
             return out
+        if launch is None and GLUON and capability == (9, 0):
+            launch = plan_hopper(properties.multi_processor_count, m, packed.n, packed.k)
         launch = launch or plan_linear(capability, properties.multi_processor_count, m, packed.n, packed.k)
-        fused(x, packed, bias, out, launch, ptx=True, wgmma=capability >= (9, 0))
+        if isinstance(launch, Launch):
+            fused(x, packed, bias, out, launch, ptx=True, wgmma=capability >= (9, 0))
+        else:
+            _on_hopper(x, packed, bias, out, launch)
     return out
+
+
+def _on_hopper(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Rows | Stream) -> None:
+    from marlin_w4a16.kernels.rows import by_rows  # Gluon, which moves between Triton's releases
+    from marlin_w4a16.kernels.stream import stream
+
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # what the copy engine asks for
+        x = x.clone(memory_format=torch.contiguous_format)
+    if bias is not None:
+        bias = bias.contiguous()
+    if isinstance(launch, Rows):
+        by_rows(x, packed, bias, out, launch)
+    else:
+        stream(x, packed, bias, out, launch)
 
 
 def fused(
@@ -193,7 +217,7 @@ def fused(
     _linear_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), launch.split_k)](
         x,
         words,
-        scales.view(torch.int16),
+        scales.view(torch.int32),
         multiplier,
         multiplier if bias is None else bias.contiguous(),
         target,
@@ -254,7 +278,7 @@ def _through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tenso
         rows = slice(first * TILE, min(tiles.stop * TILE, packed.n))
         words, scales = packed.words[tiles].contiguous(), packed.scales[tiles].contiguous()
         _decode_kernel[(words.shape[0], k_tiles)](
-            words, scales.view(torch.int16), weight, k_tiles, kind=packed.kind, GROUP=packed.group, PTX=True
+            words, scales.view(torch.int32), weight, k_tiles, kind=packed.kind, GROUP=packed.group, PTX=True
         )
         columns = rows.stop - rows.start
         dense = weight[:columns, :k].t()

@@ -1,15 +1,18 @@
 """The linear kernels on a GPU against the float64 product of the exactly decoded weight."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from kernels.plans import hopper_launches, named
 from marlin_w4a16.fake_impls.library import weight_args
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
-from marlin_w4a16.kernels.launch import Launch, launches, plan_dense
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream, launches, plan_dense, plan_linear
 from marlin_w4a16.kernels.layout import pack
+from marlin_w4a16.kernels.linear import GLUON
 from marlin_w4a16.kernels.linear import linear as kernel
 
 pytestmark = pytest.mark.gpu
@@ -18,6 +21,8 @@ TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129
 SHAPES = ((1, 32), (64, 64), (70, 160), (96, 2880), (200, 1120), (1000, 4064), (2880, 2880), (4640, 512))
 FORMATS = (("e4m3", 16), ("e8m0", 32), ("e4m3", 32), ("e8m0", 16))
 GATES = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and GLUON
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs capability 9.0 and a Triton whose Gluon is known")
 
 
 def random_weight(n: int, k: int, kind: str, group: int, dtype: torch.dtype = torch.bfloat16) -> FP4Weight:
@@ -71,6 +76,66 @@ def test_every_launch_of_the_tables_is_right_many_times(launch: Launch, kind, gr
         assert torch.equal(first, kernel(x, packed, None, launch))
 
 
+def assert_right_many_times(weight: FP4Weight, m: int, dtype: torch.dtype, launch: Launch | Rows | Stream) -> None:
+    packed = pack(weight)
+    x = torch.randn(m, weight.k, device="cuda", dtype=dtype) * 2**-5
+    bias = torch.randn(weight.n, device="cuda", dtype=dtype)
+    first = kernel(x, packed, bias, launch)
+    assert_rounded_product(first, x.double() @ weight.decode().T + bias.double())
+    for _ in range(20):
+        assert torch.equal(first, kernel(x, packed, bias, launch))
+
+
+def hopper(kernel_type: type) -> list:
+    """Every launch the plan of Hopper has, in the form each kernel is compiled in, once for each dtype."""
+    forms = [(*form, dtype) for form, dtype in zip(FORMATS[:2], GATES, strict=True)]
+    return [
+        pytest.param(launch, even, *form, id=named(launch, "even" if even else "uneven", *form))
+        for (launch, even), form in itertools.product(hopper_launches(), forms)
+        if isinstance(launch, kernel_type)
+    ]
+
+
+@on_hopper
+@pytest.mark.parametrize("launch, even, kind, group, dtype", hopper(Rows))
+def test_every_launch_for_few_tokens_is_right_many_times(launch: Rows, even, kind, group, dtype, poisoned):
+    """The last block of rows and the last tile of columns are cut, and programs take two or three blocks."""
+    turn = launch.steps * launch.num_warps * 64
+    turns = launch.stages if launch.resident else launch.stages + 2
+    k = turn * turns - (32 if even else 5 * 64 - 32)
+    weight = random_weight(9 * launch.rows + 5, k, kind, group, dtype)
+    for m in (1, launch.block_m - 1, launch.block_m):
+        for programs in (1, 4, 10):
+            assert_right_many_times(weight, m, dtype, replace(launch, programs=programs))
+
+
+@on_hopper
+@pytest.mark.parametrize("launch, even, kind, group, dtype", hopper(Stream))
+def test_every_launch_for_more_tokens_is_right_many_times(launch: Stream, even, kind, group, dtype, poisoned):
+    """12 tiles of the output, cut at their ends, in 12 units each: whole, in equal and in unequal parts."""
+    weight = random_weight(3 * launch.rows + 5, 64 * launch.tiles * 12 - 224, kind, group, dtype)
+    for m in (2 * launch.block_m + 3, launch.block_m - 1):
+        for programs in (1, 4, 5, 7, 24, 48):
+            assert_right_many_times(weight, m, dtype, replace(launch, programs=programs))
+    assert_right_many_times(weight, 2 * launch.block_m + 3, dtype, replace(launch, programs=132))
+
+
+@on_hopper
+@pytest.mark.parametrize("launch", [Rows(16, 16, 16, 1, 3, False, 2), Rows(32, 8, 16, 2, 3, False, 2)], ids=named)
+@pytest.mark.parametrize("k", [32, 1024, 2048, 2080])
+def test_a_ring_longer_than_a_block_is_right(launch, k, poisoned):
+    assert_right_many_times(random_weight(200, k, "e4m3", 16), 5, torch.bfloat16, launch)
+
+
+@pytest.mark.parametrize("m", [1, 9, 16])
+@pytest.mark.parametrize("n, k", SHAPES[::2])
+@pytest.mark.parametrize("kind, group", FORMATS[:2])
+@pytest.mark.parametrize("dtype", GATES)
+def test_the_portable_kernel_stays_right_where_gluon_has_its_place(m, n, k, kind, group, dtype, poisoned):
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert_right_many_times(random_weight(n, k, kind, group), m, dtype, plan_linear((8, 0), processors, m, n, k))
+
+
 def strided(x: torch.Tensor, how: str) -> torch.Tensor:
     if how == "transposed":
         return x.t().contiguous().t()
@@ -78,19 +143,43 @@ def strided(x: torch.Tensor, how: str) -> torch.Tensor:
         return x.repeat_interleave(2, 1)[:, ::2]
     if how == "rows apart":
         return torch.cat((x, x), 1)[:, : x.shape[1]]
+    if how == "rows far apart":
+        return torch.empty(len(x), 1 << 18, dtype=x.dtype, device=x.device)[:, 8 : 8 + x.shape[1]].copy_(x)
+    if how == "rows apart by an odd number":
+        return torch.nn.functional.pad(x, (0, 3))[:, : x.shape[1]]
     return x[:1].expand(x.shape)
 
 
-@pytest.mark.parametrize("how", ["transposed", "every second column", "rows apart", "one row repeated"])
-@pytest.mark.parametrize("m", [1, 5, 33, 300, 2100])
-def test_any_strides(how, m):
-    weight = random_weight(200, 1120, "e4m3", 16)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "transposed",
+        "every second column",
+        "rows apart",
+        "rows far apart",
+        "rows apart by an odd number",
+        "one row repeated",
+    ],
+)
+@pytest.mark.parametrize("m", [1, 5, 16, 33, 300, 2100])
+@pytest.mark.parametrize("k", [1120, 16384])  # x is kept whole, or passes through a ring
+def test_any_strides(how, m, k):
+    weight = random_weight(200, k, "e4m3", 16)
     packed = pack(weight)
-    x = strided(torch.randn(m, 1120, device="cuda", dtype=torch.bfloat16), how)
+    x = strided(torch.randn(m, k, device="cuda", dtype=torch.bfloat16), how)
     out = linear(x, packed)
     assert_rounded_product(out, x.double() @ weight.decode().T)
     if not plan_dense(m):  # cuBLAS picks its kernel by the strides
         assert torch.equal(out, linear(x.contiguous(), packed))
+
+
+@pytest.mark.parametrize("m, apart", [(9, 1 << 28), (33, 1 << 26)])
+@pytest.mark.parametrize("k", [1120, 16384])
+def test_rows_of_x_more_than_two_to_the_31_elements_apart(m, apart, k):
+    packed = pack(random_weight(200, k, "e4m3", 16))
+    x = torch.empty(m, apart, device="cuda", dtype=torch.bfloat16)[:, :k].normal_()
+    assert (m - 1) * x.stride(0) >= 1 << 31
+    assert torch.equal(linear(x, packed), linear(x.contiguous(), packed))
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
@@ -109,10 +198,13 @@ def test_one_to_four_dimensions(lead):
     assert torch.equal(out.reshape(-1, 200), linear(x.reshape(-1, 1120), packed))
 
 
-def test_one_row_alone_equals_the_row_in_a_batch_of_the_same_regime():
-    packed = pack(random_weight(1000, 4064, "e4m3", 16))
-    x = torch.randn(16, 4064, device="cuda", dtype=torch.bfloat16)
-    assert torch.equal(linear(x, packed)[3:4], linear(x[3:4], packed))
+@pytest.mark.parametrize("few, many", [(1, 8), (9, 16), (17, 32), (33, 64), (65, 128)])
+@pytest.mark.parametrize("n, k", [(1000, 4064), (96, 16384)])
+def test_tokens_alone_equal_the_tokens_in_a_batch_of_the_same_plan(few, many, n, k):
+    packed = pack(random_weight(n, k, "e4m3", 16))
+    x = torch.randn(many, k, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(linear(x, packed)[:few], linear(x[:few], packed))
+    assert torch.equal(linear(x, packed)[-few:], linear(x[-few:], packed))
 
 
 @pytest.mark.parametrize("kind, group", FORMATS)
@@ -196,3 +288,13 @@ def test_offsets_beyond_two_to_the_31():
     assert torch.equal(out[-16:], linear(x[-16:].repeat(200, 1), packed)[:16])
     wide = Launch(64, 128, 64, 2, 4, 3)
     assert torch.equal(kernel(x[:9000], packed, None, wide)[-1], kernel(x[8999:9000], packed, None, wide)[0])
+
+
+@on_hopper
+def test_offsets_beyond_two_to_the_31_on_hopper():
+    packed = pack(random_weight(1 << 17, 64, "e4m3", 16))
+    x = torch.randn(17000, 64, device="cuda", dtype=torch.bfloat16)
+    launch = Stream(256, 128, 4, 2, 16, True, False, 132)
+    out = kernel(x, packed, None, launch)
+    assert out.numel() > 1 << 31
+    assert torch.equal(out[-16:], kernel(x[-16:], packed, None, launch))

@@ -35,6 +35,20 @@ def draw_weight(
     return weight
 
 
+def draw_every_product(kind: ScaleKind = "e4m3", group: int = 16) -> FP4Weight:
+    """Every code times every finite scale byte, which stands in every place of a scale word."""
+    byte = torch.tensor([b for b in range(255) if kind == "e8m0" or b != 0x7F], dtype=torch.uint8)
+    rows = torch.stack((byte, byte.roll(7)), -1).repeat_interleave(8, -1).flatten()
+    scales = torch.stack([rows.roll(16 * column) for column in range(64 // group)], -1)
+    codes = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], dtype=torch.uint8).repeat(len(rows), 4)
+    return FP4Weight(codes, scales, torch.ones(len(rows)), kind, group)
+
+
+@pytest.fixture(scope="session")
+def every_product() -> Callable[..., FP4Weight]:
+    return draw_every_product
+
+
 @pytest.fixture(scope="session")
 def random_weight() -> Callable[..., FP4Weight]:
     return draw_weight

@@ -14,19 +14,22 @@ from torch import Tensor
 from marlin_w4a16.kernels import linear as kernels
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.kernels.unpack import unpack_words
+from marlin_w4a16.kernels.unpack import scale_pairs, unpack_words
 
 
 @triton.jit
 def _unpack_kernel(words, scales, out, kind: tl.constexpr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
-    values = unpack_words(tl.load(words + at), tl.load(scales + at), kind, out.dtype.element_ty, False)
-    tl.store(out + tl.arange(0, SIZE * 8), values.reshape((SIZE * 8,)))
+    pairs = scale_pairs(tl.load(scales + at), kind, out.dtype.element_ty, False)
+    words_of_groups = tl.load(words + at[:, None] * 2 + tl.arange(0, 2)[None, :])
+    values = unpack_words(words_of_groups, pairs, kind, out.dtype.element_ty, False)
+    tl.store(out + tl.arange(0, SIZE * 16), values.reshape((SIZE * 16,)))
 
 
 def unpack(words: Tensor, scales: Tensor, kind: str) -> Tensor:
-    out = torch.empty((words.numel(), 2, 2, 2), dtype=torch.float16)
-    _unpack_kernel[(1,)](words, scales, out, kind=kind, SIZE=words.numel())
+    """Words ``[size, 2 groups]`` with scale words ``[size]``, as ``[size, 2 groups, 2 p, 2 r, 2 h]``."""
+    out = torch.empty((*words.shape, 2, 2, 2), dtype=torch.float16)
+    _unpack_kernel[(1,)](words, scales, out, kind=kind, SIZE=words.shape[0])
     return out
 
 
@@ -39,7 +42,7 @@ def fused(x: Tensor, packed: PackedFP4, bias: Tensor | None, launch: Launch) -> 
 def decode(packed: PackedFP4) -> Tensor:
     rows, columns = packed.words.shape[:2]
     out = torch.empty((64 * rows, 64 * columns), dtype=torch.float16)
-    scales = packed.scales.view(torch.int16)
+    scales = packed.scales.view(torch.int32)
     kernels._decode_kernel[(rows, columns)](
         packed.words, scales, out, columns, kind=packed.kind, GROUP=packed.group, PTX=False
     )

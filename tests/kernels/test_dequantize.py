@@ -75,6 +75,18 @@ def test_scale_values_are_exact_for_every_finite_byte(kind):
     assert torch.equal(scale_values(byte, kind).double(), exact)
 
 
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("kind", ["e4m3", "e8m0"])
+def test_every_code_times_every_scale_byte_is_the_oracles_bits(kind, group, every_product):
+    weight = every_product(kind, group)
+    packed, exact = pack(weight), weight.unscaled(torch.float64)
+    (rows,), (columns,) = ([block for _, block in walk(packed)] for walk in (decode_rows, decode_columns))
+    assert same_bits(rows, exact.float())
+    assert same_bits(columns, exact.float())
+    assert kind == "e8m0" or torch.equal(rows.double(), exact)
+    assert same_bits(dequantize(packed, torch.float32), weight.decode(torch.float32))
+
+
 @every_format_and_edge
 def test_decoded_blocks_are_the_oracles_bits(kind, group, n, k, random_weight):
     weight = random_weight(n, k, kind, group, e8m0=FULL_RANGE)

@@ -81,11 +81,12 @@ def test_the_fused_linear_rounds_once(kind, group, interpret, random_weight):
         assert_rounded_once(out, *check)
 
 
-def test_the_decode_kernel_is_exact(interpret, random_weight):
+def test_the_decode_kernel_is_exact(interpret, random_weight, every_product):
     weights = [random_weight(n, k, *form) for form in FORMATS for n, k in ((70, 160), (1, 32), (128, 64))]
+    weights += [every_product("e4m3", group) for group in (16, 32)]
     for weight, out in zip(weights, interpret(*(("decode", (pack(weight),)) for weight in weights)), strict=True):
         inside = out[: weight.n, : weight.k].double() * UNPACK_GAIN[weight.kind]
-        assert torch.equal(inside, weight.unscaled(torch.float64))
+        assert torch.equal(inside.view(torch.int64), weight.unscaled(torch.float64).view(torch.int64))
         assert not out[weight.n :].any()
         assert not out[:, weight.k :].any()
 
@@ -112,18 +113,19 @@ def test_the_epilogue_adds_parts_in_order_then_multiplier_then_bias(interpret, r
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e8m0"])
-def test_unpacked_words_are_exact_for_every_pair_of_scale_bytes(kind, interpret):
-    words = torch.randint(-(1 << 31), 1 << 31, (1 << 16,)).int()
-    scales = torch.arange(1 << 16, dtype=torch.int32)
-    (found,) = interpret(("unpack", (words, scales, kind)))  # word, p, r, h
+def test_unpacked_words_are_exact_for_every_byte_in_every_place_of_a_scale_word(kind, interpret):
+    words = torch.randint(-(1 << 31), 1 << 31, (1 << 16, 2)).int()
+    rows = torch.stack((torch.arange(1 << 16), torch.randperm(1 << 16)), -1)  # every pair of rows, in both groups
+    byte = torch.stack((rows & 255, rows >> 8), -2).to(torch.uint8)  # word, r, group
+    (found,) = interpret(("unpack", (words, byte.flatten(1).view(torch.int32).flatten(), kind)))  # word, group, p, r, h
 
-    pairs = torch.stack(tile_pairs(words), -1).view(torch.bfloat16).view(-1, 2, 2, 2)  # word, h, r, p
-    codes = pairs.permute(0, 3, 2, 1).double() * 2.0**126
-    byte = torch.stack((scales & 255, scales >> 8), -1).to(torch.uint8)
-    factors = scale_values(byte, kind).double() / UNPACK_GAIN[kind]
+    pairs = torch.stack(tile_pairs(words), -1).view(torch.bfloat16).view(-1, 2, 2, 2, 2)  # word, group, h, r, p
+    codes = pairs.permute(0, 1, 4, 3, 2).double() * 2.0**126
+    factors = scale_values(byte, kind).double().abs() / UNPACK_GAIN[kind]  # signs are in the codes
     if kind == "e8m0":
         factors[(byte < 104) | (byte > 140)] = torch.nan
-    expected = codes * factors.view(-1, 1, 2, 1)
+        factors[byte == 0] = 0
+    expected = codes * factors.mT[:, :, None, :, None]
     finite = expected.isfinite()
     assert torch.equal(found.view(torch.int16)[finite], expected.half().view(torch.int16)[finite])
     assert torch.equal(expected[finite], expected.half().double()[finite])

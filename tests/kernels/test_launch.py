@@ -7,26 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlin_w4a16.kernels.launch import DENSE_TOKENS, SHARED_MEMORY, Launch, launches, plan_dense, plan_linear
+from kernels.plans import PROCESSORS, SIZES, TOKENS, hopper_plans
+from marlin_w4a16.kernels.launch import (
+    DENSE_TOKENS,
+    SHARED_MEMORY,
+    Launch,
+    Rows,
+    Stream,
+    launches,
+    plan_dense,
+    plan_hopper,
+    plan_linear,
+)
 
 # Multiprocessors of A100, RTX 3090, Jetson Orin, L40S, H200.
 CHIPS = {(8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 142, (9, 0): 132}
-TOKENS = [
-    1,
-    2,
-    3,
-    7,
-    8,
-    9,
-    *range(15, 18),
-    *range(31, 34),
-    *range(63, 66),
-    *range(127, 130),
-    *range(255, 258),
-    1000,
-    4096,
-]
-SIZES = [1, 16, 64, 65, 96, 200, 1120, 2048, 2880, 4096, 5120, 8192, 14336, 25599, 25600, 28672, 57344, 151936]
+WEIGHT_ROWS = st.integers(1, 1 << 20)
+COLUMNS = st.integers(1, 1 << 16).map(lambda groups: groups * 16)
 every_chip = pytest.mark.parametrize("capability", CHIPS, ids=str)
 
 
@@ -46,8 +43,8 @@ def plans(capability: tuple[int, int]) -> dict[tuple[int, int, int], Launch]:
     capability=st.sampled_from(list(CHIPS)),
     processors=st.integers(1, 256),
     m=st.integers(1, 1 << 20),
-    n=st.integers(1, 1 << 20),
-    k=st.integers(1, 1 << 16).map(lambda groups: groups * 16),
+    n=WEIGHT_ROWS,
+    k=COLUMNS,
 )
 @settings(max_examples=1000)
 def test_every_call_has_a_launch_the_kernel_can_run(capability, processors, m, n, k):
@@ -112,3 +109,56 @@ def test_the_shared_memory_of_every_chip_is_known(capability):
 
 def test_from_the_threshold_on_the_weight_is_written_out_for_cublas():
     assert [plan_dense(m) for m in (0, 1, DENSE_TOKENS - 1, DENSE_TOKENS, 1 << 20)] == [False, False, False, True, True]
+
+
+def in_flight(launch: Rows | Stream, processors: int) -> int:
+    """Programs a multiprocessor holds at once."""
+    return 2 if launch.programs > processors else 1
+
+
+@given(processors=st.integers(1, 256), m=st.integers(1, DENSE_TOKENS - 1), n=WEIGHT_ROWS, k=COLUMNS)
+@settings(max_examples=1000)
+def test_every_call_on_hopper_has_a_launch_its_kernels_can_run(processors, m, n, k):
+    launch = plan_hopper(processors, m, n, k)
+    assert launch == plan_hopper(processors, m, n, k)
+    each = in_flight(launch, processors)
+    assert each * (launch.shared_memory + 1024) <= 228 << 10
+    assert is_power_of_two(launch.num_warps) and 4 <= launch.num_warps <= 16
+    if isinstance(launch, Rows):
+        assert launch.rows in (16, 32, 64) and launch.block_m in (8, 16) and launch.num_warps in (8, 16)
+        assert launch.block_m >= m, "tokens that no program takes"
+        assert launch.steps in (1, 2) and launch.stages >= 1
+        blocks = -(-n // launch.rows)
+        assert 1 <= launch.programs <= min(blocks, 2 * processors), "a program without a block, or one that waits"
+        assert launch.num_warps * each <= 16
+        x = launch.stages * launch.steps * launch.num_warps * 64
+        assert x >= k if launch.resident else launch.stages >= 2
+    else:
+        assert launch.rows in (64, 128, 256) and is_power_of_two(launch.block_m) and 16 <= launch.block_m <= 128
+        assert launch.block_m >= min(m, 128)
+        assert is_power_of_two(launch.tiles) and launch.stages >= 2
+        assert launch.num_warps * 16 <= launch.rows, "warps without rows"
+        assert launch.wgmma or not launch.overlap
+        tiles, units = -(-n // launch.rows) * -(-m // launch.block_m), -(-k // (64 * launch.tiles))
+        assert 1 <= launch.programs <= min(tiles * units, processors), "a program without a unit, or one that waits"
+        if tiles <= launch.programs:
+            assert launch.programs % tiles == 0, "a tile is met by more programs than need be"
+        assert 2 * launch.programs * launch.rows * launch.block_m * 4 <= 64 << 20, "too much scratch"
+
+
+def test_more_tokens_never_get_a_smaller_block_on_hopper():
+    found = hopper_plans()
+    for n, k in product(SIZES, SIZES):
+        blocks = [found[m, n, k].block_m for m in TOKENS if m < DENSE_TOKENS]
+        assert blocks == sorted(blocks)
+
+
+def test_up_to_128_tokens_the_weight_is_read_once_on_hopper():
+    assert all(launch.block_m >= m for (m, *_), launch in hopper_plans().items() if m <= 128)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 256])
+@pytest.mark.parametrize("n, k", [(4096, 4096), (6144, 4096), (28672, 8192), (2880, 2880), (4096, 14336)])
+def test_on_hopper_most_multiprocessors_work(m, n, k):
+    """Every other one at least, of a weight as models have it."""
+    assert 2 * plan_hopper(PROCESSORS, m, n, k).programs >= PROCESSORS

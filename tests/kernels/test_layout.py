@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight
-from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into, packed_shapes, tile_pairs
+from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into, packed_shapes, tile_pairs, untile_scales
 
 FORMATS = list(product(["e4m3", "e8m0"], [16, 32]))
 # Bits 15..0 of a half word: s sign, u m d the magnitude from its upper bit down, then the register 2 h + r.
@@ -161,9 +161,13 @@ def test_packing_a_slice_is_slicing_the_packed(kind, group, cut, random_weight):
     assert equal(sliced.unpack(), part)
 
 
-def test_words_hold_the_bits_where_the_docstring_draws_them(random_weight):
-    weight = random_weight(64, 64)
-    codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).flatten(1).tolist()
+@every_format
+def test_words_hold_the_bits_where_the_docstring_draws_them(kind, group, random_weight):
+    weight = random_weight(64, 64, kind, group)
+    codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).flatten(1)
+    if kind == "e4m3":  # the sign of a scale is in its codes
+        codes ^= (weight.scales >> 7 << 3).repeat_interleave(group, 1)
+    codes = codes.tolist()
     words = [0] * 512
     for at, bit, row, column, code_bit in places():
         words[at] |= (codes[row][column] >> code_bit & 1) << bit
@@ -173,9 +177,24 @@ def test_words_hold_the_bits_where_the_docstring_draws_them(random_weight):
 @every_format
 def test_scale_bytes_lie_where_the_docstring_says(kind, group, random_weight):
     weight = random_weight(64, 64, kind, group)
-    order = product(range(4), range(8), range(64 // group), range(2))
-    expected = [int(weight.scales[16 * w + 8 * r + g, c]) for w, g, c, r in order]
+    order = product(range(4), range(8), range(32 // group), range(2), range(2))
+    expected = [int(weight.scales[16 * w + 8 * r + g, 2 * pair + odd]) for w, g, pair, r, odd in order]
     assert pack(weight).scales.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_only_the_sign_of_a_negative_e4m3_scale_moves_into_the_words(group, every_product):
+    weight = every_product("e4m3", group)
+    negative = weight.scales >> 7
+    positive = replace(
+        weight,
+        codes=weight.codes ^ (0x88 * negative).repeat_interleave(group // 2, 1),
+        scales=weight.scales & 0x7F,
+    )
+    packed, folded = pack(weight), pack(positive)
+    assert torch.equal(packed.words, folded.words)
+    assert torch.equal(packed.scales & 0x7F, folded.scales)
+    assert torch.equal(untile_scales(packed.scales, group)[: weight.n], weight.scales)
 
 
 def test_tile_pairs_are_values_times_2_to_the_minus_126_in_bfloat16(random_weight):

@@ -124,7 +124,7 @@ def try_triton(capability: tuple[int, int]) -> Check:
     from marlin_w4a16.kernels.unpack import UNPACK_GAIN
 
     launch = plan_linear(capability, 132, 16, 4096, 4096)
-    pointers = {"words": "*i32", "scales": "*i16", "multiplier": "*fp32"}
+    pointers = {"words": "*i32", "scales": "*i32", "multiplier": "*fp32"}
     pointers |= dict.fromkeys(("x", "bias"), "*bf16") | {"out": "*bf16" if launch.split_k == 1 else "*fp32"}
     constants = {"kind": "e4m3", "GROUP": 16, "GAIN": UNPACK_GAIN["e4m3"], "HAS_BIAS": True, "stride_xk": 1}
     constants |= {"BLOCK_N": launch.block_n, "BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k}

@@ -1,0 +1,81 @@
+"""Kernels compiled ahead of time, and what is read from their machine code."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass
+class Compiled:
+    registers: int
+    stack: int
+    shared: int
+    instructions: list[str]  # with their operands, in order
+    loop: list[str]  # those of the loop that multiplies
+    ttgir: str
+
+    def has(self, *opcodes: str) -> bool:
+        return any(i.startswith(opcodes) for i in self.instructions)
+
+
+def tool(name: str, *arguments: Any) -> str:
+    path = TOOLS / name
+    assert os.access(path, os.X_OK), f"Triton {triton.__version__} has no {path} that can be run"
+    run = subprocess.run([path, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, f"{path} failed: {run.stderr}"
+    return run.stdout
+
+
+def multiplying_loop(lines: list[tuple[str, str]]) -> list[str]:
+    """Once around the loop with matrix products, of (instruction, or nothing and a label) in order."""
+    starts = {label: at for at, (_, label) in enumerate(lines) if label}
+    for end, (instruction, _) in enumerate(lines):
+        jump = re.match(r"BRA.*`\((\.L_x_\d+)\)", instruction)
+        body = [i for i, _ in lines[starts[jump[1]] : end + 1] if i] if jump else []
+        if any(i.startswith(("HMMA", "HGMMA")) for i in body):
+            return body
+    return []
+
+
+def compiled(
+    directory: Path,
+    capability: tuple[int, int],
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: tuple[str, ...] = (),
+    **options: int,
+) -> Compiled:
+    """A kernel as the runtime compiles it for aligned pointers and integers that 16 divides where it says so."""
+    names = kernel.arg_names
+    signature = {n: types.get(n) or ("constexpr" if n in constants else "i32") for n in names}
+    aligned = (*(n for n in names if signature[n].startswith("*")), *divisible)
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    major, minor = capability
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    built = triton.compile(source(kernel, signature, constants, attributes), target, options)
+    cubin = directory / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    usage = tool("cuobjdump", "-res-usage", cubin)
+    line = r"^(?:\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z].*?);?|(\.L_x_\d+):)\s*$"
+    lines = re.findall(line, tool("nvdisasm", cubin), re.MULTILINE)
+    code = [instruction for instruction, _ in lines if instruction]
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return Compiled(registers, stack, built.metadata.shared, code, multiplying_loop(lines), built.asm["ttgir"])
+
+
+def assert_no_spills(code: Compiled) -> None:
+    assert code.stack == 0
+    assert not code.has("LDL", "STL")

@@ -1,0 +1,53 @@
+"""The calls whose plans the tests look at, and what they come to on Hopper."""
+
+from dataclasses import replace
+from itertools import product
+
+from marlin_w4a16.kernels.launch import DENSE_TOKENS, Rows, Stream, plan_hopper
+
+PROCESSORS = 132  # multiprocessors of an H200
+TOKENS = [
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    *range(15, 18),
+    *range(31, 34),
+    *range(63, 66),
+    *range(127, 130),
+    *range(255, 258),
+    1000,
+    4096,
+]
+SIZES = [1, 16, 64, 65, 96, 200, 1120, 2048, 2880, 4096, 5120, 8192, 14336, 25599, 25600, 28672, 57344, 151936]
+
+
+def hopper_plans() -> dict[tuple[int, int, int], Rows | Stream]:
+    tokens = [m for m in TOKENS if m < DENSE_TOKENS]
+    return {(m, n, k): plan_hopper(PROCESSORS, m, n, k) for n, k, m in product(SIZES, SIZES, tokens)}
+
+
+def evenly(launch: Rows | Stream, k: int) -> bool:
+    """Whether every warp has a tile of its own in every step, for which the kernel for few tokens is compiled anew."""
+    return isinstance(launch, Rows) and -(-k // 64) % (launch.num_warps * launch.steps) == 0
+
+
+def hopper_launches() -> dict[tuple[Rows | Stream, bool], tuple[int, bool]]:
+    """Every launch that is compiled, whatever its programs, and whether `evenly`: a k, and whether two programs share
+    a multiprocessor."""
+    found = {}
+    for (_, _, k), launch in hopper_plans().items():
+        kept = replace(launch, programs=1), evenly(launch, k)
+        found[kept] = k, launch.programs > PROCESSORS or found.get(kept, (0, False))[1]
+    return found
+
+
+def named(launch: Rows | Stream, *form: object) -> str:
+    tile = f"{launch.rows}x{launch.block_m}-{launch.num_warps}warps"
+    if isinstance(launch, Rows):
+        name = f"rows-{tile}-{launch.steps}x{launch.stages}-{'resident' if launch.resident else 'ring'}"
+    else:
+        name = f"stream-{tile}-{launch.stages}"
+    return "-".join(map(str, (name, *form)))

@@ -1,0 +1,177 @@
+"""The Gluon kernels compiled ahead of time for Hopper: what each launch takes, read from its machine code."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from kernels.machine import Compiled, assert_no_spills, compiled
+from kernels.plans import evenly, hopper_launches, named
+from marlin_w4a16.kernels.launch import SHARED_MEMORY, Rows, Stream
+from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
+from marlin_w4a16.kernels.linear import GLUON
+
+if not GLUON:
+    pytest.skip(f"the Gluon kernels are not used with Triton {triton.__version__}", allow_module_level=True)
+
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from marlin_w4a16.kernels import rows, stream
+
+CAPABILITY = (9, 0)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {torch.float32: "fp32", torch.int32: "i32", **{dtype: name for name, dtype in DTYPES.items()}}
+FORMS = list(product(["bf16", "fp16"], [("e4m3", 16), ("e8m0", 32)]))
+LAUNCHES = hopper_launches()
+# Bytes that ptxas spills where it would rather have 64 registers than a few more.
+SPILLS = {
+    Rows(rows=16, block_m=16, num_warps=16, steps=1, stages=3, resident=False, programs=1): 8,
+    Rows(rows=16, block_m=8, num_warps=16, steps=2, stages=3, resident=False, programs=1): 24,
+    Rows(rows=32, block_m=8, num_warps=16, steps=1, stages=5, resident=True, programs=1): 16,
+}
+# Registers of launches whose two programs a multiprocessor does not hold at once, for all that the plan wants.
+ALONE = {
+    Rows(rows=32, block_m=16, num_warps=8, steps=2, stages=3, resident=True, programs=1): 164,
+    Rows(rows=64, block_m=8, num_warps=8, steps=1, stages=3, resident=True, programs=1): 196,
+    Rows(rows=64, block_m=8, num_warps=8, steps=1, stages=6, resident=True, programs=1): 158,
+}
+# Instructions of a lane for each weight that it decodes, and for each tile: see `most_instructions`.
+INSTRUCTIONS = {
+    ("bf16", "e4m3", 16): 2.69,
+    ("bf16", "e8m0", 32): 2.90,
+    ("fp16", "e4m3", 16): 2.95,
+    ("fp16", "e8m0", 32): 3.93,
+}
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.launch
+
+    def launch(self, *arguments: Any, **options: Any) -> None:
+        self.arguments, self.options = arguments, options
+
+    def compiled(self, directory: Path) -> Compiled:
+        """The kernel as the runtime compiles it for these arguments."""
+        types, constants, divisible = {}, {}, []
+        for parameter, value in zip(self.kernel.params, self.arguments, strict=False):
+            specialised = not parameter.do_not_specialize
+            if isinstance(value, Tensor):
+                types[parameter.name] = f"*{NAMES[value.dtype]}"
+            elif isinstance(value, TensorDescriptor):
+                name = NAMES[value.base.dtype]
+                types[parameter.name] = f"tensordesc<{name}{value.block_shape},{value.layout!r}>"
+            elif value == 1 and specialised:
+                constants[parameter.name] = 1
+            elif value % 16 == 0 and specialised:
+                divisible.append(parameter.name)
+        options = dict(self.options)
+        runtime = {name: options.pop(name) for name in ("num_warps", "launch_pdl")}
+        return compiled(directory, CAPABILITY, self.kernel, types, constants | options, tuple(divisible), **runtime)
+
+
+def launched(launch: Rows | Stream, k: int, dtype: str, kind: str, group: int, n: int) -> list[Recorder]:
+    """The kernels that a launch starts."""
+    k = -(-k // 64) * 64
+    (words, scales, multiplier), device = packed_shapes(n, k, group), "meta"
+    packed = PackedFP4(
+        torch.empty(words, dtype=torch.int32, device=device),
+        torch.empty(scales, dtype=torch.uint8, device=device),
+        torch.empty(multiplier, dtype=torch.float32, device=device),
+        n, k, kind, group,
+    )  # fmt: skip
+    x, out = (torch.empty((launch.block_m, size), dtype=DTYPES[dtype], device=device) for size in (k, n))
+    bias = torch.empty(n, dtype=DTYPES[dtype], device=device)
+    module, run = (rows, rows.by_rows) if isinstance(launch, Rows) else (stream, stream.stream)
+    names = ["_rows_kernel"] if isinstance(launch, Rows) else ["_stream_kernel", "_sum_kernel"]
+    with pytest.MonkeyPatch.context() as patch:
+        recorders = [Recorder(getattr(module, name)) for name in names]
+        for name, recorder in zip(names, recorders, strict=True):
+            patch.setattr(module, name, recorder)
+        run(x, packed, bias, out, launch)
+    return recorders
+
+
+def variants(kernel: type) -> list:
+    """Every launch in one format, and some in all."""
+    of_kernel = [(*key, *value) for key, value in LAUNCHES.items() if isinstance(key[0], kernel)]
+    found = [(*call, *FORMS[0]) for call in of_kernel]
+    found += [(*call, *form) for call, form in product(of_kernel[::6], FORMS[1:])]
+    return [
+        pytest.param(launch, k, shared, dtype, *form, id=named(launch, -(-k // 64), dtype, *form))
+        for launch, _, k, shared, dtype, form in found
+    ]
+
+
+def count(code: list[str], opcode: str, *parts: str) -> int:
+    return sum(i.startswith(opcode) and all(part in i.split(maxsplit=1)[0] for part in parts) for i in code)
+
+
+def most_instructions(launch: Rows, even: bool, form: tuple[str, str, int]) -> float:
+    """The limit of the loop that multiplies: a block with its end, or a turn of the ring."""
+    tiles = launch.steps * (launch.stages if launch.resident else 1)
+    operands = tiles * launch.rows // 16
+    products = 10 * operands if launch.block_m == 16 else 0
+    step = tiles * (6 if even else 14)
+    return INSTRUCTIONS[form] * 32 * operands + products + step + (97 if launch.resident else 130)
+
+
+def assert_shared_memory_is_as_planned(code: Compiled, planned: int) -> None:
+    assert code.shared <= SHARED_MEMORY[CAPABILITY]
+    assert code.shared - 512 <= planned <= code.shared + 1024
+
+
+@pytest.mark.parametrize("launch, k, shared, dtype, kind, group", variants(Rows))
+def test_a_launch_for_few_tokens_keeps_its_limits(launch, k, shared, dtype, kind, group, tmp_path):
+    code = launched(launch, k, dtype, kind, group, n=4 * launch.rows)[0].compiled(tmp_path)
+    if launch in SPILLS:
+        assert code.stack <= SPILLS[launch]
+    else:
+        assert_no_spills(code)
+    assert code.registers <= (ALONE.get(launch, 128) if shared else 128), "the registers of a program"
+    assert_shared_memory_is_as_planned(code, launch.shared_memory)
+    if shared:
+        assert 2 * (code.shared + 1024) <= 228 << 10, "two programs do not fit on a multiprocessor"
+    operands = launch.rows // 16 * launch.steps * (launch.stages if launch.resident else 1)
+    assert count(code.loop, "LDG", ".128") == operands, "words are not loaded 16 bytes a lane"
+    assert count(code.loop, "HMMA") == 4 * operands * launch.block_m // 8
+    assert not count(code.loop, "SHFL"), "a decoded value crosses lanes"
+    assert len(code.loop) <= most_instructions(launch, evenly(launch, k), (dtype, kind, group))
+
+
+@pytest.mark.parametrize("launch, k, shared, dtype, kind, group", variants(Stream))
+def test_a_launch_for_more_tokens_keeps_its_limits(launch, k, shared, dtype, kind, group, tmp_path):
+    split = replace(launch, programs=3)
+    code, sums = (r.compiled(tmp_path) for r in launched(split, k, dtype, kind, group, n=4 * launch.rows))
+    assert_no_spills(sums)
+    assert sums.registers <= 64 and sums.shared <= 16 << 10
+    assert_no_spills(code)
+    assert code.registers * 32 * (launch.num_warps + 4) <= 1 << 16, "the warp that copies is given those of four"
+    unused = 0 if group == 16 else 2 * launch.stages * launch.tiles * launch.rows  # the plan is for either format
+    assert_shared_memory_is_as_planned(code, launch.shared_memory - unused)
+    assert code.loop and not count(code.loop, "SHFL"), "a decoded value crosses lanes"
+    if launch.wgmma:
+        products = count(code.instructions, "HGMMA")
+        assert products and not code.has("HMMA")
+        assert products >= 4 * count(code.instructions, "WARPGROUP.ARRIVE"), "a product waits for the one before"
+    else:
+        assert code.has("HMMA") and not code.has("HGMMA")
+
+
+@pytest.mark.parametrize(
+    "launch, k", [pytest.param(launch, k, id=named(launch)) for (launch, _), (k, _) in LAUNCHES.items()][::7]
+)
+@pytest.mark.parametrize("n", [1, 70])
+def test_one_weight_row_and_an_odd_number_of_them_compile_too(launch, k, n, tmp_path):
+    code = launched(launch, k, "bf16", "e4m3", 16, n)[0].compiled(tmp_path)
+    assert code.loop and code.shared <= SHARED_MEMORY[CAPABILITY]
