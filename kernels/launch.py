@@ -153,11 +153,9 @@ def _plan_rows(processors: int, m: int, n: int, k: int) -> Rows:
     rows = 64 if n >= 48 * processors and block_m == 8 else 32 if n >= 16 * processors else 16
     k_tiles = -(-k // 64)
     blocks = -(-n // rows)
-    per = 2 if blocks > processors else 1
-    limit = _HALF if per == 2 else SHARED_MEMORY[9, 0]
-    for warps, steps in product((8, 16) if per == 2 else (16,), (2, 1)):
-        if per == 2 and warps == 16:
-            per, limit = 1, SHARED_MEMORY[9, 0]
+    # 8 warps of two programs on a multiprocessor, or 16 of one
+    choices = ((8, 2, _HALF), (16, 1, SHARED_MEMORY[9, 0]))
+    for (warps, per, limit), steps in product(choices if blocks > processors else choices[1:], (2, 1)):
         stages = -(-k_tiles // (warps * steps))
         launch = Rows(rows, block_m, warps, steps, stages, True, min(blocks, processors * per))
         padded = stages * steps * warps - k_tiles >= warps

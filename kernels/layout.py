@@ -22,7 +22,7 @@ Rows and columns are padded with zero codes to whole tiles here, never at run ti
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,14 @@ class PackedFP4:
     def nbytes(self) -> int:
         """Bytes of words, scales and multiplier."""
         return sum(t.numel() * t.element_size() for t in (self.words, self.scales, self.multiplier))
+
+    def contiguous(self) -> "PackedFP4":
+        """The same weight, its tensors laid out as the kernels read them; itself where they are."""
+        tensors = (self.words, self.scales, self.multiplier)
+        if all(t.is_contiguous() for t in tensors):
+            return self
+        words, scales, multiplier = (t.contiguous() for t in tensors)
+        return replace(self, words=words, scales=scales, multiplier=multiplier)
 
     def unpack(self, name: str = "weight") -> FP4Weight:
         """The inverse of `pack`, bit for bit."""

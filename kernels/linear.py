@@ -170,7 +170,7 @@ def linear(
     Returns:
         ``[m, n]`` in the dtype of x: sums, multiplier and bias in float32, rounded once. Equal bits on every run.
     """
-    m = x.shape[0]
+    m, packed = x.shape[0], packed.contiguous()
     out = torch.empty((m, packed.n), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

@@ -23,6 +23,7 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN
 
 X_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+_REGISTERS = 128  # a lane: 16 warps fill a multiprocessor, of one program or of two
 
 
 @gluon.jit
@@ -265,6 +266,7 @@ def by_rows(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, laun
         HAS_BIAS=bias is not None,
         **rows_constants(launch, packed.group, k_tiles),
         num_warps=launch.num_warps,
+        maxnreg=_REGISTERS,
         launch_pdl=True,
     )
 

@@ -1,7 +1,7 @@
 """Packed words and scale words to scaled 16-bit values, inside a Triton kernel.
 
 Every step has two forms that return the same bits: PTX for the GPU, plain Triton for its interpreter, which has no
-inline assembly. The Gluon kernels (hopper.py) use the same PTX.
+inline assembly. The Gluon kernels (fragments.py) use the same PTX.
 
 What a value carries: E4M3 ``code * scale * 2**-7``, E8M0 ``code * scale``; the kernel's epilogue multiplies by
 `UNPACK_GAIN`. Every product is exact: at most 6 significant bits, and the offset keeps the scale in range, subnormals

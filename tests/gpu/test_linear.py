@@ -11,7 +11,7 @@ from marlin_w4a16.fake_impls.library import weight_args
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.launch import Launch, Rows, Stream, launches, plan_dense, plan_linear
-from marlin_w4a16.kernels.layout import pack
+from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.linear import GLUON
 from marlin_w4a16.kernels.linear import linear as kernel
 
@@ -187,6 +187,15 @@ def test_inputs_off_the_16_byte_grid(offset):
     packed = pack(random_weight(200, 1120, "e4m3", 16))
     x = torch.randn(9 * 1120 + offset, device="cuda", dtype=torch.bfloat16)[offset:].view(9, 1120)
     assert torch.equal(linear(x, packed), linear(x.clone(), packed))
+
+
+@pytest.mark.parametrize("m", [1, 9, 40, 300, 2100])
+def test_a_slice_of_a_packed_weight(m):
+    packed = pack(random_weight(256, 1024, "e4m3", 16))
+    tiles = (slice(1, 3), slice(4, 12))
+    part = PackedFP4(packed.words[tiles], packed.scales[tiles], packed.multiplier[64:192], 128, 512, "e4m3", 16)
+    x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+    assert_rounded_product(kernel(x, part), x.double() @ part.unpack().decode().T)
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)])

@@ -28,17 +28,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {torch.float32: "fp32", torch.int32: "i32", **{dtype: name for name, dtype in DTYPES.items()}}
 FORMS = list(product(["bf16", "fp16"], [("e4m3", 16), ("e8m0", 32)]))
 LAUNCHES = hopper_launches()
-# Bytes that ptxas spills where it would rather have 64 registers than a few more.
+# Bytes that ptxas spills where it would rather have 64 registers than a few more, or has to keep to 128.
 SPILLS = {
     Rows(rows=16, block_m=16, num_warps=16, steps=1, stages=3, resident=False, programs=1): 8,
     Rows(rows=16, block_m=8, num_warps=16, steps=2, stages=3, resident=False, programs=1): 24,
     Rows(rows=32, block_m=8, num_warps=16, steps=1, stages=5, resident=True, programs=1): 16,
-}
-# Registers of launches whose two programs a multiprocessor does not hold at once, for all that the plan wants.
-ALONE = {
-    Rows(rows=32, block_m=16, num_warps=8, steps=2, stages=3, resident=True, programs=1): 164,
-    Rows(rows=64, block_m=8, num_warps=8, steps=1, stages=3, resident=True, programs=1): 196,
-    Rows(rows=64, block_m=8, num_warps=8, steps=1, stages=6, resident=True, programs=1): 158,
+    Rows(rows=64, block_m=8, num_warps=8, steps=1, stages=3, resident=True, programs=1): 16,  # fp16 at uneven k alone
 }
 # Instructions of a lane for each weight that it decodes, and for each tile: see `most_instructions`.
 INSTRUCTIONS = {
@@ -76,7 +71,7 @@ class Recorder:
             elif value % 16 == 0 and specialised:
                 divisible.append(parameter.name)
         options = dict(self.options)
-        runtime = {name: options.pop(name) for name in ("num_warps", "launch_pdl")}
+        runtime = {name: options.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl") if name in options}
         return compiled(directory, CAPABILITY, self.kernel, types, constants | options, tuple(divisible), **runtime)
 
 
@@ -138,7 +133,7 @@ def test_a_launch_for_few_tokens_keeps_its_limits(launch, k, shared, dtype, kind
         assert code.stack <= SPILLS[launch]
     else:
         assert_no_spills(code)
-    assert code.registers <= (ALONE.get(launch, 128) if shared else 128), "the registers of a program"
+    assert code.registers <= 128, "16 warps do not fit on a multiprocessor"
     assert_shared_memory_is_as_planned(code, launch.shared_memory)
     if shared:
         assert 2 * (code.shared + 1024) <= 228 << 10, "two programs do not fit on a multiprocessor"

@@ -159,6 +159,9 @@ def test_packing_a_slice_is_slicing_the_packed(kind, group, cut, random_weight):
     sliced = PackedFP4(packed.words[tiles], packed.scales[tiles], packed.multiplier[rows], part.n, part.k, kind, group)
     assert equal(pack(part), sliced)
     assert equal(sliced.unpack(), part)
+    straight = sliced.contiguous()
+    assert equal(straight, sliced) and straight.contiguous() is straight
+    assert all(t.is_contiguous() for t in (straight.words, straight.scales, straight.multiplier))
 
 
 @every_format
