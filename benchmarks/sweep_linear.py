@@ -1,4 +1,7 @@
-"""Times launches of the linear kernel, to choose those in kernels/launch.py: python benchmarks/sweep_linear.py"""
+"""Times launches of the linear kernels, to choose those in kernels/launch.py: python benchmarks/sweep_linear.py
+
+On a Hopper those of its own kernels; with --portable those of the kernel for every GPU.
+"""
 
 import argparse
 import itertools
@@ -11,10 +14,50 @@ import torch
 from dense import copies_of, random_packed
 from timing import copies_for, time_graph
 
-from marlin_w4a16.kernels.launch import Launch, plan_linear
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_hopper, plan_linear
 from marlin_w4a16.kernels.linear import linear
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336))
+
+
+PROCESSORS = 132
+SHARED_MEMORY = 227 << 10
+
+
+def hopper_candidates(m: int, n: int, k: int) -> list[Rows | Stream]:
+    """Launches of the Hopper kernels that fit on a multiprocessor."""
+    return [*rows_candidates(m, n, k), *stream_candidates(m, n, k)]
+
+
+def rows_candidates(m: int, n: int, k: int) -> list[Rows]:
+    if m > 16:
+        return []
+    out = []
+    for rows, (warps, per), steps in itertools.product((16, 32, 64), ((16, 1), (8, 1), (8, 2)), (1, 2)):
+        turns = -(-k // (64 * warps * steps))
+        programs = min(-(-n // rows), PROCESSORS * per)
+        for stages in {turns, 2, 3}:
+            launch = Rows(rows, 8 if m <= 8 else 16, warps, steps, stages, stages == turns, programs)
+            if stages <= turns and stages * steps <= 16 and launch.shared_memory <= SHARED_MEMORY // per - 1024:
+                out.append(launch)
+    return out
+
+
+def stream_candidates(m: int, n: int, k: int) -> list[Stream]:
+    if m <= 8:
+        return []
+    out = []
+    block_m = next(b for b in (16, 32, 64, 128) if b >= min(m, 128))
+    for rows, split, stages, overlap in itertools.product((64, 128, 256), (16, 32), (2, 3, 4), (False, True)):
+        tiles = -(-n // rows) * -(-m // block_m)
+        programs = min(PROCESSORS, tiles * -(-k // 256))
+        if tiles <= programs:
+            programs = tiles * min(-(-k // 256), programs // tiles)
+        wgmma = block_m > 16
+        launch = Stream(rows, block_m, 4, stages, rows // split, wgmma, overlap and wgmma, programs)
+        if launch.num_warps >= 4 and launch.shared_memory <= SHARED_MEMORY - 1024 and overlap <= wgmma:
+            out.append(launch)
+    return out
 
 
 def candidates(m: int) -> list[Launch]:
@@ -56,13 +99,15 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--top", type=int, default=4)
+    parser.add_argument("--portable", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
     begin = time.time()
-    launches = sorted({la for m in args.tokens for la in candidates(m)}, key=str)
-    with multiprocessing.get_context("spawn").Pool(15) as pool:
-        pool.map(warm, [(launches[i::15], torch.bfloat16, args.kind, args.group) for i in range(15)])
-    print(f"compiled {len(launches)} in {time.time() - begin:.0f} s", flush=True)
+    if args.portable:
+        launches = sorted({la for m in args.tokens for la in candidates(m)}, key=str)
+        with multiprocessing.get_context("spawn").Pool(15) as pool:
+            pool.map(warm, [(launches[i::15], torch.bfloat16, args.kind, args.group) for i in range(15)])
+        print(f"compiled {len(launches)} in {time.time() - begin:.0f} s", flush=True)
     rows = []
     for m in args.tokens:
         for n, k in SHAPES:
@@ -75,7 +120,7 @@ def main() -> None:
             base = time_graph(lambda i: torch.nn.functional.linear(x, dense[i]), len(dense), reps)  # noqa: B023
             ref = x[:64].double() @ first.unpack().decode().T
             results = []
-            for la in candidates(m):
+            for la in candidates(m) if args.portable else hopper_candidates(m, n, k):
                 if time.time() - begin > args.seconds:
                     break
                 try:
@@ -92,9 +137,9 @@ def main() -> None:
             for us, err, la in results[: args.top]:
                 print(f"   {us:8.2f} us  x{base / us:.2f}  err {err:.2e}  {la}", flush=True)
             try:
-                pl = plan_linear((9, 0), 132, m, n, k)
-                us = time_graph(lambda i: linear(x, weights[i], None, pl), copies, reps)  # noqa: B023
-                print(f"   plan {us:8.2f} us  x{base / us:.2f} {pl}", flush=True)
+                plan = plan_linear((9, 0), PROCESSORS, m, n, k) if args.portable else plan_hopper(PROCESSORS, m, n, k)
+                us = time_graph(lambda i: linear(x, weights[i], None, plan), copies, reps)  # noqa: B023
+                print(f"   plan {us:8.2f} us  x{base / us:.2f} {plan}", flush=True)
             except Exception as error:
                 print("plan failed", str(error)[:200])
             rows += [dict(m=m, n=n, k=k, bf16=base, us=us, err=err, launch=str(la)) for us, err, la in results]

@@ -6,6 +6,7 @@ where it fits, and passes through a ring where it does not. Nothing is split ove
 kernel, and equal bits on every run.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -216,8 +217,9 @@ def _flat(warps: int, registers: tuple[int, ...], lanes: tuple[int, ...], width:
     )
 
 
+@functools.cache
 def rows_constants(launch: Rows, group: int, k_tiles: int) -> dict[str, Any]:
-    """The compile-time parameters of a launch that follow from it."""
+    """The compile-time parameters of a launch that follow from it; kept, for they take 30 us to make."""
     rows, warps, words = launch.rows, launch.num_warps, 32 // group
     sixteens = range((rows // 16).bit_length() - 1)
     return {

@@ -6,6 +6,7 @@ is the register operand of wgmma. A tile of the output that lies in one run is f
 others are summed by a second small kernel, always in the same order: equal bits on every run.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -306,8 +307,9 @@ def _lines(rows: int, warps: int, words: int) -> gl.DistributedLinearLayout:
     )
 
 
+@functools.cache
 def stream_constants(launch: Stream, group: int) -> dict[str, Any]:
-    """The compile-time parameters of a launch that follow from it."""
+    """The compile-time parameters of a launch that follow from it; kept, for they take 30 us to make."""
     return {
         "GROUP": group,
         "ROWS": launch.rows,
