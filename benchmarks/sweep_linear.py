@@ -12,16 +12,16 @@ import time
 
 import torch
 from dense import copies_of, random_packed
+from roofline import floor_us
 from timing import copies_for, time_graph
 
-from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_hopper, plan_linear
+from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, Rows, Stream, plan_hopper, plan_linear, runs
 from marlin_w4a16.kernels.linear import linear
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336))
 
 
 PROCESSORS = 132
-SHARED_MEMORY = 227 << 10
 
 
 def hopper_candidates(m: int, n: int, k: int) -> list[Rows | Stream]:
@@ -38,7 +38,7 @@ def rows_candidates(m: int, n: int, k: int) -> list[Rows]:
         programs = min(-(-n // rows), PROCESSORS * per)
         for stages in {turns, 2, 3}:
             launch = Rows(rows, 8 if m <= 8 else 16, warps, steps, stages, stages == turns, programs)
-            if stages <= turns and stages * steps <= 16 and launch.shared_memory <= SHARED_MEMORY // per - 1024:
+            if stages <= turns and stages * steps <= 16 and launch.shared_memory <= SHARED_MEMORY[9, 0] // per - 1024:
                 out.append(launch)
     return out
 
@@ -50,12 +50,9 @@ def stream_candidates(m: int, n: int, k: int) -> list[Stream]:
     block_m = next(b for b in (16, 32, 64, 128) if b >= min(m, 128))
     for rows, split, stages, overlap in itertools.product((64, 128, 256), (16, 32), (2, 3, 4), (False, True)):
         tiles = -(-n // rows) * -(-m // block_m)
-        programs = min(PROCESSORS, tiles * -(-k // 256))
-        if tiles <= programs:
-            programs = tiles * min(-(-k // 256), programs // tiles)
-        wgmma = block_m > 16
-        launch = Stream(rows, block_m, 4, stages, rows // split, wgmma, overlap and wgmma, programs)
-        if launch.num_warps >= 4 and launch.shared_memory <= SHARED_MEMORY - 1024 and overlap <= wgmma:
+        programs = runs(PROCESSORS, tiles, -(-k // 256))
+        launch = Stream(rows, block_m, 4, stages, rows // split, overlap, programs)
+        if launch.num_warps >= 4 and launch.shared_memory <= SHARED_MEMORY[9, 0] - 1024 and overlap <= launch.wgmma:
             out.append(launch)
     return out
 
@@ -132,7 +129,7 @@ def main() -> None:
                     continue
                 results.append((us, err, la))
             results.sort(key=lambda r: r[0])
-            floor = 1.8 + first.nbytes / 4.68e6
+            floor = floor_us(first.nbytes)
             print(f"M={m} {n}x{k} bf16 {base:.1f} floor {floor:.1f} tried {len(results)}")
             for us, err, la in results[: args.top]:
                 print(f"   {us:8.2f} us  x{base / us:.2f}  err {err:.2e}  {la}", flush=True)

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share: the decode step, from packed words to the register operand of an MMA.
+"""What the Gluon kernels share: the decode step, from packed words to the operand of an MMA, and the epilogue.
 
 Gluon has no stable interface. What its releases name differently is chosen here; read in Triton 3.6 to 3.9.
 """
@@ -11,6 +11,20 @@ from marlin_w4a16.kernels.unpack import CODES_OUT, SCALES_OUT, codes_ptx, scales
 
 # one box of a tensor, by the copy engine; renamed in Triton 3.8 or 3.9
 copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def write_tile(acc, multiplier, bias, out, first_n, first_m, m, n, GAIN: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Writes float32 sums ``[rows, tokens]`` to ``out`` ``[m, n]``: multiplier and bias in float32, one rounding."""
+    layout: gl.constexpr = acc.type.layout
+    rows_n = first_n + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
+    rows_m = first_m + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    in_n = rows_n < n
+    y = acc * (gl.load(multiplier + rows_n, mask=in_n, other=0.0) * GAIN)[:, None]
+    if HAS_BIAS:
+        y += gl.load(bias + rows_n, mask=in_n, other=0.0).to(gl.float32)[:, None]
+    to = rows_m[None, :].to(gl.int64) * n + rows_n[:, None]
+    gl.store(out + to, y.to(out.dtype.element_ty), mask=in_n[:, None] & (rows_m < m)[None, :])
 
 
 @gluon.jit

@@ -68,7 +68,6 @@ class Stream:
         tiles: 64-column tiles of a unit.
         stages: units in shared memory.
         num_warps: warps that decode and multiply, beside one that copies.
-        wgmma: multiply with wgmma instead of mma.sync.
         overlap: leave a product of wgmma in flight while the next operand is decoded. It takes registers: where they
             are too few, ptxas waits for every single instruction (advisory C7511).
         programs: programs, each with an equal run of units.
@@ -79,9 +78,13 @@ class Stream:
     tiles: int
     stages: int
     num_warps: int
-    wgmma: bool
     overlap: bool
     programs: int
+
+    @property
+    def wgmma(self) -> bool:
+        """Whether it multiplies with wgmma; for up to 16 tokens mma.sync is the faster one."""
+        return self.block_m > 16
 
     @property
     def shared_memory(self) -> int:
@@ -179,15 +182,18 @@ def _plan_stream(processors: int, m: int, n: int, k: int) -> Stream:
         rows = 128
     if m > 256 and 4 * -(-n // 256) * tiles_m >= 3 * processors:
         rows = 256
-    wgmma = block_m > 16
-    num_warps = rows // 16 if wgmma or rows < 256 else 8
+    num_warps = rows // 16 if block_m > 16 or rows < 256 else 8
+    overlap = block_m > 16 and rows * block_m < 256 * 128
     stages = 3 if 3 * 4 * (rows * 36 + block_m * 128) < SHARED_MEMORY[9, 0] - 1024 else 2
-    out_tiles = -(-n // rows) * tiles_m
-    units = -(-k // 256)
+    return Stream(rows, block_m, 4, stages, num_warps, overlap, runs(processors, -(-n // rows) * tiles_m, -(-k // 256)))
+
+
+def runs(processors: int, out_tiles: int, units: int) -> int:
+    """Programs among which the units of all tiles of the output are shared out evenly."""
     programs = min(out_tiles * units, processors)
-    if out_tiles <= programs:  # whole shares: no tile is met by more programs than need be
-        programs = out_tiles * min(units, programs // out_tiles)
-    return Stream(rows, block_m, 4, stages, num_warps, wgmma, wgmma and rows * block_m < 256 * 128, programs)
+    if out_tiles > programs:
+        return programs
+    return out_tiles * min(units, programs // out_tiles)  # no tile is met by more programs than need be
 
 
 def plan_dense(m: int) -> bool:

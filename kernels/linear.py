@@ -170,7 +170,7 @@ def linear(
     Returns:
         ``[m, n]`` in the dtype of x: sums, multiplier and bias in float32, rounded once. Equal bits on every run.
     """
-    m, packed = x.shape[0], packed.contiguous()
+    m = x.shape[0]
     out = torch.empty((m, packed.n), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -198,8 +198,8 @@ def _on_hopper(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, l
 
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # what the copy engine asks for
         x = x.clone(memory_format=torch.contiguous_format)
-    if bias is not None:
-        bias = bias.contiguous()
+    packed = packed.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if isinstance(launch, Rows):
         by_rows(x, packed, bias, out, launch)
     else:
@@ -211,21 +211,20 @@ def fused(
 ) -> None:
     """Launches the fused kernel into ``out``; without ``ptx`` it runs in Triton's interpreter too."""
     m, n = out.shape
-    words, scales, multiplier = (t.contiguous() for t in (packed.words, packed.scales, packed.multiplier))
+    packed = packed.contiguous()
     split = launch.split_k > 1
     target = torch.empty((launch.split_k, m, n), dtype=torch.float32, device=x.device) if split else out
     _linear_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), launch.split_k)](
         x,
-        words,
-        scales.view(torch.int32),
-        multiplier,
-        multiplier if bias is None else bias.contiguous(),
+        packed.words,
+        packed.scales.view(torch.int32),
+        packed.multiplier,
+        packed.multiplier if bias is None else bias.contiguous(),
         target,
         m,
         n,
         packed.k,
-        words.shape[0],
-        words.shape[1],
+        *packed.words.shape[:2],
         x.stride(0),
         x.stride(1),
         kind=packed.kind,

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from marlin_w4a16.kernels.fragments import copy_to_shared, scale_pairs, unpack_words
+from marlin_w4a16.kernels.fragments import copy_to_shared, scale_pairs, unpack_words, write_tile
 from marlin_w4a16.kernels.launch import Rows
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN
@@ -195,14 +195,7 @@ def _rows_kernel(
                     slot = 0
                     phase ^= 1
         y = gl.sum(gl.convert_layout(acc, SUM_LAYOUT), 0)
-        rows_n = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
-        rows_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, y.type.layout))
-        in_n = rows_n < n
-        y *= (gl.load(multiplier + rows_n, mask=in_n, other=0.0) * GAIN)[:, None]
-        if HAS_BIAS:
-            y += gl.load(bias + rows_n, mask=in_n, other=0.0).to(gl.float32)[:, None]
-        to = rows_m[None, :].to(gl.int64) * n + rows_n[:, None]
-        gl.store(out + to, y.to(dtype), mask=in_n[:, None] & (rows_m < m)[None, :])
+        write_tile(y, multiplier, bias, out, block * ROWS, 0, m, n, GAIN, HAS_BIAS)
 
 
 def _flat(warps: int, registers: tuple[int, ...], lanes: tuple[int, ...], width: int) -> gl.DistributedLinearLayout:

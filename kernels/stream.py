@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from marlin_w4a16.kernels.fragments import copy_to_shared, scale_pairs, unpack_words
+from marlin_w4a16.kernels.fragments import copy_to_shared, scale_pairs, unpack_words, write_tile
 from marlin_w4a16.kernels.launch import Stream
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN
@@ -35,6 +35,16 @@ WORD_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, 
 SCALE_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 _PRODUCER_REGISTERS = gl.constexpr(24)
 _SUMS = 1024  # elements a program of the second kernel sums
+
+
+@gluon.jit
+def _copy_weight(
+    words_desc, scales_desc, word_ring, scale_ring, bar, slot, row, at, BYTES: gl.constexpr, WORDS: gl.constexpr
+):  # fmt: skip
+    """Starts the copies of codes and scales of a unit; ``BYTES`` are those of all that fills its slot."""
+    mbarrier.expect(bar, BYTES)
+    copy_to_shared(words_desc, [row, at * 16, 0], bar, word_ring.index(slot))
+    copy_to_shared(scales_desc, [row, at * WORDS, 0], bar, scale_ring.index(slot))
 
 
 @gluon.jit
@@ -51,10 +61,7 @@ def _produce(
         slot = unit - first
         row = unit // units // tiles_m * R
         at = unit % units * TILES
-        bar = full.index(slot)
-        mbarrier.expect(bar, BYTES)
-        copy_to_shared(words_desc, [row, at * 16, 0], bar, word_ring.index(slot))
-        copy_to_shared(scales_desc, [row, at * WORDS, 0], bar, scale_ring.index(slot))
+        _copy_weight(words_desc, scales_desc, word_ring, scale_ring, full.index(slot), slot, row, at, BYTES, WORDS)
     gdc_wait()
     gdc_launch_dependents()
     slot = 0
@@ -67,9 +74,7 @@ def _produce(
         bar = full.index(slot)
         if unit >= early:
             mbarrier.wait(empty.index(slot), phase)
-            mbarrier.expect(bar, BYTES)
-            copy_to_shared(words_desc, [row, at * 16, 0], bar, word_ring.index(slot))
-            copy_to_shared(scales_desc, [row, at * WORDS, 0], bar, scale_ring.index(slot))
+            _copy_weight(words_desc, scales_desc, word_ring, scale_ring, bar, slot, row, at, BYTES, WORDS)
         for j in gl.static_range(TILES):
             copy_to_shared(x_desc, [token, (at + j) * 64], bar, x_ring.index(slot * TILES + j))
         slot += 1
@@ -97,27 +102,6 @@ def _decode(
     # R w g t s p r h -> (R w r g) (s h t p)
     a = a.permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((ROWS, 64))
     return gl.convert_layout(a, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _finish(
-    acc, multiplier, bias, out, parts, m, n, block_n, block_m, slab, whole,
-    GAIN: gl.constexpr, HAS_BIAS: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Writes a tile of the output, or its part to be summed later."""
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
-    if whole:
-        rows_n = block_n * ROWS + row
-        rows_m = block_m * BLOCK_M + token
-        in_n = rows_n < n
-        y = acc * (gl.load(multiplier + rows_n, mask=in_n, other=0.0) * GAIN)[:, None]
-        if HAS_BIAS:
-            y += gl.load(bias + rows_n, mask=in_n, other=0.0).to(gl.float32)[:, None]
-        at = rows_m[None, :].to(gl.int64) * n + rows_n[:, None]
-        gl.store(out + at, y.to(out.dtype.element_ty), mask=in_n[:, None] & (rows_m < m)[None, :])
-    else:
-        gl.store(parts + slab.to(gl.int64) * (ROWS * BLOCK_M) + row[:, None] * BLOCK_M + token[None, :], acc)
 
 
 @gluon.jit
@@ -164,10 +148,15 @@ def _consume(
             phase ^= 1
         step += 1
         if (step == units) | (unit == last - 1):
-            _finish(
-                acc, multiplier, bias, out, parts, m, n, block_n, block_m, slab, (begun == 0) & (step == units),
-                GAIN, HAS_BIAS, ROWS, BLOCK_M, acc_layout,
-            )  # fmt: skip
+            if (begun == 0) & (step == units):
+                write_tile(
+                    acc, multiplier, bias, out, block_n * ROWS, block_m * BLOCK_M, m, n, GAIN, HAS_BIAS
+                )  # fmt: skip
+            else:  # its part, to be summed later
+                row = gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
+                token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, acc_layout))
+                part = parts + slab.to(gl.int64) * (ROWS * BLOCK_M)
+                gl.store(part + row[:, None] * BLOCK_M + token[None, :], acc)
             acc = gl.zeros((ROWS, BLOCK_M), gl.float32, acc_layout)
             slab = 2 * gl.program_id(0) + 1
             begun = 0
@@ -337,41 +326,48 @@ def stream(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launc
     parts = torch.empty(slabs, dtype=torch.float32, device=x.device) if split else out
     words = packed.words.view(row_tiles, k_tiles * 16, 32)
     scales = packed.scales.view(torch.int32).view(row_tiles, k_tiles * lines, 32)
-    last = packed.multiplier if bias is None else bias
-    gain, has_bias = UNPACK_GAIN[packed.kind], bias is not None
     _stream_kernel[(launch.programs,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [launch.block_m, 64], X_SHARED),
         TensorDescriptor.from_tensor(words, [launch.rows // 64, 16 * launch.tiles, 32], WORD_SHARED),
         TensorDescriptor.from_tensor(scales, [launch.rows // 64, lines * launch.tiles, 32], SCALE_SHARED),
         packed.multiplier,
-        last,
+        packed.multiplier if bias is None else bias,
         out,
         parts,
         m,
         n,
         *sizes,
         kind=packed.kind,
-        GAIN=gain,
-        HAS_BIAS=has_bias,
+        GAIN=UNPACK_GAIN[packed.kind],
+        HAS_BIAS=bias is not None,
         **stream_constants(launch, packed.group),
         num_warps=launch.num_warps,
         launch_pdl=True,
     )
     if split:
-        block = min(launch.rows, max(16, _SUMS // launch.block_m))
-        _sum_kernel[(out_tiles, launch.rows // block)](
-            parts,
-            packed.multiplier,
-            last,
-            out,
-            m,
-            n,
-            *sizes,
-            GAIN=gain,
-            HAS_BIAS=has_bias,
-            ROWS=launch.rows,
-            BLOCK_M=launch.block_m,
-            BLOCK=block,
-            num_warps=4,
-            launch_pdl=True,
-        )
+        _sum(parts, packed, bias, out, launch, sizes)
+
+
+def _sum(
+    parts: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Stream, sizes: tuple[int, ...]
+) -> None:
+    """Adds the parts of the tiles that several programs met, and finishes these."""
+    m, n = out.shape
+    _, units, total, _ = sizes
+    block = min(launch.rows, max(16, _SUMS // launch.block_m))
+    _sum_kernel[(total // units, launch.rows // block)](
+        parts,
+        packed.multiplier,
+        packed.multiplier if bias is None else bias,
+        out,
+        m,
+        n,
+        *sizes,
+        GAIN=UNPACK_GAIN[packed.kind],
+        HAS_BIAS=bias is not None,
+        ROWS=launch.rows,
+        BLOCK_M=launch.block_m,
+        BLOCK=block,
+        num_warps=4,
+        launch_pdl=True,
+    )

@@ -303,7 +303,7 @@ def test_offsets_beyond_two_to_the_31():
 def test_offsets_beyond_two_to_the_31_on_hopper():
     packed = pack(random_weight(1 << 17, 64, "e4m3", 16))
     x = torch.randn(17000, 64, device="cuda", dtype=torch.bfloat16)
-    launch = Stream(256, 128, 4, 2, 16, True, False, 132)
+    launch = Stream(256, 128, 4, 2, 16, False, 132)
     out = kernel(x, packed, None, launch)
     assert out.numel() > 1 << 31
     assert torch.equal(out[-16:], kernel(x[-16:], packed, None, launch))
