@@ -180,7 +180,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--format", choices=[*FORMATS, "all"], default="all")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="of ours, cublas, humming, marlin, compiled")
+    parser.add_argument(
+        "--peers", nargs="+", metavar="NAME", help="of ours, cublas, portable, humming, marlin, compiled"
+    )
     parser.add_argument("--compiled", action="store_true", help="the compiled dequantisation at every M: slow")
     parser.add_argument("--json", metavar="FILE", help="written after every shape")
     parser.add_argument("--plot", metavar="FILE.svg", help="the roofline picture; needs matplotlib")

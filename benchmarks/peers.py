@@ -1,4 +1,4 @@
-"""Linears of FP4 weights to time side by side: ours, cuBLAS, Humming, Marlin and a compiled dequantisation.
+"""Linears of FP4 weights to time side by side: ours, cuBLAS, our portable kernel, Humming, Marlin, a compiled decode.
 
 A peer turns one `FP4Weight` into a `Prepared` call over enough copies of its weights that no cache holds them.
 Weights have one global scale, as checkpoints do: Humming and Marlin take no factor per row.
@@ -9,13 +9,18 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from timing import copies_for
 from torch import Tensor, nn
+from triton.backends.nvidia import compiler as nvidia
 
+from marlin_w4a16.kernels import linear as kernels
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, ScaleKind
+from marlin_w4a16.kernels.launch import plan_linear
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.linear import linear
 
@@ -71,6 +76,49 @@ class Ours(Always):
         packed = pack(weight.fit(dtype))
         weights = copies_of(packed)
         return Prepared(lambda i, x: linear(x, weights[i]), len(weights), packed.nbytes)
+
+
+class Portable(Always):
+    """The kernel for every GPU, in the machine code that Triton makes for SM80: loads, decode and ``mma.sync``.
+
+    Triton compiles for SM80 where it is told so (``arch``); only its assembler is made to take the PTX on to this GPU.
+    """
+
+    name = "portable"
+
+    def missing(self) -> str | None:
+        return None if torch.cuda.is_available() else "portable: needs a GPU"
+
+    def takes(self, m: int) -> bool:
+        return m <= 64
+
+    def prepare(self, weight: FP4Weight, dtype: torch.dtype) -> Prepared:
+        packed = pack(weight.fit(dtype))
+        weights = copies_of(packed)
+        properties = torch.cuda.get_device_properties(0)
+        here = f"sm_{properties.major}{properties.minor}"
+
+        def call(i: int, x: Tensor) -> Tensor:
+            out = x.new_empty(x.shape[0], packed.n)
+            launch = plan_linear((8, 0), properties.multi_processor_count, x.shape[0], packed.n, packed.k)
+            with (
+                patch.object(nvidia, "sm_arch_from_capability", lambda capability: here),
+                patch.object(kernels, "_linear_kernel", ForSM80(kernels._linear_kernel)),
+            ):
+                kernels.fused(x, weights[i], None, out, launch, ptx=True, wgmma=False)
+            return out
+
+        return Prepared(call, len(weights), packed.nbytes)
+
+
+@dataclass(frozen=True)
+class ForSM80:
+    """A kernel that is compiled for SM80 wherever it is launched."""
+
+    kernel: Any
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return partial(self.kernel[grid], arch="sm80")
 
 
 class CuBLAS(Always):
@@ -196,7 +244,7 @@ class Marlin(Always):
 
 def peers(tokens: Iterable[int], all_compiled: bool = False) -> list[Peer]:
     """Every peer, ours first."""
-    return [Ours(), CuBLAS(), Humming(tokens), Marlin(), Compiled(None) if all_compiled else Compiled()]
+    return [Ours(), CuBLAS(), Portable(), Humming(tokens), Marlin(), Compiled(None) if all_compiled else Compiled()]
 
 
 def random_weight(n: int, k: int, kind: ScaleKind, group: int, device: str = "cuda") -> FP4Weight:

@@ -15,7 +15,7 @@ from dense import copies_of, random_packed
 from roofline import floor_us
 from timing import copies_for, time_graph
 
-from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, Rows, Stream, plan_hopper, plan_linear, runs
+from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, Rows, Stream, plan_hopper, plan_linear
 from marlin_w4a16.kernels.linear import linear
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336))
@@ -47,13 +47,21 @@ def stream_candidates(m: int, n: int, k: int) -> list[Stream]:
     if m <= 8:
         return []
     out = []
-    block_m = next(b for b in (16, 32, 64, 128) if b >= min(m, 128))
-    for rows, split, stages, overlap in itertools.product((64, 128, 256), (16, 32), (2, 3, 4), (False, True)):
-        tiles = -(-n // rows) * -(-m // block_m)
-        programs = runs(PROCESSORS, tiles, -(-k // 256))
-        launch = Stream(rows, block_m, 4, stages, rows // split, overlap, programs)
-        if launch.num_warps >= 4 and launch.shared_memory <= SHARED_MEMORY[9, 0] - 1024 and overlap <= launch.wgmma:
-            out.append(launch)
+    least = next(b for b in (16, 32, 64, 128) if b >= min(m, 128))
+    for rows, block_m, (tiles, stages) in itertools.product(
+        (64, 128, 256), {least, 256} if m > 128 else {least}, ((2, 3), (2, 4), (2, 5), (4, 2), (4, 3), (4, 4))
+    ):
+        out_tiles = -(-n // rows) * -(-m // block_m)
+        rest = out_tiles % PROCESSORS
+        even = rest * min(PROCESSORS // max(rest, 1), -(-k // (64 * tiles)))
+        for shared, (warps, overlap) in itertools.product(
+            {1, even, PROCESSORS if rest else 1}, ((rows // 16, False), (rows // 16, True), (rows // 32, True))
+        ):
+            programs = PROCESSORS if out_tiles >= PROCESSORS else max(shared, out_tiles)
+            launch = Stream(rows, block_m, tiles, stages, warps, overlap, programs, shared)
+            fits = launch.shared_memory <= SHARED_MEMORY[9, 0] - 1024 and warps >= 4 and rows * block_m <= 4096 * warps
+            if fits and overlap <= launch.wgmma:
+                out.append(launch)
     return out
 
 

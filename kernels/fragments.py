@@ -14,17 +14,20 @@ copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_cop
 
 
 @gluon.jit
-def write_tile(acc, multiplier, bias, out, first_n, first_m, m, n, GAIN: gl.constexpr, HAS_BIAS: gl.constexpr):
+def write_tile(
+    acc, multiplier, bias, out, first_n, first_m, m, n, GAIN: gl.constexpr, HAS_BIAS: gl.constexpr,
+    OUT_LAYOUT: gl.constexpr,
+):  # fmt: skip
     """Writes float32 sums ``[rows, tokens]`` to ``out`` ``[m, n]``: multiplier and bias in float32, one rounding."""
-    layout: gl.constexpr = acc.type.layout
-    rows_n = first_n + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
-    rows_m = first_m + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-    in_n = rows_n < n
-    y = acc * (gl.load(multiplier + rows_n, mask=in_n, other=0.0) * GAIN)[:, None]
+    acc_n = first_n + gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
+    y = acc * (gl.load(multiplier + acc_n, mask=acc_n < n, other=0.0) * GAIN)[:, None]
     if HAS_BIAS:
-        y += gl.load(bias + rows_n, mask=in_n, other=0.0).to(gl.float32)[:, None]
+        y += gl.load(bias + acc_n, mask=acc_n < n, other=0.0).to(gl.float32)[:, None]
+    y = gl.convert_layout(y.to(out.dtype.element_ty), OUT_LAYOUT)
+    rows_n = first_n + gl.arange(0, acc.shape[0], gl.SliceLayout(1, OUT_LAYOUT))
+    rows_m = first_m + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUT_LAYOUT))
     to = rows_m[None, :].to(gl.int64) * n + rows_n[:, None]
-    gl.store(out + to, y.to(out.dtype.element_ty), mask=in_n[:, None] & (rows_m < m)[None, :])
+    gl.store(out + to, y, mask=(rows_n < n)[:, None] & (rows_m < m)[None, :])
 
 
 @gluon.jit

@@ -4,6 +4,7 @@ Measured on an H200 (docs/performance.md); the rows of SM80 to SM89 are held by 
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
@@ -70,7 +71,8 @@ class Stream:
         num_warps: warps that decode and multiply, beside one that copies.
         overlap: leave a product of wgmma in flight while the next operand is decoded. It takes registers: where they
             are too few, ptxas waits for every single instruction (advisory C7511).
-        programs: programs, each with an equal run of units.
+        programs: programs, which take the tiles of the output in turn.
+        sharers: programs among which the units of a last wave that is too small for all are shared out; 1: it is not.
     """
 
     rows: int
@@ -79,7 +81,8 @@ class Stream:
     stages: int
     num_warps: int
     overlap: bool
-    programs: int
+    programs: int = 1
+    sharers: int = 1
 
     @property
     def wgmma(self) -> bool:
@@ -88,8 +91,8 @@ class Stream:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of codes, scales (16 columns a group) and tokens, and the barriers."""
-        return self.stages * (self.tiles * (self.rows * 36 + self.block_m * 128) + 16)
+        """Bytes of codes, scales (16 columns a group) and tokens, the barriers, and of a finished tile on its way."""
+        return self.stages * (self.tiles * (self.rows * 36 + self.block_m * 128) + 16) + self.num_warps * 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +142,14 @@ def plan_linear(capability: tuple[int, int], processors: int, m: int, n: int, k:
 # Shared memory of a multiprocessor that two programs of the kernel for few tokens can have each.
 _HALF = (227 << 10) // 2 - 1024
 _FEW = 16  # tokens up to which rows.py can serve
-# Elements of a weight from which x is read once for 128 and for 256 rows.
-_MEDIUM, _LARGE = 40 << 20, 100 << 20
+_LARGE = 100 << 20  # elements of a weight from which x is read once for 256 rows
+# For more than 128 tokens: the more tokens, the less is decoded for each; the fewer, the more tiles there are.
+_MANY = (Stream(128, 256, 2, 3, 8, True), Stream(128, 128, 2, 4, 8, True), Stream(64, 128, 4, 3, 4, True))
+# Cycles of a column tile, and of what begins and ends a tile of the output.
+_CYCLES = {(128, 256): (1090, 10000), (128, 128): (670, 5000), (64, 128): (390, 4000)}
 
 
+@lru_cache(maxsize=4096)
 def plan_hopper(processors: int, m: int, n: int, k: int) -> Rows | Stream:
     """Chooses the launch of the Hopper kernels, as pure as `plan_linear`."""
     if m > _FEW or (m > 8 and n * k >= _LARGE):
@@ -172,28 +179,57 @@ def _plan_rows(processors: int, m: int, n: int, k: int) -> Rows:
 
 
 def _plan_stream(processors: int, m: int, n: int, k: int) -> Stream:
-    block_m = next(b for b in (16, 32, 64, 128) if b >= min(m, 128))
-    # more rows read x less often, fewer leave fewer parts to be summed and more programs something to do
-    size, tiles_m = n * k, -(-m // block_m)
-    rows = 256 if size >= _LARGE else 128 if size >= _MEDIUM else 64
-    if rows == 128 and 64 < m <= 128:
-        rows = 64
-    if rows == 64 and -(-n // 64) * tiles_m > processors and m > 128:
-        rows = 128
-    if m > 256 and 4 * -(-n // 256) * tiles_m >= 3 * processors:
-        rows = 256
-    num_warps = rows // 16 if block_m > 16 or rows < 256 else 8
-    overlap = block_m > 16 and rows * block_m < 256 * 128
-    stages = 3 if 3 * 4 * (rows * 36 + block_m * 128) < SHARED_MEMORY[9, 0] - 1024 else 2
-    return Stream(rows, block_m, 4, stages, num_warps, overlap, runs(processors, -(-n // rows) * tiles_m, -(-k // 256)))
+    found = []
+    for form in _few_tokens(processors, m, n, k) if m <= 128 else _MANY:
+        out_tiles = -(-n // form.rows) * -(-m // form.block_m)
+        waves, rest = divmod(out_tiles, processors)
+        tiles, shared = _last_wave(processors, rest, m, -(-k // 64), form.tiles)
+        steps, ends = _CYCLES.get((form.rows, form.block_m), (1, 0))
+        cycles = waves * (-(-k // 64) * steps + ends) + (tiles * steps + ends if rest else 0)
+        programs = processors if waves else max(shared, out_tiles)
+        found.append((cycles, replace(form, programs=programs, sharers=shared)))
+    return min(found, key=lambda pair: pair[0])[1]
 
 
-def runs(processors: int, out_tiles: int, units: int) -> int:
-    """Programs among which the units of all tiles of the output are shared out evenly."""
-    programs = min(out_tiles * units, processors)
-    if out_tiles > programs:
-        return programs
-    return out_tiles * min(units, programs // out_tiles)  # no tile is met by more programs than need be
+def _few_tokens(processors: int, m: int, n: int, k: int) -> tuple[Stream]:
+    """The form for up to 128 tokens, all in one block."""
+    if m <= _FEW:
+        return (Stream(256, 16, 4, 3, 8, False),)
+    block_m = 32 if m <= 32 else 64 if m <= 64 else 128
+    if n * k >= _LARGE:
+        # four warps a scheduler hide what decoding waits for, and have no registers left to overlap
+        return (Stream(256, block_m, 4, 2, 16, False),)
+    if -(-n // 64) <= processors:
+        return (Stream(64, block_m, 4, 4 if block_m == 32 else 3, 4, True),)
+    return (Stream(128, block_m, 4, 3, 8, True) if block_m < 128 else Stream(128, 128, 2, 4, 8, True),)
+
+
+def _last_wave(processors: int, rest: int, m: int, k_tiles: int, tiles: int) -> tuple[float, int]:
+    """How many column tiles the ``rest`` of the tiles takes, and the programs that share its units; 1: they do not."""
+    if rest == 0:
+        return 0, 1
+    units = -(-k_tiles // tiles)
+    options = [(units * tiles, 1)]
+    for each in range(2, min(processors // rest, units) + 1):
+        # parts are written and read, and each is waited for when they are summed
+        parts = 4 + 16 * rest * each / processors + 0.7 * each
+        options.append((-(-units // each) * tiles + parts, rest * each))
+    if m <= 128 and rest * units > processors:
+        # two parts a program; and no two programs are at the same columns, so each reads x by itself
+        options.append((k_tiles * rest / processors + 30, processors))
+    return min(options)
+
+
+def division(launch: Stream, out_tiles: int, units: int) -> tuple[int, int, int]:
+    """How a launch divides the tiles of an output: how many are shared, among how many programs, and of how many.
+
+    The others are taken in turn, whole; a program has its share after them.
+    """
+    rest = out_tiles % launch.programs
+    shared = min(launch.sharers, launch.programs, rest * units)
+    if shared <= rest:
+        return 0, 1, min(launch.programs, out_tiles)
+    return rest, shared, launch.programs if out_tiles >= launch.programs else shared
 
 
 def plan_dense(m: int) -> bool:

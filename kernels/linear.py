@@ -179,11 +179,11 @@ def linear(
     with torch.cuda.device(x.device):
         properties = torch.cuda.get_device_properties(x.device)
         capability = (properties.major, properties.minor)
+        if launch is None and GLUON and capability == (9, 0) and x.dtype != torch.float32:
+            launch = plan_hopper(properties.multi_processor_count, m, packed.n, packed.k)
         if launch is None and (plan_dense(m) or x.dtype == torch.float32):
             _through_dense(x, packed, bias, out)
             return out
-        if launch is None and GLUON and capability == (9, 0):
-            launch = plan_hopper(properties.multi_processor_count, m, packed.n, packed.k)
         launch = launch or plan_linear(capability, properties.multi_processor_count, m, packed.n, packed.k)
         if isinstance(launch, Launch):
             fused(x, packed, bias, out, launch, ptx=True, wgmma=capability >= (9, 0))

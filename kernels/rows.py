@@ -195,7 +195,7 @@ def _rows_kernel(
                     slot = 0
                     phase ^= 1
         y = gl.sum(gl.convert_layout(acc, SUM_LAYOUT), 0)
-        write_tile(y, multiplier, bias, out, block * ROWS, 0, m, n, GAIN, HAS_BIAS)
+        write_tile(y, multiplier, bias, out, block * ROWS, 0, m, n, GAIN, HAS_BIAS, gl.SliceLayout(0, SUM_LAYOUT))
 
 
 def _flat(warps: int, registers: tuple[int, ...], lanes: tuple[int, ...], width: int) -> gl.DistributedLinearLayout:

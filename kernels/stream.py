@@ -1,9 +1,10 @@
 """The FP4 linear of Hopper for more tokens, in Gluon: one producer warp feeds rings, the others decode and multiply.
 
-The product is cut into units of ``rows`` weight rows, ``block_m`` tokens and ``64 * tiles`` columns; every program
-takes an equal, contiguous run of them (stream-K: Osama et al., 2023), so no wave is left half empty. The decoded weight
-is the register operand of wgmma. A tile of the output that lies in one run is finished in registers; the parts of the
-others are summed by a second small kernel, always in the same order: equal bits on every run.
+The product is cut into tiles of ``rows`` weight rows and ``block_m`` tokens, and these into units of ``64 * tiles``
+columns. Programs take whole tiles in turn. The units of a last wave that is too small for all of them are shared out
+evenly (stream-K after a data-parallel part: Osama et al., 2023). The decoded weight is the register operand of wgmma. A
+whole tile is finished in registers; parts are summed by a second small kernel, always in the same order: equal bits on
+every run.
 """
 
 import functools
@@ -26,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from marlin_w4a16.kernels.fragments import copy_to_shared, scale_pairs, unpack_words, write_tile
-from marlin_w4a16.kernels.launch import Stream
+from marlin_w4a16.kernels.launch import Stream, division
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN
 
@@ -34,7 +35,27 @@ X_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ran
 WORD_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
 SCALE_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 _PRODUCER_REGISTERS = gl.constexpr(24)
+_HALF_REGISTERS = 128  # of a multiprocessor, so that the next kernel starts beside a program of four warps
 _SUMS = 1024  # elements a program of the second kernel sums
+
+
+@gluon.jit
+def _share(pid, units, whole, rest, sharers, programs):
+    """How many whole tiles a program has, and its first and last unit of the rest, ``rest`` tiles."""
+    own = (whole - pid + programs - 1) // programs
+    total = (rest * units).to(gl.int64)
+    first = (gl.minimum(pid, sharers) * total // sharers).to(gl.int32)
+    last = (gl.minimum(pid + 1, sharers) * total // sharers).to(gl.int32)
+    return own, first, last
+
+
+@gluon.jit
+def _place(tile, tiles_n, tiles_m):
+    """Row and token block of a tile: bands of eight token blocks, so that what runs at one time shares its operands."""
+    band = tile // (8 * tiles_n)
+    wide = gl.minimum(tiles_m - band * 8, 8)
+    at = tile - band * 8 * tiles_n
+    return at // wide, band * 8 + at % wide
 
 
 @gluon.jit
@@ -48,35 +69,49 @@ def _copy_weight(
 
 
 @gluon.jit
+def _unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs):
+    """Row block, token block and unit of the columns of a step."""
+    shared = step >= own * units
+    at = gl.where(shared, first + step - own * units, step)
+    tile = at // units
+    block_n, block_m = _place(gl.where(shared, whole + tile, pid + tile * programs), tiles_n, tiles_m)
+    return block_n, block_m, at - tile * units
+
+
+@gluon.jit
 def _produce(
-    x_desc, words_desc, scales_desc, x_ring, word_ring, scale_ring, full, empty, first, last, tiles_m, units,
-    ROWS: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr,
+    x_desc, words_desc, scales_desc, x_ring, word_ring, scale_ring, full, empty, tiles_n, tiles_m, units, whole, rest,
+    sharers, programs, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    WORDS: gl.constexpr,
 ):  # fmt: skip
     """Copies what each unit needs into the rings, as slots become free."""
     R: gl.constexpr = ROWS // 64
     BYTES: gl.constexpr = TILES * (R * (2048 + WORDS * 128) + BLOCK_M * 128)
+    pid = gl.program_id(0)
+    own, first, last = _share(pid, units, whole, rest, sharers, programs)
+    steps = own * units + last - first
     # the weights do not depend on the kernel before: their first copies are under way before it ends
-    early = gl.minimum(first + STAGES, last)
-    for unit in range(first, early):
-        slot = unit - first
-        row = unit // units // tiles_m * R
-        at = unit % units * TILES
-        _copy_weight(words_desc, scales_desc, word_ring, scale_ring, full.index(slot), slot, row, at, BYTES, WORDS)
+    early = gl.minimum(STAGES, steps)
+    for step in range(early):
+        block_n, _, at = _unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs)
+        _copy_weight(
+            words_desc, scales_desc, word_ring, scale_ring, full.index(step), step, block_n * R, at * TILES, BYTES,
+            WORDS,
+        )  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()
     slot = 0
     phase = 1
-    for unit in range(first, last):
-        tile = unit // units
-        row = tile // tiles_m * R
-        token = tile % tiles_m * BLOCK_M
-        at = unit % units * TILES
+    for step in range(steps):
+        block_n, block_m, at = _unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs)
         bar = full.index(slot)
-        if unit >= early:
+        if step >= early:
             mbarrier.wait(empty.index(slot), phase)
-            _copy_weight(words_desc, scales_desc, word_ring, scale_ring, bar, slot, row, at, BYTES, WORDS)
+            _copy_weight(
+                words_desc, scales_desc, word_ring, scale_ring, bar, slot, block_n * R, at * TILES, BYTES, WORDS
+            )
         for j in gl.static_range(TILES):
-            copy_to_shared(x_desc, [token, (at + j) * 64], bar, x_ring.index(slot * TILES + j))
+            copy_to_shared(x_desc, [block_m * BLOCK_M, (at * TILES + j) * 64], bar, x_ring.index(slot * TILES + j))
         slot += 1
         if slot == STAGES:
             slot = 0
@@ -84,34 +119,37 @@ def _produce(
 
 
 @gluon.jit
-def _decode(
-    word_ring, scale_ring, slot, j: gl.constexpr,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, kind: gl.constexpr, dtype: gl.constexpr, WORD_LAYOUT: gl.constexpr,
-    SCALE_LAYOUT: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """The operand ``[ROWS, 64]`` of column tile j of a slot: codes times block scales."""
-    R: gl.constexpr = ROWS // 64
-    WORDS: gl.constexpr = 32 // GROUP
-    q = word_ring.index(slot).slice(j * 16, 16, dim=1).load(WORD_LAYOUT).reshape((R, 32, 4, 4))
-    s = scale_ring.index(slot).slice(j * WORDS, WORDS, dim=1).load(SCALE_LAYOUT).reshape((R, 32, WORDS))
-    # the scale words [R, 4 w, 8 g, WORDS] serve the four lanes t of a row
-    p = scale_pairs(s, kind, dtype, GROUP).reshape((R, 32, 4))
+def _load(word_ring, scale_ring, slot, j, WORDS: gl.constexpr, WORD_LAYOUT: gl.constexpr, SCALE_LAYOUT: gl.constexpr):
+    """Words and scale words of column tile j of a slot."""
+    q = word_ring.index(slot).slice(j * 16, 16, dim=1).load(WORD_LAYOUT)
+    return q, scale_ring.index(slot).slice(j * WORDS, WORDS, dim=1).load(SCALE_LAYOUT)
+
+
+@gluon.jit
+def _unpack(q, s, GROUP: gl.constexpr, kind: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+    """The operand ``[rows, 64]``: codes times block scales."""
+    R: gl.constexpr = q.shape[0]
+    q = q.reshape((R, 32, 4, 4))
+    # the scale words [R, 4 w, 8 g, 32 / GROUP] serve the four lanes t of a row
+    p = scale_pairs(s.reshape((R, 32, 32 // GROUP)), kind, dtype, GROUP).reshape((R, 32, 4))
     p = gl.convert_layout(p, gl.SliceLayout(2, q.type.layout), assert_trivial=True)
     q, p = gl.broadcast(q, p[:, :, None, :])
     a = unpack_words(q, p, kind, dtype).reshape((R, 4, 8, 4, 4, 2, 2, 2))
     # R w g t s p r h -> (R w r g) (s h t p)
-    a = a.permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((ROWS, 64))
+    a = a.permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((R * 64, 64))
     return gl.convert_layout(a, layout, assert_trivial=True)
 
 
 @gluon.jit
 def _consume(
-    x_ring, word_ring, scale_ring, full, empty, multiplier, bias, out, parts, m, n, first, last, tiles_m, units,
-    kind: gl.constexpr, dtype: gl.constexpr, GROUP: gl.constexpr, GAIN: gl.constexpr, HAS_BIAS: gl.constexpr,
-    ROWS: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-    WGMMA: gl.constexpr, OVERLAP: gl.constexpr, WORD_LAYOUT: gl.constexpr, SCALE_LAYOUT: gl.constexpr,
+    x_ring, word_ring, scale_ring, full, empty, multiplier, bias, out, parts, m, n, tiles_n, tiles_m, units, whole,
+    rest, sharers, programs, kind: gl.constexpr, dtype: gl.constexpr, GROUP: gl.constexpr, GAIN: gl.constexpr,
+    HAS_BIAS: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr, WGMMA: gl.constexpr, OVERLAP: gl.constexpr, WORD_LAYOUT: gl.constexpr,
+    SCALE_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Multiplies unit after unit, and writes a tile of the output when its columns or the run end."""
+    """Multiplies unit after unit, and writes a tile of the output when its columns or the share end."""
+    WORDS: gl.constexpr = 32 // GROUP
     acc_layout: gl.constexpr = (
         gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
         if WGMMA
@@ -119,55 +157,88 @@ def _consume(
     )
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 2)
+    out_layout: gl.constexpr = acc_layout if OUT_LAYOUT is None else OUT_LAYOUT
+    if OUT_LAYOUT is not None:
+        n = n // 8 * 8  # which it is; the compiler then knows
     acc = gl.zeros((ROWS, BLOCK_M), gl.float32, acc_layout)
-    block_n = first // units // tiles_m
-    block_m = first // units % tiles_m
-    step = first % units
-    begun = step
-    slab = 2 * gl.program_id(0)
+    pid = gl.program_id(0)
+    own, first, last = _share(pid, units, whole, rest, sharers, programs)
+    steps = own * units + last - first
+    tile = gl.where(own > 0, pid, whole + first // units)
+    at = gl.where(own > 0, 0, first % units)
+    begun = at
     slot = 0
     phase = 0
-    for unit in range(first, last):
-        mbarrier.wait(full.index(slot), phase)
+    if OVERLAP:
+        mbarrier.wait(full.index(0), 0)
+        q, s = _load(word_ring, scale_ring, 0, 0, WORDS, WORD_LAYOUT, SCALE_LAYOUT)
+        a = _unpack(q, s, GROUP, kind, dtype, a_layout)
+    for step in range(steps):
+        before = gl.where(slot == 0, STAGES - 1, slot - 1)
+        after = slot + 1
+        after_phase = phase
+        if after == STAGES:
+            after = 0
+            after_phase ^= 1
+        if not OVERLAP:
+            mbarrier.wait(full.index(slot), phase)
         for j in gl.static_range(TILES):
-            a = _decode(
-                word_ring, scale_ring, slot, j, ROWS, GROUP, kind, dtype, WORD_LAYOUT, SCALE_LAYOUT, a_layout
-            )  # fmt: skip
             b = x_ring.index(slot * TILES + j).permute((1, 0))
-            if WGMMA:
-                # At most one product is in flight while the next operand is decoded, and none when the unit ends: the
-                # operands of an unrolled loop have registers of their own, but its next turn takes the same again.
+            if OVERLAP:
+                # One product is under way while the next operand is decoded. That is loaded after the wait, so that
+                # nothing writes registers which the product before still reads (see below).
                 acc = warpgroup_mma(a, b, acc, is_async=True)
-                acc = warpgroup_mma_wait(1 if OVERLAP and j < TILES - 1 else 0, deps=(acc,))
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                if j == 0:
+                    mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+                if j < TILES - 1:
+                    q, s = _load(word_ring, scale_ring, slot, j + 1, WORDS, WORD_LAYOUT, SCALE_LAYOUT)
+                else:
+                    mbarrier.wait(full.index(after), after_phase, pred=step + 1 < steps)
+                    q, s = _load(word_ring, scale_ring, after, 0, WORDS, WORD_LAYOUT, SCALE_LAYOUT)
+                a = _unpack(q, s, GROUP, kind, dtype, a_layout)
             else:
-                acc = mma_v2(a, b.load(b_layout), acc)
-        mbarrier.arrive(empty.index(slot), count=1)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
-        step += 1
-        if (step == units) | (unit == last - 1):
-            if (begun == 0) & (step == units):
+                q, s = _load(word_ring, scale_ring, slot, j, WORDS, WORD_LAYOUT, SCALE_LAYOUT)
+                a = _unpack(q, s, GROUP, kind, dtype, a_layout)
+                if WGMMA:
+                    acc = warpgroup_mma(a, b, acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                else:
+                    acc = mma_v2(a, b.load(b_layout), acc)
+        if not OVERLAP:
+            mbarrier.arrive(empty.index(slot), count=1)
+        elif TILES > 2:
+            # ptxas does not know, from one turn of a loop to the next, what a product still reads. Two operands take
+            # turns in two sets of registers; of more, the first may be given those of the last.
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        slot = after
+        phase = after_phase
+        at += 1
+        if (at == units) | (step == steps - 1):
+            if OVERLAP and TILES == 2:
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+            if (begun == 0) & (at == units):
+                block_n, block_m = _place(tile, tiles_n, tiles_m)
                 write_tile(
-                    acc, multiplier, bias, out, block_n * ROWS, block_m * BLOCK_M, m, n, GAIN, HAS_BIAS
+                    acc, multiplier, bias, out, block_n * ROWS, block_m * BLOCK_M, m, n, GAIN, HAS_BIAS, out_layout
                 )  # fmt: skip
             else:  # its part, to be summed later
                 row = gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
                 token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, acc_layout))
-                part = parts + slab.to(gl.int64) * (ROWS * BLOCK_M)
-                gl.store(part + row[:, None] * BLOCK_M + token[None, :], acc)
+                slab = (2 * pid + gl.where(own < 0, 1, 0)).to(gl.int64)
+                gl.store(parts + slab * (ROWS * BLOCK_M) + row[:, None] * BLOCK_M + token[None, :], acc)
             acc = gl.zeros((ROWS, BLOCK_M), gl.float32, acc_layout)
-            slab = 2 * gl.program_id(0) + 1
-            begun = 0
-            step = 0
-            block_m += 1
-            if block_m == tiles_m:
-                block_m = 0
-                block_n += 1
+            own -= 1
+            # the next whole tile; or the first of the rest, in its middle; or the one after it
+            tile = gl.where(own > 0, tile + programs, gl.where(own == 0, whole + first // units, tile + 1))
+            at = gl.where(own == 0, first % units, 0)
+            begun = at
 
 
-@gluon.jit(do_not_specialize=["m", "tiles_m", "units", "total", "programs"])
+_SIZES = ["m", "tiles_n", "tiles_m", "units", "whole", "rest", "sharers", "programs"]
+
+
+@gluon.jit(do_not_specialize=_SIZES)
 def _stream_kernel(
     x_desc,
     words_desc,
@@ -178,9 +249,12 @@ def _stream_kernel(
     parts,
     m,
     n,
+    tiles_n,
     tiles_m,
     units,
-    total,
+    whole,
+    rest,
+    sharers,
     programs,
     kind: gl.constexpr,
     GROUP: gl.constexpr,
@@ -195,13 +269,11 @@ def _stream_kernel(
     OVERLAP: gl.constexpr,
     WORD_LAYOUT: gl.constexpr,
     SCALE_LAYOUT: gl.constexpr,
+    OUT_LAYOUT: gl.constexpr,
 ):
     R: gl.constexpr = ROWS // 64
     WORDS: gl.constexpr = 32 // GROUP
     dtype: gl.constexpr = x_desc.dtype
-    pid = gl.program_id(0).to(gl.int64)
-    first = (pid * total // programs).to(gl.int32)
-    last = ((pid + 1) * total // programs).to(gl.int32)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES * TILES, BLOCK_M, 64], x_desc.layout)
     word_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 16 * TILES, 32], words_desc.layout)
     scale_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, WORDS * TILES, 32], scales_desc.layout)
@@ -216,16 +288,16 @@ def _stream_kernel(
             (
                 _consume,
                 (
-                    x_ring, word_ring, scale_ring, full, empty, multiplier, bias, out, parts, m, n, first, last,
-                    tiles_m, units, kind, dtype, GROUP, GAIN, HAS_BIAS, ROWS, BLOCK_M, TILES, STAGES, WARPS, WGMMA,
-                    OVERLAP, WORD_LAYOUT, SCALE_LAYOUT,
+                    x_ring, word_ring, scale_ring, full, empty, multiplier, bias, out, parts, m, n, tiles_n, tiles_m,
+                    units, whole, rest, sharers, programs, kind, dtype, GROUP, GAIN, HAS_BIAS, ROWS, BLOCK_M, TILES,
+                    STAGES, WARPS, WGMMA, OVERLAP, WORD_LAYOUT, SCALE_LAYOUT, OUT_LAYOUT,
                 ),
             ),
             (
                 _produce,
                 (
-                    x_desc, words_desc, scales_desc, x_ring, word_ring, scale_ring, full, empty, first, last,
-                    tiles_m, units, ROWS, BLOCK_M, TILES, STAGES, WORDS,
+                    x_desc, words_desc, scales_desc, x_ring, word_ring, scale_ring, full, empty, tiles_n, tiles_m,
+                    units, whole, rest, sharers, programs, ROWS, BLOCK_M, TILES, STAGES, WORDS,
                 ),
             ),
         ],
@@ -234,7 +306,7 @@ def _stream_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["m", "tiles_m", "units", "total", "programs"])
+@triton.jit(do_not_specialize=["m", "tiles_n", "tiles_m", "units", "whole", "rest", "sharers"])
 def _sum_kernel(
     parts,
     multiplier,
@@ -242,10 +314,12 @@ def _sum_kernel(
     out,
     m,
     n,
+    tiles_n,
     tiles_m,
     units,
-    total,
-    programs,
+    whole,
+    rest,
+    sharers,
     GAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -256,18 +330,22 @@ def _sum_kernel(
     gdc_launch_dependents()
     tile = tl.program_id(0)
     begin = tile.to(tl.int64) * units
-    low = ((begin + 1) * programs - 1) // total  # the programs that met the first and the last unit of the tile
-    high = ((begin + units) * programs - 1) // total
+    total = rest * units
+    low = ((begin + 1) * sharers - 1) // total  # the programs that met the first and the last unit of the tile
+    high = ((begin + units) * sharers - 1) // total
     if low < high:
         row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         token = tl.arange(0, BLOCK_M)
         at = row[:, None] * BLOCK_M + token[None, :]
         acc = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-        for program in range(low, high + 1):
-            slab = 2 * program + (program * total // programs < begin)
-            acc += tl.load(parts + slab * (ROWS * BLOCK_M) + at)
-        rows_n = (tile // tiles_m) * ROWS + row
-        rows_m = (tile % tiles_m) * BLOCK_M + token
+        for some in range(low, high + 1, 4):
+            for i in tl.static_range(4):  # four loads at a time are under way
+                program = some + i
+                slab = 2 * program + (program * total // sharers < begin)
+                acc += tl.load(parts + slab * (ROWS * BLOCK_M) + at, mask=program <= high, other=0.0)
+        block_n, block_m = _place(whole + tile, tiles_n, tiles_m)
+        rows_n = block_n * ROWS + row
+        rows_m = block_m * BLOCK_M + token
         in_n = rows_n < n
         acc *= (tl.load(multiplier + rows_n, mask=in_n, other=0.0) * GAIN)[:, None]
         if HAS_BIAS:
@@ -297,8 +375,9 @@ def _lines(rows: int, warps: int, words: int) -> gl.DistributedLinearLayout:
 
 
 @functools.cache
-def stream_constants(launch: Stream, group: int) -> dict[str, Any]:
+def stream_constants(launch: Stream, group: int, aligned: bool) -> dict[str, Any]:
     """The compile-time parameters of a launch that follow from it; kept, for they take 30 us to make."""
+    lanes = min(launch.rows // 8, 32)
     return {
         "GROUP": group,
         "ROWS": launch.rows,
@@ -310,6 +389,10 @@ def stream_constants(launch: Stream, group: int) -> dict[str, Any]:
         "OVERLAP": launch.overlap,
         "WORD_LAYOUT": _lines(launch.rows, launch.num_warps, 4),
         "SCALE_LAYOUT": _lines(launch.rows, launch.num_warps, 32 // group),
+        # sixteen bytes a lane, where the rows of the output are on that grid
+        "OUT_LAYOUT": gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, launch.num_warps], [0, 1])
+        if aligned
+        else None,
     }
 
 
@@ -318,56 +401,47 @@ def stream(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launc
     m, n = out.shape
     row_tiles, k_tiles = packed.words.shape[:2]
     lines = 32 // packed.group
-    tiles_m, units = triton.cdiv(m, launch.block_m), triton.cdiv(k_tiles, launch.tiles)
-    out_tiles = triton.cdiv(n, launch.rows) * tiles_m
-    sizes = (tiles_m, units, out_tiles * units, launch.programs)
-    split = out_tiles % launch.programs != 0
-    slabs = (2 * launch.programs, launch.rows, launch.block_m)
-    parts = torch.empty(slabs, dtype=torch.float32, device=x.device) if split else out
+    tiles_n, tiles_m = triton.cdiv(n, launch.rows), triton.cdiv(m, launch.block_m)
+    units = triton.cdiv(k_tiles, launch.tiles)
+    rest, sharers, programs = division(launch, tiles_n * tiles_m, units)
+    sizes = (tiles_n, tiles_m, units, tiles_n * tiles_m - rest, rest, sharers)
+    slabs = (2 * sharers, launch.rows, launch.block_m)
+    parts = torch.empty(slabs, dtype=torch.float32, device=x.device) if rest else out
     words = packed.words.view(row_tiles, k_tiles * 16, 32)
     scales = packed.scales.view(torch.int32).view(row_tiles, k_tiles * lines, 32)
-    _stream_kernel[(launch.programs,)](
+    factors = (packed.multiplier, packed.multiplier if bias is None else bias)
+    constants = {"GAIN": UNPACK_GAIN[packed.kind], "HAS_BIAS": bias is not None}
+    _stream_kernel[(programs,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [launch.block_m, 64], X_SHARED),
         TensorDescriptor.from_tensor(words, [launch.rows // 64, 16 * launch.tiles, 32], WORD_SHARED),
         TensorDescriptor.from_tensor(scales, [launch.rows // 64, lines * launch.tiles, 32], SCALE_SHARED),
-        packed.multiplier,
-        packed.multiplier if bias is None else bias,
+        *factors,
         out,
         parts,
         m,
         n,
         *sizes,
+        programs,
         kind=packed.kind,
-        GAIN=UNPACK_GAIN[packed.kind],
-        HAS_BIAS=bias is not None,
-        **stream_constants(launch, packed.group),
+        **constants,
+        **stream_constants(launch, packed.group, n % 8 == 0),
         num_warps=launch.num_warps,
+        maxnreg=_HALF_REGISTERS if launch.num_warps == 4 else None,
         launch_pdl=True,
     )
-    if split:
-        _sum(parts, packed, bias, out, launch, sizes)
-
-
-def _sum(
-    parts: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Stream, sizes: tuple[int, ...]
-) -> None:
-    """Adds the parts of the tiles that several programs met, and finishes these."""
-    m, n = out.shape
-    _, units, total, _ = sizes
-    block = min(launch.rows, max(16, _SUMS // launch.block_m))
-    _sum_kernel[(total // units, launch.rows // block)](
-        parts,
-        packed.multiplier,
-        packed.multiplier if bias is None else bias,
-        out,
-        m,
-        n,
-        *sizes,
-        GAIN=UNPACK_GAIN[packed.kind],
-        HAS_BIAS=bias is not None,
-        ROWS=launch.rows,
-        BLOCK_M=launch.block_m,
-        BLOCK=block,
-        num_warps=4,
-        launch_pdl=True,
-    )
+    if rest:
+        block = min(launch.rows, max(16, _SUMS // launch.block_m))
+        _sum_kernel[(rest, launch.rows // block)](
+            parts,
+            *factors,
+            out,
+            m,
+            n,
+            *sizes,
+            **constants,
+            ROWS=launch.rows,
+            BLOCK_M=launch.block_m,
+            BLOCK=block,
+            num_warps=max(4, block * launch.block_m // 256),
+            launch_pdl=True,
+        )

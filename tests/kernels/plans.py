@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import product
 
-from marlin_w4a16.kernels.launch import DENSE_TOKENS, Rows, Stream, plan_hopper
+from marlin_w4a16.kernels.launch import Rows, Stream, plan_hopper
 
 PROCESSORS = 132  # multiprocessors of an H200
 TOKENS = [
@@ -25,8 +25,7 @@ SIZES = [1, 16, 64, 65, 96, 200, 1120, 2048, 2880, 4096, 5120, 8192, 14336, 2559
 
 
 def hopper_plans() -> dict[tuple[int, int, int], Rows | Stream]:
-    tokens = [m for m in TOKENS if m < DENSE_TOKENS]
-    return {(m, n, k): plan_hopper(PROCESSORS, m, n, k) for n, k, m in product(SIZES, SIZES, tokens)}
+    return {(m, n, k): plan_hopper(PROCESSORS, m, n, k) for n, k, m in product(SIZES, SIZES, TOKENS)}
 
 
 def evenly(launch: Rows | Stream, k: int) -> bool:
@@ -34,12 +33,17 @@ def evenly(launch: Rows | Stream, k: int) -> bool:
     return isinstance(launch, Rows) and -(-k // 64) % (launch.num_warps * launch.steps) == 0
 
 
+def once(launch: Rows | Stream) -> Rows | Stream:
+    """The launch with one program: what the compiled kernel depends on."""
+    return replace(launch, programs=1) if isinstance(launch, Rows) else replace(launch, programs=1, sharers=1)
+
+
 def hopper_launches() -> dict[tuple[Rows | Stream, bool], tuple[int, bool]]:
     """Every launch that is compiled, whatever its programs, and whether `evenly`: a k, and whether two programs share
     a multiprocessor."""
     found = {}
     for (_, _, k), launch in hopper_plans().items():
-        kept = replace(launch, programs=1), evenly(launch, k)
+        kept = once(launch), evenly(launch, k)
         found[kept] = k, launch.programs > PROCESSORS or found.get(kept, (0, False))[1]
     return found
 

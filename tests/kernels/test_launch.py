@@ -14,6 +14,7 @@ from marlin_w4a16.kernels.launch import (
     Launch,
     Rows,
     Stream,
+    division,
     launches,
     plan_dense,
     plan_hopper,
@@ -116,7 +117,7 @@ def in_flight(launch: Rows | Stream, processors: int) -> int:
     return 2 if launch.programs > processors else 1
 
 
-@given(processors=st.integers(1, 256), m=st.integers(1, DENSE_TOKENS - 1), n=WEIGHT_ROWS, k=COLUMNS)
+@given(processors=st.integers(1, 256), m=st.integers(1, 1 << 16), n=WEIGHT_ROWS, k=COLUMNS)
 @settings(max_examples=1000)
 def test_every_call_on_hopper_has_a_launch_its_kernels_can_run(processors, m, n, k):
     launch = plan_hopper(processors, m, n, k)
@@ -134,22 +135,23 @@ def test_every_call_on_hopper_has_a_launch_its_kernels_can_run(processors, m, n,
         x = launch.stages * launch.steps * launch.num_warps * 64
         assert x >= k if launch.resident else launch.stages >= 2
     else:
-        assert launch.rows in (64, 128, 256) and is_power_of_two(launch.block_m) and 16 <= launch.block_m <= 128
+        assert launch.rows in (64, 128, 256) and is_power_of_two(launch.block_m) and 16 <= launch.block_m <= 256
         assert launch.block_m >= min(m, 128)
         assert is_power_of_two(launch.tiles) and launch.stages >= 2
         assert launch.num_warps * 16 <= launch.rows, "warps without rows"
         assert launch.wgmma or not launch.overlap
+        assert launch.tiles % 2 == 0 or not launch.overlap, "operands do not take turns in two sets of registers"
         tiles, units = -(-n // launch.rows) * -(-m // launch.block_m), -(-k // (64 * launch.tiles))
         assert 1 <= launch.programs <= min(tiles * units, processors), "a program without a unit, or one that waits"
-        if tiles <= launch.programs:
-            assert launch.programs % tiles == 0, "a tile is met by more programs than need be"
-        assert 2 * launch.programs * launch.rows * launch.block_m * 4 <= 64 << 20, "too much scratch"
+        rest, sharers, programs = division(launch, tiles, units)
+        assert programs == launch.programs and (rest > 0) == (launch.sharers > 1)
+        assert 2 * sharers * launch.rows * launch.block_m * 4 <= 64 << 20, "too much scratch"
 
 
-def test_more_tokens_never_get_a_smaller_block_on_hopper():
+def test_up_to_128_more_tokens_never_get_a_smaller_block_on_hopper():
     found = hopper_plans()
     for n, k in product(SIZES, SIZES):
-        blocks = [found[m, n, k].block_m for m in TOKENS if m < DENSE_TOKENS]
+        blocks = [found[m, n, k].block_m for m in TOKENS if m <= 128]
         assert blocks == sorted(blocks)
 
 
