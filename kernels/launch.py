@@ -179,41 +179,43 @@ def _plan_rows(processors: int, m: int, n: int, k: int) -> Rows:
 
 
 def _plan_stream(processors: int, m: int, n: int, k: int) -> Stream:
-    found = []
-    for form in _few_tokens(processors, m, n, k) if m <= 128 else _MANY:
-        out_tiles = -(-n // form.rows) * -(-m // form.block_m)
-        waves, rest = divmod(out_tiles, processors)
-        tiles, shared = _last_wave(processors, rest, m, -(-k // 64), form.tiles)
-        steps, ends = _CYCLES.get((form.rows, form.block_m), (1, 0))
-        cycles = waves * (-(-k // 64) * steps + ends) + (tiles * steps + ends if rest else 0)
-        programs = processors if waves else max(shared, out_tiles)
-        found.append((cycles, replace(form, programs=programs, sharers=shared)))
-    return min(found, key=lambda pair: pair[0])[1]
+    forms = (_few_tokens(processors, m, n, k),) if m <= 128 else _MANY
+    return min((_planned(form, processors, m, n, -(-k // 64)) for form in forms), key=lambda pair: pair[0])[1]
 
 
-def _few_tokens(processors: int, m: int, n: int, k: int) -> tuple[Stream]:
+def _few_tokens(processors: int, m: int, n: int, k: int) -> Stream:
     """The form for up to 128 tokens, all in one block."""
     if m <= _FEW:
-        return (Stream(256, 16, 4, 3, 8, False),)
+        return Stream(256, 16, 4, 3, 8, False)
     block_m = 32 if m <= 32 else 64 if m <= 64 else 128
     if n * k >= _LARGE:
         # four warps a scheduler hide what decoding waits for, and have no registers left to overlap
-        return (Stream(256, block_m, 4, 2, 16, False),)
+        return Stream(256, block_m, 4, 2, 16, False)
     if -(-n // 64) <= processors:
-        return (Stream(64, block_m, 4, 4 if block_m == 32 else 3, 4, True),)
-    return (Stream(128, block_m, 4, 3, 8, True) if block_m < 128 else Stream(128, 128, 2, 4, 8, True),)
+        return Stream(64, block_m, 4, 4 if block_m == 32 else 3, 4, True)
+    return Stream(128, block_m, 4, 3, 8, True) if block_m < 128 else Stream(128, 128, 2, 4, 8, True)
 
 
-def _last_wave(processors: int, rest: int, m: int, k_tiles: int, tiles: int) -> tuple[float, int]:
+def _planned(form: Stream, processors: int, m: int, n: int, k_tiles: int) -> tuple[float, Stream]:
+    """The cycles that a form takes, and its launch."""
+    out_tiles = -(-n // form.rows) * -(-m // form.block_m)
+    waves, rest = divmod(out_tiles, processors)
+    last, sharers = _last_wave(processors, rest, m, k_tiles, form.tiles)
+    each, ends = _CYCLES.get((form.rows, form.block_m), (1, 0))
+    cycles = (waves * k_tiles + last) * each + (waves + (rest > 0)) * ends
+    return cycles, replace(form, programs=processors if waves else max(sharers, out_tiles), sharers=sharers)
+
+
+def _last_wave(processors: int, rest: int, m: int, k_tiles: int, unit: int) -> tuple[float, int]:
     """How many column tiles the ``rest`` of the tiles takes, and the programs that share its units; 1: they do not."""
     if rest == 0:
         return 0, 1
-    units = -(-k_tiles // tiles)
-    options = [(units * tiles, 1)]
+    units = -(-k_tiles // unit)
+    options = [(units * unit, 1)]
     for each in range(2, min(processors // rest, units) + 1):
         # parts are written and read, and each is waited for when they are summed
         parts = 4 + 16 * rest * each / processors + 0.7 * each
-        options.append((-(-units // each) * tiles + parts, rest * each))
+        options.append((-(-units // each) * unit + parts, rest * each))
     if m <= 128 and rest * units > processors:
         # two parts a program; and no two programs are at the same columns, so each reads x by itself
         options.append((k_tiles * rest / processors + 30, processors))
