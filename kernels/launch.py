@@ -211,7 +211,7 @@ def _last_wave(processors: int, rest: int, m: int, k_tiles: int, unit: int) -> t
     if rest == 0:
         return 0, 1
     units = -(-k_tiles // unit)
-    options = [(units * unit, 1)]
+    options: list[tuple[float, int]] = [(units * unit, 1)]
     for each in range(2, min(processors // rest, units) + 1):
         # parts are written and read, and each is waited for when they are summed
         parts = 4 + 16 * rest * each / processors + 0.7 * each
