@@ -1,10 +1,8 @@
 """The FP4 linear of Hopper for more tokens, in Gluon: one producer warp feeds rings, the others decode and multiply.
 
-The product is cut into tiles of ``rows`` weight rows and ``block_m`` tokens, and these into units of ``64 * tiles``
-columns. Programs take whole tiles in turn. The units of a last wave that is too small for all of them are shared out
-evenly (stream-K after a data-parallel part: Osama et al., 2023). The decoded weight is the register operand of wgmma. A
-whole tile is finished in registers; parts are summed by a second small kernel, always in the same order: equal bits on
-every run.
+Which program meets which columns of which tile of the output is in schedule.py. The decoded weight is the register
+operand of wgmma. A whole tile is finished in registers; parts are summed by a second small kernel, always in the same
+order: equal bits on every run.
 """
 
 import functools
@@ -29,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from marlin_w4a16.kernels.fragments import copy_to_shared, scale_pairs, unpack_words, write_tile
 from marlin_w4a16.kernels.launch import Stream, division
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.schedule import place, share, unit
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN
 
 X_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -37,25 +36,6 @@ SCALE_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, r
 _PRODUCER_REGISTERS = gl.constexpr(24)
 _HALF_REGISTERS = 128  # of a multiprocessor, so that the next kernel starts beside a program of four warps
 _SUMS = 1024  # elements a program of the second kernel sums
-
-
-@gluon.jit
-def _share(pid, units, whole, rest, sharers, programs):
-    """How many whole tiles a program has, and its first and last unit of the rest, ``rest`` tiles."""
-    own = (whole - pid + programs - 1) // programs
-    total = (rest * units).to(gl.int64)
-    first = (gl.minimum(pid, sharers) * total // sharers).to(gl.int32)
-    last = (gl.minimum(pid + 1, sharers) * total // sharers).to(gl.int32)
-    return own, first, last
-
-
-@gluon.jit
-def _place(tile, tiles_n, tiles_m):
-    """Row and token block of a tile: bands of eight token blocks, so that what runs at one time shares its operands."""
-    band = tile // (8 * tiles_n)
-    wide = gl.minimum(tiles_m - band * 8, 8)
-    at = tile - band * 8 * tiles_n
-    return at // wide, band * 8 + at % wide
 
 
 @gluon.jit
@@ -69,16 +49,6 @@ def _copy_weight(
 
 
 @gluon.jit
-def _unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs):
-    """Row block, token block and unit of the columns of a step."""
-    shared = step >= own * units
-    at = gl.where(shared, first + step - own * units, step)
-    tile = at // units
-    block_n, block_m = _place(gl.where(shared, whole + tile, pid + tile * programs), tiles_n, tiles_m)
-    return block_n, block_m, at - tile * units
-
-
-@gluon.jit
 def _produce(
     x_desc, words_desc, scales_desc, x_ring, word_ring, scale_ring, full, empty, tiles_n, tiles_m, units, whole, rest,
     sharers, programs, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
@@ -88,12 +58,12 @@ def _produce(
     R: gl.constexpr = ROWS // 64
     BYTES: gl.constexpr = TILES * (R * (2048 + WORDS * 128) + BLOCK_M * 128)
     pid = gl.program_id(0)
-    own, first, last = _share(pid, units, whole, rest, sharers, programs)
+    own, first, last = share(pid, units, whole, rest, sharers, programs)
     steps = own * units + last - first
     # the weights do not depend on the kernel before: their first copies are under way before it ends
     early = gl.minimum(STAGES, steps)
     for step in range(early):
-        block_n, _, at = _unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs)
+        block_n, _, at = unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs)
         _copy_weight(
             words_desc, scales_desc, word_ring, scale_ring, full.index(step), step, block_n * R, at * TILES, BYTES,
             WORDS,
@@ -103,7 +73,7 @@ def _produce(
     slot = 0
     phase = 1
     for step in range(steps):
-        block_n, block_m, at = _unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs)
+        block_n, block_m, at = unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs)
         bar = full.index(slot)
         if step >= early:
             mbarrier.wait(empty.index(slot), phase)
@@ -162,7 +132,7 @@ def _consume(
         n = n // 8 * 8  # which it is; the compiler then knows
     acc = gl.zeros((ROWS, BLOCK_M), gl.float32, acc_layout)
     pid = gl.program_id(0)
-    own, first, last = _share(pid, units, whole, rest, sharers, programs)
+    own, first, last = share(pid, units, whole, rest, sharers, programs)
     steps = own * units + last - first
     tile = gl.where(own > 0, pid, whole + first // units)
     at = gl.where(own > 0, 0, first % units)
@@ -218,7 +188,7 @@ def _consume(
             if OVERLAP and TILES == 2:
                 acc = warpgroup_mma_wait(0, deps=(acc,))
             if (begun == 0) & (at == units):
-                block_n, block_m = _place(tile, tiles_n, tiles_m)
+                block_n, block_m = place(tile, tiles_n, tiles_m)
                 write_tile(
                     acc, multiplier, bias, out, block_n * ROWS, block_m * BLOCK_M, m, n, GAIN, HAS_BIAS, out_layout
                 )  # fmt: skip
@@ -343,7 +313,7 @@ def _sum_kernel(
                 program = some + i
                 slab = 2 * program + (program * total // sharers < begin)
                 acc += tl.load(parts + slab * (ROWS * BLOCK_M) + at, mask=program <= high, other=0.0)
-        block_n, block_m = _place(whole + tile, tiles_n, tiles_m)
+        block_n, block_m = place(whole + tile, tiles_n, tiles_m)
         rows_n = block_n * ROWS + row
         rows_m = block_m * BLOCK_M + token
         in_n = rows_n < n

@@ -16,7 +16,7 @@ from marlin_w4a16.kernels.linear import GLUON
 if not GLUON:
     pytest.skip(f"the Gluon kernels are not used with Triton {triton.__version__}", allow_module_level=True)
 
-from marlin_w4a16.kernels import stream
+from marlin_w4a16.kernels import schedule
 
 
 class Scalar(int):
@@ -44,20 +44,20 @@ SIZE, UNITS = st.integers(1, 12), st.integers(1, 30)
 def kernel():
     """The device functions of the module as Python functions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "gl", LANGUAGE)
-        for name in ("_share", "_place", "_unit"):
-            patch.setattr(stream, name, getattr(stream, name).fn)
-        yield stream
+        patch.setattr(schedule, "gl", LANGUAGE)
+        for name in ("share", "place", "unit"):
+            patch.setattr(schedule, name, getattr(schedule, name).fn)
+        yield schedule
 
 
 def consumed(kernel, pid: int, units: int, whole: int, rest: int, sharers: int, programs: int, blocks: tuple):
     """What `_consume` does with its counters: the units it multiplies, and what it writes."""
-    own, first, last = kernel._share(Scalar(pid), units, whole, Scalar(rest), sharers, programs)
+    own, first, last = kernel.share(Scalar(pid), units, whole, Scalar(rest), sharers, programs)
     steps = own * units + last - first
     tile, at = (pid, 0) if own > 0 else (whole + first // units, first % units)
     begun, met, written = at, [], []
     for step in range(steps):
-        met.append((*kernel._place(Scalar(tile), *blocks), at))
+        met.append((*kernel.place(Scalar(tile), *blocks), at))
         at += 1
         if at == units or step == steps - 1:
             slab = None if begun == 0 and at == units else 2 * pid + (own < 0)
@@ -77,7 +77,7 @@ def summed(tile: int, units: int, rest: int, sharers: int) -> list[int]:
 
 @given(tiles_n=st.integers(1, 40), tiles_m=st.integers(1, 40))
 def test_every_tile_of_the_output_has_its_place(kernel, tiles_n, tiles_m):
-    places = {kernel._place(Scalar(tile), tiles_n, tiles_m) for tile in range(tiles_n * tiles_m)}
+    places = {kernel.place(Scalar(tile), tiles_n, tiles_m) for tile in range(tiles_n * tiles_m)}
     assert places == {(n, m) for n in range(tiles_n) for m in range(tiles_m)}
 
 
@@ -88,10 +88,10 @@ def test_every_unit_is_met_once_and_every_part_summed(kernel, programs, shared, 
     whole = tiles - rest
     met, finished, parts = [], [], {}
     for pid in range(programs):
-        own, first, last = kernel._share(Scalar(pid), units, whole, Scalar(rest), sharers, programs)
+        own, first, last = kernel.share(Scalar(pid), units, whole, Scalar(rest), sharers, programs)
         steps = own * units + last - first
         assert steps > 0, "a program that waits for a unit it never gets"
-        copied = [kernel._unit(Scalar(step), pid, own, first, *blocks, units, whole, programs) for step in range(steps)]
+        copied = [kernel.unit(Scalar(step), pid, own, first, *blocks, units, whole, programs) for step in range(steps)]
         used, written = consumed(kernel, pid, units, whole, rest, sharers, programs, blocks)
         assert copied == used
         met += used
