@@ -34,11 +34,19 @@ PICTURED = ((4096, 4096), (28672, 4096), (8192, 28672))
 NAMES = {
     "ours": "this project",
     "cublas": "cuBLAS bf16",
+    "portable": "portable kernel, SM80 code",
     "humming": "Humming",
     "marlin": "Marlin",
     "compiled": "compiled dequantisation",
 }
-COLOURS = {"ours": "#d1495b", "cublas": "#2e86ab", "humming": "#e0a030", "marlin": "#6a994e", "compiled": "#9d6bb5"}
+COLOURS = {
+    "ours": "#d1495b",
+    "cublas": "#2e86ab",
+    "portable": "#e58f9b",
+    "humming": "#e0a030",
+    "marlin": "#6a994e",
+    "compiled": "#9d6bb5",
+}
 INK = "#808080"  # legible on white and on black
 
 Row = Mapping[str, Any]

@@ -59,6 +59,7 @@ def stream_candidates(m: int, n: int, k: int) -> list[Stream]:
         ):
             programs = PROCESSORS if out_tiles >= PROCESSORS else max(shared, out_tiles)
             launch = Stream(rows, block_m, tiles, stages, warps, overlap, programs, shared)
+            # a warp has registers for sums of 4096 elements
             fits = launch.shared_memory <= SHARED_MEMORY[9, 0] - 1024 and warps >= 4 and rows * block_m <= 4096 * warps
             if fits and overlap <= launch.wgmma:
                 out.append(launch)

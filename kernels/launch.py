@@ -66,7 +66,7 @@ class Stream:
 
     Attributes:
         rows, block_m: weight rows and tokens of a tile of the output.
-        tiles: 64-column tiles of a unit.
+        tiles: 64-column tiles of a unit; an even number where products overlap.
         stages: units in shared memory.
         num_warps: warps that decode and multiply, beside one that copies.
         overlap: leave a product of wgmma in flight while the next operand is decoded. It takes registers: where they

@@ -170,6 +170,13 @@ def test_plain_and_dense_peers_agree_with_the_exact_product(peers, name):
         assert (out.double() - exact).norm() <= 6e-3 * exact.norm()
 
 
+def test_every_peer_has_its_place_in_the_picture(peers, benchmark):
+    drawn = benchmark("roofline")
+    names = [peer.name for peer in peers.peers([1])]
+    assert list(drawn.NAMES) == list(drawn.COLOURS) == names
+    assert len(set(drawn.COLOURS.values())) == len(names)
+
+
 def test_copies_are_apart(peers):
     packed = peers.pack(peers.random_weight(64, 64, "e4m3", 16, device="cpu"))
     first, second = peers.copies_of(packed)
