@@ -8,19 +8,19 @@ from torch import Tensor
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
     NAMESPACE,
-    WEIGHT_SCHEMA,
     checked_weight,
     define,
     expect,
     library,
     weight_args,
+    weight_schema,
 )
 from marlin_w4a16.kernels import dequantize as blocks
 from marlin_w4a16.kernels.layout import PackedFP4
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
-define(f"dequantize({WEIGHT_SCHEMA}, str dtype) -> Tensor")
+define(f"dequantize({weight_schema()}, str dtype) -> Tensor")
 
 
 def dequantize(packed: PackedFP4, dtype: torch.dtype) -> Tensor:

@@ -12,13 +12,26 @@ NAMESPACE = "marlin_w4a16"
 # Part of every call: raise it when a schema, fake or layout changes its meaning, so that no compile cache of an older
 # version is met again.
 CONTRACT = 2
-WEIGHT_SCHEMA = (
-    "Tensor words, Tensor scales, Tensor multiplier, int n, int k, int group, str kind, str layout, int contract"
+_WEIGHT = (
+    ("Tensor", "words"),
+    ("Tensor", "scales"),
+    ("Tensor", "multiplier"),
+    ("int", "n"),
+    ("int", "k"),
+    ("int", "group"),
+    ("str", "kind"),
+    ("str", "layout"),
+    ("int", "contract"),
 )
 AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def weight_schema(of: str = "") -> str:
+    """The arguments that are a packed weight; ``of`` ends their names where an op has several."""
+    return ", ".join(f"{kind} {name}{of}" for kind, name in _WEIGHT)
 
 
 def define(schema: str) -> None:
@@ -27,12 +40,12 @@ def define(schema: str) -> None:
 
 
 def weight_args(packed: PackedFP4) -> tuple[Any, ...]:
-    """A packed weight as the arguments of `WEIGHT_SCHEMA`."""
+    """A packed weight as the arguments of `weight_schema`."""
     return (packed.words, packed.scales, packed.multiplier, *format_args(packed))
 
 
 def format_args(packed: PackedFP4) -> tuple[int, int, int, str, str, int]:
-    """The arguments of `WEIGHT_SCHEMA` that are not tensors."""
+    """The arguments of `weight_schema` that are not tensors."""
     return packed.n, packed.k, packed.group, packed.kind, packed.layout, CONTRACT
 
 
@@ -42,23 +55,42 @@ def checked_weight(op: str, x: Tensor, columns: str, weight: tuple[Any, ...]) ->
     Raises:
         ValueError: says which argument does not fit, what was found and what was expected.
     """
+    packed = checked_packed(op, x.device, weight)
+    width = packed.n if columns == "n" else packed.k
+    expect(x.dtype in DTYPES, op, "input", x.dtype, f"one of {DTYPES}")
+    expect(x.ndim >= 1, op, "input", "a scalar", f"[..., {columns}]")
+    expect(x.shape[-1] == width, op, "input", f"shape {tuple(x.shape)}", f"[..., {columns} = {width}]")
+    return packed
+
+
+def checked_packed(
+    op: str, device: torch.device, weight: tuple[Any, ...], of: str = "", lead: tuple[int, ...] = ()
+) -> PackedFP4:
+    """The packed weight of a call on a device.
+
+    Args:
+        op: its name.
+        device: that of its input.
+        weight: the arguments of `weight_schema`.
+        of: the end of their names.
+        lead: how many matrices there are.
+
+    Raises:
+        ValueError: says which argument does not fit, what was found and what was expected.
+    """
     words, scales, multiplier, n, k, group, kind, layout, contract = weight
-    expect(contract == CONTRACT, op, "contract", contract, CONTRACT)
-    expect(layout in LAYOUTS, op, "layout", repr(layout), f"one of {LAYOUTS}")
-    expect(kind in SCALE_KINDS, op, "kind", repr(kind), f"one of {SCALE_KINDS}")
-    expect(group in GROUP_SIZES, op, "group", group, f"one of {GROUP_SIZES}")
+    expect(contract == CONTRACT, op, f"contract{of}", contract, CONTRACT)
+    expect(layout in LAYOUTS, op, f"layout{of}", repr(layout), f"one of {LAYOUTS}")
+    expect(kind in SCALE_KINDS, op, f"kind{of}", repr(kind), f"one of {SCALE_KINDS}")
+    expect(group in GROUP_SIZES, op, f"group{of}", group, f"one of {GROUP_SIZES}")
     shapes = packed_shapes(n, k, group)
     dtypes = (torch.int32, torch.uint8, torch.float32)
     for name, t, shape, dtype in zip(
         ("words", "scales", "multiplier"), (words, scales, multiplier), shapes, dtypes, strict=True
     ):
-        expect(t.dtype == dtype, op, name, t.dtype, dtype)
-        expect(tuple(t.shape) == shape, op, name, f"shape {tuple(t.shape)}", shape)
-        expect(t.device == x.device, op, name, f"device {t.device}", f"that of the input, {x.device}")
-    width = n if columns == "n" else k
-    expect(x.dtype in DTYPES, op, "input", x.dtype, f"one of {DTYPES}")
-    expect(x.ndim >= 1, op, "input", "a scalar", f"[..., {columns}]")
-    expect(x.shape[-1] == width, op, "input", f"shape {tuple(x.shape)}", f"[..., {columns} = {width}]")
+        expect(t.dtype == dtype, op, f"{name}{of}", t.dtype, dtype)
+        expect(tuple(t.shape) == (*lead, *shape), op, f"{name}{of}", f"shape {tuple(t.shape)}", (*lead, *shape))
+        expect(t.device == device, op, f"{name}{of}", f"device {t.device}", f"that of the input, {device}")
     return PackedFP4(words, scales, multiplier, n, k, kind, group, layout)
 
 

@@ -9,19 +9,19 @@ from marlin_w4a16.fake_impls.library import (
     AUTOCAST_KEYS,
     DTYPES,
     NAMESPACE,
-    WEIGHT_SCHEMA,
     autocast,
     checked_weight,
     define,
     expect,
     library,
     weight_args,
+    weight_schema,
 )
 from marlin_w4a16.kernels.dequantize import linear_by_blocks, linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
 
-define(f"linear(Tensor x, {WEIGHT_SCHEMA}, Tensor? bias) -> Tensor")
-define(f"linear_grad_input(Tensor grad, {WEIGHT_SCHEMA}) -> Tensor")
+define(f"linear(Tensor x, {weight_schema()}, Tensor? bias) -> Tensor")
+define(f"linear_grad_input(Tensor grad, {weight_schema()}) -> Tensor")
 
 
 def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:

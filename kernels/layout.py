@@ -72,6 +72,11 @@ class PackedFP4:
         """Bytes of words, scales and multiplier."""
         return sum(t.numel() * t.element_size() for t in (self.words, self.scales, self.multiplier))
 
+    def matrix(self, index: int) -> "PackedFP4":
+        """One matrix of a weight of three dimensions, as views."""
+        words, scales, multiplier = (t[index] for t in (self.words, self.scales, self.multiplier))
+        return replace(self, words=words, scales=scales, multiplier=multiplier)
+
     def contiguous(self) -> "PackedFP4":
         """The same weight, its tensors laid out as the kernels read them; itself where they are."""
         tensors = (self.words, self.scales, self.multiplier)
@@ -123,14 +128,24 @@ def pack(weight: FP4Weight | PackedFP4) -> PackedFP4:
     """
     if isinstance(weight, PackedFP4):
         return weight
-    lead = weight.codes.shape[:-2]
-    words_shape, scales_shape, _ = packed_shapes(weight.n, weight.k, weight.group)
-    device = weight.codes.device
-    words = torch.empty((*lead, *words_shape), dtype=torch.int32, device=device)
-    scales = torch.empty((*lead, *scales_shape), dtype=torch.uint8, device=device)
-    packed = PackedFP4(words, scales, weight.multiplier.clone(), weight.n, weight.k, weight.kind, weight.group)
+    packed = empty_packed(weight, weight.n)
     pack_into(weight, packed)
     return packed
+
+
+def empty_packed(weight: FP4Weight, n: int) -> PackedFP4:
+    """Packed tensors, not filled yet, for matrices like those of a weight but of ``n`` rows."""
+    lead, device = weight.codes.shape[:-2], weight.codes.device
+    words, scales, multiplier = packed_shapes(n, weight.k, weight.group)
+    return PackedFP4(
+        torch.empty((*lead, *words), dtype=torch.int32, device=device),
+        torch.empty((*lead, *scales), dtype=torch.uint8, device=device),
+        torch.empty((*lead, *multiplier), dtype=torch.float32, device=device),
+        n,
+        weight.k,
+        weight.kind,
+        weight.group,
+    )
 
 
 def pack_into(weight: FP4Weight, packed: PackedFP4) -> None:

@@ -10,7 +10,10 @@ nothing can see.
 from marlin_w4a16.backend import NotReplaced
 from marlin_w4a16.debug import debug
 from marlin_w4a16.fake_impls.dequantize import dequantize
+from marlin_w4a16.fake_impls.grouped_linear import grouped_linear
 from marlin_w4a16.fake_impls.linear import linear
+from marlin_w4a16.fake_impls.moe import moe
+from marlin_w4a16.kernels.experts import Activation, pack_bias, pack_experts, unpack_experts
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, fp4_weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
@@ -23,6 +26,7 @@ from marlin_w4a16.report import Report, explain
 __version__ = "0.1.0"
 __all__ = [
     "E2M1_VALUES",
+    "Activation",
     "FP4Weight",
     "NotReplaced",
     "PackedFP4",
@@ -32,12 +36,17 @@ __all__ = [
     "dequantize",
     "explain",
     "fp4_weight",
+    "grouped_linear",
     "linear",
+    "moe",
     "pack",
+    "pack_bias",
+    "pack_experts",
     "prepare",
     "quantize",
     "quantize_mxfp4",
     "quantize_nvfp4",
     "refresh",
     "restore",
+    "unpack_experts",
 ]

@@ -1,0 +1,109 @@
+"""``marlin_w4a16::grouped_linear``: rows sorted by expert times the packed weight of each, and its gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.fake_impls.library import (
+    AUTOCAST_KEYS,
+    DTYPES,
+    NAMESPACE,
+    autocast,
+    checked_packed,
+    define,
+    expect,
+    library,
+    weight_args,
+    weight_schema,
+)
+from marlin_w4a16.fake_impls.linear import output_shape, uses_triton
+from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.moe_blocks import grouped_linear_by_blocks, grouped_linear_grad_input
+
+define(f"grouped_linear(Tensor x, {weight_schema()}, Tensor offsets) -> Tensor")
+define(f"grouped_linear_grad_input(Tensor grad, {weight_schema()}, Tensor offsets) -> Tensor")
+
+
+def grouped_linear(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
+    """Each group of rows times the transposed weight of its expert, as ``torch.nn.functional.grouped_mm`` does it.
+
+    Args:
+        x: ``[rows, k]``, float16, bfloat16 or float32, any strides, on the weight's device.
+        packed: ``[experts, n, k]``.
+        offsets: int32 or int64 ``[experts]``, the end of each expert's rows, never falling.
+
+    Returns:
+        ``[rows, n]`` in the dtype of x, zeros in rows past the last offset. Differentiable in x.
+    """
+    result: Tensor = torch.ops.marlin_w4a16.grouped_linear(x, *weight_args(packed), offsets)
+    return result
+
+
+def _checked(op: str, x: Tensor, columns: str, args: tuple[Any, ...]) -> tuple[PackedFP4, Tensor]:
+    *weight, offsets = args
+    expect(x.dtype in DTYPES, op, "input", x.dtype, f"one of {DTYPES}")
+    expect(weight[0].ndim == 4, op, "words", f"shape {tuple(weight[0].shape)}", "[experts, ...]")
+    lead = tuple(weight[0].shape[:1])
+    packed = checked_packed(op, x.device, tuple(weight), lead=lead)
+    width = packed.n if columns == "n" else packed.k
+    expect(x.ndim == 2 and x.shape[1] == width, op, "input", f"shape {tuple(x.shape)}", f"[rows, {columns} = {width}]")
+    expect(tuple(offsets.shape) == lead, op, "offsets", f"shape {tuple(offsets.shape)}", lead)
+    expect(offsets.dtype in (torch.int32, torch.int64), op, "offsets", offsets.dtype, "torch.int32 or torch.int64")
+    expect(offsets.device == x.device, op, "offsets", f"device {offsets.device}", f"that of the input, {x.device}")
+    return packed, offsets
+
+
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    packed, _ = _checked("grouped_linear", x, "k", args)
+    return x.new_empty(output_shape(x.shape, packed.n))
+
+
+def _blocks(x: Tensor, *args: Any) -> Tensor:
+    return grouped_linear_by_blocks(x, *_checked("grouped_linear", x, "k", args))
+
+
+def _cuda(x: Tensor, *args: Any) -> Tensor:
+    if not uses_triton(x.device) or x.dtype == torch.float32:
+        return _blocks(x, *args)
+    from marlin_w4a16.kernels.moe import grouped_linear as fused  # Triton is on Linux only
+
+    return fused(x, *_checked("grouped_linear", x, "k", args))
+
+
+def _fake_grad_input(grad: Tensor, *args: Any) -> Tensor:
+    packed, _ = _checked("grouped_linear_grad_input", grad, "n", args)
+    return grad.new_empty(output_shape(grad.shape, packed.k))
+
+
+def _grad_input(grad: Tensor, *args: Any) -> Tensor:
+    return grouped_linear_grad_input(grad, *_checked("grouped_linear_grad_input", grad, "n", args))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4], inputs[10])
+    ctx.format = inputs[4:10]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *weight, offsets = ctx.saved_tensors
+    wants = ctx.needs_input_grad[0]
+    found = torch.ops.marlin_w4a16.grouped_linear_grad_input(grad, *weight, *ctx.format, offsets) if wants else None
+    return (found, *(None,) * 10)
+
+
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *weight, offsets = ctx.saved_tensors
+    return (torch.ops.marlin_w4a16.grouped_linear(grad, *weight, *ctx.format, offsets), *(None,) * 10)
+
+
+for _op, _forward, _gpu, _meta, _derivative in (
+    ("grouped_linear", _blocks, _cuda, _fake, _backward),
+    ("grouped_linear_grad_input", _grad_input, _grad_input, _fake_grad_input, _backward_grad_input),
+):
+    library.impl(_op, _forward, "CPU")
+    library.impl(_op, _gpu, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{_op}", _meta, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{_op}", _derivative, setup_context=_setup, lib=library)
+for _device in AUTOCAST_KEYS:
+    autocast("grouped_linear", _device)

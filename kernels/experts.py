@@ -1,0 +1,162 @@
+"""What an expert of a mixture computes between its two products, and the order in which its rows are packed.
+
+The first product of a gated expert has gate and up rows. Packed, they stand in pairs of eight: row ``16 j + g`` is gate
+``8 j + g`` and row ``16 j + 8 + g`` is up ``8 j + g`` (g < 8). These are the rows r = 0 and 1 of one lane in a fragment
+(layout.py), so that the kernel has both in one thread when its sums are done. What stands between the products is
+padded to whole groups of the second one, with rows of zeros.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.kernels.layout import PAD_SCALE, PackedFP4, empty_packed, pack, pack_into
+
+# Which rows of the first product are gates: the first half, the last half, the even ones, the odd ones.
+Order = Literal["gate_up", "up_gate", "interleaved", "interleaved_up_gate"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+Function = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+FUNCTIONS: tuple[Function, ...] = get_args(Function)
+_PAIR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What stands between the two products of an expert, in float32: ``function(gate) * (up + up_offset)``.
+
+    Attributes:
+        function: ``silu`` is ``z * sigmoid(alpha * z)``, ``relu2`` the square of relu.
+        gated: whether there are gates; otherwise it is ``function(z)`` of all rows.
+        alpha: of silu: 1.702 in gpt-oss.
+        gate_limit: gates (or z) are at most this; None for no limit.
+        up_limit: ups are within plus and minus this; None for no limit.
+        up_offset: what is added to the clamped ups: 1 in gpt-oss.
+    """
+
+    function: Function = "silu"
+    gated: bool = True
+    alpha: float = 1.0
+    gate_limit: float | None = None
+    up_limit: float | None = None
+    up_offset: float = 0.0
+
+    def __call__(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """The activation of gates and ups of one shape, or of z alone, in their dtype."""
+        z = gate if self.gate_limit is None else gate.clamp(max=self.gate_limit)
+        value = self._function(z)
+        if up is None:
+            return value
+        if self.up_limit is not None:
+            up = up.clamp(-self.up_limit, self.up_limit)
+        return value * (up + self.up_offset)
+
+    def _function(self, z: Tensor) -> Tensor:
+        if self.function == "silu":
+            return z * torch.sigmoid(self.alpha * z)
+        if self.function.startswith("gelu"):
+            return torch.nn.functional.gelu(z, approximate="tanh" if self.function == "gelu_tanh" else "none")
+        rectified = torch.relu(z)
+        return rectified * rectified if self.function == "relu2" else rectified
+
+    def of_rows(self, sums: Tensor) -> Tensor:
+        """The activation of sums ``[..., rows]`` whose rows are packed as above: ``[..., rows / 2]`` if gated."""
+        if not self.gated:
+            return self(sums)
+        pairs = sums.unflatten(-1, (-1, 2, _PAIR))
+        return self(pairs[..., 0, :], pairs[..., 1, :]).flatten(-2)
+
+    def __str__(self) -> str:
+        """For people: ``silu(gate <= 7, 1.702) * (up in +-7 + 1)``."""
+        of = ["gate" if self.gated else "z"]
+        if self.gate_limit is not None:
+            of[0] += f" <= {self.gate_limit:g}"
+        if self.alpha != 1:
+            of.append(f"{self.alpha:g}")
+        up = "up" if self.up_limit is None else f"up in +-{self.up_limit:g}"
+        up = f"({up} + {self.up_offset:g})" if self.up_offset else up
+        return f"{self.function}({', '.join(of)})" + (f" * {up}" if self.gated else "")
+
+
+def pack_experts(
+    w13: FP4Weight | PackedFP4, w2: FP4Weight | PackedFP4, order: Order | None
+) -> tuple[PackedFP4, PackedFP4]:
+    """Packs the weights of a mixture's experts, one expert at a time; what is packed already is returned as it is.
+
+    Args:
+        w13: the first product ``[experts, rows, hidden]``, with 2 i rows if gated, else i.
+        w2: the second product ``[experts, hidden, columns]``: i in whole groups, those past i are never used.
+        order: which rows of ``w13`` are gates; None if it has none.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if not isinstance(w13, PackedFP4):
+        w13 = _pack_first(w13, w2.k, order)
+    packed = w2 if isinstance(w2, PackedFP4) else pack(w2)
+    if w13.words.ndim != 4 or packed.words.ndim != 4 or len(w13.words) != len(packed.words):
+        found = f"{list(w13.multiplier.shape)} and {list(packed.multiplier.shape)} rows"
+        raise ValueError(f"experts: found weights of {found}, expected one matrix of each for every expert")
+    return w13, packed
+
+
+def unpack_experts(
+    w13: PackedFP4, w2: PackedFP4, order: Order | None, intermediate: int, name: str = "experts"
+) -> tuple[FP4Weight, FP4Weight]:
+    """The inverse of `pack_experts` for ``intermediate`` rows of each kind, bit for bit."""
+    paired = w13.unpack(f"{name}.w13")
+    rows = packed_rows(intermediate, w2.k, order)
+    back = torch.empty(int((rows >= 0).sum()), dtype=torch.long)
+    back[rows[rows >= 0]] = (rows >= 0).nonzero()[:, 0]
+    back = back.to(paired.codes.device)
+    parts = {field: getattr(paired, field)[:, back] for field in ("codes", "scales", "multiplier")}
+    return replace(paired, **parts), w2.unpack(f"{name}.w2")
+
+
+def packed_rows(intermediate: int, width: int, order: Order | None) -> Tensor:
+    """The row of the first product that stands at each packed row, -1 where one of zeros does.
+
+    Args:
+        intermediate: gates, or rows of a product that has none.
+        width: what that is padded to.
+        order: see `pack_experts`.
+    """
+    at = torch.arange(width if order is None else 2 * width)
+    if order is None:
+        return torch.where(at < intermediate, at, -1)
+    unit, up = at // (2 * _PAIR) * _PAIR + at % _PAIR, at // _PAIR % 2
+    if order.startswith("interleaved"):
+        row = 2 * unit + (up if order == "interleaved" else 1 - up)
+    else:
+        row = unit + (up if order == "gate_up" else 1 - up) * intermediate
+    return torch.where(unit < intermediate, row, -1)
+
+
+def pack_bias(bias: Tensor, width: int, order: Order | None) -> Tensor:
+    """The biases ``[experts, rows]`` of the first product in packed order, zeros beside the rows of zeros."""
+    intermediate = bias.shape[-1] // (1 if order is None else 2)
+    rows = packed_rows(intermediate, width, order).to(bias.device)
+    return torch.where(rows >= 0, bias[:, rows.clamp(min=0)], 0)
+
+
+def _pack_first(w13: FP4Weight, width: int, order: Order | None) -> PackedFP4:
+    halves = 1 if order is None else 2
+    intermediate = w13.n // halves
+    if w13.codes.ndim != 3 or w13.n % halves or not 0 <= width - intermediate < 128:
+        found = f"{list(w13.codes.shape[:-1])} rows"
+        raise ValueError(
+            f"{w13.name}: found {found}, expected [experts, {'2 i' if halves == 2 else 'i'}] for a second product of "
+            f"{width} columns, which are i, padded to whole groups"
+        )
+    rows = packed_rows(intermediate, width, order).to(w13.codes.device)
+    empty, rows = (rows < 0)[:, None], rows.clamp(min=0)
+    packed = empty_packed(w13, len(rows))
+    for expert in range(len(w13.codes)):
+        codes = torch.where(empty, 0, w13.codes[expert][rows])
+        scales = torch.where(empty, PAD_SCALE[w13.kind], w13.scales[expert][rows])
+        multiplier = torch.where(empty[:, 0], 0, w13.multiplier[expert][rows])
+        part = replace(w13, codes=codes, scales=scales, multiplier=multiplier)
+        pack_into(part, packed.matrix(expert))
+    return packed

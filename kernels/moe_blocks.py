@@ -1,0 +1,140 @@
+"""Mixtures of experts and grouped linears in plain torch, for every device: expert by expert, in float32."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.dequantize import dequantize, linear_by_blocks, linear_grad_input
+from marlin_w4a16.kernels.experts import Activation
+from marlin_w4a16.kernels.layout import PackedFP4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """The experts of a mixture as its kernels take them.
+
+    Attributes:
+        w13: the first product, ``[experts, rows, hidden]`` in the order of `experts.pack_experts`.
+        w2: the second, ``[experts, hidden, intermediate]``.
+        activation: what stands between them.
+        bias13, bias2: ``[experts, rows]`` in packed order and ``[experts, hidden]``, or None.
+        weight_on_input: the routing weight multiplies the input (Llama 4) instead of the output.
+    """
+
+    w13: PackedFP4
+    w2: PackedFP4
+    activation: Activation
+    bias13: Tensor | None = None
+    bias2: Tensor | None = None
+    weight_on_input: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.w13.words)
+
+
+def local_experts(topk_ids: Tensor, expert_map: Tensor | None, experts: int) -> Tensor:
+    """The expert of each pair of token and choice, flat, as int64; -1 where it is not one of these ``experts``."""
+    ids = topk_ids.reshape(-1).long()
+    if expert_map is not None:
+        known = (ids >= 0) & (ids < len(expert_map))
+        ids = torch.where(known, expert_map.long()[ids.clamp(0, len(expert_map) - 1)], -1)
+    return torch.where((ids >= 0) & (ids < experts), ids, -1)
+
+
+def moe_by_blocks(
+    x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None
+) -> Tensor:
+    """What `moe.moe` computes, for x ``[tokens, hidden]``: no more than some rows of a weight are decoded at a time."""
+    tokens, k = topk_ids.shape
+    y = torch.zeros((tokens * k, experts.w2.n), dtype=torch.float32, device=x.device)
+    for expert, pairs in _pairs(local_experts(topk_ids, expert_map, experts.count)):
+        y[pairs] = _expert(x, experts, topk_weights, expert, pairs, k)
+    return y.view(tokens, k, experts.w2.n).sum(1).to(x.dtype)
+
+
+def _expert(x: Tensor, experts: Experts, topk_weights: Tensor, expert: int, pairs: Tensor, k: int) -> Tensor:
+    weight = topk_weights.reshape(-1)[pairs, None].float()
+    rows = x[pairs // k].float()
+    if experts.weight_on_input:
+        rows = rows * weight
+    first, second = (None if bias is None else bias[expert] for bias in (experts.bias13, experts.bias2))
+    sums = linear_by_blocks(rows, experts.w13.matrix(expert), first)
+    hidden = experts.activation.of_rows(sums).to(x.dtype).float()
+    y = linear_by_blocks(hidden, experts.w2.matrix(expert), second)
+    return y if experts.weight_on_input else y * weight
+
+
+def moe_gradients(
+    grad: Tensor,
+    x: Tensor,
+    experts: Experts,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of the routing weights and of the biases (empty where there are none), in their dtypes.
+
+    Expert by expert, from its two weights decoded to float32.
+    """
+    k = topk_ids.shape[1]
+    grad_x = torch.zeros((topk_ids.numel(), x.shape[1]), dtype=torch.float32, device=x.device)
+    grad_weights = torch.zeros(topk_weights.numel(), dtype=torch.float32, device=x.device)
+    biases = [None if b is None else torch.zeros_like(b, dtype=torch.float32) for b in (experts.bias13, experts.bias2)]
+    for expert, pairs in _pairs(local_experts(topk_ids, expert_map, experts.count)):
+        rows = x[pairs // k].float().requires_grad_()
+        weight = topk_weights.reshape(-1)[pairs, None].float().requires_grad_()
+        own = [
+            None if b is None else b[expert].float().detach().requires_grad_() for b in (experts.bias13, experts.bias2)
+        ]
+        with torch.enable_grad():
+            given = rows * weight if experts.weight_on_input else rows
+            dense = dequantize(experts.w13.matrix(expert), torch.float32)
+            hidden = experts.activation.of_rows(torch.nn.functional.linear(given, dense, own[0]))
+            y = torch.nn.functional.linear(hidden, dequantize(experts.w2.matrix(expert), torch.float32), own[1])
+            y = y if experts.weight_on_input else y * weight
+            wanted = [rows, weight, *(b for b in own if b is not None)]
+            found = torch.autograd.grad(y, wanted, grad[pairs // k].float())
+        grad_x[pairs], grad_weights[pairs] = found[0], found[1][:, 0]
+        for total, part in zip((b for b in biases if b is not None), found[2:], strict=True):
+            total[expert] = part
+    like = (experts.bias13, experts.bias2)
+    ends = [x.new_empty(0) if b is None else b.to(a.dtype) for a, b in zip(like, biases, strict=True)]
+    grad_x = grad_x.view(len(x), k, x.shape[1]).sum(1)
+    return grad_x.to(x.dtype), grad_weights.view(topk_weights.shape).to(topk_weights.dtype), *ends
+
+
+def _pairs(experts: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The experts that are chosen, in their order, and the pairs that chose each."""
+    order = torch.argsort(experts, stable=True)
+    found, counts = torch.unique_consecutive(experts[order], return_counts=True)
+    for expert, pairs in zip(found.tolist(), order.split(counts.tolist()), strict=True):
+        if expert >= 0:
+            yield expert, pairs
+
+
+def grouped_linear_by_blocks(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
+    """What `grouped_linear` computes, for x ``[rows, k]``; zeros past the last offset."""
+    out = torch.zeros((x.shape[0], packed.n), dtype=x.dtype, device=x.device)
+    for expert, rows in _groups(offsets):
+        out[rows] = linear_by_blocks(x[rows], packed.matrix(expert), None)
+    return out
+
+
+def grouped_linear_grad_input(grad: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
+    """The gradient of x of a grouped linear, for ``grad`` ``[rows, n]``."""
+    out = torch.zeros((grad.shape[0], packed.k), dtype=grad.dtype, device=grad.device)
+    for expert, rows in _groups(offsets):
+        out[rows] = linear_grad_input(grad[rows], packed.matrix(expert))
+    return out
+
+
+def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    start = 0
+    for expert, stop in enumerate(offsets.tolist()):
+        if stop > start:
+            yield expert, slice(start, stop)
+        start = max(start, stop)
