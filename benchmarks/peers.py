@@ -301,8 +301,8 @@ def global_scale(weight: FP4Weight) -> Tensor:
     return factor
 
 
-def humming_config(n: int, k: int, name: str, dtype: torch.dtype) -> Any:
-    """Humming's description of a dense layer; sizes that its tiles do not divide are padded."""
+def humming_config(n: int, k: int, name: str, dtype: torch.dtype, **more: Any) -> Any:
+    """Humming's description of a layer, dense or of ``num_experts``; sizes that its tiles do not divide are padded."""
     from humming import dtypes
     from humming.schema import BaseWeightSchema, HummingInputSchema
     from humming.transform import prepare_layer_config
@@ -316,6 +316,7 @@ def humming_config(n: int, k: int, name: str, dtype: torch.dtype) -> Any:
         pad_n_to_multiple=128,
         pad_k_to_multiple=64,
         torch_dtype=dtype,
+        **more,
     )
 
 

@@ -122,8 +122,8 @@ def _checked(op: str, args: tuple[Any, ...]) -> Experts:
 
 
 def _fake(*args: Any) -> Tensor:
-    experts, x = _checked("moe", args), args[0]
-    return x.new_empty(output_shape(x.shape, experts.w2.n))
+    x: Tensor = args[0]
+    return x.new_empty(output_shape(x.shape, _checked("moe", args).w2.n))
 
 
 def _blocks(*args: Any) -> Tensor:
@@ -170,6 +170,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(gradients)
 
 
+def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Its gradient is an error."""
+
+
+def _no_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError(f"{NAMESPACE}::moe: its gradient cannot be differentiated again (create_graph=True)")
+
+
 def _autocast(device_type: str) -> None:
     def cast(x: Tensor, *rest: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
@@ -181,10 +189,13 @@ def _autocast(device_type: str) -> None:
     library.impl("moe", cast, AUTOCAST_KEYS[device_type])
 
 
-for _op, _forward, _gpu, _meta in (("moe", _blocks, _cuda, _fake), ("moe_grad", _grad, _grad, _fake_grad)):
+for _op, _forward, _gpu, _meta, _derivative, _context in (
+    ("moe", _blocks, _cuda, _fake, _backward, _setup),
+    ("moe_grad", _grad, _grad, _fake_grad, _no_backward, _setup_nothing),
+):
     library.impl(_op, _forward, "CPU")
     library.impl(_op, _gpu, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _meta, lib=library)
-torch.library.register_autograd(f"{NAMESPACE}::moe", _backward, setup_context=_setup, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{_op}", _derivative, setup_context=_context, lib=library)
 for _device in AUTOCAST_KEYS:
     _autocast(_device)

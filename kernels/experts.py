@@ -65,8 +65,34 @@ class Activation:
         """The activation of sums ``[..., rows]`` whose rows are packed as above: ``[..., rows / 2]`` if gated."""
         if not self.gated:
             return self(sums)
-        pairs = sums.unflatten(-1, (-1, 2, _PAIR))
-        return self(pairs[..., 0, :], pairs[..., 1, :]).flatten(-2)
+        gate, up = _unpaired(sums)
+        return self(gate, up).flatten(-2)
+
+    def gradient_of_rows(self, grad: Tensor, sums: Tensor) -> Tensor:
+        """The gradient of the sums of `of_rows`; in closed form, since autograd does not run inside of an op."""
+        gate, up = _unpaired(sums) if self.gated else (sums, None)
+        z = gate if self.gate_limit is None else gate.clamp(max=self.gate_limit)
+        slope = self._slope(z)
+        if self.gate_limit is not None:
+            slope = slope * (gate <= self.gate_limit)
+        if up is None:
+            return grad * slope
+        grad = grad.unflatten(-1, (-1, _PAIR))
+        limited = up if self.up_limit is None else up.clamp(-self.up_limit, self.up_limit)
+        of_gate, of_up = grad * slope * (limited + self.up_offset), grad * self._function(z)
+        if self.up_limit is not None:
+            of_up = of_up * (up.abs() <= self.up_limit)
+        return torch.stack((of_gate, of_up), -2).flatten(-3)
+
+    def _slope(self, z: Tensor) -> Tensor:
+        if self.function == "silu":
+            share = torch.sigmoid(self.alpha * z)
+            return share * (1 + self.alpha * z * (1 - share))
+        if self.function.startswith("gelu"):
+            approximate = "tanh" if self.function == "gelu_tanh" else "none"
+            slope: Tensor = torch.ops.aten.gelu_backward(torch.ones_like(z), z, approximate=approximate)
+            return slope
+        return 2 * torch.relu(z) if self.function == "relu2" else (z > 0).to(z.dtype)
 
     def __str__(self) -> str:
         """For people: ``silu(gate <= 7, 1.702) * (up in +-7 + 1)``."""
@@ -78,6 +104,12 @@ class Activation:
         up = "up" if self.up_limit is None else f"up in +-{self.up_limit:g}"
         up = f"({up} + {self.up_offset:g})" if self.up_offset else up
         return f"{self.function}({', '.join(of)})" + (f" * {up}" if self.gated else "")
+
+
+def _unpaired(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates and ups ``[..., rows / 16, 8]`` of packed rows."""
+    gate, up = sums.unflatten(-1, (-1, 2, _PAIR)).unbind(-2)
+    return gate, up
 
 
 def pack_experts(
@@ -107,12 +139,15 @@ def unpack_experts(
 ) -> tuple[FP4Weight, FP4Weight]:
     """The inverse of `pack_experts` for ``intermediate`` rows of each kind, bit for bit."""
     paired = w13.unpack(f"{name}.w13")
-    rows = packed_rows(intermediate, w2.k, order)
-    back = torch.empty(int((rows >= 0).sum()), dtype=torch.long)
-    back[rows[rows >= 0]] = (rows >= 0).nonzero()[:, 0]
-    back = back.to(paired.codes.device)
+    back = _places(intermediate, w2.k, order).to(paired.codes.device)
     parts = {field: getattr(paired, field)[:, back] for field in ("codes", "scales", "multiplier")}
     return replace(paired, **parts), w2.unpack(f"{name}.w2")
+
+
+def _places(intermediate: int, width: int, order: Order | None) -> Tensor:
+    """The packed row at which each row of the first product stands."""
+    rows = packed_rows(intermediate, width, order)
+    return torch.where(rows < 0, len(rows), rows).argsort()[: intermediate * (1 if order is None else 2)]
 
 
 def packed_rows(intermediate: int, width: int, order: Order | None) -> Tensor:
@@ -139,6 +174,12 @@ def pack_bias(bias: Tensor, width: int, order: Order | None) -> Tensor:
     intermediate = bias.shape[-1] // (1 if order is None else 2)
     rows = packed_rows(intermediate, width, order).to(bias.device)
     return torch.where(rows >= 0, bias[:, rows.clamp(min=0)], 0)
+
+
+def unpack_bias(bias: Tensor, intermediate: int, order: Order | None) -> Tensor:
+    """The inverse of `pack_bias` for ``intermediate`` rows of each kind."""
+    width = bias.shape[-1] // (1 if order is None else 2)
+    return bias[:, _places(intermediate, width, order).to(bias.device)]
 
 
 def _pack_first(w13: FP4Weight, width: int, order: Order | None) -> PackedFP4:

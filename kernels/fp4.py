@@ -110,13 +110,18 @@ class FP4Weight:
         """The same values, with ``code * scale`` exact in ``dtype`` for every element.
 
         E4M3 products fit every dtype. For E8M0 each row whose exponents leave the dtype's range moves a power of two
-        into its multiplier; the scale of a group of zeros is free and is clamped.
+        into its multiplier; the scale of a group of zeros is free and is clamped. The matrices of a stack are taken as
+        one below the other.
 
         Raises:
             ValueError: a row spans more binades than ``dtype`` holds, or its multiplier under- or overflows.
         """
         if self.kind == "e4m3" or not self.scales.numel():
             return self
+        if self.codes.ndim > 2:
+            flat = self._reshaped(self.multiplier.numel())
+            fitted = flat.fit(dtype)
+            return self if fitted is flat else fitted._reshaped(*self.multiplier.shape)
         limits = EXACT_EXPONENTS[dtype]
         scales, shift = torch.empty_like(self.scales), torch.empty_like(self.multiplier, dtype=torch.int32)
         for rows, part in self.row_blocks(16 * BLOCK_ELEMENTS):  # half a byte each
@@ -131,6 +136,10 @@ class FP4Weight:
                 f"{self.name}: multiplier leaves the range of float32 when the rows' powers of two move into it"
             )
         return replace(self, scales=scales, multiplier=multiplier)
+
+    def _reshaped(self, *lead: int) -> "FP4Weight":
+        codes, scales = (t.reshape(*lead, t.shape[-1]) for t in (self.codes, self.scales))
+        return replace(self, codes=codes, scales=scales, multiplier=self.multiplier.reshape(lead))
 
     def fit_first(self, *dtypes: torch.dtype) -> "FP4Weight":
         """`fit` for the first of some dtypes that can hold the weight.

@@ -73,6 +73,7 @@ class Stream:
             are too few, ptxas waits for every single instruction (advisory C7511).
         programs: programs, which take the tiles of the output in turn.
         sharers: programs among which the units of a last wave that is too small for all are shared out; 1: it is not.
+        registers: of a lane, all warps together, so that several programs fit on a multiprocessor; None: one does.
     """
 
     rows: int
@@ -83,6 +84,7 @@ class Stream:
     overlap: bool
     programs: int = 1
     sharers: int = 1
+    registers: int | None = None
 
     @property
     def wgmma(self) -> bool:
@@ -137,6 +139,58 @@ def plan_linear(capability: tuple[int, int], processors: int, m: int, n: int, k:
     while tiles * split * 2 <= processors * regime.programs and steps >= split * 2 * regime.steps:
         split *= 2
     return replace(launch, split_k=split)
+
+
+FEW_PAIRS = 32  # pairs of token and choice up to which each has a tile of its own
+_EXPERTS = {16: Launch(64, 16, 128, 1, 4, 4), 32: Launch(64, 32, 128, 1, 4, 4), 64: Launch(64, 64, 64, 1, 4, 4)}
+_EXPERTS_MANY = Launch(128, 128, 64, 1, 8, 3)
+
+
+def plan_experts(capability: tuple[int, int], pairs: int, experts: int) -> Launch | None:
+    """The launch of the products of a mixture; None for so few pairs that none need share a tile."""
+    if pairs <= FEW_PAIRS:
+        return None
+    each = pairs / min(pairs, experts)
+    return next((launch for block_m, launch in _EXPERTS.items() if each <= block_m), _EXPERTS_MANY)
+
+
+# Programs of a form that a multiprocessor holds.
+_Form = tuple[Stream, int]
+_BY_FEW: _Form = (Stream(64, 8, 4, 3, 4, False, registers=64), 4)
+_BY_8: _Form = (Stream(128, 8, 4, 2, 4, False, registers=80), 3)
+_BY_16: _Form = (Stream(128, 16, 4, 2, 4, False, registers=80), 3)
+_BY_32: _Form = (Stream(128, 32, 4, 2, 8, False, registers=80), 2)
+_BY_64: tuple[_Form, _Form] = (
+    (Stream(256, 64, 4, 2, 16, False), 1),
+    (Stream(128, 64, 2, 3, 4, False, registers=128), 2),
+)
+_BY_128: _Form = (Stream(128, 128, 2, 4, 8, True), 1)
+# Up to so many pairs of an expert that is chosen: the forms of the first and the second product of a mixture on Hopper.
+_BY_EXPERT: tuple[tuple[int, tuple[_Form, _Form]], ...] = (
+    (4, (_BY_8, _BY_8)),
+    (12, (_BY_16, _BY_16)),
+    (24, (_BY_32, _BY_32)),
+    (96, _BY_64),
+    (_ANY, (_BY_128, _BY_128)),
+)
+
+
+@lru_cache(maxsize=4096)
+def plan_hopper_experts(processors: int, pairs: int, experts: int, *rows: int) -> tuple[Stream, ...]:
+    """The launches of the products of a mixture, of so many ``rows`` each; their tiles have one size. As pure."""
+    chosen = min(pairs, experts)
+    forms = next(forms for each, forms in _BY_EXPERT if pairs <= each * chosen)
+    found = []
+    for n, (form, per) in zip(rows, forms, strict=False):
+        if form.block_m == 8 and -(-n // form.rows) * chosen < per * processors:
+            form, per = _BY_FEW
+        found.append(replace(form, programs=per * processors))
+    return tuple(found)
+
+
+def hopper_expert_forms() -> dict[Stream, int]:
+    """Every form of the products of a mixture, and how many programs of it a multiprocessor holds."""
+    return dict((_BY_FEW, *(form for _, forms in _BY_EXPERT for form in forms)))
 
 
 # Shared memory of a multiprocessor that two programs of the kernel for few tokens can have each.

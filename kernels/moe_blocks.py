@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.dequantize import dequantize, linear_by_blocks, linear_grad_input
+from marlin_w4a16.kernels.dequantize import linear_by_blocks, linear_grad_input
 from marlin_w4a16.kernels.experts import Activation
 from marlin_w4a16.kernels.layout import PackedFP4
 
@@ -41,7 +41,8 @@ def local_experts(topk_ids: Tensor, expert_map: Tensor | None, experts: int) -> 
     ids = topk_ids.reshape(-1).long()
     if expert_map is not None:
         known = (ids >= 0) & (ids < len(expert_map))
-        ids = torch.where(known, expert_map.long()[ids.clamp(0, len(expert_map) - 1)], -1)
+        places = torch.nn.functional.pad(expert_map.long(), (0, 1), value=-1)  # one that is always there
+        ids = places[torch.where(known, ids, len(expert_map))]
     return torch.where((ids >= 0) & (ids < experts), ids, -1)
 
 
@@ -57,15 +58,17 @@ def moe_by_blocks(
 
 
 def _expert(x: Tensor, experts: Experts, topk_weights: Tensor, expert: int, pairs: Tensor, k: int) -> Tensor:
-    weight = topk_weights.reshape(-1)[pairs, None].float()
-    rows = x[pairs // k].float()
-    if experts.weight_on_input:
-        rows = rows * weight
+    rows, weight = x[pairs // k].float(), topk_weights.reshape(-1)[pairs, None].float()
+    _, y = _products(rows * weight if experts.weight_on_input else rows, experts, expert, x.dtype)
+    return y if experts.weight_on_input else y * weight
+
+
+def _products(rows: Tensor, experts: Experts, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The sums of the first product and the second product of an expert; what stands between them has a dtype."""
     first, second = (None if bias is None else bias[expert] for bias in (experts.bias13, experts.bias2))
     sums = linear_by_blocks(rows, experts.w13.matrix(expert), first)
-    hidden = experts.activation.of_rows(sums).to(x.dtype).float()
-    y = linear_by_blocks(hidden, experts.w2.matrix(expert), second)
-    return y if experts.weight_on_input else y * weight
+    hidden = experts.activation.of_rows(sums).to(dtype).float()
+    return sums, linear_by_blocks(hidden, experts.w2.matrix(expert), second)
 
 
 def moe_gradients(
@@ -76,35 +79,28 @@ def moe_gradients(
     topk_ids: Tensor,
     expert_map: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of the routing weights and of the biases (empty where there are none), in their dtypes.
-
-    Expert by expert, from its two weights decoded to float32.
-    """
-    k = topk_ids.shape[1]
-    grad_x = torch.zeros((topk_ids.numel(), x.shape[1]), dtype=torch.float32, device=x.device)
-    grad_weights = torch.zeros(topk_weights.numel(), dtype=torch.float32, device=x.device)
-    biases = [None if b is None else torch.zeros_like(b, dtype=torch.float32) for b in (experts.bias13, experts.bias2)]
+    """Gradients of x, of the routing weights and of the biases (empty where there are none), in their dtypes."""
+    k, w13, w2 = topk_ids.shape[1], experts.w13, experts.w2
+    of_x = torch.zeros((topk_ids.numel(), x.shape[1]), dtype=torch.float32, device=x.device)
+    of_weights = torch.zeros(topk_weights.numel(), dtype=torch.float32, device=x.device)
+    of_bias13, of_bias2 = (torch.zeros(w.multiplier.shape, device=x.device) for w in (w13, w2))
     for expert, pairs in _pairs(local_experts(topk_ids, expert_map, experts.count)):
-        rows = x[pairs // k].float().requires_grad_()
-        weight = topk_weights.reshape(-1)[pairs, None].float().requires_grad_()
-        own = [
-            None if b is None else b[expert].float().detach().requires_grad_() for b in (experts.bias13, experts.bias2)
-        ]
-        with torch.enable_grad():
-            given = rows * weight if experts.weight_on_input else rows
-            dense = dequantize(experts.w13.matrix(expert), torch.float32)
-            hidden = experts.activation.of_rows(torch.nn.functional.linear(given, dense, own[0]))
-            y = torch.nn.functional.linear(hidden, dequantize(experts.w2.matrix(expert), torch.float32), own[1])
-            y = y if experts.weight_on_input else y * weight
-            wanted = [rows, weight, *(b for b in own if b is not None)]
-            found = torch.autograd.grad(y, wanted, grad[pairs // k].float())
-        grad_x[pairs], grad_weights[pairs] = found[0], found[1][:, 0]
-        for total, part in zip((b for b in biases if b is not None), found[2:], strict=True):
-            total[expert] = part
-    like = (experts.bias13, experts.bias2)
-    ends = [x.new_empty(0) if b is None else b.to(a.dtype) for a, b in zip(like, biases, strict=True)]
-    grad_x = grad_x.view(len(x), k, x.shape[1]).sum(1)
-    return grad_x.to(x.dtype), grad_weights.view(topk_weights.shape).to(topk_weights.dtype), *ends
+        rows, weight = x[pairs // k].float(), topk_weights.reshape(-1)[pairs, None].float()
+        sums, y = _products(rows * weight if experts.weight_on_input else rows, experts, expert, x.dtype)
+        of_y = grad[pairs // k].float() if experts.weight_on_input else grad[pairs // k].float() * weight
+        of_sums = experts.activation.gradient_of_rows(linear_grad_input(of_y, w2.matrix(expert)), sums)
+        of_rows = linear_grad_input(of_sums, w13.matrix(expert))
+        if experts.weight_on_input:
+            of_x[pairs], of_weights[pairs] = of_rows * weight, (of_rows * rows).sum(1)
+        else:
+            of_x[pairs], of_weights[pairs] = of_rows, (grad[pairs // k].float() * y).sum(1)
+        of_bias13[expert], of_bias2[expert] = of_sums.sum(0), of_y.sum(0)
+    return (
+        of_x.view(len(x), k, x.shape[1]).sum(1).to(x.dtype),
+        of_weights.view(topk_weights.shape).to(topk_weights.dtype),
+        x.new_empty(0) if experts.bias13 is None else of_bias13.to(experts.bias13.dtype),
+        x.new_empty(0) if experts.bias2 is None else of_bias2.to(experts.bias2.dtype),
+    )
 
 
 def _pairs(experts: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -120,7 +116,7 @@ def grouped_linear_by_blocks(x: Tensor, packed: PackedFP4, offsets: Tensor) -> T
     """What `grouped_linear` computes, for x ``[rows, k]``; zeros past the last offset."""
     out = torch.zeros((x.shape[0], packed.n), dtype=x.dtype, device=x.device)
     for expert, rows in _groups(offsets):
-        out[rows] = linear_by_blocks(x[rows], packed.matrix(expert), None)
+        out[rows] = linear_by_blocks(x[rows].contiguous(), packed.matrix(expert), None)
     return out
 
 
@@ -128,7 +124,7 @@ def grouped_linear_grad_input(grad: Tensor, packed: PackedFP4, offsets: Tensor) 
     """The gradient of x of a grouped linear, for ``grad`` ``[rows, n]``."""
     out = torch.zeros((grad.shape[0], packed.k), dtype=grad.dtype, device=grad.device)
     for expert, rows in _groups(offsets):
-        out[rows] = linear_grad_input(grad[rows], packed.matrix(expert))
+        out[rows] = linear_grad_input(grad[rows].contiguous(), packed.matrix(expert))
     return out
 
 

@@ -39,7 +39,7 @@ _SUMS = 1024  # elements a program of the second kernel sums
 
 
 @gluon.jit
-def _copy_weight(
+def copy_weight(
     words_desc, scales_desc, word_ring, scale_ring, bar, slot, row, at, BYTES: gl.constexpr, WORDS: gl.constexpr
 ):  # fmt: skip
     """Starts the copies of codes and scales of a unit; ``BYTES`` are those of all that fills its slot."""
@@ -64,7 +64,7 @@ def _produce(
     early = gl.minimum(STAGES, steps)
     for step in range(early):
         block_n, _, at = unit(step, pid, own, first, tiles_n, tiles_m, units, whole, programs)
-        _copy_weight(
+        copy_weight(
             words_desc, scales_desc, word_ring, scale_ring, full.index(step), step, block_n * R, at * TILES, BYTES,
             WORDS,
         )  # fmt: skip
@@ -77,7 +77,7 @@ def _produce(
         bar = full.index(slot)
         if step >= early:
             mbarrier.wait(empty.index(slot), phase)
-            _copy_weight(
+            copy_weight(
                 words_desc, scales_desc, word_ring, scale_ring, bar, slot, block_n * R, at * TILES, BYTES, WORDS
             )
         for j in gl.static_range(TILES):
@@ -111,6 +111,73 @@ def _unpack(q, s, GROUP: gl.constexpr, kind: gl.constexpr, dtype: gl.constexpr, 
 
 
 @gluon.jit
+def decode_tile(
+    word_ring, scale_ring, slot, j, GROUP: gl.constexpr, kind: gl.constexpr, dtype: gl.constexpr,
+    WORD_LAYOUT: gl.constexpr, SCALE_LAYOUT: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The operand of column tile j of a slot."""
+    q, s = _load(word_ring, scale_ring, slot, j, 32 // GROUP, WORD_LAYOUT, SCALE_LAYOUT)
+    return _unpack(q, s, GROUP, kind, dtype, layout)
+
+
+@gluon.jit
+def multiply_unit(
+    acc, a, slot, phase, follows, goes_on, x_ring, word_ring, scale_ring, full, empty, kind: gl.constexpr,
+    dtype: gl.constexpr, GROUP: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, WGMMA: gl.constexpr,
+    OVERLAP: gl.constexpr, WORD_LAYOUT: gl.constexpr, SCALE_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Adds the products of a slot to ``acc``; and the operand of the next unit, its slot and its phase.
+
+    Where products overlap, ``a`` is the operand of the first column tile of this unit, and with TILES == 2 the last
+    product is still under way. ``follows`` and ``goes_on`` say whether there were and will be other units.
+    """
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    b_layout: gl.constexpr = gl.DotOperandLayout(1, acc.type.layout, 2)
+    before = gl.where(slot == 0, STAGES - 1, slot - 1)
+    after = slot + 1
+    after_phase = phase
+    if after == STAGES:
+        after = 0
+        after_phase ^= 1
+    if not OVERLAP:
+        mbarrier.wait(full.index(slot), phase)
+    for j in gl.static_range(TILES):
+        b = x_ring.index(slot * TILES + j).permute((1, 0))
+        if OVERLAP:
+            # One product is under way while the next operand is decoded. That is loaded after the wait, so that
+            # nothing writes registers which the product before still reads (see below).
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            if j == 0:
+                mbarrier.arrive(empty.index(before), count=1, pred=follows)
+            if j < TILES - 1:
+                a = decode_tile(
+                    word_ring, scale_ring, slot, j + 1, GROUP, kind, dtype, WORD_LAYOUT, SCALE_LAYOUT, a_layout
+                )
+            else:
+                mbarrier.wait(full.index(after), after_phase, pred=goes_on)
+                a = decode_tile(
+                    word_ring, scale_ring, after, 0, GROUP, kind, dtype, WORD_LAYOUT, SCALE_LAYOUT, a_layout
+                )
+        else:
+            operand = decode_tile(
+                word_ring, scale_ring, slot, j, GROUP, kind, dtype, WORD_LAYOUT, SCALE_LAYOUT, a_layout
+            )
+            if WGMMA:
+                acc = warpgroup_mma(operand, b, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+            else:
+                acc = mma_v2(operand, b.load(b_layout), acc)
+    if not OVERLAP:
+        mbarrier.arrive(empty.index(slot), count=1)
+    elif TILES > 2:
+        # ptxas does not know, from one turn of a loop to the next, what a product still reads. Two operands take
+        # turns in two sets of registers; of more, the first may be given those of the last.
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    return acc, a, after, after_phase
+
+
+@gluon.jit
 def _consume(
     x_ring, word_ring, scale_ring, full, empty, multiplier, bias, out, parts, m, n, tiles_n, tiles_m, units, whole,
     rest, sharers, programs, kind: gl.constexpr, dtype: gl.constexpr, GROUP: gl.constexpr, GAIN: gl.constexpr,
@@ -119,14 +186,12 @@ def _consume(
     SCALE_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Multiplies unit after unit, and writes a tile of the output when its columns or the share end."""
-    WORDS: gl.constexpr = 32 // GROUP
     acc_layout: gl.constexpr = (
         gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
         if WGMMA
         else gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
     )
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 2)
     out_layout: gl.constexpr = acc_layout if OUT_LAYOUT is None else OUT_LAYOUT
     if OUT_LAYOUT is not None:
         n = n // 8 * 8  # which it is; the compiler then knows
@@ -139,50 +204,15 @@ def _consume(
     begun = at
     slot = 0
     phase = 0
+    a = acc
     if OVERLAP:
         mbarrier.wait(full.index(0), 0)
-        q, s = _load(word_ring, scale_ring, 0, 0, WORDS, WORD_LAYOUT, SCALE_LAYOUT)
-        a = _unpack(q, s, GROUP, kind, dtype, a_layout)
+        a = decode_tile(word_ring, scale_ring, 0, 0, GROUP, kind, dtype, WORD_LAYOUT, SCALE_LAYOUT, a_layout)
     for step in range(steps):
-        before = gl.where(slot == 0, STAGES - 1, slot - 1)
-        after = slot + 1
-        after_phase = phase
-        if after == STAGES:
-            after = 0
-            after_phase ^= 1
-        if not OVERLAP:
-            mbarrier.wait(full.index(slot), phase)
-        for j in gl.static_range(TILES):
-            b = x_ring.index(slot * TILES + j).permute((1, 0))
-            if OVERLAP:
-                # One product is under way while the next operand is decoded. That is loaded after the wait, so that
-                # nothing writes registers which the product before still reads (see below).
-                acc = warpgroup_mma(a, b, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                if j == 0:
-                    mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
-                if j < TILES - 1:
-                    q, s = _load(word_ring, scale_ring, slot, j + 1, WORDS, WORD_LAYOUT, SCALE_LAYOUT)
-                else:
-                    mbarrier.wait(full.index(after), after_phase, pred=step + 1 < steps)
-                    q, s = _load(word_ring, scale_ring, after, 0, WORDS, WORD_LAYOUT, SCALE_LAYOUT)
-                a = _unpack(q, s, GROUP, kind, dtype, a_layout)
-            else:
-                q, s = _load(word_ring, scale_ring, slot, j, WORDS, WORD_LAYOUT, SCALE_LAYOUT)
-                a = _unpack(q, s, GROUP, kind, dtype, a_layout)
-                if WGMMA:
-                    acc = warpgroup_mma(a, b, acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                else:
-                    acc = mma_v2(a, b.load(b_layout), acc)
-        if not OVERLAP:
-            mbarrier.arrive(empty.index(slot), count=1)
-        elif TILES > 2:
-            # ptxas does not know, from one turn of a loop to the next, what a product still reads. Two operands take
-            # turns in two sets of registers; of more, the first may be given those of the last.
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-        slot = after
-        phase = after_phase
+        acc, a, slot, phase = multiply_unit(
+            acc, a, slot, phase, step > 0, step + 1 < steps, x_ring, word_ring, scale_ring, full, empty, kind, dtype,
+            GROUP, TILES, STAGES, WGMMA, OVERLAP, WORD_LAYOUT, SCALE_LAYOUT,
+        )  # fmt: skip
         at += 1
         if (at == units) | (step == steps - 1):
             if OVERLAP and TILES == 2:

@@ -1,5 +1,9 @@
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +56,18 @@ def every_product() -> Callable[..., FP4Weight]:
 @pytest.fixture(scope="session")
 def random_weight() -> Callable[..., FP4Weight]:
     return draw_weight
+
+
+@pytest.fixture
+def interpret(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Runs functions of interpreted.py in Triton's interpreter: pairs of a name and arguments."""
+
+    def run(*calls: tuple[str, tuple[Any, ...]]) -> list[Any]:
+        torch.save(calls, tmp_path / "calls")
+        command = [sys.executable, Path(__file__).with_name("interpreted.py"), tmp_path / "calls", tmp_path / "results"]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return torch.load(tmp_path / "results", weights_only=False)
+
+    return run

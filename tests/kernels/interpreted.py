@@ -12,8 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from marlin_w4a16.kernels import linear as kernels
+from marlin_w4a16.kernels import moe, route
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.moe_blocks import Experts
+from marlin_w4a16.kernels.route import Tiles
 from marlin_w4a16.kernels.unpack import scale_pairs, unpack_words
 
 
@@ -53,6 +56,39 @@ def epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, rows: slice)
     out = torch.empty((parts.shape[1], packed.n), dtype=torch.float16)
     kernels._epilogue(parts, packed, bias, out[:, rows], rows)
     return out
+
+
+def mixture(
+    x: Tensor,
+    experts: Experts,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    launch: Launch | None,
+) -> Tensor:
+    out = torch.empty((x.shape[0], experts.w2.n), dtype=x.dtype)
+    moe.fused(x, experts, topk_weights, topk_ids, expert_map, out, launch, ptx=False, wgmma=False)
+    return out
+
+
+def grouped(x: Tensor, packed: PackedFP4, offsets: Tensor, launch: Launch) -> Tensor:
+    out = torch.empty((x.shape[0], packed.n), dtype=x.dtype)
+    moe.grouped(x, packed, offsets, out, launch, ptx=False, wgmma=False)
+    return out
+
+
+def tiles_of_experts(topk_ids: Tensor, expert_map: Tensor | None, experts: int, block_m: int) -> Tiles:
+    return route.tiles_of_experts(topk_ids, expert_map, experts, block_m)
+
+
+def sorted_tokens(
+    x: Tensor, topk_ids: Tensor, expert_map: Tensor | None, experts: int, block_m: int
+) -> tuple[Tiles, Tensor]:
+    return route.sorted_tokens(x, topk_ids, expert_map, experts, block_m, pdl=False)
+
+
+def tiles_of_offsets(offsets: Tensor, rows: int, block_m: int) -> Tiles:
+    return route.tiles_of_offsets(offsets, rows, block_m)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Instructions of a lane for each weight that it decodes, in the loop of a launch for a few tokens.
+INSTRUCTIONS = {
+    ("bf16", "e4m3", 16): 4.4,
+    ("bf16", "e4m3", 32): 4.15,
+    ("bf16", "e8m0", 16): 4.8,
+    ("bf16", "e8m0", 32): 4.6,
+    ("fp16", "e4m3", 16): 4.65,
+    ("fp16", "e4m3", 32): 4.45,
+    ("fp16", "e8m0", 16): 6.4,
+    ("fp16", "e8m0", 32): 5.6,
+}
 
 
 @dataclass
@@ -58,7 +69,7 @@ def compiled(
     """A kernel as the runtime compiles it for aligned pointers and integers that 16 divides where it says so."""
     names = kernel.arg_names
     signature = {n: types.get(n) or ("constexpr" if n in constants else "i32") for n in names}
-    aligned = (*(n for n in names if signature[n].startswith("*")), *divisible)
+    aligned = (*(n for n in names if signature[n].startswith("*")), *(n for n in divisible if n in names))
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource
     if kernel.is_gluon():
@@ -111,3 +122,16 @@ def overwritten_operands(loop: list[str], *, across: bool) -> list[str]:
 def assert_no_spills(code: Compiled) -> None:
     assert code.stack == 0
     assert not code.has("LDL", "STL")
+
+
+def assert_wgmma_is_awaited(code: Compiled) -> None:
+    """No wgmma is in flight where its register operand is decoded anew, or where the loop goes round."""
+    in_flight = False
+    for instruction in code.instructions:
+        if instruction.startswith("HGMMA"):
+            in_flight = True
+        elif re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", instruction):
+            in_flight = False
+        assert not (in_flight and instruction.startswith(("HMUL2", "HFMA2", "BRA", "EXIT"))), instruction
+    steps = re.findall(r"ttng\.warp_group_dot(?:_wait .*pendings = (\d+)| )", code.ttgir)
+    assert steps and steps == ["", "0"] * (len(steps) // 2)

@@ -1,13 +1,12 @@
 """The kernels compiled ahead of time for every supported chip: what each launch takes, read from its machine code."""
 
-import re
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernels.machine import Compiled, assert_no_spills, compiled
+from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
 from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, launches
 from marlin_w4a16.kernels.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN
@@ -24,17 +23,6 @@ HOPPER_REGISTERS = {
     (128, 64, 4): 168,
     (128, 128, 4): 255,
     (128, 128, 8): 128,
-}
-# Instructions of a lane for each weight that it decodes, in the loop of a launch for a few tokens.
-INSTRUCTIONS = {
-    ("bf16", "e4m3", 16): 4.4,
-    ("bf16", "e4m3", 32): 4.15,
-    ("bf16", "e8m0", 16): 4.8,
-    ("bf16", "e8m0", 32): 4.6,
-    ("fp16", "e4m3", 16): 4.65,
-    ("fp16", "e4m3", 32): 4.45,
-    ("fp16", "e8m0", 16): 6.4,
-    ("fp16", "e8m0", 32): 5.6,
 }
 
 
@@ -72,19 +60,6 @@ def compiled_linear(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
-
-
-def assert_wgmma_is_awaited(code: Compiled) -> None:
-    """No wgmma is in flight where its register operand is decoded anew, or where the loop goes round."""
-    in_flight = False
-    for instruction in code.instructions:
-        if instruction.startswith("HGMMA"):
-            in_flight = True
-        elif re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", instruction):
-            in_flight = False
-        assert not (in_flight and instruction.startswith(("HMUL2", "HFMA2", "BRA", "EXIT"))), instruction
-    steps = re.findall(r"ttng\.warp_group_dot(?:_wait .*pendings = (\d+)| )", code.ttgir)
-    assert steps and steps == ["", "0"] * (len(steps) // 2)
 
 
 def named(capability: tuple[int, int], launch: Launch, *form: Any) -> Any:

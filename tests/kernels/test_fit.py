@@ -128,3 +128,30 @@ def test_a_row_of_too_many_binades_is_refused_by_name(dtype, span):
 def test_a_multiplier_that_cannot_take_the_power_of_two_is_refused(byte, multiplier):
     with pytest.raises(ValueError, match=r"^layers\.3\.up: multiplier"):
         make([[byte]], multiplier).fit(torch.float16)
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 3), (7, 1)])
+def test_the_matrices_of_a_stack_are_fitted_row_by_row(lead):
+    parts = [make([[ONE - 30, ONE - 20], [ONE, ONE + 13], [ONE + 20 + i, ONE + 30]]) for i in range(21 // len(lead))]
+    parts = parts[: int(torch.tensor(lead).prod())]
+
+    def stack(weights: list[FP4Weight]) -> FP4Weight:
+        tensors = [torch.stack([getattr(w, f) for w in weights]) for f in ("codes", "scales", "multiplier")]
+        return FP4Weight(*(t.unflatten(0, lead) for t in tensors), "e8m0", 16, "experts")
+
+    weight = stack(parts)
+    fitted = weight.fit(torch.float16)
+    expected = stack([part.fit(torch.float16) for part in parts])
+    assert is_exact_in(fitted, torch.float16) and same_bits(fitted, weight)
+    for field in ("codes", "scales", "multiplier"):
+        assert torch.equal(getattr(fitted, field), getattr(expected, field)), field
+    assert fitted.fit(torch.float16) is fitted
+
+
+def test_a_row_of_a_stack_that_does_not_fit_is_counted_on():
+    good, bad = make([[ONE], [ONE]]), make([[ONE], [ONE]])
+    codes, scales = torch.stack((good.codes, bad.codes)).repeat(1, 1, 2), torch.stack((good.scales, bad.scales))
+    scales = torch.cat((scales, scales + 60 * torch.tensor([[[0], [0]], [[0], [1]]], dtype=torch.uint8)), -1)
+    weight = FP4Weight(codes, scales, torch.ones(2, 2), "e8m0", 16, "experts")
+    with pytest.raises(ValueError, match="experts: scales: row 3 holds powers of two from 0 to 60"):
+        weight.fit(torch.float16)

@@ -2,15 +2,12 @@
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import triton
-from torch import Tensor
 
-from kernels.machine import Compiled, assert_no_spills, compiled, overwritten_operands
+from kernels.machine import Compiled, assert_no_spills, overwritten_operands
 from kernels.plans import evenly, hopper_launches, named
 from marlin_w4a16.kernels.launch import SHARED_MEMORY, Rows, Stream
 from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
@@ -19,13 +16,9 @@ from marlin_w4a16.kernels.linear import GLUON
 if not GLUON:
     pytest.skip(f"the Gluon kernels are not used with Triton {triton.__version__}", allow_module_level=True)
 
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
+from kernels.recorder import CAPABILITY, DTYPES, Recorder
 from marlin_w4a16.kernels import rows, stream
 
-CAPABILITY = (9, 0)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {torch.float32: "fp32", torch.int32: "i32", **{dtype: name for name, dtype in DTYPES.items()}}
 FORMS = list(product(["bf16", "fp16"], [("e4m3", 16), ("e8m0", 32)]))
 LAUNCHES = hopper_launches()
 # Bytes that ptxas spills where it would rather have 64 registers than a few more, or has to keep to 128.
@@ -42,37 +35,6 @@ INSTRUCTIONS = {
     ("fp16", "e4m3", 16): 2.95,
     ("fp16", "e8m0", 32): 3.93,
 }
-
-
-class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.launch
-
-    def launch(self, *arguments: Any, **options: Any) -> None:
-        self.arguments, self.options = arguments, options
-
-    def compiled(self, directory: Path) -> Compiled:
-        """The kernel as the runtime compiles it for these arguments."""
-        types, constants, divisible = {}, {}, []
-        for parameter, value in zip(self.kernel.params, self.arguments, strict=False):
-            specialised = not parameter.do_not_specialize
-            if isinstance(value, Tensor):
-                types[parameter.name] = f"*{NAMES[value.dtype]}"
-            elif isinstance(value, TensorDescriptor):
-                name = NAMES[value.base.dtype]
-                types[parameter.name] = f"tensordesc<{name}{value.block_shape},{value.layout!r}>"
-            elif value == 1 and specialised:
-                constants[parameter.name] = 1
-            elif value % 16 == 0 and specialised:
-                divisible.append(parameter.name)
-        options = dict(self.options)
-        runtime = {name: options.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl") if name in options}
-        return compiled(directory, CAPABILITY, self.kernel, types, constants | options, tuple(divisible), **runtime)
 
 
 def launched(launch: Rows | Stream, k: int, dtype: str, kind: str, group: int, n: int) -> list[Recorder]:

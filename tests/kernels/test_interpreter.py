@@ -1,11 +1,6 @@
 """The Triton kernels without a GPU, in float16: Triton's interpreter computes bfloat16 wrongly (triton issue 11584)."""
 
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,19 +14,6 @@ from marlin_w4a16.kernels.unpack import UNPACK_GAIN
 
 GATE = 2.3e-4
 FORMATS = list(product(["e4m3", "e8m0"], [16, 32]))
-
-
-@pytest.fixture
-def interpret(tmp_path: Path):
-    def run(*calls: tuple[str, tuple[Any, ...]]) -> list[Tensor]:
-        torch.save(calls, tmp_path / "calls")
-        command = [sys.executable, Path(__file__).with_name("interpreted.py"), tmp_path / "calls", tmp_path / "results"]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(tmp_path / "results")
-
-    return run
 
 
 def contiguous(m: int, k: int) -> Tensor:

@@ -1,0 +1,62 @@
+"""Mixtures of experts through the whole backend on a GPU: found, proved, and run by the kernels."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from marlin_w4a16 import explain, quantize_mxfp4, quantize_nvfp4
+from mixtures.written import Mixture, Parts, batched, halves, inputs, interleaved, native
+
+pytestmark = pytest.mark.gpu
+
+WHOLE = {
+    "batched": Parts(batched, interleaved, bias=True),
+    "grouped": Parts(native, halves),
+    "relu2": Parts(native, lambda z: torch.relu(z).square(), gated=False),
+    "on input": Parts(native, on_input=True),
+}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("parts", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("quantize", [quantize_nvfp4, quantize_mxfp4])
+@pytest.mark.parametrize("tokens", [1, 7, 65])
+def test_a_mixture_is_one_op_that_computes_the_same(parts, quantize, tokens):
+    module = Mixture(parts, quantize, torch.bfloat16).cuda()
+    args = tuple(given.cuda() for given in inputs(tokens, torch.bfloat16))
+    rows = explain(module, *args).rows
+    assert [row.outcome.op for row in rows] == ["marlin_w4a16::moe"] * 2, rows
+    torch._dynamo.reset()
+    found = torch.compile(module, backend="marlin_w4a16", fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        y = found(*args).clone()
+    assert relative(y, module(*args)) < 2e-2
+
+
+@pytest.mark.parametrize("form", [batched, native])
+def test_the_pieces_compute_the_same(form):
+    module = Mixture(Parts(form, interleaved, bias=True), dtype=torch.bfloat16).cuda()
+    args = tuple(given.cuda() for given in inputs(33, torch.bfloat16))
+    run = torch.compile(module, backend="marlin_w4a16", fullgraph=True, options={"moe": False, "verify": True})
+    assert relative(run(*args), module(*args)) < 2e-2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss", "Llama4"])
+def test_a_model(name):
+    from mixtures.models import FAMILIES
+
+    family = next(family for family in FAMILIES if family.name == name)
+    for how in family.implementations:
+        model = family.build(how, torch.bfloat16).cuda()
+        ids = torch.randint(3, 128, (2, 9), device="cuda")
+        run = torch.compile(model, backend="marlin_w4a16", fullgraph=True, options={"strict": True})
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+            assert relative(run(ids, use_cache=False).logits, expected) < 3e-2
+        torch._dynamo.reset()
