@@ -66,7 +66,7 @@ def _blocks(x: Tensor, *args: Any) -> Tensor:
 def _cuda(x: Tensor, *args: Any) -> Tensor:
     if not uses_triton(x.device) or x.dtype == torch.float32:
         return _blocks(x, *args)
-    from marlin_w4a16.kernels.moe import grouped_linear as fused  # Triton is on Linux only
+    from marlin_w4a16.kernels.grouped_linear import grouped_linear as fused  # Triton is on Linux only
 
     return fused(x, *_checked("grouped_linear", x, "k", args))
 

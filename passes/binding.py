@@ -7,19 +7,21 @@ and version of every leaf of the weight; when one of them changed, the weight is
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from marlin_w4a16.kernels.experts import Order
 from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
 from marlin_w4a16.passes.decode import Decode
 from marlin_w4a16.passes.moment import Moment, State, state_of, watched
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.recognise import Found, Rules, recognise, verify
+from marlin_w4a16.passes.stacks import arranged
 from marlin_w4a16.passes.torch_private import is_wrapper
 
 
@@ -28,9 +30,9 @@ class NeedsCallBeforeCapture(RuntimeError):
 
 
 class _Copy:
-    """A packed weight, matrix by matrix, and the tensors it was read from at that moment."""
+    """A packed weight and the tensors it was read from at that moment."""
 
-    def __init__(self, packed: list[PackedFP4], sources: Moment) -> None:
+    def __init__(self, packed: PackedFP4, sources: Moment) -> None:
         self.packed = packed
         self.sources = sources
 
@@ -58,19 +60,23 @@ class Binding:
         rules: what is accepted.
         dtype: what the product is computed in.
         name: what messages call the weight.
+        order: of the gates and ups among the rows of experts that are packed in pairs.
     """
 
-    def __init__(self, decode: Decode, found: Found, rules: Rules, dtype: torch.dtype, name: str) -> None:
+    def __init__(
+        self, decode: Decode, found: Found, rules: Rules, dtype: torch.dtype, name: str, order: Order | None = None
+    ) -> None:
         self._decode = decode
         self._recipe, self._form = found.recipe, found.form
         self._rules = rules
         self._dtype = dtype
+        self._order = order
         self.name = name
         self._proofs: dict[tuple[int, ...], _Proof] = {}  # die with any leaf, a table say
         self._held: dict[tuple[int, ...], tuple[Any, ...]] = {}  # copies; they die with what the weight is read from
 
-    def packed(self, leaves: Sequence[Tensor]) -> list[PackedFP4] | Rejected:
-        """The packed copies of the matrices of the weight that these leaves hold now.
+    def packed(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
+        """The packed copy of the weight that these leaves hold now: a stack if it has several matrices.
 
         Raises:
             NeedsCallBeforeCapture: it would have to be packed while a CUDA graph is captured.
@@ -88,7 +94,7 @@ class Binding:
                 )
             return self._bind(leaves, tensors, state, self._weight(leaves))
 
-    def adopt(self, leaves: Sequence[Tensor], weight: FP4Weight) -> list[PackedFP4] | Rejected:
+    def adopt(self, leaves: Sequence[Tensor], weight: FP4Weight) -> PackedFP4 | Rejected:
         """Packs the weight that these leaves have just been found to hold."""
         with _LOCK, torch.inference_mode(False), torch.no_grad():
             tensors = watched(leaves)
@@ -96,7 +102,7 @@ class Binding:
 
     def _bind(
         self, leaves: Sequence[Tensor], tensors: list[Tensor], state: State, weight: FP4Weight | Rejected
-    ) -> list[PackedFP4] | Rejected:
+    ) -> PackedFP4 | Rejected:
         copy = weight if isinstance(weight, Rejected) else self._copy(leaves, weight)
         if isinstance(copy, Rejected):
             return copy
@@ -109,18 +115,19 @@ class Binding:
         sources = watched(roots)
         state = state_of(sources)
         ids = tuple(map(id, roots))
-        batch = self._decode.matrices.batch
-        key = (*ids, weight.codes.device, self._recipe.reading(self._decode), batch, self._dtype is torch.float16)
+        batch, order = self._decode.matrices.batch, self._order
+        reading = self._recipe.reading(self._decode)
+        key = (*ids, weight.codes.device, reading, batch, order, self._dtype is torch.float16)
         copy = _COPIES.get(key)
         if copy is None or not copy.sources.holds(sources, state):
             fitted = fit(weight, self._dtype)
             if isinstance(fitted, Rejected):
                 return fitted
+            stack = arranged(fitted, batch, order)
             if copy is None:
-                copy = _COPIES[key] = _Copy([pack(part) for part in matrices(fitted, batch)], Moment(sources, state))
+                copy = _COPIES[key] = _Copy(pack(stack), Moment(sources, state))
             else:
-                for part, packed in zip(matrices(fitted, batch), copy.packed, strict=True):
-                    pack_into(part, packed)
+                pack_into(stack, copy.packed)
                 copy.sources = Moment(sources, state)
         self._held[ids] = (
             copy,
@@ -157,17 +164,6 @@ class Binding:
 def raised(error: Exception) -> Rejected:
     """What a model's own operations raise: the graph then runs as it was traced."""
     return Rejected(f"its traced operations raise {type(error).__name__}: {error}")
-
-
-def matrices(weight: FP4Weight, batch: int) -> Iterator[FP4Weight]:
-    """The matrices that stand below each other in a weight."""
-    if batch == 1:
-        yield weight
-        return
-    n = weight.n // batch
-    for start in range(0, weight.n, n):
-        rows = slice(start, start + n)
-        yield replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], multiplier=weight.multiplier[rows])
 
 
 def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:

@@ -70,8 +70,7 @@ class LiveCall:
             if isinstance(found, Rejected):
                 name = bound.binding.name
                 return Rejected(f"{name}: {found.reason.removeprefix(f'{name}: ')}")
-            for packed in found:
-                tensors += [packed.words, packed.scales, packed.multiplier]
+            tensors += [found.words, found.scales, found.multiplier]
         return tensors
 
     def _forget(self, instance: int) -> Callable[[object], None]:

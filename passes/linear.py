@@ -1,20 +1,25 @@
-"""Replaces products with FP4 weights by ``marlin_w4a16::linear``."""
+"""Replaces products with FP4 weights by ``marlin_w4a16::linear`` and ``grouped_linear``."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+import marlin_w4a16.fake_impls.grouped_linear  # noqa: F401, it defines the op
 from marlin_w4a16.fake_impls.library import DTYPES, format_args
 from marlin_w4a16.fake_impls.linear import uses_triton
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.constants import example
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.products import Product, arguments_of, is_bias
+from marlin_w4a16.passes.routes import Call, as_rows, from_rows, multiply, ordered
 from marlin_w4a16.passes.torch_private import fake_result
 
 _OP = torch.ops.marlin_w4a16.linear.default
+_GROUPED_OP = torch.ops.marlin_w4a16.grouped_linear.default
 
 
 def find_packed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -46,52 +51,51 @@ def compute_dtype(products: Sequence[Product]) -> torch.dtype:
 
 
 def replace(
-    product: Product, node: fx.Node, packed: Sequence[PackedFP4], inputs: Sequence[fx.Node], x: fx.Node
+    product: Product, node: fx.Node, packed: PackedFP4, inputs: Sequence[fx.Node], x: fx.Node, routing: fx.Node | None
 ) -> list[fx.Node]:
     """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten.
 
     Args:
         product: what is replaced.
         node: its copy.
-        packed: the weight for each index of the batch.
-        inputs: the nodes of words, scales and multiplier of each of them.
+        packed: the weight, a stack if the product is routed.
+        inputs: the nodes of words, scales and multiplier.
         x: the input, of the shape and dtype of that of the product.
+        routing: the offsets or ids of a routed product.
 
     Returns:
         What was written; the last one is the result.
     """
     written: list[fx.Node] = []
     dtype = example(node).dtype
+    call = writer(node, written)
 
-    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        with node.graph.inserting_before(node):
-            new = node.graph.call_function(target, args, kwargs)
-        value = fake_result(new)
-        new.meta = {**node.meta, "example_value": value.to(dtype) if target is _OP else value}  # as autocast chooses
-        written.append(new)
-        return new
+    def by_op(op: Callable[..., Any], x: fx.Node, last: fx.Node | None) -> Any:
+        return call(op, x, *inputs, *format_args(packed), last)
 
     operands, axes = arguments_of(node, product.form), product.equation
     for axis in reversed(product.x_first):
         x = call(torch.select, x, axis, 0)
-    x = _ordered(call, x, axes.x, axes.batch + axes.free + axes.columns)
-    if len(axes.columns) > 1:
-        x = call(torch.flatten, x, -len(axes.columns))
-    if len(axes.batch) > 1:
-        x = call(torch.flatten, x, 0, len(axes.batch) - 1)
     added = operands.get(product.form.added) if product.form.added else None
     bias = added if is_bias(product, operands) else None
-    rows = []
-    for index, weight in enumerate(packed):
-        part = call(torch.select, x, 0, index) if axes.batch else x
-        rows.append(call(_OP, part, *inputs[3 * index : 3 * index + 3], *format_args(weight), bias))
-    y = call(torch.stack, rows) if axes.batch else rows[0]
-    sizes = product.matrices.sizes
-    if len(axes.batch) > 1:
-        y = call(torch.unflatten, y, 0, sizes[: len(axes.batch)])
-    if len(axes.rows) > 1:
-        y = call(torch.unflatten, y, -1, sizes[len(axes.batch) :])
-    y = _ordered(call, y, axes.batch + axes.free + axes.rows, axes.out)
+    if product.routed:
+        batch = len(axes.batch)
+        rows, lead = as_rows(call, axes, x)
+        each: Any = 1
+        for size in lead[batch:]:
+            each = size if isinstance(each, int) and each == 1 else call(operator.mul, each, size)
+        experts = product.matrices.batch
+        linear = functools.partial(by_op, _GROUPED_OP)
+        y = multiply(call, linear, product.route, rows, routing, experts, each)
+        y = from_rows(call, axes, product.matrices.sizes[1 if product.route else batch :], lead, y)
+    else:
+        x = ordered(call, x, axes.x, axes.free + axes.columns)
+        if len(axes.columns) > 1:
+            x = call(torch.flatten, x, -len(axes.columns))
+        y = by_op(_OP, x, bias)
+        if len(axes.rows) > 1:
+            y = call(torch.unflatten, y, -1, product.matrices.sizes)
+        y = ordered(call, y, axes.free + axes.rows, axes.out)
     if added is not None and bias is None:
         alpha, beta = operands.get("alpha", 1), operands.get("beta", 1)
         y = y if alpha == 1 else call(torch.mul, y, alpha)
@@ -104,7 +108,27 @@ def replace(
     return written
 
 
-def _ordered(call: Callable[..., fx.Node], tensor: fx.Node, labels: str, wanted: str) -> fx.Node:
-    if labels == wanted:
-        return tensor
-    return call(torch.permute, tensor, tuple(labels.index(label) for label in wanted))
+def writer(node: fx.Node, written: list[fx.Node]) -> Call:
+    """What adds calls to the graph of a node, before it; numbers that are known are given as such.
+
+    Args:
+        node: its meta, and under autocast its dtype, are those of the calls.
+        written: what was added.
+    """
+
+    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if target is getattr:
+            return getattr(example(args[0]), args[1])
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(target, args, kwargs)
+        value = fake_result(new, node)
+        if isinstance(value, int):
+            node.graph.erase_node(new)
+            return value
+        if target in (_OP, _GROUPED_OP):
+            value = value.to(example(node).dtype)  # as autocast chooses
+        new.meta = {**node.meta, "example_value": value}
+        written.append(new)
+        return new
+
+    return call

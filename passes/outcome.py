@@ -70,25 +70,50 @@ class Owned:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture that a weight is a part of.
+
+    Attributes:
+        count: how many experts there are.
+        chosen: how many of them each token has.
+        activation: what stands between their products.
+    """
+
+    count: int
+    chosen: int
+    activation: str
+
+    def __str__(self) -> str:
+        return f"{self.chosen} of {self.count} experts, {self.activation}"
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One FP4 weight, or near miss, of a graph.
 
     Attributes:
         path: the module path of the weight's codes, or the expression they were read from.
         spelling: how the traced model multiplies by it.
-        shape: rows and columns.
+        shape: rows and columns; before them, of a stack, the number of its matrices.
         format: such as ``"NVFP4 group 16"``, or None where nothing fits.
         outcome: what became of it.
         nbytes: bytes of the tensors it was made from; 0 where there are none beside the packed ones.
         uses: how many products of the graph share it.
         producer: who made those tensors, if `marlin_w4a16.prepare` knows their modules.
+        experts: the mixture of experts that it belongs to, where the whole of it runs as one op.
     """
 
     path: str
     spelling: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     format: str | None
     outcome: Replaced | Owned | Rejected | Excluded
     nbytes: int
     uses: int = 1
     producer: str | None = None
+    experts: Experts | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack of matrices."""
+        return len(self.shape) > 2

@@ -13,6 +13,8 @@ from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.passes import equation
 from marlin_w4a16.passes.constants import Constants, example
 from marlin_w4a16.passes.equation import Equation, Matrices, matrices
+from marlin_w4a16.passes.routes import Route, gathered, gathered_matrices, grouped_matrices
+from marlin_w4a16.passes.torch_private import GROUPED_MM
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,12 @@ _MM, _MV, _BMM = _two("mm", "input", "mat2"), _two("mv", "input", "vec"), _two("
 _ADDMV = _two("addmv", "mat", "vec", "input", added="input")
 _ADDMM = _two("addmm", "mat1", "mat2", "input", added="input")
 _BADDBMM = _two("baddbmm", "batch1", "batch2", "input", added="input")
+_GROUPED = Form(
+    "grouped_mm",
+    ("input", "weight", "offs", "bias", "out_dtype"),
+    (("input", "weight", equation.matmul),),
+    fixed={"bias": (None,), "out_dtype": (None,)},
+)
 CONSUMERS: dict[Callable[..., Any] | str, Form] = {
     torch.nn.functional.linear: _LINEAR,
     operator.matmul: _MATMUL,
@@ -70,6 +78,8 @@ CONSUMERS: dict[Callable[..., Any] | str, Form] = {
     torch.conv2d: _CONV2D,
     torch.functional.tensordot: _TENSORDOT,
     torch.functional.einsum: _EINSUM,
+    GROUPED_MM: _GROUPED,
+    "transformers.grouped_mm_fallback": _GROUPED,
     **{
         spelled: form
         for form in (_MATMUL, _MM, _MV, _BMM, _ADDMV, _ADDMM, _BADDBMM, _INNER)
@@ -90,6 +100,7 @@ class Product:
         equation: what it computes, less the axes that say nothing.
         matrices: the weight as matrices.
         refusal: why it cannot be served.
+        route: how rows of x find their matrix of a stack, where the equation does not say so.
     """
 
     node: fx.Node
@@ -100,6 +111,12 @@ class Product:
     equation: Equation
     matrices: Matrices
     refusal: str | None = None
+    route: Route | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether its weight is a stack of matrices, each for some of the rows of x."""
+        return self.route is not None or self.matrices.batch > 1
 
     @property
     def x_node(self) -> fx.Node:
@@ -110,6 +127,8 @@ class Product:
     @property
     def weight_node(self) -> fx.Node:
         """The node of the weight."""
+        if self.route is not None:
+            return self.route.stack
         found: fx.Node = arguments_of(self.node, self.form)[self.weight]
         return found
 
@@ -117,15 +136,27 @@ class Product:
 def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
     """Walks the products with a constant weight."""
     for node in graph.nodes:
-        form = CONSUMERS.get(node.target) if node.op in ("call_function", "call_method") else None
+        form = _form_of(node)
         if form is None or node in constants.nodes:
             continue
         operands = arguments_of(node, form)
         for x, weight, spelled in _ways(form, operands):
             held = operands.get(weight)
-            if isinstance(held, fx.Node) and held in constants and example(held).ndim > 1:
-                yield _product(node, form, x, weight, spelled)
+            if not isinstance(held, fx.Node):
+                continue
+            if held in constants and example(held).ndim > 1:
+                yield (_grouped if form is _GROUPED else _product)(node, form, x, weight, spelled)
                 break
+            route = gathered(held, constants)
+            if route is not None:
+                yield _gathered(node, form, x, weight, spelled, route)
+                break
+
+
+def _form_of(node: fx.Node) -> Form | None:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    return CONSUMERS.get(node.target) or CONSUMERS.get(str(node.target).removesuffix(".default"))
 
 
 def operands_of(product: Product, node: fx.Node) -> dict[str, Any]:
@@ -159,10 +190,7 @@ def _ways(form: Form, operands: dict[str, Any]) -> Iterator[tuple[str, str, Call
 def _product(node: fx.Node, form: Form, x: str, weight: str, spelled: Callable[[int, int], Equation | str]) -> Product:
     operands = arguments_of(node, form)
     value, held = example(operands[weight]), operands.get(x)
-    plain = (
-        Equation("k", "nk", "n"),
-        Matrices((), tuple(range(value.ndim)), 1, value.shape[:-1].numel(), value.shape[-1]),
-    )
+    plain = _plain(value)
     if not isinstance(held, fx.Node) or not isinstance(example(held), Tensor):
         return Product(node, form, x, weight, (), *plain, f"{form.name} with a literal as its input")
     axes = spelled(example(held).ndim, value.ndim)
@@ -177,6 +205,40 @@ def _product(node: fx.Node, form: Form, x: str, weight: str, spelled: Callable[[
     axes, seen = matrices(Equation(kept, axes.weight, axes.out), value)
     product = Product(node, form, x, weight, x_first, axes, seen)
     return dataclasses.replace(product, refusal=_refusal(product, operands))
+
+
+def _grouped(node: fx.Node, form: Form, x: str, weight: str, _: Callable[[int, int], Equation | str]) -> Product:
+    operands = arguments_of(node, form)
+    offsets, stack, held = operands.get("offs"), operands[weight], operands.get(x)
+    shapes = [tuple(example(n).shape) if isinstance(n, fx.Node) else () for n in (held, stack)]
+    if not isinstance(offsets, fx.Node) or [len(shape) for shape in shapes] != [2, 3]:
+        plain = _plain(example(stack))
+        return Product(node, form, x, weight, (), *plain, f"{form.name} of {shapes[0]} by {shapes[1]}")
+    route = Route("offsets", offsets, stack, node)
+    product = Product(node, form, x, weight, (), *grouped_matrices(example(stack)), route=route)
+    return dataclasses.replace(product, refusal=_refusal(product, operands))
+
+
+def _gathered(
+    node: fx.Node, form: Form, x: str, weight: str, spelled: Callable[[int, int], Equation | str], route: Route
+) -> Product:
+    operands = arguments_of(node, form)
+    stack, ids, held = example(route.stack), example(route.node), operands.get(x)
+    value, shape = example(operands[weight]), tuple(example(held).shape) if isinstance(held, fx.Node) else ()
+    axes = spelled(len(shape), value.ndim) if shape else f"{tuple(value.shape)} by a literal"
+    if not isinstance(axes, str) and (len(axes.weight) != value.ndim or len(axes.x) != len(shape)):
+        axes = f"{shape} by {tuple(value.shape)}"
+    seen = axes if isinstance(axes, str) else gathered_matrices(axes, ids, stack)
+    if isinstance(axes, str) or isinstance(seen, str):
+        return Product(node, form, x, weight, (), *_plain(stack), f"{form.name} of {seen}", route)
+    product = Product(node, form, x, weight, (), axes, seen, route=route)
+    return dataclasses.replace(product, refusal=_refusal(product, operands))
+
+
+def _plain(weight: Tensor) -> tuple[Equation, Matrices]:
+    """Of a weight whose product is not understood."""
+    n, k = weight.shape[:-1].numel(), weight.shape[-1]
+    return Equation("k", "nk", "n"), Matrices((), tuple(range(weight.ndim)), 1, n, k)
 
 
 def _is_broadcast(x: Tensor, axis: int, axes: Equation, weight: Tensor) -> bool:
@@ -198,7 +260,7 @@ def is_bias(product: Product, operands: dict[str, Any]) -> bool:
 
 def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
     form, x, weight = product.form, example(operands[product.x]), example(operands[product.weight])
-    why = product.equation.refusal()
+    why = None if form is _GROUPED else product.equation.refusal()
     if why is not None:
         return f"{form.name}: {why}"
     allowed = {*form.arguments, "alpha", "beta"} if form.added == "input" else set(form.arguments)

@@ -19,6 +19,9 @@ class Settings:
     exclude: tuple[str, ...] = ()
     verify: bool = False
     activation_quant: ActivationQuant = "keep"
+    linear: bool = True
+    moe: bool = True
+    grouped: bool = True
 
     def excluded(self, path: str) -> Excluded | None:
         """Why a weight is to be left alone, or None. Globs match its path or that of its module."""

@@ -10,6 +10,9 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# What Dynamo traces of torch.nn.functional.grouped_mm.
+GROUPED_MM: Callable[..., Any] = torch._grouped_mm
+
 
 def is_fake(value: object) -> bool:
     """Whether a tensor holds no data (a FakeTensor)."""
@@ -151,15 +154,14 @@ def add_static_input(graph: fx.Graph, like: fx.Node, member: str, value: Tensor)
     return node, fake
 
 
-def fake_result(node: fx.Node) -> Any:
-    """Runs a new node's operator on the example values of its inputs."""
+def fake_result(node: fx.Node, like: fx.Node) -> Any:
+    """Runs a new node's operator on the example values of its inputs; fakes are made as that of ``like`` was."""
 
     def example(n: fx.Node) -> Any:
         return n.meta["example_value"]
 
     args, kwargs = fx.map_arg(node.args, example), fx.map_arg(node.kwargs, example)
-    fakes = [a for a in node.all_input_nodes if is_fake(example(a))]
-    with example(fakes[0]).fake_mode:
+    with next(inner_tensors(example(like))).fake_mode:  # type: ignore[attr-defined]
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -57,12 +57,12 @@ def test_settings_for_inductor_reach_it(fp4_linear):
     assert [n.target for n in graph.nodes if n.op == "call_function"] == [OP]
 
 
-def test_linear_off_leaves_all_to_inductor(fp4_linear, said):
+def test_linear_off_leaves_linears_to_inductor(fp4_linear, said):
     graphs = []
     options = {"linear": False, "inductor": {"post_grad_custom_post_pass": graphs.append}}
     model = fp4_linear()
     torch.testing.assert_close(compiled(model, options=options)(X), model(X))
-    assert not said() and OP not in [n.target for n in graphs[0].nodes]
+    assert said() == [("INFO", "excluded 1")] and OP not in [n.target for n in graphs[0].nodes]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_linear_off_leaves_all_to_inductor(fp4_linear, said):
     [
         (
             {"options": {"linaer": True}},
-            "unknown option 'linaer'. Did you mean 'linear'? Known: activation_quant, exclude, include, inductor, ",
+            "unknown option 'linaer'. Did you mean 'linear'? Known: activation_quant, exclude, grouped, include, ",
         ),
         ({"mode": "max-autotun"}, "unknown mode 'max-autotun'. Did you mean 'max-autotune'? Known: default, "),
     ],

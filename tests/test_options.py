@@ -40,7 +40,9 @@ def test_options_are_frozen_and_leave_what_they_were_made_from():
 def test_an_unknown_option_is_an_error_with_the_nearest_name_and_the_list(name, hint):
     with pytest.raises(ValueError) as caught:
         parse(None, {name: True})
-    known = "activation_quant, exclude, include, inductor, linear, mode, recover, strict, tolerance, verify"
+    known = (
+        "activation_quant, exclude, grouped, include, inductor, linear, mode, moe, recover, strict, tolerance, verify"
+    )
     assert str(caught.value) == f"marlin_w4a16: unknown option {name!r}.{hint} Known: {known}."
 
 
@@ -57,6 +59,8 @@ def test_an_unknown_mode_is_an_error_with_the_nearest_name_and_the_list(options)
     "options, message",
     [
         ({"linear": 1}, "option 'linear': found 1, expected bool"),
+        ({"moe": "no"}, "option 'moe': found 'no', expected bool"),
+        ({"grouped": None}, "option 'grouped': found None, expected bool"),
         ({"mode": 3}, "option 'mode': found 3, expected str | None"),
         ({"inductor": ["max_autotune"]}, "option 'inductor': found ['max_autotune'], expected Mapping"),
     ],

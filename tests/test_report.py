@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from marlin_w4a16 import Report, explain, quantize_mxfp4
 from marlin_w4a16.breaks import Break
 from marlin_w4a16.page import page
-from marlin_w4a16.passes.outcome import Excluded, Owned, Rejected, Replaced, Row
+from marlin_w4a16.passes.outcome import Excluded, Experts, Owned, Rejected, Replaced, Row
 from marlin_w4a16.text import WORDS
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
@@ -51,6 +51,7 @@ def every_outcome() -> Report:
     }
     rows = [row(path, outcome) for path, outcome in outcomes.items()]
     rows[1] = replace(rows[1], producer="ModelOpt", format=None)
+    rows[2] = replace(rows[2], experts=Experts(8, 2, "silu(gate) * up"))
     breaks = (Break("<module> broke", 'm.py:1 in <lambda>: a < b and c > "d"'), Break("limit & more", None))
     return Report(tuple(rows), 2, breaks)
 
@@ -99,6 +100,26 @@ def test_the_summary_has_the_notes_and_the_worst_error():
     assert (
         Report((row("up", Replaced(OP, "Triton", 0, None, 0.0)),)).summary().endswith("worst error of verify 0.0e+00")
     )
+
+
+def test_stacks_of_experts_are_told_apart():
+    experts = Experts(8, 2, "silu(gate) * up")
+    stack = Row(
+        "up", "bmm", (8, 96, 64), "NVFP4 group 16", Replaced("marlin_w4a16::moe", "Triton", 0), 9, 1, None, experts
+    )
+    alone = replace(
+        stack, experts=None, outcome=Replaced("marlin_w4a16::grouped_linear", "Triton", 0, "no whole mixture")
+    )
+    left = replace(alone, outcome=Rejected("it is NF4"))
+    report = Report((row("up", Replaced(OP, "Triton", 0)), stack, stack, alone, left))
+    assert report.summary() == (
+        "replaced 1 of 1 FP4 linears (1 NVFP4 group 16; 1 Triton) and 3 of 4 stacks of FP4 experts (3 NVFP4 group 16; "
+        "3 Triton; 2 in whole mixtures: 2 of 8 experts, silu(gate) * up); 1 no whole mixture; left 1: 1 it is NF4"
+    )
+    assert "8 x 96 x 64" in str(report) and "moe (Triton), 2 of 8 experts, silu(gate) * up" in str(report)
+    assert report.totals()["bf16_bytes"] == 2 * 96 * 64 * (1 + 4 * 8)
+    owned = Report((replace(stack, outcome=Owned("marlin_w4a16::moe", "Triton", 1024)),))
+    assert owned.summary().startswith("1 packed stacks of experts (1 NVFP4 group 16; 1 Triton; 1 in whole mixtures")
 
 
 def test_small_copies_are_counted_in_kibibytes():
@@ -188,7 +209,7 @@ def test_html_has_every_row_and_reads_no_text_as_markup(every_outcome):
     assert list(zip(*[cells] * 8, strict=True)) == [
         (rows[0].path, *common, "0.0 KiB", "replaced", "linear (Triton); rounded <twice>; worst error 1.5e-03"),
         ("plain", "96 x 64", "-", *common[2:], "0.0 KiB", "replaced", "linear (Triton)"),
-        ("owned", *common, "0.0 KiB", "owned", "linear (CPU <blocks>)"),
+        ("owned", *common, "0.0 KiB", "owned", "linear (CPU <blocks>), 2 of 8 experts, silu(gate) * up"),
         ("[bold]left", *common, "-", "left", rows[3].outcome.reason),
         ("excluded", *common, "-", "excluded", "named by 'exclude' & more"),
     ]
@@ -250,7 +271,7 @@ def check(value: object, kind: str, schema: dict[str, dict[str, str]], where: st
 
 def test_json_is_as_documented(every_outcome, report):
     schema = documented()
-    assert set(schema) == {"Report", "Versions", "Break", "Totals", "Weight"}
+    assert set(schema) == {"Report", "Versions", "Break", "Totals", "Weight", "Experts"}
     for one in (every_outcome, report, Report(())):
         check(json.loads(one.to_json()), "Report", schema, "report")
 
@@ -283,8 +304,16 @@ def test_json_has_what_the_rows_have(every_outcome):
         **{"bytes": 5 * 3456, "packed_bytes": 6, "bf16_bytes": 5 * 96 * 64 * 2},
     }
     assert found["weights"][0] == {
-        **{"path": "a<b>&amp;", "form": "F.linear", "shape": [96, 64], "format": "NVFP4 group 16", "group": 16},
-        **{"outcome": "replaced", "op": OP, "kernel": "Triton", "reason": None},
+        **{"path": "a<b>&amp;", "form": "F.linear", "shape": [96, 64], "matrices": 1},
+        **{
+            "format": "NVFP4 group 16",
+            "group": 16,
+            "outcome": "replaced",
+            "experts": None,
+            "op": OP,
+            "kernel": "Triton",
+            "reason": None,
+        },
         **{"note": "rounded <twice>", "error": 1.5e-3},
         **{"bytes": 3456, "packed_bytes": 1, "uses": 1, "producer": None},
     }

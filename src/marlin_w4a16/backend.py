@@ -35,7 +35,7 @@ def marlin_w4a16(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Replaces the FP4 linears of a graph from Dynamo and hands it to Inductor.
+    """Replaces the FP4 linears and mixtures of experts of a graph from Dynamo and hands it to Inductor.
 
     Found by its name, without an import, through the entry point group ``torch_dynamo_backends``.
 
@@ -50,7 +50,7 @@ def marlin_w4a16(
         NotReplaced: with the option ``strict``, an FP4 weight was refused.
     """
     chosen = parse(mode, options)
-    if not chosen.linear:
+    if not (chosen.linear or chosen.moe or chosen.grouped):
         return compile_graph(gm, example_inputs, chosen.patches)
     rewritten = rewrite(gm, example_inputs, chosen.settings)
     report = Report(rewritten.rows, breaks=breaks_of(gm))

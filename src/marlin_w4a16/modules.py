@@ -1,7 +1,5 @@
-"""Modules that own their packed weights: nothing to look up, nothing held twice, right in eager mode too."""
+"""Linears that own their packed weights: nothing to look up, nothing held twice, right in eager mode too."""
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +8,11 @@ from torch import Tensor, nn
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind
 from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.packed_state import PackedState
 from marlin_w4a16.text import size
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(PackedState, nn.Linear):
     """``x @ weight.T + bias`` from a weight that is held packed, and nowhere else.
 
     A ``nn.Linear`` whose ``weight`` is None, so that libraries which look for linears find it: PEFT puts adapters on it
@@ -52,6 +51,7 @@ class PackedLinear(nn.Linear):
         self.register_parameter("weight", None)
         self.origin: Any = None  # what restore() needs
 
+    _multipliers = ("multiplier",)
     words: nn.Parameter
     scales: nn.Parameter
     multiplier: nn.Parameter
@@ -82,13 +82,6 @@ class PackedLinear(nn.Linear):
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {packed.format}, {size(packed.nbytes)}"
 
-    def get_extra_state(self) -> Tensor:
-        """How the tensors of the state dict are packed, as JSON in a uint8 tensor, which safetensors can hold."""
-        return torch.tensor(list(json.dumps(self._packing).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Checked before anything is loaded."""
-
     @property
     def _packing(self) -> dict[str, Any]:
         return {
@@ -98,28 +91,3 @@ class PackedLinear(nn.Linear):
             "n": self.out_features,
             "k": self.in_features,
         }
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state, errors = state_dict.get(f"{prefix}_extra_state"), args[-1]
-        found = self._packing if state is None else _read(state)  # None: reported as missing
-        if found == self._packing:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        else:
-            errors.append(
-                f"{prefix.rstrip('.') or 'PackedLinear'}: found a weight packed as {found}, expected {self._packing}: "
-                "go through to_fp4() of a module that holds it"
-            )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        multiplier = self.multiplier.detach()  # an alias: the parameter's own data may be replaced by a narrower one
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.multiplier.dtype != torch.float32:
-            self.multiplier.data = multiplier.to(self.multiplier.device)
-        return self
-
-
-def _read(state: Any) -> Any:
-    try:
-        return json.loads(bytes(state.tolist()))
-    except (AttributeError, TypeError, ValueError):
-        return state

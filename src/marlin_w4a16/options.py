@@ -17,6 +17,9 @@ class Options:
 
     Attributes:
         linear: replace FP4 linears.
+        moe: replace whole mixtures of experts: sorting, both products, what stands between them, the weighted sum.
+        grouped: replace a product with a stack of FP4 matrices, such as a grouped product, that is part of no whole
+            mixture.
         include: globs; where given, only weights whose path, or whose module's path, matches one are looked at.
         exclude: globs; weights that match one are left alone.
         strict: raise `NotReplaced` if an FP4 weight is refused; the message lists every refusal.
@@ -33,6 +36,8 @@ class Options:
     """
 
     linear: bool = True
+    moe: bool = True
+    grouped: bool = True
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] = ()
     strict: bool = False
@@ -44,7 +49,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("linear", "strict", "verify", "recover"):
+        for name in ("linear", "moe", "grouped", "strict", "verify", "recover"):
             _expect_type(name, getattr(self, name), bool)
         _expect_type("mode", self.mode, str | None)
         _expect_type("inductor", self.inductor, Mapping)
@@ -70,7 +75,16 @@ class Options:
         """The settings of the pass."""
         rules = Rules(float(self.tolerance), self.recover, self.activation_quant == "drop")
         exclude = _globs(self.exclude) or ()
-        return Settings(rules, _globs(self.include), exclude, self.verify, self.activation_quant)
+        return Settings(
+            rules,
+            _globs(self.include),
+            exclude,
+            self.verify,
+            self.activation_quant,
+            self.linear,
+            self.moe,
+            self.grouped,
+        )
 
 
 def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:

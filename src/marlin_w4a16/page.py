@@ -4,7 +4,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from marlin_w4a16.passes.outcome import Row
-from marlin_w4a16.text import how, packed_bytes, product, size_if_any, word
+from marlin_w4a16.text import how, packed_bytes, product, shape, size_if_any, word
 
 if TYPE_CHECKING:
     from marlin_w4a16.report import Report
@@ -77,10 +77,10 @@ def _table(rows: tuple[Row, ...]) -> str:
 
 
 def _cells(row: Row) -> str:
-    numbers = (f"{row.shape[0]} x {row.shape[1]}", size_if_any(row.nbytes), size_if_any(packed_bytes(row)))
-    shape, nbytes, packed = (f"<td{_NUMBER}>{number}</td>" for number in numbers)
+    numbers = (shape(row), size_if_any(row.nbytes), size_if_any(packed_bytes(row)))
+    sizes, nbytes, packed = (f"<td{_NUMBER}>{number}</td>" for number in numbers)
     return (
-        f"<td><code>{escape(row.path)}</code></td>{shape}<td>{escape(row.format or '-')}</td>"
+        f"<td><code>{escape(row.path)}</code></td>{sizes}<td>{escape(row.format or '-')}</td>"
         f"<td>{escape(product(row))}</td>{nbytes}{packed}"
         f'<td><span class="chip {word(row)}">{word(row)}</span></td><td class="why">{escape(how(row))}</td>'
     )

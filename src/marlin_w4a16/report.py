@@ -1,11 +1,12 @@
 """What was done to each FP4 weight, or why nothing was."""
 
 import json
+import math
 import platform
 import types
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -64,12 +65,12 @@ class Report:
     def summary(self) -> str:
         """One line: what was replaced, what it takes, what is packed already, what was left and why."""
         parts = []
-        if self.owned:
-            parts.append(f"{len(self.owned)} packed linears {_kinds(self.owned)}, {size(_packed_bytes(self.owned))}")
+        if linears := [row for row in self.owned if not row.stacked]:
+            parts.append(f"{len(linears)} packed linears {_kinds(linears)}, {size(_packed_bytes(linears))}")
+        if stacks := [row for row in self.owned if row.stacked]:
+            parts.append(f"{len(stacks)} packed stacks of experts {_kinds(stacks)}, {size(_packed_bytes(stacks))}")
         if self.replaced or self.rejected or not (self.owned or self.excluded):
-            line = f"replaced {len(self.replaced)} of {len(self.replaced) + len(self.rejected)} FP4 linears"
-            if self.replaced:
-                line += f" {_kinds(self.replaced)}"
+            line = f"replaced {self._replaced()}"
             if packed := _packed_bytes(self.replaced):
                 line += f", packed copies of {size(packed)} beside the originals"
                 if saved := sum(row.nbytes for row in self.replaced if row.producer):
@@ -90,6 +91,17 @@ class Report:
             parts.append(f"excluded {len(self.excluded)}")
         return "; ".join(parts)
 
+    def _replaced(self) -> str:
+        """How many linears, and how many stacks of experts, of how many."""
+        told = []
+        for name, stacked in (("FP4 linears", False), ("stacks of FP4 experts", True)):
+            replaced = [row for row in self.replaced if row.stacked == stacked]
+            rejected = [row for row in self.rejected if row.stacked == stacked]
+            if replaced or rejected:
+                kinds = f" {_kinds(replaced)}" if replaced else ""
+                told.append(f"{len(replaced)} of {len(replaced) + len(rejected)} {name}{kinds}")
+        return " and ".join(told) or "0 of 0 FP4 linears"
+
     def totals(self) -> dict[str, int]:
         """Numbers of weights by outcome, and bytes of the originals, packed, and of all weights as bfloat16."""
         counts = Counter(map(word, self.rows))
@@ -98,7 +110,7 @@ class Report:
             **{name: counts[name] for name in WORDS.values()},
             "bytes": sum(row.nbytes for row in self.rows),
             "packed_bytes": _packed_bytes(self.rows),
-            "bf16_bytes": sum(2 * row.shape[0] * row.shape[1] for row in self.rows),
+            "bf16_bytes": sum(2 * math.prod(row.shape) for row in self.rows),
         }
 
     def figures(self) -> dict[str, str]:
@@ -155,7 +167,7 @@ class Report:
 
 
 def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
-    """Traces ``model(*args, **kwargs)`` and says what the backend would do; packs and compiles nothing.
+    """Traces ``model(*args, **kwargs)`` and says what the backend would do; keeps nothing packed, compiles nothing.
 
     The traced graphs run eagerly, once.
 
@@ -202,10 +214,12 @@ def _weight(row: Row) -> dict[str, Any]:
     return {
         "path": row.path,
         "form": row.spelling,
-        "shape": list(row.shape),
+        "shape": list(row.shape[-2:]),
+        "matrices": row.shape[0] if row.stacked else 1,
         "format": row.format,
         "group": int(group) if group else None,
         "outcome": word(row),
+        "experts": row.experts and asdict(row.experts),
         **{name: getattr(outcome, name, None) for name in ("op", "kernel", "reason")},
         "note": getattr(outcome, "told", None),
         "error": getattr(outcome, "error", None),
@@ -216,12 +230,14 @@ def _weight(row: Row) -> dict[str, Any]:
     }
 
 
-def _kinds(rows: tuple[Row, ...]) -> str:
+def _kinds(rows: Sequence[Row]) -> str:
     kernels = Counter(row.outcome.kernel for row in rows if isinstance(row.outcome, Replaced | Owned))
-    return f"({_counts(Counter(str(row.format) for row in rows))}; {_counts(kernels)})"
+    mixtures = Counter(f"in whole mixtures: {row.experts}" for row in rows if row.experts is not None)
+    told = [_counts(Counter(str(row.format) for row in rows)), _counts(kernels), _counts(mixtures)]
+    return f"({'; '.join(filter(None, told))})"
 
 
-def _packed_bytes(rows: tuple[Row, ...]) -> int:
+def _packed_bytes(rows: Sequence[Row]) -> int:
     return sum(map(packed_bytes, rows))
 
 

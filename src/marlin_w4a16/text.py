@@ -33,7 +33,7 @@ class Line:
         return (
             self.path,
             str(len(self.rows)),
-            f"{row.shape[0]} x {row.shape[1]}",
+            shape(row),
             row.format or "-",
             product(row),
             size_if_any(sum(r.nbytes for r in self.rows)),
@@ -53,10 +53,17 @@ def how(*rows: Row) -> str:
     if isinstance(outcome, Rejected | Excluded):
         return outcome.reason
     text = f"{outcome.op.rpartition('::')[2]} ({outcome.kernel})"
+    if rows[0].experts is not None:
+        text += f", {rows[0].experts}"
     if isinstance(outcome, Replaced) and outcome.note:
         text += f"; {outcome.told}"
     errors = [row.outcome.error for row in rows if isinstance(row.outcome, Replaced) and row.outcome.error is not None]
     return f"{text}; worst error {max(errors):.1e}" if errors else text
+
+
+def shape(row: Row) -> str:
+    """Rows and columns of a weight; before them, of a stack, the number of its matrices."""
+    return " x ".join(map(str, row.shape))
 
 
 def product(row: Row) -> str:
@@ -66,8 +73,7 @@ def product(row: Row) -> str:
 
 def describe(row: Row) -> str:
     """A row as one line."""
-    shape = f"{row.shape[0]} x {row.shape[1]}"
-    facts = ", ".join(filter(None, (shape, row.format, product(row))))
+    facts = ", ".join(filter(None, (shape(row), row.format, product(row))))
     return f"{row.path} ({facts}): {word(row)}: {how(row)}"
 
 

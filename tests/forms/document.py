@@ -26,7 +26,7 @@ from marlin_w4a16.passes import forms, linear, tensors
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.products import CONSUMERS
 from marlin_w4a16.passes.recipe import CODINGS, SCALINGS
-from marlin_w4a16.passes.torch_private import region_operands
+from marlin_w4a16.passes.torch_private import GROUPED_MM, region_operands
 
 COMMAND = "PYTHONPATH=tests python -m forms.document"
 FILE = Path(__file__).parents[2] / "docs" / "supported.md"
@@ -156,12 +156,16 @@ def spelling(target: Callable | str) -> str:
         return "@"
     if target is torch.nn.functional.linear:
         return "F.linear"
+    if target is GROUPED_MM:
+        return "F.grouped_mm"
+    if isinstance(target, str) and "." in target:
+        return f"torch.ops.{target}"
     return f"Tensor.{target}" if isinstance(target, str) else f"torch.{target.__name__}"
 
 
 def values_of(values: tuple) -> str:
     """What an argument may be; sequences of a number say what the number says."""
-    return listed(f"`{value!r}`" for value in values if isinstance(value, int | str))
+    return listed(f"`{value!r}`" for value in values if isinstance(value, int | str | None))
 
 
 def regions() -> list[tuple[str, str]]:

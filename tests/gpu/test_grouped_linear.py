@@ -6,9 +6,9 @@ from torch import Tensor
 
 from marlin_w4a16.fake_impls.grouped_linear import grouped_linear as op
 from marlin_w4a16.fake_impls.library import weight_args
+from marlin_w4a16.kernels.grouped_linear import grouped, grouped_linear
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack
-from marlin_w4a16.kernels.moe import grouped, grouped_linear
 from mixtures.exact import exact_groups
 from mixtures.oracle import draw_stack
 

@@ -48,15 +48,18 @@ def test_the_pieces_compute_the_same(form):
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss", "Llama4"])
-def test_a_model(name):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_a_model(name, dtype, tolerance):
+    """In bfloat16 a token may choose another expert, where scores are close: most of them do not."""
     from mixtures.models import FAMILIES
 
     family = next(family for family in FAMILIES if family.name == name)
     for how in family.implementations:
-        model = family.build(how, torch.bfloat16).cuda()
+        model = family.build(how, dtype).cuda()
         ids = torch.randint(3, 128, (2, 9), device="cuda")
         run = torch.compile(model, backend="marlin_w4a16", fullgraph=True, options={"strict": True})
         with torch.no_grad():
-            expected = model(ids, use_cache=False).logits
-            assert relative(run(ids, use_cache=False).logits, expected) < 3e-2
+            found, expected = (f(ids, use_cache=False).logits.float().flatten(0, 1) for f in (run, model))
+        errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        assert float((errors if dtype == torch.float32 else errors.sort().values[:-4]).max()) < tolerance, errors
         torch._dynamo.reset()

@@ -34,7 +34,8 @@ print("every call is made")
 MIXTURES = """
 import torch
 from marlin_w4a16.kernels.launch import Launch
-from marlin_w4a16.kernels.moe import fused, grouped_linear, moe
+from marlin_w4a16.kernels.grouped_linear import grouped_linear
+from marlin_w4a16.kernels.moe import fused, moe
 from mixtures.oracle import draw_mixture, draw_routing
 with torch.device("cuda"):
     for name, format, dtype in (("gpt-oss", "nvfp4", torch.bfloat16), ("NemotronH", "mxfp4", torch.float16)):

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from marlin_w4a16.kernels import grouped_linear, moe, route
 from marlin_w4a16.kernels import linear as kernels
-from marlin_w4a16.kernels import moe, route
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.moe_blocks import Experts
@@ -73,7 +73,7 @@ def mixture(
 
 def grouped(x: Tensor, packed: PackedFP4, offsets: Tensor, launch: Launch) -> Tensor:
     out = torch.empty((x.shape[0], packed.n), dtype=x.dtype)
-    moe.grouped(x, packed, offsets, out, launch, ptx=False, wgmma=False)
+    grouped_linear.grouped(x, packed, offsets, out, launch, ptx=False, wgmma=False)
     return out
 
 

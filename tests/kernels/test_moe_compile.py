@@ -9,8 +9,9 @@ import pytest
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
 from marlin_w4a16.kernels.activate import activation_constants
 from marlin_w4a16.kernels.experts import FUNCTIONS, Activation
+from marlin_w4a16.kernels.grouped import FEW, _grouped_kernel
 from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, plan_experts
-from marlin_w4a16.kernels.moe import FEW, _grouped_kernel, _sum_kernel
+from marlin_w4a16.kernels.moe import _sum_kernel
 from marlin_w4a16.kernels.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel, _offset_kernel
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls.dequantize import dequantize
+from marlin_w4a16.kernels.experts import ORDERS, packed_rows
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
@@ -71,14 +72,13 @@ def binding(decoder) -> Binding:
     first = leaves()
     found = recognise(decoder, first, "weight", Rules())
     bound = Binding(decoder, found, Rules(), torch.bfloat16, "weight")
-    assert isinstance(bound.adopt(first, found.weight), list)
+    assert isinstance(bound.adopt(first, found.weight), PackedFP4)
     decoder.calls = 0
     return bound
 
 
-def assert_holds(packed: list[PackedFP4] | Rejected, values: list[Tensor]) -> None:
-    (matrix,) = packed
-    assert torch.equal(dequantize(matrix, torch.float32), plain(*values))
+def assert_holds(packed: PackedFP4 | Rejected, values: list[Tensor]) -> None:
+    assert torch.equal(dequantize(packed, torch.float32), plain(*values))
 
 
 def test_what_was_proved_at_compile_time_is_not_evaluated_again(decoder):
@@ -117,9 +117,9 @@ def test_bindings_that_read_the_same_tensors_alike_share_a_copy(decode_of):
     first, second = (bound_to(decode_of(plain, *values), values) for _ in range(2))
     turned = [values[1], values[2], values[0]]
     other_order = bound_to(decode_of(lambda s, f, c: plain(c, s, f), *turned), turned)
-    (packed,) = first.packed(values)
-    assert second.packed(values)[0] is packed
-    assert other_order.packed(turned)[0] is packed
+    packed = first.packed(values)
+    assert second.packed(values) is packed
+    assert other_order.packed(turned) is packed
 
 
 @pytest.mark.parametrize("function", [swapped, rounded])
@@ -128,7 +128,7 @@ def test_bindings_that_read_the_same_tensors_in_two_ways_do_not(decode_of, funct
     values[2].fill_(0.3)
     one, other = bound_to(decode_of(plain, *values), values), bound_to(decode_of(function, *values), values)
     for binding, expected in ((one, plain(*values)), (other, function(*values)), (one, plain(*values))):
-        (found,) = binding.packed(values)
+        found = binding.packed(values)
         assert torch.equal(dequantize(found, torch.float32), expected)
 
 
@@ -139,41 +139,61 @@ def test_a_copy_for_bfloat16_is_not_shared_with_a_binding_for_float16(decode_of)
     values = [weight.codes, weight.scales.view(torch.float8_e8m0fnu)]
     decode = decode_of(powers, *values)
     wide, narrow = bound_to(decode, values), bound_to(decode, values, torch.float16)
-    assert isinstance(wide.packed(values), list) and isinstance(narrow.packed(values), Rejected)
+    assert isinstance(wide.packed(values), PackedFP4) and isinstance(narrow.packed(values), Rejected)
 
 
-def test_each_matrix_of_a_batch_is_packed_on_its_own(decode_of):
+def stack_of(packed: PackedFP4) -> Tensor:
+    """The rows of all matrices."""
+    return torch.cat([dequantize(packed.matrix(i), torch.float32) for i in range(len(packed.words))])
+
+
+def test_a_batch_is_packed_as_a_stack(decode_of):
     values = leaves()
     decode = decode_of(lambda *v: plain(*v).view(2, N // 2, K).mT, *values, multiply=lambda x, w: x.expand(2, 1, K) @ w)
-    first, second = bound_to(decode, values).packed(values)
-    assert (first.n, second.n) == (N // 2, N // 2)
-    found = torch.cat([dequantize(part, torch.float32) for part in (first, second)])
-    assert torch.equal(found, plain(*values))
+    packed = bound_to(decode, values).packed(values)
+    assert (len(packed.words), packed.n) == (2, N // 2)
+    assert torch.equal(stack_of(packed), plain(*values))
 
 
 def test_a_changed_batch_is_packed_again_at_the_same_addresses(decode_of):
     values, others = leaves(), leaves()
     decode = decode_of(lambda *v: plain(*v).view(2, N // 2, K).mT, *values, multiply=lambda x, w: x.expand(2, 1, K) @ w)
     binding = bound_to(decode, values)
-    addresses = [part.words.data_ptr() for part in binding.packed(values)]
+    address = binding.packed(values).words.data_ptr()
     values[0].copy_(others[0])
     again = binding.packed(values)
-    assert [part.words.data_ptr() for part in again] == addresses
-    assert torch.equal(torch.cat([dequantize(part, torch.float32) for part in again]), plain(*values))
+    assert again.words.data_ptr() == address
+    assert torch.equal(stack_of(again), plain(*values))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gates_and_ups_are_packed_in_pairs_and_again_at_the_same_address(decode_of, order):
+    values, others = leaves(), leaves()
+    decode = decode_of(lambda *v: plain(*v).view(3, 16, K).mT, *values, multiply=lambda x, w: x.expand(3, 1, K) @ w)
+    found = recognise(decode, values, "weight", Rules())
+    paired, plainly = (Binding(decode, found, Rules(), torch.bfloat16, "weight", which) for which in (order, None))
+    addresses = set()
+    for _ in range(2):
+        packed, rows = paired.packed(values), packed_rows(8, 8, order)
+        addresses.add(packed.words.data_ptr())
+        assert torch.equal(stack_of(plainly.packed(values)), plain(*values))
+        assert torch.equal(stack_of(packed), torch.cat([part[rows] for part in plain(*values).view(3, 16, K)]))
+        values[0].copy_(others[0])
+    assert len(addresses) == 1
 
 
 @pytest.mark.parametrize("i", range(3))
 @pytest.mark.parametrize("how", ["in place", "data"])
 def test_a_changed_leaf_is_packed_again_at_the_same_address(binding, decoder, i, how):
     values, others = leaves(), leaves()
-    (packed,) = binding.packed(values)
+    packed = binding.packed(values)
     addresses = [t.data_ptr() for t in (packed.words, packed.scales, packed.multiplier)]
     if how == "data":
         values[i].data = others[i]
     else:
         values[i].copy_(others[i])
-    (again,) = binding.packed(values)
-    assert_holds([again], values)
+    again = binding.packed(values)
+    assert_holds(again, values)
     assert [t.data_ptr() for t in (again.words, again.scales, again.multiplier)] == addresses
     assert decoder.calls == 2
     binding.packed(values)
@@ -184,18 +204,18 @@ def test_a_changed_leaf_is_packed_again_at_the_same_address(binding, decoder, i,
 def test_a_copy_dies_with_any_of_its_leaves(binding, i):
     kept, gone = leaves(), leaves()
     binding.packed(kept)
-    copy, other = (weakref.ref(binding.packed(values)[0].words) for values in (gone, kept))
+    copy, other = (weakref.ref(binding.packed(values).words) for values in (gone, kept))
     binding.packed(gone)
     del gone[i]
     gc.collect()
     assert copy() is None and other() is not None
-    assert binding.packed(kept)[0].words is other()
+    assert binding.packed(kept).words is other()
 
 
 def test_copies_die_with_the_binding(decoder):
     values = leaves()
     binding = bound_to(decoder, values)
-    copy = weakref.ref(binding.packed(values)[0].words)
+    copy = weakref.ref(binding.packed(values).words)
     del binding
     gc.collect()
     assert copy() is None

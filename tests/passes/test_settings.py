@@ -9,6 +9,7 @@ from forms.backend import through_backend
 from marlin_w4a16 import NotReplaced, Report, explain, quantize_mxfp4
 from marlin_w4a16.options import Options
 from marlin_w4a16.passes import rewrite as rewrite_
+from marlin_w4a16.passes import weights
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced, Row
 from marlin_w4a16.passes.rewrite import rewrite, survey
 from marlin_w4a16.passes.settings import Settings
@@ -105,7 +106,7 @@ def test_weights_are_included_and_excluded(model, trace, assert_near, options, r
 
 
 def test_what_is_excluded_is_not_evaluated(model, trace, monkeypatch):
-    monkeypatch.setattr(rewrite_, "recognise", None)
+    monkeypatch.setattr(weights, "recognise", None)
     rows = rewrite(*trace(model, X), Settings(exclude=("*",))).rows
     assert outcomes(rows, Excluded) == {"attn.codes", "mlp.0.codes", "mlp.1.codes"}
 
@@ -206,7 +207,7 @@ def test_verify_shows_a_packed_weight_that_is_wrong(fp4_linear, trace, monkeypat
 
     def spoiled(self, leaves, weight):
         packed = adopt(self, leaves, weight)
-        packed[0].words[0, 0, :16] ^= 0x7FFF
+        packed.words[0, 0, :16] ^= 0x7FFF
         return packed
 
     monkeypatch.setattr(rewrite_.Binding, "adopt", spoiled)

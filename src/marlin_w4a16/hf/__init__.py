@@ -2,7 +2,8 @@
 
 Checkpoints of NVIDIA ModelOpt and of compressed-tensors keep their format in memory, run in eager mode and under
 torch.compile, and are saved as they were. `ModelOptConfig` and `CompressedTensorsConfig` hold the options, `report`
-says what a model was loaded from.
+says what a model was loaded from. ``pack_experts_of`` makes packed experts of a module of transformers, for which
+``model.set_experts_implementation("marlin_w4a16")`` is there too.
 """
 
 from transformers import PreTrainedModel
@@ -10,10 +11,11 @@ from transformers.quantizers import auto
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
+from marlin_w4a16.hf.experts import pack_experts_of
 from marlin_w4a16.hf.loaded import Loaded
 from marlin_w4a16.hf.quantizer import CompressedTensorsQuantizer, ModelOptQuantizer
 
-__all__ = ["CheckpointError", "CompressedTensorsConfig", "Loaded", "ModelOptConfig", "report"]
+__all__ = ["CheckpointError", "CompressedTensorsConfig", "Loaded", "ModelOptConfig", "pack_experts_of", "report"]
 
 
 def report(model: PreTrainedModel) -> Loaded | None:

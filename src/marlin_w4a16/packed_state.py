@@ -1,0 +1,58 @@
+"""What modules that own packed weights share: their state dict says how they are packed, and casts leave them alone."""
+
+import json
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedState(nn.Module):
+    """A module some of whose parameters are packed weights.
+
+    ``_extra_state`` holds ``_packing`` as JSON bytes; a state that says something else is refused before anything of it
+    is loaded. Casts of the module leave packed tensors as they are, since they hold bits and float32 multipliers.
+    """
+
+    _multipliers: ClassVar[tuple[str, ...]]  # the parameters that casts would round
+
+    @property
+    def _packing(self) -> dict[str, Any]:
+        """How the tensors of the state dict are to be read: values that JSON can hold."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        """How the tensors of the state dict are packed, as JSON in a uint8 tensor, which safetensors can hold."""
+        return torch.tensor(list(json.dumps(self._packing).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Checked before anything is loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state, errors = state_dict.get(f"{prefix}_extra_state"), args[-1]
+        found = self._packing if state is None else _read(state)  # None: reported as missing
+        if found == self._packing:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            errors.append(
+                f"{prefix.rstrip('.') or type(self).__name__}: found a weight packed as {found}, expected "
+                f"{self._packing}: go through to_fp4() of a module that holds it"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedState":
+        # aliases: a parameter's own data may be replaced by a narrower one
+        kept = {name: getattr(self, name).detach() for name in self._multipliers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, multiplier in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = multiplier.to(parameter.device)
+        return self
+
+
+def _read(state: Any) -> Any:
+    try:
+        return json.loads(bytes(state.tolist()))
+    except (AttributeError, TypeError, ValueError):
+        return state
