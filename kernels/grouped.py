@@ -1,8 +1,8 @@
 """The portable kernel of experts, for SM80 to SM90: rows times the FP4 weight of the expert that each belongs to.
 
-It serves both products of a mixture (moe.py) and the grouped linear. A program takes some rows of an expert's weight and
-a tile of the tokens that chose it (route.py); as in linear.py the decoded weight is the left operand, which stays in
-registers, and the activation of a mixture follows in the epilogue.
+It serves both products of a mixture (moe.py) and the grouped linear. A program takes some rows of one expert and a tile
+of the tokens that chose it (route.py); as in linear.py the decoded weight is the left operand, which stays in registers,
+and the activation of a mixture follows in the epilogue.
 """
 
 import torch
