@@ -1,7 +1,7 @@
 """The portable kernel of experts, for SM80 to SM90: rows times the FP4 weight of the expert that each belongs to.
 
 It serves both products of a mixture (moe.py) and the grouped linear. A program takes some rows of one expert and a tile
-of the tokens that chose it (route.py); as in linear.py the decoded weight is the left operand, which stays in registers,
+of the tokens that chose it (route.py); as in linear.py the decoded weight is the left operand, in registers,
 and the activation of a mixture follows in the epilogue.
 """
 
