@@ -15,7 +15,7 @@ from marlin_w4a16.kernels.experts import Activation
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.route import Tiles, local_expert
-from marlin_w4a16.kernels.unpack import UNPACK_GAIN, scale_pairs, unpack_words
+from marlin_w4a16.kernels.unpack import UNPACK_GAIN, lane_offsets, load_operand
 
 FEW = Launch(64, 16, 128, 1, 4, 4)  # where every pair has a tile of its own
 _SIZES = ["n", "row_blocks", "row_tiles", "k_tiles", "experts", "known"]
@@ -86,14 +86,11 @@ def _grouped_kernel(
     last = tl.where(expert < experts, k_tiles, 0)  # the rows of no expert are zeros
     expert = tl.minimum(expert, experts - 1)
 
-    # [R, 128 lanes of 4 warps, words or scale pairs of a lane]; see linear.py
     tile_row = tl.minimum(block_n * R + tl.arange(0, R), row_tiles - 1)[:, None, None] * k_tiles
+    word_at, scale_at = lane_offsets(GROUP)
     of_expert = expert.to(tl.int64) * row_tiles * k_tiles
     words += of_expert * 512
     scales += of_expert * (32 * SCALES)
-    lane = tl.arange(0, 128)[None, :, None]
-    word_at = lane * 4 + tl.arange(0, 4)[None, None, :]
-    scale_at = (lane // 4) * SCALES + tl.arange(0, SCALES)[None, None, :]
 
     x_rows = x + (pair // CHOICES)[None, :].to(tl.int64) * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -101,15 +98,7 @@ def _grouped_kernel(
         for c in tl.static_range(C):
             col = step + c
             at = tile_row + (col if C == 1 else tl.minimum(col, k_tiles - 1))
-            w = tl.load(words + at * 512 + word_at)
-            s = scale_pairs(tl.load(scales + at * (32 * SCALES) + scale_at), kind, x.dtype.element_ty, PTX)
-            if GROUP == 32:  # a group serves two k-steps
-                s = tl.broadcast_to(s[:, :, :, :, None], (R, 128, 1, 2, 2))
-            a = unpack_words(w, s.reshape((R, 128, 4)), kind, x.dtype.element_ty, PTX)
-            # R w g t s p r h -> (R w r g) (s h t p)
-            a = a.reshape((R, 4, 8, 4, 4, 2, 2, 2)).permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((BLOCK_N, 64))
-            if PTX and not WGMMA:  # as in linear.py
-                a = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [a], dtype=a.dtype, is_pure=False, pack=2)
+            a = load_operand(words, scales, at, word_at, scale_at, kind, x.dtype.element_ty, GROUP, PTX, WGMMA)
             at_k = col * 64 + tl.arange(0, 64)
             b = tl.load(x_rows + at_k[:, None], mask=in_m & (at_k[:, None] < k), other=0.0)
             acc = tl.dot(a, b, acc)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_hopper, plan_linear
 from marlin_w4a16.kernels.layout import TILE, PackedFP4
-from marlin_w4a16.kernels.unpack import UNPACK_GAIN, scale_pairs, unpack_words
+from marlin_w4a16.kernels.unpack import UNPACK_GAIN, lane_offsets, load_operand, scale_pairs, unpack_words
 
 # Gluon has no stable interface: its kernels are used with the releases they are compiled under in the tests.
 GLUON = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 10)
@@ -50,7 +50,6 @@ def _linear_kernel(
 ):
     R: tl.constexpr = BLOCK_N // 64
     C: tl.constexpr = BLOCK_K // 64
-    SCALES: tl.constexpr = 32 // GROUP  # scale words of a lane in a tile
     token_blocks = tl.cdiv(m, BLOCK_M)
     pid = tl.program_id(0)
     block_n = pid // token_blocks
@@ -60,12 +59,9 @@ def _linear_kernel(
     first = part * part_tiles
     last = tl.minimum(first + part_tiles, k_tiles)
 
-    # [R, 128 lanes of 4 warps, words or scale pairs of a lane]; tiles past the end repeat the last one:
-    # their rows are not stored and their columns meet zeros of x
+    # tiles past the end repeat the last one: their rows are not stored and their columns meet zeros of x
     tile_row = tl.minimum(block_n * R + tl.arange(0, R), row_tiles - 1)[:, None, None] * k_tiles
-    lane = tl.arange(0, 128)[None, :, None]
-    word_at = lane * 4 + tl.arange(0, 4)[None, None, :]
-    scale_at = (lane // 4) * SCALES + tl.arange(0, SCALES)[None, None, :]
+    word_at, scale_at = lane_offsets(GROUP)
 
     rows_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     x_rows = x + rows_m[None, :].to(tl.int64) * stride_xm
@@ -75,17 +71,7 @@ def _linear_kernel(
         for c in tl.static_range(C):
             tile = step + c
             at = tile_row + (tile if C == 1 else tl.minimum(tile, k_tiles - 1))
-            w = tl.load(words + at * 512 + word_at)
-            s = scale_pairs(tl.load(scales + at * (32 * SCALES) + scale_at), kind, x.dtype.element_ty, PTX)
-            if GROUP == 32:  # a group serves two k-steps
-                s = tl.broadcast_to(s[:, :, :, :, None], (R, 128, 1, 2, 2))
-            a = unpack_words(w, s.reshape((R, 128, 4)), kind, x.dtype.element_ty, PTX)
-            # R w g t s p r h -> (R w r g) (s h t p)
-            a = a.reshape((R, 4, 8, 4, 4, 2, 2, 2)).permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((BLOCK_N, 64))
-            if PTX and not WGMMA:
-                # Triton picks k width 4 for a left operand that comes from `join`, and then shuffles it between lanes;
-                # an opaque move hides the joins: the fragment is taken as it lies (computeOrigBitWidth, Triton 3.6)
-                a = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [a], dtype=a.dtype, is_pure=False, pack=2)
+            a = load_operand(words, scales, at, word_at, scale_at, kind, x.dtype.element_ty, GROUP, PTX, WGMMA)
             at_k = tile * 64 + tl.arange(0, 64)
             b = tl.load(x_rows + at_k[:, None] * stride_xk, mask=in_m & (at_k[:, None] < k), other=0.0)
             acc = tl.dot(a, b, acc)

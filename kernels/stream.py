@@ -39,6 +39,24 @@ _SUMS = 1024  # elements a program of the second kernel sums
 
 
 @gluon.jit
+def open_rings(
+    x_desc, words_desc, scales_desc, R: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr,
+    STAGES: gl.constexpr, WORDS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory for units of tokens, codes and scales, and the barriers of its slots: full, and empty again."""
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * TILES, BLOCK_M, 64], x_desc.layout)
+    word_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 16 * TILES, 32], words_desc.layout)
+    scale_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, WORDS * TILES, 32], scales_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    return x_ring, word_ring, scale_ring, full, empty
+
+
+@gluon.jit
 def copy_weight(
     words_desc, scales_desc, word_ring, scale_ring, bar, slot, row, at, BYTES: gl.constexpr, WORDS: gl.constexpr
 ):  # fmt: skip
@@ -271,18 +289,11 @@ def _stream_kernel(
     SCALE_LAYOUT: gl.constexpr,
     OUT_LAYOUT: gl.constexpr,
 ):
-    R: gl.constexpr = ROWS // 64
     WORDS: gl.constexpr = 32 // GROUP
     dtype: gl.constexpr = x_desc.dtype
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES * TILES, BLOCK_M, 64], x_desc.layout)
-    word_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 16 * TILES, 32], words_desc.layout)
-    scale_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, WORDS * TILES, 32], scales_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    fence_async_shared()
+    x_ring, word_ring, scale_ring, full, empty = open_rings(
+        x_desc, words_desc, scales_desc, ROWS // 64, BLOCK_M, TILES, STAGES, WORDS
+    )
     gl.warp_specialize(
         [
             (

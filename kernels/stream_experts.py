@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
@@ -30,6 +30,7 @@ from marlin_w4a16.kernels.stream import (
     copy_weight,
     decode_tile,
     multiply_unit,
+    open_rings,
     stream_constants,
 )
 from marlin_w4a16.kernels.unpack import UNPACK_GAIN
@@ -206,18 +207,11 @@ def _stream_experts_kernel(
     SCALE_LAYOUT: gl.constexpr,
     OUT_LAYOUT: gl.constexpr,
 ):
-    R: gl.constexpr = ROWS // 64
     WORDS: gl.constexpr = 32 // GROUP
     dtype: gl.constexpr = x_desc.dtype
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES * TILES, BLOCK_M, 64], x_desc.layout)
-    word_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 16 * TILES, 32], words_desc.layout)
-    scale_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, WORDS * TILES, 32], scales_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    fence_async_shared()
+    x_ring, word_ring, scale_ring, full, empty = open_rings(
+        x_desc, words_desc, scales_desc, ROWS // 64, BLOCK_M, TILES, STAGES, WORDS
+    )
     # The tables and the tokens are those of the kernel before. The next one is not called early: where its programs are
     # resident, some of this one's may find no room until others end, and each has its share to do.
     gdc_wait()

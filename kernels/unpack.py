@@ -203,3 +203,33 @@ def unpack_words(words, pairs, kind: tl.constexpr, dtype: tl.constexpr, PTX: tl.
     low = tl.join(tl.join(a0, a1), tl.join(a2, a3))
     high = tl.join(tl.join(a4, a5), tl.join(a6, a7))
     return tl.join(low, high)
+
+
+@triton.jit
+def lane_offsets(GROUP: tl.constexpr):
+    """Where the words and the scale words of the lanes of 4 warps stand in a tile, ``[1, 128, those of a lane]``."""
+    SCALES: tl.constexpr = 32 // GROUP
+    lane = tl.arange(0, 128)[None, :, None]
+    word_at = lane * 4 + tl.arange(0, 4)[None, None, :]
+    return word_at, (lane // 4) * SCALES + tl.arange(0, SCALES)[None, None, :]
+
+
+@triton.jit
+def load_operand(
+    words, scales, at, word_at, scale_at, kind: tl.constexpr, dtype: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr, WGMMA: tl.constexpr,
+):  # fmt: skip
+    """The left operand ``[64 R, 64]`` of the tiles ``at`` ``[R, 1, 1]``: codes times block scales."""
+    R: tl.constexpr = at.shape[0]
+    w = tl.load(words + at * 512 + word_at)
+    s = scale_pairs(tl.load(scales + at * (32 * 32 // GROUP) + scale_at), kind, dtype, PTX)
+    if GROUP == 32:  # a group serves two k-steps
+        s = tl.broadcast_to(s[:, :, :, :, None], (R, 128, 1, 2, 2))
+    a = unpack_words(w, s.reshape((R, 128, 4)), kind, dtype, PTX)
+    # R w g t s p r h -> (R w r g) (s h t p)
+    a = a.reshape((R, 4, 8, 4, 4, 2, 2, 2)).permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((R * 64, 64))
+    if PTX and not WGMMA:
+        # Triton picks k width 4 for a left operand that comes from `join`, and then shuffles it between lanes;
+        # an opaque move hides the joins: the fragment is taken as it lies (computeOrigBitWidth, Triton 3.6)
+        a = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [a], dtype=a.dtype, is_pure=False, pack=2)
+    return a
