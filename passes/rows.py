@@ -14,7 +14,7 @@ from marlin_w4a16.passes.outcome import Excluded, Experts, Owned, Rejected, Repl
 from marlin_w4a16.passes.recipe import FromSources
 from marlin_w4a16.passes.recognise import Found
 from marlin_w4a16.passes.sources import module_path, producer_of
-from marlin_w4a16.passes.torch_private import inner_tensors, size_hint, source_name
+from marlin_w4a16.passes.torch_private import inner_tensors, number_hint, size_hint, source_name
 from marlin_w4a16.passes.weights import Weight
 
 _WEIGHT = 9  # arguments that are a packed weight
@@ -76,7 +76,7 @@ def owned(graph: fx.Graph) -> Iterator[Row]:
         args: tuple[Any, ...] = calls[0].args
         first, second = args[3 : 3 + _WEIGHT], args[3 + _WEIGHT : 3 + 2 * _WEIGHT]
         count, chosen = example(args[3]).shape[0], size_hint(example(args[2]).shape[1])
-        experts = Experts(int(count), chosen, str(Activation(*args[23:29])))
+        experts = Experts(int(count), chosen, str(Activation(*map(number_hint, args[23:29]))))
         for weight in (first, second):
             yield _owned("moe", weight[0], weight, len(calls), experts)
 

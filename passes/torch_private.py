@@ -240,3 +240,9 @@ def refusals() -> Counter[str]:
 def size_hint(size: Any) -> int:
     """The size that a dimension was traced with."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def number_hint(value: Any) -> Any:
+    """The number that an argument was traced with; a dynamic graph takes floats of Python as inputs."""
+    traced = value.meta.get("example_value") if isinstance(value, fx.Node) else value
+    return float(traced.node.hint) if isinstance(traced, torch.SymFloat) else traced

@@ -113,7 +113,7 @@ def test_stacks_of_experts_are_told_apart():
     left = replace(alone, outcome=Rejected("it is NF4"))
     report = Report((row("up", Replaced(OP, "Triton", 0)), stack, stack, alone, left))
     assert report.summary() == (
-        "replaced 1 of 1 FP4 linears (1 NVFP4 group 16; 1 Triton) and 3 of 4 stacks of FP4 experts (3 NVFP4 group 16; "
+        "replaced 1 of 1 FP4 linears (1 NVFP4 group 16; 1 Triton) and 3 of 4 stacks of FP4 matrices (3 NVFP4 group 16; "
         "3 Triton; 2 in whole mixtures: 2 of 8 experts, silu(gate) * up); 1 no whole mixture; left 1: 1 it is NF4"
     )
     assert "8 x 96 x 64" in str(report) and "moe (Triton), 2 of 8 experts, silu(gate) * up" in str(report)

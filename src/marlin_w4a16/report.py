@@ -94,7 +94,7 @@ class Report:
     def _replaced(self) -> str:
         """How many linears, and how many stacks of experts, of how many."""
         told = []
-        for name, stacked in (("FP4 linears", False), ("stacks of FP4 experts", True)):
+        for name, stacked in (("FP4 linears", False), ("stacks of FP4 matrices", True)):
             replaced = [row for row in self.replaced if row.stacked == stacked]
             rejected = [row for row in self.rejected if row.stacked == stacked]
             if replaced or rejected:
