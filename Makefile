@@ -1,5 +1,5 @@
 # On a bare machine with Python 3.11, each alone creates .venv, installs what it needs and runs:
-#   make demo    the quickstart example
+#   make demo    the quickstart, then a tiny gpt-oss
 #   make test    all tests; those marked gpu are skipped where there is no such GPU
 #   make lint    ruff and mypy
 # Versions are pinned in constraints.txt. TORCH chooses another torch, and with it triton:
@@ -16,6 +16,7 @@ test: .venv/installed
 
 demo: .venv/installed
 	.venv/bin/python examples/quickstart.py
+	.venv/bin/python examples/gpt_oss.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

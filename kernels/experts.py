@@ -6,7 +6,8 @@ The first product of a gated expert has gate and up rows. Packed, they stand in 
 padded to whole groups of the second one, with rows of zeros.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -138,10 +139,22 @@ def unpack_experts(
     w13: PackedFP4, w2: PackedFP4, order: Order | None, intermediate: int, name: str = "experts"
 ) -> tuple[FP4Weight, FP4Weight]:
     """The inverse of `pack_experts` for ``intermediate`` rows of each kind, bit for bit."""
-    paired = w13.unpack(f"{name}.w13")
-    back = _places(intermediate, w2.k, order).to(paired.codes.device)
-    parts = {field: getattr(paired, field)[:, back] for field in ("codes", "scales", "multiplier")}
-    return replace(paired, **parts), w2.unpack(f"{name}.w2")
+    return unpack_first(w13, w2.k, order, intermediate, f"{name}.w13"), w2.unpack(f"{name}.w2")
+
+
+def unpack_first(w13: PackedFP4, width: int, order: Order | None, intermediate: int, name: str) -> FP4Weight:
+    """The first product of one expert or of all, its rows in their own order.
+
+    Args:
+        w13: as `pack_experts` makes it.
+        width: columns of the second product.
+        order, intermediate: see `unpack_experts`.
+        name: what error messages call it.
+    """
+    paired = w13.unpack(name)
+    back = _places(intermediate, width, order).to(paired.codes.device)
+    at = (slice(None),) * (paired.multiplier.ndim - 1) + (back,)
+    return paired.derived(paired.codes[at], paired.scales[at], paired.multiplier[at])
 
 
 def _places(intermediate: int, width: int, order: Order | None) -> Tensor:
@@ -182,6 +195,38 @@ def unpack_bias(bias: Tensor, intermediate: int, order: Order | None) -> Tensor:
     return bias[:, _places(intermediate, width, order).to(bias.device)]
 
 
+def pack_first(parts: Iterable[FP4Weight], experts: int, width: int, order: Order | None) -> PackedFP4:
+    """Packs the first products of a mixture, one expert at a time: each may be let go before the next is made.
+
+    Args:
+        parts: one for each expert, of 2 i rows if gated, else of i.
+        experts: how many there are.
+        width: columns of the second product: i, padded to whole groups.
+        order: see `pack_experts`.
+    """
+
+    def placed(part: FP4Weight) -> FP4Weight:
+        return _placed(part, packed_rows(part.n // (1 if order is None else 2), width, order))
+
+    return pack_each(map(placed, parts), experts)
+
+
+def pack_each(parts: Iterable[FP4Weight], experts: int) -> PackedFP4:
+    """Packs equal matrices into one stack, one at a time.
+
+    Raises:
+        ValueError: there are fewer than ``experts``, or they differ in shape or format.
+    """
+    packed, count = None, 0
+    for part in parts:
+        packed = packed or empty_packed(part, part.n, experts)
+        pack_into(part, packed.matrix(count))
+        count += 1
+    if packed is None or count != experts:
+        raise ValueError(f"experts: found {count} matrices, expected {experts}")
+    return packed
+
+
 def _pack_first(w13: FP4Weight, width: int, order: Order | None) -> PackedFP4:
     halves = 1 if order is None else 2
     intermediate = w13.n // halves
@@ -191,13 +236,18 @@ def _pack_first(w13: FP4Weight, width: int, order: Order | None) -> PackedFP4:
             f"{w13.name}: found {found}, expected [experts, {'2 i' if halves == 2 else 'i'}] for a second product of "
             f"{width} columns, which are i, padded to whole groups"
         )
-    rows = packed_rows(intermediate, width, order).to(w13.codes.device)
-    empty, rows = (rows < 0)[:, None], rows.clamp(min=0)
+    rows = packed_rows(intermediate, width, order)
     packed = empty_packed(w13, len(rows))
-    for expert in range(len(w13.codes)):
-        codes = torch.where(empty, 0, w13.codes[expert][rows])
-        scales = torch.where(empty, PAD_SCALE[w13.kind], w13.scales[expert][rows])
-        multiplier = torch.where(empty[:, 0], 0, w13.multiplier[expert][rows])
-        part = replace(w13, codes=codes, scales=scales, multiplier=multiplier)
-        pack_into(part, packed.matrix(expert))
+    for expert, part in enumerate(w13.matrices()):
+        pack_into(_placed(part, rows), packed.matrix(expert))
     return packed
+
+
+def _placed(part: FP4Weight, rows: Tensor) -> FP4Weight:
+    """A matrix with its rows where they are packed, and rows of zeros between them."""
+    rows = rows.to(part.codes.device)
+    empty, rows = (rows < 0)[:, None], rows.clamp(min=0)
+    codes = torch.where(empty, 0, part.codes[rows])
+    scales = torch.where(empty, PAD_SCALE[part.kind], part.scales[rows])
+    multiplier = torch.where(empty[:, 0], 0, part.multiplier[rows])
+    return part.derived(codes, scales, multiplier)

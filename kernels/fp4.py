@@ -94,17 +94,20 @@ class FP4Weight:
         rows = max(1, elements // max(1, self.k))
         for start in range(0, self.n, rows):
             at = slice(start, min(start + rows, self.n))
-            part = object.__new__(FP4Weight)  # views of what was checked once
-            for field, value in (
-                ("codes", self.codes[at]),
-                ("scales", self.scales[at]),
-                ("multiplier", self.multiplier[at]),
-                ("kind", self.kind),
-                ("group", self.group),
-                ("name", self.name),
-            ):
-                object.__setattr__(part, field, value)
-            yield at, part
+            yield at, self.derived(self.codes[at], self.scales[at], self.multiplier[at])
+
+    def matrices(self) -> Iterator["FP4Weight"]:
+        """The matrices of a stack ``[experts, n, k]``, one by one."""
+        for codes, scales, multiplier in zip(self.codes, self.scales, self.multiplier, strict=True):
+            yield self.derived(codes, scales, multiplier)
+
+    def derived(self, codes: Tensor, scales: Tensor, multiplier: Tensor) -> "FP4Weight":
+        """A weight of this format and name from rows that were checked once: values are not looked at again."""
+        part = object.__new__(FP4Weight)
+        values = codes, scales, multiplier, self.kind, self.group, self.name
+        for field, value in zip(("codes", "scales", "multiplier", "kind", "group", "name"), values, strict=True):
+            object.__setattr__(part, field, value)
+        return part
 
     def fit(self, dtype: torch.dtype) -> "FP4Weight":
         """The same values, with ``code * scale`` exact in ``dtype`` for every element.

@@ -133,9 +133,9 @@ def pack(weight: FP4Weight | PackedFP4) -> PackedFP4:
     return packed
 
 
-def empty_packed(weight: FP4Weight, n: int) -> PackedFP4:
-    """Packed tensors, not filled yet, for matrices like those of a weight but of ``n`` rows."""
-    lead, device = weight.codes.shape[:-2], weight.codes.device
+def empty_packed(weight: FP4Weight, n: int, *stack: int) -> PackedFP4:
+    """Packed tensors, not filled yet, for a stack of matrices like those of a weight but of ``n`` rows."""
+    lead, device = (*stack, *weight.codes.shape[:-2]), weight.codes.device
     words, scales, multiplier = packed_shapes(n, weight.k, weight.group)
     return PackedFP4(
         torch.empty((*lead, *words), dtype=torch.int32, device=device),

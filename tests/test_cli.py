@@ -162,6 +162,30 @@ def test_a_command_loads_no_other():
     assert {f"marlin_w4a16.cli.{name}" for name in COMMANDS} & loaded == {"marlin_w4a16.cli.doctor"}, run.stderr
 
 
+def test_serve_hands_every_argument_to_transformers_with_the_plugin(monkeypatch):
+    from transformers.cli import transformers as cli
+    from transformers.quantizers import auto
+
+    handed = []
+    monkeypatch.setattr(cli, "app", lambda words, **_: handed.append((words, auto.AUTO_QUANTIZER_MAPPING["modelopt"])))
+    assert main(["serve", "--port", "80", "folder", "--compile", "--device=cpu"]) == 0
+    [(words, quantizer)] = handed
+    assert words == ["serve", "--port", "80", "folder", "--compile", "--device=cpu"]
+    assert quantizer.__module__ == "marlin_w4a16.hf.quantizer"
+
+
+def test_serve_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr("transformers.cli.serve.is_serve_available", lambda: False)
+    assert main(["serve", "folder"]) == 1
+    assert "marlin_w4a16 serve: error: Missing dependencies for serving. Install with" in capsys.readouterr().err
+
+
+def test_an_option_that_serve_of_transformers_lacks_is_2(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["serve", "folder", "--nothing"])
+    assert exit.value.code == 2 and "--nothing" in capsys.readouterr().err
+
+
 def test_python_m_runs_it():
     run = subprocess.run([sys.executable, "-m", "marlin_w4a16", "nothing"], capture_output=True, text=True)
     assert run.returncode == 2 and "choose from" in run.stderr

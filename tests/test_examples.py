@@ -1,5 +1,6 @@
 """The examples run as a user runs them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,31 @@ def test_the_quickstart_replaces_every_linear_of_both_models():
     assert done.stdout.count("times smaller") == 2
     by_modelopt = torch.__version__ >= "2.13" and not torch.cuda.is_available()
     assert done.stdout.count("prepare() frees the originals: swapped 14 of 15 linears") == by_modelopt
+
+
+def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, EXAMPLES / name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def agreeing(text: str) -> int:
+    """How many tokens were the same compiled; all, where the GPU's 16 bits leave the choice open."""
+    same, total = map(int, re.search(r"before the first that differs: (\d+) of (\d+)", text).groups())
+    return total if torch.cuda.is_available() else same
+
+
+def test_a_tiny_gpt_oss_generates_the_same_compiled():
+    done = run("gpt_oss.py", "--new-tokens", "6")
+    assert "4 in whole mixtures: 2 of 8 experts" in done.stderr, done.stderr
+    assert agreeing(done.stdout) == 6
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "nemotron_h"])
+def test_other_tiny_checkpoints_are_loaded_and_generate(name):
+    done = run(f"{name}.py", "--new-tokens", "4", TORCH_COMPILE_DISABLE="1")
+    assert agreeing(done.stdout) == 4
 
 
 @pytest.mark.gpu

@@ -98,7 +98,7 @@ def test_rows_are_told_apart(model):
 
 def test_they_are_printed_as_a_table(model):
     assert str(prepare(model)).splitlines() == [
-        "linear  producer  format          bytes               outcome",
+        "module  producer  format          bytes               outcome",
         "up      torchao   NVFP4 group 16  3.5 KiB -> 4.9 KiB  swapped",
         "down    torchao   NVFP4 group 16  4.0 KiB -> 4.8 KiB  swapped",
         f"head    -         -               -                   {DENSE}",
@@ -378,7 +378,7 @@ def test_a_saved_model_works_and_is_not_restored(model, tmp_path):
     torch.save(model, tmp_path / "model")
     loaded = torch.load(tmp_path / "model", weights_only=False)
     assert torch.equal(loaded(X), model(X))
-    reason = "the original module is not saved with a PackedLinear"
+    reason = "the original module is not saved with a packed one"
     swaps = restore(loaded)
     assert [(row.path, row.producer, row.refusal) for row in swaps.rows] == [
         ("up", "torchao", reason),

@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 import torch
+from live import Live
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4, restore
 from marlin_w4a16.prepare import Swap
@@ -146,7 +146,7 @@ def test_each_linear_has_a_row():
 
 def test_they_are_printed_as_a_table():
     assert str(quantize(MLP(), "mxfp4", exclude="up")).splitlines() == [
-        "linear  producer  format          bytes                outcome",
+        "module  producer  format          bytes                outcome",
         "up      -         -               -                    it matches exclude='up'",
         "down    -         MXFP4 group 32  24.0 KiB -> 4.5 KiB  swapped",
         "swapped 1 of 2 linears: 24.0 KiB -> 4.5 KiB",
@@ -220,37 +220,6 @@ def test_an_unknown_format_raises(format):
 
 
 # Memory
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that ops make, and of some that were there, while they live."""
-
-    def __init__(self, *there: Tensor):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, set()
-        for tensor in there:
-            self.add(tensor)
-        self.start = self.peak = self.now
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.add(tensor)
-        return out
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += nbytes
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.drop, key, nbytes)
-
-    def drop(self, key: int, nbytes: int) -> None:
-        self.seen.remove(key)
-        self.now -= nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

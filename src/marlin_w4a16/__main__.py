@@ -9,11 +9,13 @@ from types import ModuleType
 
 import marlin_w4a16
 
-# Modules of `marlin_w4a16.cli` with `add_arguments(parser)` and `run(args)`, an exit code; imported when chosen.
+# Modules of `marlin_w4a16.cli` with `add_arguments(parser)` and `run(args)`, an exit code; imported when chosen. One
+# that sets ``rest`` finds the arguments there that are not its own.
 COMMANDS = {
     "inspect": "say what FP4 weights a checkpoint holds, from its files alone",
     "doctor": "check this machine: versions, GPUs, kernels, a compiled model",
     "bench": "measure a checkpoint on this machine",
+    "serve": "serve checkpoints over HTTP: transformers serve with this plugin",
 }
 _EXIT_CODES = "exit codes: 0 all is well, 1 a problem was found, 2 the command line is wrong"
 
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((word for word in words if not word.startswith("-")), None)
     try:
         command = import_module(f"marlin_w4a16.cli.{name}") if name in COMMANDS else None
-        args = _parser(name, command).parse_args(words)
+        args = _parsed(_parser(name, command), words)
         code = int(command.run(args)) if command else 2  # the parser has left by then
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has seen enough, as `head` does
@@ -73,6 +75,15 @@ def _parser(chosen: str | None, command: ModuleType | None) -> argparse.Argument
         if own:
             own.add_arguments(one)
     return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    args, rest = parser.parse_known_args(words)
+    if "rest" in args:
+        args.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _told(error: Exception) -> str:

@@ -57,16 +57,33 @@ class PackedExperts(PackedState):
         super().__init__()
         _check(w13, w2, activation, order, bias13, bias2)
         packed = pack_experts(w13.fit_first(torch.float16, dtype), w2.fit_first(torch.float16, dtype), order)
-        self.activation, self.order, self.weight_on_input = activation, order, weight_on_input
-        self.num_experts, self.intermediate = len(w13.codes), w13.n // (1 if order is None else 2)
+        intermediate = w13.n // (1 if order is None else 2)
+        self._hold(*packed, activation, order, intermediate, bias13, bias2)
+        self.weight_on_input = weight_on_input
+
+    def _hold(
+        self,
+        w13: PackedFP4,
+        w2: PackedFP4,
+        activation: Activation,
+        order: Order | None,
+        intermediate: int,
+        bias13: Tensor | None,
+        bias2: Tensor | None,
+    ) -> None:
+        """Takes packed weights over; for arguments see the class."""
+        packed = w13, w2
+        self.activation, self.order, self.weight_on_input = activation, order, False
+        self.num_experts, self.intermediate = len(w13.words), intermediate
         self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in zip(_WEIGHTS, packed, strict=True)}
         for of, weight in zip(_WEIGHTS, packed, strict=True):
             for name in _TENSORS:
                 self.register_parameter(f"{name}{of}", nn.Parameter(getattr(weight, name), requires_grad=False))
-        self.register_parameter("bias13", None if bias13 is None else _parameter(bias13, packed[1].k, order))
+        self.register_parameter("bias13", None if bias13 is None else _parameter(bias13, w2.k, order))
         if bias2 is not None and not isinstance(bias2, nn.Parameter):
             bias2 = nn.Parameter(bias2, requires_grad=False)
         self.register_parameter("bias2", bias2)
+        self.origin: Any = None  # what restore() needs
 
     @property
     def w13(self) -> PackedFP4:

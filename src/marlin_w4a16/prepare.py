@@ -1,4 +1,4 @@
-"""Swaps the FP4 linears of a loaded model for modules that own their packed weights, and back."""
+"""Swaps the FP4 linears and experts of a loaded model for modules that own their packed weights, and back."""
 
 import copy
 import weakref
@@ -9,30 +9,34 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from marlin_w4a16.experts_modules import holds_packed, is_experts, names_of, pack_experts_of
+from marlin_w4a16.kernels.experts import unpack_bias
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.modules import PackedLinear
+from marlin_w4a16.packed_experts import PackedExperts
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers import compressed_tensors, modelopt, torchao
-from marlin_w4a16.producers.found import Found
+from marlin_w4a16.producers import compressed_tensors, modelopt, modelopt_experts, torchao, torchao_experts
+from marlin_w4a16.producers.found import Found, FoundExperts
 from marlin_w4a16.progress import track
-from marlin_w4a16.swaps import HOOKS, PACKED, Swap, Swaps, has_hooks, place, places_of
+from marlin_w4a16.swaps import HOOKS, PACKED, Swap, Swaps, has_hooks, held, place, places_of
 
 PRODUCERS = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
+OF_EXPERTS = {"ModelOpt": modelopt_experts, "torchao": torchao_experts}
 
 
 @dataclass(slots=True)
 class Origin:
-    """What `restore` needs: the module that was swapped, without its weight; or why that is gone.
+    """What `restore` needs: the module that was swapped, without its weights; or why that is gone.
 
     Attributes:
         producer: who made it.
         module: the module.
         kept: see `marlin_w4a16.producers.found.Found`.
-        nbytes: bytes of its weight.
+        nbytes: bytes of its weights.
         dtype: what its producer decodes it to.
         device: where it was.
-        unfitted: scales and multiplier as they were, where packing changed them (see `FP4Weight.fit`).
+        unfitted: scales and multiplier of a linear as they were, where packing changed them (see `FP4Weight.fit`).
         hook: what decompresses it.
         gone: why there is no module.
     """
@@ -58,7 +62,7 @@ class Origin:
         return replace(self, module=module, hook=hook)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        gone = self._without("the original module is not saved with a PackedLinear")
+        gone = self._without("the original module is not saved with a packed one")
         return Origin, tuple(getattr(gone, f.name) for f in fields(gone))
 
     def _without(self, reason: str) -> "Origin":
@@ -72,10 +76,12 @@ def prepare(
     activation_quant: Literal["refuse", "drop"] = "refuse",
     progress: bool | None = None,
 ) -> Swaps:
-    """Swaps the FP4 linears of a model, in place, for `PackedLinear` modules, and frees the original weights.
+    """Swaps the FP4 linears and experts of a model, in place, for packed modules, and frees the original weights.
 
-    Takes linears of NVIDIA ModelOpt (``mtq.compress``), torchao (``NVFP4Tensor`` weights) and compressed-tensors
-    (before the first forward, which would decompress them). Best done right after loading, before torch.compile.
+    Each linear becomes a `PackedLinear`, each Experts module of transformers a `PackedExperts`. Takes linears of NVIDIA
+    ModelOpt (``mtq.compress``), torchao (``NVFP4Tensor`` weights) and compressed-tensors (before the first forward,
+    which would decompress them), and experts of torchao (``NVFP4Tensor`` parameters). Best done right after loading,
+    before torch.compile.
 
     Args:
         model: the model; its root itself is not swapped.
@@ -83,12 +89,12 @@ def prepare(
             under a fake quantiser. Their codes are read back with the scales on the module, and taken only if that
             gives every bit of the weight that runs. What a fake quantiser rounds away is gone then: `restore` brings
             back the rounded weight.
-        activation_quant: what to do with a linear that quantises its input too: ``"refuse"`` it, or ``"drop"`` the
+        activation_quant: what to do with a module that quantises its input too: ``"refuse"`` it, or ``"drop"`` the
             quantisation: 16-bit activations, other and more exact values.
         progress: see `marlin_w4a16.progress.track`.
 
     Returns:
-        One row per linear, swapped or refused with its reason.
+        One row per linear and Experts module, swapped or refused with its reason.
 
     Raises:
         ValueError: an unknown ``activation_quant``.
@@ -104,12 +110,14 @@ def prepare(
         if id(module) in outside:
             found = Rejected("the hook that decompresses its model is outside of this part: prepare the whole model")
         packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
-        if isinstance(packed, PackedLinear):
-            PRODUCERS[packed.origin.producer].strip(module, packed.origin.kept)
-            place(packed, places[id(module)])
-            rows.append(Swap(path, producer, packed.packed.format, None, packed.origin.nbytes, packed.packed.nbytes))
+        stacked = not isinstance(module, nn.Linear)
+        if isinstance(packed, Rejected):
+            rows.append(Swap(path, producer or None, None, packed.reason, experts=stacked))
         else:
-            rows.append(Swap(path, producer or None, None, packed.reason))
+            _producer(packed.origin).strip(module, packed.origin.kept)
+            place(packed, places[id(module)])
+            format, after = held(packed)
+            rows.append(Swap(path, producer, format, None, packed.origin.nbytes, after, experts=stacked))
         del found  # the original weight goes now, one at a time
     for hook in compressed_tensors.hooks_of(model):
         for part in (hook.owner() or model).modules():
@@ -122,35 +130,36 @@ def prepare(
 def restore(model: nn.Module) -> Swaps:
     """Undoes `prepare`: the original modules come back with their weights, bit for bit.
 
-    A weight that was loaded into a `PackedLinear` meanwhile is what the original module then holds.
+    A weight that was loaded into a packed module meanwhile is what the original module then holds.
 
     Returns:
-        One row per `PackedLinear`: restored, or left as it is with the reason.
+        One row per packed module: restored, or left as it is with the reason.
     """
     rows: list[Swap] = []
     places = places_of(model)
-    for path in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
+    for path in [name for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedExperts)]:
         packed: Any = model.get_submodule(path)  # no list of modules: each is freed when it has been restored
-        origin, packing = packed.origin, packed.packed
+        origin, (format, nbytes), stacked = packed.origin, held(packed), isinstance(packed, PackedExperts)
         refusal = _refill(packed, path) if path else "it is the model itself: restore() swaps the modules in a model"
         producer = origin.producer if isinstance(origin, Origin) else None
         if refusal is not None or not isinstance(origin, Origin) or origin.module is None:
-            rows.append(Swap(path, producer, packing.format, refusal))
+            rows.append(Swap(path, producer, format, refusal, experts=stacked))
             continue
         place(origin.module, places[id(packed)])
         if origin.hook is not None:
             origin.hook.put_back(origin.module, model)
-        rows.append(Swap(path, producer, packing.format, None, packing.nbytes, origin.nbytes))
+        rows.append(Swap(path, producer, format, None, nbytes, origin.nbytes, experts=stacked))
     return Swaps(tuple(rows))
 
 
 _ROOT = Rejected("it is the model itself: prepare() swaps the modules in a model")
 
 
-def _read(module: nn.Module, recover: bool) -> tuple[str, Found | Rejected | None]:
-    if isinstance(module, PackedLinear):
+def _read(module: Any, recover: bool) -> tuple[str, Found | FoundExperts | Rejected | None]:
+    stacked = is_experts(module)
+    if isinstance(module, PackedLinear | PackedExperts):
         return "", PACKED
-    for name, producer in PRODUCERS.items():
+    for name, producer in (OF_EXPERTS if stacked else PRODUCERS).items():
         try:
             found = producer.read(module, recover)
         except ValueError as error:
@@ -159,16 +168,29 @@ def _read(module: nn.Module, recover: bool) -> tuple[str, Found | Rejected | Non
             return name, found
     if isinstance(module, nn.Linear):
         return "", Rejected(f"its weight is dense {getattr(module.weight, 'dtype', None)}, of no producer of FP4")
+    if stacked and not holds_packed(module):
+        first = getattr(module, names_of(module)[0], None)
+        return "", Rejected(f"its weights are dense {getattr(first, 'dtype', None)}, of no producer of FP4")
     return "", None
 
 
+def _producer(origin: Origin) -> Any:
+    return (PRODUCERS if isinstance(origin.module, nn.Linear) else OF_EXPERTS)[origin.producer]
+
+
 def _packed(
-    producer: str, found: Found | Rejected, module: nn.Module, keeps_activations: bool
-) -> PackedLinear | Rejected:
+    producer: str, found: Found | FoundExperts | Rejected, module: nn.Module, keeps_activations: bool
+) -> PackedLinear | PackedExperts | Rejected:
     if isinstance(found, Rejected):
         return found
     if found.activations is not None and keeps_activations:
         return Rejected(f"{found.activations}: prepare(model, activation_quant='drop') leaves that out")
+    if isinstance(found, FoundExperts):
+        experts = pack_experts_of(module, found.w13, found.w2, found.dtype)
+        if isinstance(experts, PackedExperts):
+            device = found.w13.codes.device
+            experts.origin = Origin(producer, module, found.kept, found.nbytes, found.dtype, device)
+        return experts
     if has_hooks(module):
         return HOOKS
     try:
@@ -183,22 +205,36 @@ def _packed(
     return packed
 
 
-def _refill(packed: PackedLinear, path: str) -> str | None:
-    """Gives the original module its weight back, or says why not."""
+def _refill(packed: PackedLinear | PackedExperts, path: str) -> str | None:
+    """Gives the original module its weights back, or says why not."""
     origin = packed.origin
     if not isinstance(origin, Origin):
         return "prepare() did not make it"
     if origin.module is None:
         return origin.gone
     try:
-        PRODUCERS[origin.producer].fill(origin.module, _unfitted(packed.to_fp4(path), origin), origin.kept)
+        weight = packed.to_fp4(path) if isinstance(packed, PackedExperts) else _unfitted(packed.to_fp4(path), origin)
+        _producer(origin).fill(origin.module, weight, origin.kept)
     except ValueError as error:
         return str(error)
-    origin.module.bias = packed.bias
+    _give_biases(packed, origin.module)
     origin.module.train(packed.training)
-    if packed.words.device != origin.device:
-        origin.module.to(packed.words.device)
+    device = next(packed.parameters()).device
+    if device != origin.device:
+        origin.module.to(device)
     return None
+
+
+def _give_biases(packed: PackedLinear | PackedExperts, module: Any) -> None:
+    if isinstance(packed, PackedLinear):
+        module.bias = packed.bias
+        return
+    first, second = (f"{name}_bias" for name in names_of(module))
+    if packed.bias13 is not None:
+        bias = unpack_bias(packed.bias13.detach(), packed.intermediate, packed.order)
+        setattr(module, first, nn.Parameter(bias, packed.bias13.requires_grad))
+    if packed.bias2 is not None:
+        setattr(module, second, packed.bias2)
 
 
 def _unfitted(weight: FP4Weight, origin: Origin) -> FP4Weight:

@@ -110,3 +110,9 @@ def configure(folder: Path, file: str = "config.json", **changes: Any) -> None:
     for key in [key for key, value in changes.items() if value is None]:
         del part[key]
     path.write_text(json.dumps(whole, indent=2))
+
+
+def configure_model(folder: Path, **changes: Any) -> None:
+    """Entries of config.json itself are others."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2))

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from checkpoints import compressed, modelopt
+from checkpoints import compressed, modelopt, published
 from checkpoints.compressed import LINEARS
 from checkpoints.modelopt import FP8, Rule, nvfp4, rule
-from checkpoints.models import FAMILIES
+from checkpoints.models import FAMILIES, MIXTURES
 
-Producer = Literal["ModelOpt", "compressed-tensors"]
+Producer = Literal["ModelOpt", "compressed-tensors", "published"]
 MLP, ATTENTION = ["re:.*mlp.*_proj$"], ["re:.*self_attn.*_proj$"]
 
 
@@ -28,28 +28,39 @@ class Format:
     """One way to store a quantised model.
 
     Attributes:
-        name: unique; begins with the producer.
-        producer: whose code writes it.
+        name: unique; begins with the producer, or the model that it is published for.
+        producer: whose code writes it, or that it is written here as published.
         write: called as ``write(model, folder, max_shard_size=...)``; the model is not to be used afterwards.
         about: what is special about it.
+        family: the first class of models that it is written for.
     """
 
     name: str
     producer: Producer
     write: Callable[..., None]
     about: str
+    family: str = "llama"
 
     def __str__(self) -> str:
         return self.name
 
 
-def of_modelopt(name: str, about: str, preset: str, *rules: Rule) -> Format:
-    """A preset of ModelOpt, with further rules."""
+def of_modelopt(
+    name: str,
+    about: str,
+    preset: str,
+    *rules: Rule,
+    finish: Callable[[Path], None] | None = None,
+    family: str = "llama",
+) -> Format:
+    """A preset of ModelOpt, with further rules; ``finish`` changes the files."""
 
     def write(model: Any, folder: Path, max_shard_size: str = "5GB") -> None:
         modelopt.write(model, folder, preset, *rules, max_shard_size=max_shard_size)
+        if finish is not None:
+            finish(folder)
 
-    return Format(f"modelopt-{name}", "ModelOpt", write, about)
+    return Format(f"modelopt-{name}", "ModelOpt", write, about, family)
 
 
 def of_compressed(name: str, about: str, *groups: compressed.Group, **choices: Any) -> Format:
@@ -59,6 +70,12 @@ def of_compressed(name: str, about: str, *groups: compressed.Group, **choices: A
         compressed.write(model, folder, *groups, **choices, max_shard_size=max_shard_size)
 
     return Format(f"ct-{name}", "compressed-tensors", write, about)
+
+
+def as_published(name: str, about: str, write: Callable[..., None], **choices: Any) -> Format:
+    """A layout of one model's authors."""
+    family = "gptoss" if name == "gpt-oss" else "deepseekv4"
+    return Format(name, "published", functools.partial(write, **choices), about, family)
 
 
 MODELOPT = [
@@ -106,11 +123,47 @@ COMPRESSED = [
     of_compressed("fp8", "nothing is FP4", ("FP8_DYNAMIC", LINEARS)),
 ]  # fmt: skip
 
-FORMATS: dict[str, Format] = {made.name: made for made in [*MODELOPT, *COMPRESSED]}
+# Nemotron-3 as published: mamba in FP8, experts in NVFP4, all else dense.
+NEMOTRON = [
+    rule("*mixer*_proj*"), rule("*conv1d*"),
+    *(rule(f"*mixer.{name}_proj.{of}_quantizer", FP8) for name in ("in", "out") for of in ("weight", "input")),
+    *(rule(f"*experts*{of}_quantizer", nvfp4()) for of in ("up_proj.weight", "down_proj.weight")),
+    *(rule(f"*experts*{of}_quantizers*", nvfp4()) for of in ("up_proj_weight", "down_proj_weight")),
+]  # fmt: skip
+MODELOPT_EXPERTS = [
+    of_modelopt(
+        "nemotron",
+        "FP8 mamba, NVFP4 experts, dense attention and latents",
+        "W4A16_NVFP4_CFG",
+        *NEMOTRON,
+        finish=modelopt.name_layers,
+        family="nemotronh",
+    ),
+    of_modelopt(
+        "nemotron-0.47",
+        "the same with the config as ModelOpt 0.47 garbles it",
+        "W4A16_NVFP4_CFG",
+        *NEMOTRON,
+        family="nemotronh",
+    ),
+]
+PUBLISHED = [
+    as_published("gpt-oss", "MXFP4 stacks, gate and up interleaved, biases", published.write_gpt_oss),
+    as_published("deepseek-v4", "MXFP4 experts, FP8 linears, E8M0 scales", published.write_deepseek_v4),
+    as_published("deepseek-v4.1", "expert_dtype in the quantisation config", published.write_deepseek_v4, inside=True),
+    as_published("deepseek-v4-fp32", "E8M0 scales held as float32", published.write_deepseek_v4, dtype=torch.float32),
+    as_published("deepseek-v4-inv", "scales are weight_scale_inv, in float32", published.write_deepseek_v4,
+                 leaf="weight_scale_inv", dtype=torch.float32),
+    as_published("deepseek-v4-weight-scale", "scales of experts are weight_scale", published.write_deepseek_v4,
+                 leaf="weight_scale"),
+]  # fmt: skip
+
+FORMATS: dict[str, Format] = {made.name: made for made in [*MODELOPT, *COMPRESSED, *MODELOPT_EXPERTS, *PUBLISHED]}
 # For parametrised tests: every format of one family, and the main formats of every family without experts.
-DENSE_FAMILIES = [name for name in FAMILIES if name not in ("qwen3moe", "mixtral")]
+DENSE_FAMILIES = [name for name in FAMILIES if name not in MIXTURES]
 MAIN = ["modelopt-nvfp4", "modelopt-w4a16", "modelopt-awq", "ct-nvfp4a16", "ct-nvfp4", "ct-mxfp4a16"]
-CASES = [(name, "llama") for name in FORMATS] + [(n, family) for n in MAIN for family in DENSE_FAMILIES[1:]]
+CASES = [(made.name, "llama") for made in [*MODELOPT, *COMPRESSED]]
+CASES += [(name, family) for name in MAIN for family in DENSE_FAMILIES[1:]]
 
 
 @functools.cache
@@ -134,7 +187,8 @@ def undisturbed() -> Iterator[None]:
 
 @functools.cache
 def export(name: str, family: str, shards: bool, dtype: torch.dtype) -> Path:
-    pytest.importorskip({"ModelOpt": "modelopt", "compressed-tensors": "compressed_tensors"}[FORMATS[name].producer])
+    packages = {"ModelOpt": "modelopt", "compressed-tensors": "compressed_tensors", "published": "transformers"}
+    pytest.importorskip(packages[FORMATS[name].producer])
     folder = Path(store().name, f"{name}-{family}-{str(dtype)[6:]}{'-shards' * shards}")
     with undisturbed():
         FORMATS[name].write(FAMILIES[family](dtype=dtype), folder, max_shard_size="60KB" if shards else "5GB")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,3 +69,29 @@ def write(model: PreTrainedModel, folder: Path, preset: str, *rules: Rule, max_s
         mtq.quantize(model, config, lambda m: m(tokens))
         with torch.inference_mode():
             export_hf_checkpoint(model, export_dir=folder, max_shard_size=max_shard_size)
+
+
+def name_layers(folder: Path) -> None:
+    """Names layers of NemotronH as published: ModelOpt 0.47 leaves a NUL in names, and names no single expert."""
+    whole = json.loads((folder / "config.json").read_text().replace(r".\u0000backbone.pt_name_sentinel", ""))
+    config = whole["quantization_config"]
+    layers = config["quantized_layers"]
+    projections = [f"{i}.{name}_proj" for i in range(whole["n_routed_experts"]) for name in ("up", "down")]
+    for path in [path for path in layers if path.endswith(".experts")]:
+        layers |= {f"{path}.{projection}": layers[path] for projection in projections}
+        del layers[path]
+    for group in config["config_groups"].values():
+        targets = [[f"{t}.{p}" for p in projections] if t.endswith(".experts") else [t] for t in group["targets"]]
+        group["targets"] = [name for names in targets for name in names]
+    tensors = {name.removesuffix(".weight") for file in folder.glob("*.safetensors") for name in names_in(file)}
+    config["ignore"] = sorted(name for name in tensors - {*layers} if re.search(r"(proj|gate|embeddings|head)$", name))
+    (folder / "config.json").write_text(json.dumps(whole, indent=2))
+    (folder / "hf_quant_config.json").unlink()
+
+
+def names_in(file: Path) -> list[str]:
+    """The names of its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())

@@ -14,6 +14,7 @@ from checkpoints.formats import FORMATS, write, written
 
 Q = "model.layers.0.self_attn.q_proj"
 NOT_FP4 = ("modelopt-fp8", "ct-fp8")
+PUBLISHED = {"gptoss": "mxfp4", "deepseekv4": "fp8"}
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -28,12 +29,14 @@ def config(folder: Path) -> dict:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_packs_its_weights_and_says_whose_it_is(name):
     state = torch.random.get_rng_state()
-    folder = written(name, "llama")
+    made = FORMATS[name]
+    folder = written(name, made.family)
     assert torch.equal(torch.random.get_rng_state(), state)
-    packed = {path for path, tensor in tensors(folder).items() if tensor.dtype == torch.uint8 and "scale" not in path}
+    codes = (torch.uint8, torch.int8)
+    packed = {path for path, tensor in tensors(folder).items() if tensor.dtype in codes and "scale" not in path}
     assert bool(packed) == (name not in NOT_FP4)
-    assert config(folder)["quant_method"] == FORMATS[name].producer.lower()
-    assert (folder / "hf_quant_config.json").exists() == (FORMATS[name].producer == "ModelOpt")
+    assert config(folder)["quant_method"] == PUBLISHED.get(made.family, made.producer.lower())
+    assert (folder / "hf_quant_config.json").exists() == (made.producer == "ModelOpt")
 
 
 @pytest.mark.parametrize("name", ["modelopt-nvfp4", "ct-nvfp4a16"])

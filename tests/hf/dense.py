@@ -11,43 +11,69 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from checkpoints.models import as_loaded
+from checkpoints.names import renamed
+from hf.dense_experts import fused, is_expert, unstacked
 from hf.producers import Tensors, quantised_input
-from marlin_w4a16 import FP4Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PACKED = ("weight_packed", "weight")  # compressed-tensors, ModelOpt
-NOT_THE_MODELS = ("_scale", "_scale_2", "weight_packed", "_global_scale")
+PACKED = ("weight_packed", "weight")  # compressed-tensors, all others
+QUANTISED = (torch.uint8, torch.int8, torch.float8_e4m3fn)
+SCALES = ("weight_scale", "weight_scale_inv", "scale")
+OF_A_CACHE = ("k_scale", "v_scale")
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+BLOCK = 128  # the side of a square block of FP8
 
 
 def tensors_of(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint."""
+    """Every tensor of a checkpoint, named as the files name it."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def codes_of(tensors: Tensors) -> dict[str, Tensor]:
-    """The packed codes of each linear by its path, or its weight in FP8."""
+    """The packed codes of each linear by its path in the files, or its weight in FP8."""
     found = {}
-    for name, tensor in tensors.items():
+    for name, tensor in unstacked(tensors).items():
         path, _, leaf = name.rpartition(".")
-        if leaf in PACKED and tensor.dtype in (torch.uint8, torch.float8_e4m3fn):
+        if leaf in PACKED and tensor.dtype in QUANTISED:
             found[path] = tensor
     return found
 
 
 def exact(tensors: Tensors, path: str) -> Tensor:
     """The weight of a quantised linear in float64, with the global scale in float32 as a factor."""
-    codes, scale = codes_of(tensors)[path], tensors[f"{path}.weight_scale"]
+    tensors = unstacked(tensors)
+    codes = next(t for leaf in PACKED if (t := tensors.get(f"{path}.{leaf}")) is not None)
+    scale = real(next(t for leaf in SCALES if (t := tensors.get(f"{path}.{leaf}")) is not None))
     if codes.dtype == torch.float8_e4m3fn:
-        return codes.double() * scale.double().reshape(-1, 1)
+        return codes.double() * spread(scale, codes.shape)
     factor = tensors.get(f"{path}.weight_scale_2", torch.ones(()))
     if (divisor := tensors.get(f"{path}.weight_global_scale")) is not None:
         factor = 1 / divisor
-    kind = "e8m0" if scale.dtype == torch.uint8 else "e4m3"
-    group = codes.shape[1] * 2 // scale.shape[1]
-    rows = factor.float().reshape(1).expand(len(codes)).contiguous()
-    return FP4Weight(codes, scale.view(torch.uint8), rows, kind, group).decode(torch.float64)
+    values = elements(codes)
+    return values * scale.repeat_interleave(values.shape[-1] // scale.shape[-1], -1) * factor.double()
+
+
+def elements(codes: Tensor) -> Tensor:
+    """E2M1 from bytes: the low four bits are the even column."""
+    codes = codes.view(torch.uint8)
+    both = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).int()
+    return torch.cat([E2M1, -E2M1])[both]
+
+
+def real(scale: Tensor) -> Tensor:
+    """Scales as float64: E8M0 where they are bytes."""
+    return (scale.double() - 127).exp2() if scale.dtype == torch.uint8 else scale.double()
+
+
+def spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The scale of each element: of the whole, of each row, or of each square block."""
+    rows, columns = shape
+    if scale.numel() in (1, rows):
+        return scale.reshape(-1, 1)
+    return scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
 
 
 def pre_quant_scale(tensors: Tensors, path: str) -> Tensor | None:
@@ -66,10 +92,8 @@ def dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     quantised, producer = codes_of(tensors), config.quantization_config
     del config.quantization_config
     config.tie_word_embeddings &= "lm_head" not in quantised
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    state = {name: t for name, t in tensors.items() if not name.endswith(NOT_THE_MODELS)}
-    state |= {f"{path}.weight": rounded(exact(tensors, path), dtype) for path in quantised}
-    lacking, surplus = model.load_state_dict(state, strict=False)
+    model = as_loaded(AutoModelForCausalLM.from_config(config, dtype=dtype), dtype).eval()
+    lacking, surplus = model.load_state_dict(state_of(tensors, config.model_type, dtype), strict=False)
     assert not surplus and lacking == (["lm_head.weight"] if config.tie_word_embeddings else [])
     for path, codes in quantised.items():
         if pre_quant_scale(tensors, path) is not None:
@@ -77,6 +101,22 @@ def dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         if codes.dtype == torch.float8_e4m3fn and producer["quant_method"] == "compressed-tensors":
             before(model, path, partial(quantised_input, tensors=tensors, path=path, config=producer))
     return model
+
+
+def state_of(tensors: Tensors, model_type: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict of the dense model, its quantised weights rounded once."""
+    quantised = codes_of(tensors)
+    weights = {renamed(path, model_type): exact(tensors, path) for path in quantised}
+    state = {renamed(name, model_type): t for name, t in unstacked(tensors).items() if plain(name, quantised)}
+    state |= {f"{path}.weight": rounded(w, dtype) for path, w in weights.items() if not is_expert(path)}
+    experts = {path: weight for path, weight in weights.items() if is_expert(path)}
+    return state | {name: rounded(w, dtype) for name, w in fused(experts, model_type).items()}
+
+
+def plain(name: str, quantised: dict[str, Tensor]) -> bool:
+    """Whether a tensor of the files is one of the dense model."""
+    path, _, leaf = name.rpartition(".")
+    return leaf not in OF_A_CACHE and (path not in quantised or leaf == "bias")
 
 
 def before(model: nn.Module, path: str, change: Callable[[Tensor], Tensor]) -> None:

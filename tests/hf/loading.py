@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from checkpoints.formats import written
+from checkpoints.names import renamed
 from hf.dense import codes_of, dense, tensors_of
+from hf.dense_experts import EXPERT, is_expert
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +45,11 @@ def read(folder: Any, **options: Any) -> Any:
 
 def choosing(name: str, **options: Any) -> Any:
     """The config of a format's producer with such options."""
-    from marlin_w4a16.hf import CompressedTensorsConfig, ModelOptConfig
+    from marlin_w4a16.hf import configs
 
-    return (ModelOptConfig if name.startswith("modelopt") else CompressedTensorsConfig)(**options)
+    classes = {"modelopt": configs.ModelOptConfig, "ct": configs.CompressedTensorsConfig}
+    classes |= {"gpt": configs.Mxfp4Config, "deepseek": configs.FineGrainedFP8Config}
+    return classes[name.partition("-")[0]](**options)
 
 
 @functools.cache
@@ -63,16 +70,71 @@ def logits(model: nn.Module, tokens: Tensor | None = None, **options: Any) -> Te
     return model(prompts() if tokens is None else tokens, use_cache=False, **options).logits
 
 
+@functools.cache
+def routing(name: str, family: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """The experts of each token of the prompts and their weights in float32, by the path of the Experts module."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    model = reference(name, family, torch.float32)
+    with ExitStack() as stack:
+        for path, module in experts_of(model).items():
+            hook = module.register_forward_pre_hook(lambda _, args, path=path: found.update({path: args[1:]}))
+            stack.callback(hook.remove)
+        logits(model)
+    return found
+
+
+@contextmanager
+def routed(model: nn.Module, choices: dict[str, tuple[Tensor, Tensor]]) -> Iterator[nn.Module]:
+    """With these experts for these tokens: a router in bfloat16 chooses others where two score almost alike."""
+    with ExitStack() as stack:
+        for path, (index, weights) in choices.items():
+
+            def replace(_: nn.Module, args: Any, index: Tensor = index, weights: Tensor = weights) -> Any:
+                return args[0], index, weights.to(args[2].dtype)
+
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(replace).remove)
+        yield model
+
+
+def experts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold all experts of a layer."""
+    return {path: module for path, module in model.named_modules() if path.endswith(".experts")}
+
+
 def stored(name: str, family: str = "llama") -> dict[str, Tensor]:
-    """The tensors of a checkpoint."""
+    """The tensors of a checkpoint by their names in the files."""
     return tensors_of(written(name, family))
 
 
+def model_type(name: str, family: str) -> str:
+    """That of a checkpoint's config."""
+    return json.loads((written(name, family) / "config.json").read_text())["model_type"]
+
+
 def kinds(name: str, family: str) -> dict[str, str]:
-    """What each linear of a model is expected to be by its path: told from the tensors of the files."""
-    fp8 = "Linear" if name.startswith("ct-") else "FP8Linear"  # transformers loads those of compressed-tensors
-    codes = codes_of(stored(name, family)).items()
-    return {path: "CheckpointLinear" if codes.dtype == torch.uint8 else fp8 for path, codes in codes}
+    """What each quantised module is expected to be by its path in the model: told from the tensors of the files.
+
+    A module that holds all experts of a layer counts as one.
+    """
+    fp8 = "FP8Linear" if name.startswith("modelopt-") else "Linear"  # transformers loads those of all others
+    found = {}
+    for path, codes in codes_of(stored(name, family)).items():
+        path = renamed(path, model_type(name, family))
+        if is_expert(path):
+            found[EXPERT.fullmatch(path)[1]] = "CheckpointExperts"
+        else:
+            found[path] = fp8 if codes.dtype == torch.float8_e4m3fn else "CheckpointLinear"
+    return found
+
+
+def linears(name: str, family: str) -> dict[str, str]:
+    """Those of `kinds` that are linears."""
+    return {path: kind for path, kind in kinds(name, family).items() if kind != "CheckpointExperts"}
+
+
+def upstream_keeps(name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers' quantizer of FP8 leaves tensors in the dtype of the files."""
+    return name.startswith("deepseek") and dtype == torch.bfloat16
 
 
 def same(found: Tensor, expected: Tensor) -> bool:

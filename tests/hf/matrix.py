@@ -25,17 +25,40 @@ FAMILIES = {
     "gemma3-tied": "Gemma-3, tied",
     "qwen3moe": "Qwen3-MoE",
     "mixtral": "Mixtral",
+    "glm4moe": "GLM-4-MoE",
+    "deepseekv3": "DeepSeek-V3",
+    "nemotronh": "NemotronH",
+    "gptoss": "gpt-oss",
+    "deepseekv4": "DeepSeek-V4",
 }
-EXPERTS = [(name, family) for name in ("modelopt-w4a16", "ct-nvfp4a16") for family in ("qwen3moe", "mixtral")]
 # A head of its own beside the embedding, under a config that ties them: both producers write that.
 OWN_HEADS = [(name, family) for name in ("modelopt-head", "ct-head") for family in ("llama-tied", "gemma3-tied")]
 # The words of the error, by format and family.
-NO_EXPERTS = "FP4 experts (mixture-of-experts), expected linears only: experts are not supported yet"
 REFUSED: dict[Case, str] = {
     ("modelopt-svdquant", "llama"): "ModelOpt's NVFP4_SVD",
     ("ct-embedding", "llama"): "expected a linear in the model, not Embedding",
-    **dict.fromkeys(EXPERTS, NO_EXPERTS),
+    # ModelOpt 0.47 leaves a NUL and more in the names of its config.
+    ("modelopt-nemotron-0.47", "nemotronh"): "the config says it is not among the quantised layers",
 }
+# Mixtures of experts: those that every step is tested for, and those that some are.
+MIXTURES: list[Case] = [
+    ("modelopt-w4a16", "qwen3moe"),
+    ("modelopt-nvfp4", "mixtral"),
+    ("modelopt-nemotron", "nemotronh"),
+    ("ct-nvfp4a16", "mixtral"),
+    ("ct-nvfp4a16", "glm4moe"),
+    ("ct-mxfp4a16", "deepseekv3"),
+    ("gpt-oss", "gptoss"),
+    ("deepseek-v4", "deepseekv4"),
+]
+MORE_MIXTURES: list[Case] = [
+    *((name, "qwen3moe") for name in ("modelopt-nvfp4", "modelopt-mxfp4", "ct-nvfp4a16", "ct-nvfp4", "ct-mxfp4a16")),
+    *((name, "mixtral") for name in ("modelopt-w4a16", "ct-mxfp4a16")),
+    *((name, "glm4moe") for name in ("modelopt-nvfp4", "ct-mxfp4a16")),
+    ("ct-nvfp4a16", "deepseekv3"),
+    ("modelopt-w4a16", "nemotronh"),
+    *((f"deepseek-{name}", "deepseekv4") for name in ("v4.1", "v4-fp32", "v4-inv", "v4-weight-scale")),
+]
 # Without a layer in FP4 there is nothing for this package to do.
 LEFT = "ct-fp8"
 LOADED: list[Case] = [case for case in [*CASES, *OWN_HEADS] if case not in REFUSED]
@@ -43,11 +66,18 @@ OWN = [case for case in LOADED if case[0] != LEFT]
 ON_LLAMA = [case for case in OWN if case[1] == "llama"]
 KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-mxfp4", "modelopt-fp8",
         "ct-nvfp4", "ct-mxfp4", "ct-two-groups"]  # fmt: skip
+FULLY = [*OWN, *MIXTURES]
+LARGELY = [*FULLY, *MORE_MIXTURES]
+# Its attention has caches of its own.
+GENERATED = [case for case in FULLY if case[1] != "deepseekv4"]
 # compressed-tensors' own FP8 layers break the graph.
-TRACED = [case for case in ON_LLAMA if case[0] != "ct-nvfp4-fp8"]
+TRACED = [case for case in ON_LLAMA if case[0] != "ct-nvfp4-fp8"] + MIXTURES
 COMPILED: list[Case] = [
     *((n, "llama") for n in ("ct-nvfp4a16", "ct-mxfp4a16", "modelopt-group32", "modelopt-mixed", "modelopt-awq")),
     *(("ct-nvfp4a16", family) for family in DENSE_FAMILIES if family not in ("llama", "llama-zeros")),
+    ("modelopt-w4a16", "qwen3moe"),
+    ("modelopt-nemotron", "nemotronh"),
+    ("gpt-oss", "gptoss"),
 ]
 
 
@@ -68,27 +98,31 @@ class Step:
 
 LOAD = Step(
     "load",
-    "quantised linears are packed, or dense where they are FP8; every other tensor is as stored; none is missing",
-    OWN,
+    "quantised linears and experts are packed, or dense where they are FP8; every other tensor is as stored; none is "
+    "missing",
+    LARGELY,
 )
 FLOAT32 = Step(
     "float32",
     "logits within 1e-5 of the dense model that the exact decode gives, all tokens equal",
-    OWN,
+    LARGELY,
 )
 BFLOAT16 = Step(
     "bfloat16",
     "32 teacher-forced steps of 8 prompts: logits no further from the exact model than those of the dense model in "
-    "bfloat16; tokens equal wherever the two best logits differ by more than 4 times the error",
-    OWN,
+    "bfloat16; tokens equal wherever the two best logits differ by more than 4 times the error; "
+    "experts are those that float32 chooses",
+    FULLY,
 )
-GENERATE = Step("generate", "greedy tokens with a static cache equal those of the dense model", OWN)
-SAVE = Step("save", "every tensor bit for bit, config.json equal, in any dtype, whole or in shards; loads again", OWN)
+GENERATE = Step("generate", "greedy tokens with a static cache equal those of the dense model", GENERATED)
+SAVE = Step(
+    "save", "every tensor bit for bit, config.json equal, in any dtype, whole or in shards; loads again", LARGELY
+)
 DENSE = Step(
-    "dequantize", "`dequantize=True` and `dequantize()` give plain linears with the exact weight rounded once", OWN
+    "dequantize", "`dequantize=True` and `dequantize()` give plain linears with the exact weight rounded once", FULLY
 )
 ADAPTERS = Step(
-    "LoRA", "gradients of adapters and inputs equal the dense model's within 1e-5; the base does not change", OWN
+    "LoRA", "gradients of adapters and inputs equal the dense model's within 1e-5; the base does not change", FULLY
 )
 TRACE = Step("trace", "`torch.compile` sees one graph, which gives the logits of eager", TRACED)
 COMPILE = Step("compile", "that graph compiled by Inductor: logits within 1e-5 of eager in float32", COMPILED)
@@ -97,7 +131,7 @@ KEEP = Step(
     [(name, "llama") for name in KEPT],
 )  # fmt: skip
 STEPS = [LOAD, FLOAT32, BFLOAT16, TRACE, GENERATE, SAVE, DENSE, ADAPTERS, COMPILE, KEEP]
-ALWAYS = [step for step in STEPS if step.cases is OWN]
+ALWAYS = [step for step in STEPS if {*OWN} <= {*step.cases}]
 
 
 def cell(name: str, family: str) -> str:
@@ -107,9 +141,12 @@ def cell(name: str, family: str) -> str:
         return f'refused: "{REFUSED[case]}"'
     if name == LEFT and case in LOADED:
         return "left to transformers"
-    if case not in OWN:
-        return ""
-    return ", ".join(["all", *(step.name for step in STEPS if step not in ALWAYS and case in step.cases)])
+    steps = [step for step in STEPS if case in step.cases]
+    missing = [step.name for step in ALWAYS if step not in steps]
+    if len(missing) > 1 or not steps:
+        return ", ".join(step.name for step in steps)
+    but = f"all but {missing[0]}" if missing else "all"
+    return ", ".join([but, *(step.name for step in steps if step not in ALWAYS)])
 
 
 def rows(names: Iterable[str], families: Iterable[str]) -> list[tuple[str, ...]]:
@@ -119,12 +156,18 @@ def rows(names: Iterable[str], families: Iterable[str]) -> list[tuple[str, ...]]
 
 
 def tables() -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """Every format in one class, then the main ones in all classes."""
-    others = [family for family in FAMILIES if family != "llama"]
+    """Every format in one class, then the main ones in all classes without experts, then all classes with experts."""
+    mixtures = {family for _, family in LARGELY if family not in DENSE_FAMILIES}
+    others = [family for family in FAMILIES if family != "llama" and family not in mixtures]
+    with_experts = [family for family in FAMILIES if family in mixtures]
     shown = [name for name in FORMATS if any(cell(name, family) for family in others)]
+    of_llama = [name for name in FORMATS if cell(name, "llama")]
+    of_experts = [name for name in FORMATS if any(cell(name, family) for family in with_experts)]
     return [
-        (("format", "what is special", FAMILIES["llama"]), rows(FORMATS, ["llama"])),
+        (("format", "what is special", FAMILIES["llama"]), rows(of_llama, ["llama"])),
         (("class", *(f"`{name}`" for name in shown)), [
             (FAMILIES[family], *(cell(name, family) for name in shown)) for family in others
         ]),
+        (("format", "what is special", *(FAMILIES[family] for family in with_experts)),
+         rows(of_experts, with_experts)),
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from checkpoints.formats import written
 from hf.dense import exact, relative
-from hf.loading import choosing, kinds, load, loaded, logits, prompts, reference, stored
+from hf.loading import choosing, linears, load, loaded, logits, prompts, reference, routed, routing, stored
 from hf.matrix import BFLOAT16, FLOAT32, KEEP, ON_LLAMA
 from hf.producers import quantised_input
 from marlin_w4a16.hf import CheckpointError
@@ -34,7 +34,9 @@ def test_logits_in_float16(name, family):
 @pytest.mark.parametrize("name, family", BFLOAT16.cases)
 def test_teacher_forced_steps_in_bfloat16(name, family):
     truth = logits(reference(name, family, torch.float32))
-    found, plain = (logits(of(name, family, torch.bfloat16)) for of in (loaded, reference))
+    found, plain = (of(name, family, torch.bfloat16) for of in (loaded, reference))
+    with routed(found, routing(name, family)), routed(plain, routing(name, family)):
+        found, plain = logits(found), logits(plain)
     assert relative(found, truth) <= 1.02 * relative(plain, truth) and relative(found, plain) <= 1.5e-2
     error = (found - truth).abs().amax(-1).mean()  # the largest of a step, of all steps the mean
     best = truth.topk(2).values
@@ -52,7 +54,7 @@ def test_kept_inputs_are_the_producers(name, family):
     model = load(name, family, dtype=torch.float32, quantization_config=choosing(name, activation_quant="keep"))
     tensors, config = stored(name, family), json.loads((written(name, family) / "config.json").read_text())
     passed = {}
-    for path in kinds(name, family):
+    for path in linears(name, family):
         model.get_submodule(path).register_forward_hook(lambda m, x, y, path=path: passed.update({path: (x[0], y)}))
     kept = logits(model)
     changed = 0

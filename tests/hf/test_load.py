@@ -5,13 +5,30 @@ import torch
 from torch import nn
 
 from checkpoints.formats import written
+from checkpoints.names import renamed
 from hf.dense import tensors_of
-from hf.loading import DTYPES, choosing, kinds, load, loaded, logits, same, stored
-from hf.matrix import EXPERTS, LEFT, LOAD, OWN_HEADS, REFUSED
-from marlin_w4a16 import PackedLinear
+from hf.dense_experts import is_expert, unstacked
+from hf.loading import (
+    DTYPES,
+    choosing,
+    experts_of,
+    kinds,
+    linears,
+    load,
+    loaded,
+    logits,
+    model_type,
+    reference,
+    same,
+    stored,
+    upstream_keeps,
+)
+from hf.matrix import LEFT, LOAD, MIXTURES, OWN_HEADS, REFUSED
+from marlin_w4a16 import PackedExperts, PackedLinear
 from marlin_w4a16.hf import CheckpointError, report
 
-CODES_AND_SCALES = ("weight", "weight_packed", "weight_scale")
+CODES_AND_SCALES = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "scale")
+BIASES = {"bias", "bias13", "bias2", "gate_up_proj_bias", "down_proj_bias"}
 
 
 @pytest.mark.parametrize("name, family", LOAD.cases)
@@ -19,18 +36,27 @@ def test_layers_are_what_the_files_hold(name, family):
     model, info = load(name, family, output_loading_info=True)
     assert not any(info.values())
     expected = kinds(name, family)
-    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert {path: type(m).__name__ for path, m in linears.items()} == dict.fromkeys(linears, "Linear") | expected
+    modules = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    dense = {path: type(m).__name__ for path, m in reference(name, family, torch.bfloat16).named_modules()}
+    modules |= experts_of(model)
+    kind_of = {path: type(m).__name__ for path, m in modules.items()}
+    assert kind_of == {path: dense[path] for path in modules} | not_linear(expected, dense)
     assert model.dtype == torch.bfloat16 and not any(module.training for module in model.modules())
     for path, kind in expected.items():
-        assert isinstance(linears[path], PackedLinear) == (kind == "CheckpointLinear")
-    mine = [path for path in expected if type(linears[path]) is not nn.Linear]
+        assert isinstance(modules[path], PackedLinear) == (kind == "CheckpointLinear")
+        assert isinstance(modules[path], PackedExperts) == (kind == "CheckpointExperts")
+    mine = {path for path in expected if kind_of[path] not in ("Linear", "DeepseekV4GroupedLinear")}
     for path in mine:
-        assert {leaf for leaf, p in linears[path].named_parameters() if p.requires_grad} <= {"bias"}
-    assert {layer.path for layer in report(model).layers} == set(mine)
+        assert {leaf for leaf, p in modules[path].named_parameters() if p.requires_grad} <= BIASES
+    assert {layer.path for layer in report(model).layers} == mine
     packed = {layer.path for layer in report(model).layers if layer.outcome == "packed"}
-    assert packed == {path for path, kind in expected.items() if kind == "CheckpointLinear"}
-    assert name != "modelopt-nvfp4" or "model.layers.{0..1}.mlp.up_proj" in str(report(model))
+    assert packed == {path for path, kind in expected.items() if kind.startswith("Checkpoint")}
+    assert (name, family) != ("modelopt-nvfp4", "llama") or "model.layers.{0..1}.mlp.up_proj" in str(report(model))
+
+
+def not_linear(expected, dense) -> dict:
+    """Those that are no longer what the dense model has; a grouped linear that is dense stays what it is."""
+    return {path: kind if kind != "Linear" else dense[path] for path, kind in expected.items()}
 
 
 @pytest.mark.parametrize(
@@ -38,21 +64,27 @@ def test_layers_are_what_the_files_hold(name, family):
     [(*case, dtype) for case in LOAD.cases for dtype in DTYPES if dtype != torch.float16 or case[1] == "llama"],
 )
 def test_small_tensors_are_kept_and_dense_ones_are_the_models(name, family, dtype):
-    model = loaded(name, family, dtype)
+    model, plain = loaded(name, family, dtype), reference(name, family, dtype).state_dict()
     held, modules = model.state_dict(), dict(model.named_modules())
-    quantised = kinds(name, family)
-    for key, tensor in stored(name, family).items():
+    quantised = linears(name, family)
+    for key, tensor in unstacked(stored(name, family)).items():
+        key = renamed(key, model_type(name, family))
         path, _, leaf = key.rpartition(".")
-        if path not in quantised:
-            if not leaf.endswith("_scale"):  # of a cache: kept to be saved
-                assert same(held[key], tensor.to(dtype))
+        if is_expert(path) or (quantised.get(path) == "Linear" and leaf in CODES_AND_SCALES):
+            continue
+        if path.endswith(".experts"):
+            assert same(modules[path].biases()[leaf].detach(), tensor.to(plain[key].dtype))
+        elif path not in quantised:
+            if leaf not in ("k_scale", "v_scale"):  # of a cache: kept to be saved
+                kept = tensor.dtype if upstream_keeps(name, dtype) else plain[key].dtype
+                assert same(held[key], tensor.to(kept)), key
         elif leaf == "bias":
             assert same(modules[path].bias.detach(), tensor.to(dtype))
         elif leaf not in CODES_AND_SCALES and not leaf.startswith(("k_", "v_")):
             kept = getattr(modules[path], leaf).detach()
             assert same(kept if quantised[path] == "CheckpointLinear" else kept.view(tensor.dtype).reshape(()), tensor)
     tied = model.config.tie_word_embeddings and "lm_head" not in quantised
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
 
 
 @pytest.mark.parametrize("name, family", REFUSED)
@@ -62,11 +94,18 @@ def test_what_cannot_be_loaded_is_refused(name, family):
     assert REFUSED[name, family] in str(raised.value) and str(written(name, family)) in str(raised.value)
 
 
-@pytest.mark.parametrize("name, family", EXPERTS)
-def test_layers_of_experts_are_counted_not_listed(name, family):
-    with pytest.raises(CheckpointError, match=r"experts\.0\.(down_proj|w1) and 23 more: found FP4 experts") as raised:
-        load(name, family)
-    assert len(str(raised.value).splitlines()) == 2
+@pytest.mark.parametrize("name, family", MIXTURES)
+def test_shards_of_mixtures_load_the_same(name, family):
+    assert torch.equal(logits(load(name, family, shards=True)), logits(loaded(name, family, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name, family", MIXTURES)
+def test_experts_take_no_more_bytes_than_their_files(name, family):
+    """But for a multiplier of each row and the rows that fill a tile."""
+    model, tensors = loaded(name, family, torch.bfloat16), unstacked(stored(name, family))
+    in_files = sum(t.nbytes for key, t in tensors.items() if ".experts." in key)
+    held = sum(p.nbytes for m in experts_of(model).values() for p in (*m.parameters(), *m.buffers()))
+    assert held <= 1.6 * in_files
 
 
 def test_a_checkpoint_without_fp4_is_left_to_transformers(monkeypatch):

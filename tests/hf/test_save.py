@@ -9,9 +9,24 @@ from safetensors import safe_open
 from torch import nn
 
 from checkpoints.formats import write, written
+from checkpoints.names import renamed
 from hf.dense import relative, tensors_of
-from hf.loading import DTYPES, kinds, load, loaded, logits, read, same, stored
-from hf.matrix import ON_LLAMA, OWN_HEADS, SAVE
+from hf.dense_experts import is_expert
+from hf.loading import (
+    DTYPES,
+    kinds,
+    linears,
+    load,
+    loaded,
+    logits,
+    model_type,
+    read,
+    reference,
+    same,
+    stored,
+    upstream_keeps,
+)
+from hf.matrix import MIXTURES, ON_LLAMA, OWN_HEADS, SAVE
 from marlin_w4a16.hf import CheckpointError, ModelOptConfig
 
 FEW = ["modelopt-mixed", "modelopt-kv-fp8", "modelopt-awq", "ct-nvfp4", "ct-mxfp4a16", "ct-kv", "ct-nvfp4-fp8"]
@@ -23,17 +38,26 @@ def config(folder) -> dict:
 
 def expect_the_checkpoint(folder, name, family="llama", dtype=torch.bfloat16):
     """Everything as it was; what is not quantised in the dtype of the model."""
-    found, quantised = tensors_of(folder), kinds(name, family)
-    before = stored(name, family)
+    found, before = tensors_of(folder), stored(name, family)
     assert found.keys() == before.keys()
     for key, tensor in before.items():
-        path, _, leaf = key.rpartition(".")
-        upstream = path in quantised and quantised[path] == "Linear" and leaf == "weight_scale"
-        of_the_model = path not in quantised and not leaf.endswith("_scale")
-        expected = tensor.to(dtype) if of_the_model or leaf == "bias" or upstream else tensor
-        assert same(found[key], expected), key
+        assert same(found[key], tensor.to(dtype_of(key, tensor, name, family, dtype))), key
     expected = {**config(written(name, family)), "dtype": str(dtype).removeprefix("torch.")}
     assert config(folder) == expected
+
+
+def dtype_of(key, tensor, name, family, dtype) -> torch.dtype:
+    """That of a tensor that is saved from a model of a dtype."""
+    in_model = renamed(key, model_type(name, family))
+    plain = reference(name, family, dtype).state_dict()
+    path, _, leaf = in_model.rpartition(".")
+    upstream = name.startswith("ct-") and linears(name, family).get(path) == "Linear" and leaf == "weight_scale"
+    quantised = is_expert(path) or path in linears(name, family)
+    if upstream_keeps(name, dtype):
+        return tensor.dtype
+    if upstream or leaf == "bias" or (in_model in plain and not quantised):
+        return plain[in_model].dtype if in_model in plain else dtype
+    return tensor.dtype
 
 
 @pytest.mark.parametrize("name, family", SAVE.cases)
@@ -52,6 +76,15 @@ def test_a_model_of_another_dtype(name, family, dtype, tmp_path):
     model.save_pretrained(tmp_path)
     expect_the_checkpoint(tmp_path, name, dtype=dtype)
     assert relative(logits(read(tmp_path)), logits(model)) == 0
+
+
+@pytest.mark.parametrize("name, family", MIXTURES)
+def test_mixtures_in_shards_and_another_dtype(name, family, tmp_path):
+    model = load(name, family, shards=True, dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expect_the_checkpoint(tmp_path, name, family, torch.float32)
+    assert torch.equal(logits(read(tmp_path)), logits(loaded(name, family, torch.float32)))
 
 
 @pytest.mark.parametrize("from_shards", [False, True])

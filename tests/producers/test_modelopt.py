@@ -463,4 +463,4 @@ def test_a_saved_model_works_and_is_not_restored(model, tmp_path):
     torch.save(model, tmp_path / "model")
     loaded, x = torch.load(tmp_path / "model", weights_only=False), X.bfloat16()
     assert torch.equal(loaded(x), model(x))
-    assert {row.refusal for row in restore(loaded).rows} == {"the original module is not saved with a PackedLinear"}
+    assert {row.refusal for row in restore(loaded).rows} == {"the original module is not saved with a packed one"}

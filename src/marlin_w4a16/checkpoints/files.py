@@ -142,6 +142,11 @@ def quantization_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
     return (other.name, {**read_json(other), "quant_method": "modelopt"}) if other.is_file() else None
 
 
+def model_config_of(folder: Path) -> dict[str, Any]:
+    """The config of the model, empty where there is none."""
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
 def _header(file: Path) -> dict[str, Entry]:
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file}: found a {file.suffix or 'nameless'} file, expected safetensors")

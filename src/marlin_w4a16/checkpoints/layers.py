@@ -1,6 +1,5 @@
 """What a checkpoint holds: its tensors held against its scheme, layer by layer."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,12 +8,12 @@ from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage, Storage
 from marlin_w4a16.passes.outcome import Rejected
 
-EXPERTS = Rejected("FP4 experts (mixture-of-experts)", "linears only: experts are not supported yet")
 # Leaves that only a quantised weight has, of any producer.
 QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
+# The end of a leaf where ModelOpt puts all experts of a transposed projection (gpt-oss, Llama-4) into one tensor.
+STACK = "_proj_weight_scale"
 # Leaves that may stand beside them: a bias, and the scales of a quantised cache.
 BESIDE = {"bias", "k_scale", "v_scale", "q_scale"}
-_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One quantised linear of a checkpoint.
+    """One quantised weight of a checkpoint: of a linear, of one projection of an expert, or of that of all experts.
 
     Attributes:
         path: its path in the checkpoint.
@@ -61,6 +60,17 @@ class Layer:
         return self.storage.format(self.group) if isinstance(self.storage, FP4Storage) else "FP8 E4M3"
 
     @property
+    def experts(self) -> int:
+        """How many matrices it is, or 0: it is one."""
+        stored = self.storage
+        stacked = isinstance(stored, FP4Storage) and stored.stacked
+        return self.entries[stored.leaf("codes")].shape[0] if stacked else 0
+
+    def name(self, leaf: str) -> str:
+        """The name of a tensor in the checkpoint."""
+        return f"{self.path}{self.storage.joint}{leaf}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
@@ -71,7 +81,7 @@ class Contents:
     """What a checkpoint holds.
 
     Attributes:
-        layers: its quantised linears by path, those that are right.
+        layers: its quantised weights by path, those that are right.
         others: all other tensors.
         problems: what is wrong with it.
     """
@@ -85,7 +95,7 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
     """Holds the tensors of a checkpoint against its scheme."""
     modules: dict[str, dict[str, Entry]] = {}
     for name, entry in entries.items():
-        path, _, leaf = name.rpartition(".")
+        path, leaf = scheme.split(name)
         modules.setdefault(path, {})[leaf] = entry
     layers: dict[str, Layer] = {}
     others: dict[str, Entry] = {}
@@ -100,7 +110,7 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
         elif isinstance(found, Rejected):
             refused.setdefault(found, []).append(path)
         mine = found.entries if isinstance(found, Layer) else {}
-        others |= {f"{path}.{leaf}" if path else leaf: e for leaf, e in tensors.items() if leaf not in mine}
+        others |= {scheme.name(path, leaf): e for leaf, e in tensors.items() if leaf not in mine}
     for why, paths in refused.items():  # once, not for each of hundreds of layers
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         problems.append(Problem(None, f"{paths[0]}{more}", why.why, why.detail or "linears"))
@@ -109,6 +119,10 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
 
 def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | Problem | Rejected | None:
     """What the tensors of a module are; None: not quantised here, or no linear."""
+    stack = next((leaf for leaf in tensors if leaf.endswith(STACK)), None)
+    if stack is not None:
+        name = stack.removesuffix("_weight_scale")
+        return _problem(path, tensors, name, "all experts in one tensor", "one for each expert")
     storage = scheme.storage(path)
     if storage is None:
         return _stray(path, tensors, scheme)
@@ -116,31 +130,32 @@ def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | P
         return None
     if isinstance(storage, Rejected):
         return storage
-    if _EXPERT.search(path):
-        return EXPERTS
+    storage = storage.named(tensors)
     for part in storage.parts:
         if part.leaf not in tensors and not part.optional:
             held = ", ".join(sorted(tensors))
-            return _problem(path, tensors, part.leaf, f"no such tensor beside {held}", f"one ({storage.label})")
+            also = f", also called {' or '.join(part.aliases)}" if part.aliases else ""
+            expected = f"one ({storage.label}{also})"
+            return _problem(path, tensors, part.leaf, f"no such tensor beside {held}", expected, storage.joint)
         if part.leaf in tensors and tensors[part.leaf].dtype not in part.dtypes:
-            return _problem(path, tensors, part.leaf, str(tensors[part.leaf]), f"dtype {' or '.join(part.dtypes)}")
+            found, expected = str(tensors[part.leaf]), f"dtype {' or '.join(part.dtypes)}"
+            return _problem(path, tensors, part.leaf, found, expected, storage.joint)
     return _shaped(path, tensors, storage)
 
 
-def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer | Problem | Rejected:
+def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer | Problem:
     mine = {part.leaf: tensors[part.leaf] for part in storage.parts if part.leaf in tensors}
     codes, scales = (mine[storage.leaf(role)] for role in ("codes", "scales"))
-    if len(codes.shape) == 3:
-        return EXPERTS
     shape = storage.shape_of(mine)
     if shape is None:
-        return _problem(path, tensors, storage.leaf("scales"), str(scales), f"{storage.scales} for codes {codes}")
+        expected = f"{storage.scales} for codes {codes}"
+        return _problem(path, tensors, storage.leaf("scales"), str(scales), expected, storage.joint)
     n, k, group = shape
-    axes = {"n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1)}
+    axes = {"e": codes.shape[0], "n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1), "g/2": group // 2}
     for part in storage.parts:
         if part.leaf in mine and not storage.fits(part, mine[part.leaf].shape, axes):
             expected = f"shape {[axes[axis] for axis in part.shape]}" if part.shape else "one element"
-            return _problem(path, tensors, part.leaf, str(mine[part.leaf]), expected)
+            return _problem(path, tensors, part.leaf, str(mine[part.leaf]), expected, storage.joint)
     for leaf in sorted(set(tensors) - set(mine) - BESIDE):
         return _problem(path, tensors, leaf, str(tensors[leaf]), f"no such tensor in {storage.label}")
     return Layer(path, storage, n, k, group, mine)
@@ -160,13 +175,16 @@ def _stray(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Problem |
 
 def _is_quantised(storage: Storage | Rejected, tensors: Mapping[str, Entry]) -> bool:
     """Whether a module is quantised at all: it holds scales, or packed bytes for its weight."""
-    return bool(QUANTISED & set(tensors)) or _packed(tensors.get("weight"))
+    known = {part.leaf for part in storage.parts} if isinstance(storage, Storage) else set()
+    return bool((QUANTISED | known - {"weight"}) & set(tensors)) or _packed(tensors.get("weight"))
 
 
 def _packed(entry: Entry | None) -> bool:
     return entry is not None and entry.dtype in ("U8", "I8", "F4", "F8_E4M3")
 
 
-def _problem(path: str, tensors: Mapping[str, Entry], leaf: str, found: str, expected: str) -> Problem:
+def _problem(
+    path: str, tensors: Mapping[str, Entry], leaf: str, found: str, expected: str, joint: str = "."
+) -> Problem:
     near = tensors.get(leaf) or next(iter(tensors.values()), None)
-    return Problem(near.file.name if near else None, f"{path}.{leaf}", found, expected)
+    return Problem(near.file.name if near else None, f"{path}{joint}{leaf}", found, expected)

@@ -1,4 +1,4 @@
-"""Which linears of a checkpoint are stored how, as its quantisation config says."""
+"""Which weights of a checkpoint are stored how, as its quantisation config says."""
 
 import re
 from collections.abc import Mapping
@@ -24,6 +24,7 @@ class Scheme:
         ignore: patterns of module paths that are dense.
         patterns: ``"glob"``, or ``"re"``: regular expressions where they begin with ``re:``, else exact names.
         notes: what is not loaded, such as a quantised cache.
+        joined: leaves that ``_`` joins to their paths, not ``.``.
     """
 
     producer: str
@@ -32,6 +33,17 @@ class Scheme:
     ignore: tuple[str, ...] = ()
     patterns: Literal["glob", "re"] = "glob"
     notes: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
+
+    def split(self, name: str) -> tuple[str, str]:
+        """The path and the leaf of a tensor's name."""
+        leaf = next((leaf for leaf in self.joined if name.endswith(f"_{leaf}")), None)
+        path, _, last = name.rpartition(".")
+        return (path, last) if leaf is None else (name[: -len(leaf) - 1], leaf)
+
+    def name(self, path: str, leaf: str) -> str:
+        """The inverse of `split`."""
+        return f"{path}{'_' if leaf in self.joined else '.'}{leaf}" if path else leaf
 
     def storage(self, path: str) -> Storage | Rejected | None:
         """How the linear at a path is stored; None: it is dense, or someone else's."""

@@ -1,14 +1,14 @@
-"""How one quantised linear is stored: its tensors, their dtypes and shapes, and which way they decode."""
+"""How one quantised weight is stored: its tensors, their dtypes and shapes, and which way they decode."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from marlin_w4a16.checkpoints.files import Entry
+from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.kernels.activations import Rounding
 from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind, format_name, fp4_weight, round_once
 
@@ -19,6 +19,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "U8": torch.uint8,
+    "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
@@ -27,15 +28,16 @@ Role = Literal["codes", "scales", "multiplier", "divisor", "input multiplier", "
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of a stored linear.
+    """One tensor of a stored weight.
 
     Attributes:
         leaf: the last part of its name.
         role: what it is. Global scales multiply or divide; those of the input belong to W4A4; a pre-quant scale
             multiplies the input before the product (AWQ).
         dtypes: as safetensors names them.
-        shape: axes as ``n``, ``k``, ``k/2`` and ``k/g``; empty for one element.
+        shape: axes as ``e`` (experts), ``n``, ``k``, ``k/2``, ``k/g`` and ``g/2``; empty for one element.
         optional: may be missing.
+        aliases: other names of it.
     """
 
     leaf: str
@@ -43,6 +45,7 @@ class Part:
     dtypes: tuple[str, ...]
     shape: tuple[str, ...] = ()
     optional: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class FP4Storage:
-    """A linear whose weight is FP4.
+    """A linear whose weight is FP4, or the same weight of every expert in one tensor.
 
     Attributes:
         label: the producer's name for the format.
@@ -72,6 +75,8 @@ class FP4Storage:
         groups: columns that may share a scale; which, the shapes say.
         parts: its tensors.
         activations: how its input is quantised, or None.
+        joint: what stands between a path and a leaf.
+        stacked: whether it is of every expert; its blocks are axes of their own then, ``[e, n, k/g, g/2]``.
     """
 
     label: str
@@ -79,6 +84,14 @@ class FP4Storage:
     groups: tuple[int, ...]
     parts: tuple[Part, ...]
     activations: Activations | None = None
+    joint: str = "."
+    stacked: bool = False
+
+    def named(self, leaves: Container[str]) -> "FP4Storage":
+        """With the names that a weight has for its tensors, of those that they may have."""
+        found = [next((a for a in (part.leaf, *part.aliases) if a in leaves), part.leaf) for part in self.parts]
+        parts = tuple(replace(part, leaf=leaf) for part, leaf in zip(self.parts, found, strict=True))
+        return self if parts == self.parts else replace(self, parts=parts)
 
     def part(self, *roles: Role) -> Part | None:
         """The tensor that plays one of some roles."""
@@ -94,11 +107,13 @@ class FP4Storage:
     @property
     def scales(self) -> str:
         """The shape of block scales in words."""
-        return f"[n, k / {' or '.join(map(str, self.groups))}]"
+        return f"[{'experts, ' * self.stacked}n, k / {' or '.join(map(str, self.groups))}]"
 
     def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
         """Rows, columns and group size by the shapes of codes and scales, or None: they make no linear."""
         codes, scales = entries[self.leaf("codes")].shape, entries[self.leaf("scales")].shape
+        if self.stacked:
+            codes, scales = (*codes[1:2], math.prod(codes[2:])), scales[1:]
         if len(codes) != 2 or len(scales) != 2 or not scales[1] or codes[1] * 2 % scales[1]:
             return None
         group = codes[1] * 2 // scales[1]
@@ -119,12 +134,55 @@ class FP4Storage:
         if part is not None and part.role == "divisor":
             factor = torch.as_tensor(factor).reciprocal()
         codes, scales = tensors[self.leaf("codes")], tensors[self.leaf("scales")]
+        if self.stacked:  # one expert of them
+            codes = codes.flatten(1)
+        if scales.dtype == torch.float32:
+            scales = exponent_bytes(scales)
         return fp4_weight(codes, scales, factor, kind=self.kind, name=name)
 
-    def write(self, weight: FP4Weight, kept: Mapping[str, Tensor], scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    def write(self, weight: FP4Weight, kept: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         """The inverse of `read`, bit for bit: ``kept`` are the tensors beside codes and scales."""
-        made = {self.leaf("codes"): weight.codes, self.leaf("scales"): weight.scales.view(scale_dtype)}
+        code, scale = self.leaf("codes"), self.leaf("scales")
+        codes = weight.codes.view(weight.n, -1, weight.group // 2) if self.stacked else weight.codes
+        scales, dtype = weight.scales, DTYPES[entries[scale].dtype]
+        scales = torch.exp2(scales.double() - 127).float() if dtype == torch.float32 else scales.view(dtype)
+        made = {code: codes.view(DTYPES[entries[code].dtype]), scale: scales}
         return {part.leaf: t for part in self.parts if (t := {**kept, **made}.get(part.leaf)) is not None}
+
+    def restore(
+        self,
+        held: FP4Weight,
+        unfitted: tuple[Tensor, Tensor] | None,
+        kept: Mapping[str, Tensor],
+        entries: Mapping[str, Entry],
+        path: str,
+    ) -> dict[str, Tensor]:
+        """The tensors from which a weight was packed, bit for bit, on the CPU.
+
+        Args:
+            held: what is packed.
+            unfitted: rows whose scales packing changed (see `FP4Weight.fit`), and those scales as they were.
+            kept: the tensors beside codes and scales.
+            entries: what the checkpoint has.
+            path: what an error calls it.
+
+        Raises:
+            CheckpointError: the weight was changed since it was loaded, so that its global scale does not belong to it.
+        """
+        scales = held.scales
+        if unfitted is not None:
+            rows, before = (tensor.to(scales.device) for tensor in unfitted)
+            scales = scales.index_copy(0, rows, before)
+        tensors = self.write(replace(held, scales=scales), kept, entries)
+        again = self.read({leaf: t.to(scales.device) for leaf, t in tensors.items()}, path)
+        again = again.fit_first(torch.float16, torch.bfloat16)
+        fields = ((getattr(again, part), getattr(held, part)) for part in ("codes", "scales", "multiplier"))
+        if not all(torch.equal(one, other) for one, other in fields):
+            raise CheckpointError(
+                f"{path}: found another weight than the checkpoint's, expected that one: a weight that was loaded into "
+                "a packed module can be read by to_fp4(), but not saved in the checkpoint's format"
+            )
+        return {leaf: tensor.cpu() for leaf, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +197,12 @@ class FP8Storage:
     label: str
     parts: tuple[Part, ...]
 
+    joint: ClassVar[str] = "."
     scales: ClassVar[str] = "a scale for the weight or for each row"
+
+    def named(self, leaves: Container[str]) -> "FP8Storage":
+        """Its tensors have one name each."""
+        return self
 
     def leaf(self, role: Role) -> str:
         """The name of a tensor that every linear has."""
@@ -192,6 +255,13 @@ class FP8Storage:
 
 
 Storage = FP4Storage | FP8Storage
+
+
+def exponent_bytes(scales: Tensor) -> Tensor:
+    """The E8M0 bytes of float32 powers of two; 255, which is NaN, for all else."""
+    fraction, exponent = torch.frexp(scales)
+    byte = exponent.int() + 126
+    return torch.where((fraction == 0.5) & (byte >= 0) & (byte < 255), byte, 255).to(torch.uint8)
 
 
 def _per_row(scale: Tensor) -> Tensor:

@@ -1,17 +1,43 @@
 """The small tensors of a checkpoint whose values decide whether it can be decoded: block and global scales."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer, Problem
-from marlin_w4a16.checkpoints.storage import FP4Storage, Part
+from marlin_w4a16.checkpoints.storage import FP4Storage, Part, exponent_bytes
 from marlin_w4a16.kernels.fp4 import E8M0_NAN, as_bytes
 
 _READ = ("scales", "multiplier", "divisor", "pre-quant scale", "input multiplier", "input divisor")
+
+
+class Reader:
+    """Reads tensors of a checkpoint to a device; a context, for whose length their files stay open."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._files, self._open = device, ExitStack(), dict[Path, Any]()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+        self._files.close()
+
+    def tensor(self, entry: Entry, name: str, index: int | None = None) -> Tensor:
+        """A tensor, or what it holds at an index of its first axis."""
+        if entry.file not in self._open:
+            from safetensors import safe_open
+
+            self._open[entry.file] = self._files.enter_context(safe_open(entry.file, "pt", device=str(self._device)))
+        file = self._open[entry.file]
+        found: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        return found
 
 
 def read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
@@ -37,7 +63,7 @@ def bad_values(layers: Iterable[Layer]) -> Iterator[Problem]:
     for file, parts in wanted.items():
         with safe_open(file, "pt", device="cpu") as opened:
             for layer, part in parts:
-                name = f"{layer.path}.{part.leaf}"
+                name = layer.name(part.leaf)
                 found = _wrong(opened.get_tensor(name), layer, part)
                 if found is not None:
                     yield Problem(file.name, name, *found)
@@ -45,6 +71,10 @@ def bad_values(layers: Iterable[Layer]) -> Iterator[Problem]:
 
 def _wrong(tensor: Tensor, layer: Layer, part: Part) -> tuple[str, str] | None:
     if part.role == "scales" and isinstance(layer.storage, FP4Storage):
+        if tensor.dtype == torch.float32:
+            odd = (exponent_bytes(tensor) == E8M0_NAN).nonzero()
+            at = odd[0].tolist() if len(odd) else []
+            return (f"{float(tensor[tuple(at)])} at {at}", "powers of two, 2**-127 to 2**127") if at else None
         scales = as_bytes(tensor)
         nan = (scales & 0x7F) == 0x7F if layer.storage.kind == "e4m3" else scales == E8M0_NAN
         if bool(nan.any()):

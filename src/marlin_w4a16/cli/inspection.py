@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import QUANTISED, Contents, Layer, Problem, contents
 from marlin_w4a16.checkpoints.scheme import Scheme
@@ -29,12 +29,13 @@ SIZES = ("bytes", "loaded_bytes", "bf16_bytes")  # of a line
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Tensors that are told as one: a linear with its scales, a dense tensor, or the equal ones of many layers.
+    """Tensors that are told as one: a weight with its scales, a dense tensor, or the equal ones of many layers.
 
     Attributes:
         path: their paths, such as ``model.layers.{0..31}.mlp.up_proj``.
         count: how many they are.
-        shape: of each; rows and columns of a linear; None where they differ.
+        shape: of each; rows and columns of a linear, after the number of experts where it is of them all; None where
+            they differ.
         format: such as ``"NVFP4 group 16"``, or the dtype as safetensors names it.
         outcome: ``"packed"``; ``"decoded"`` from FP8 and dense; ``"dense"`` as it is; ``"unused"``; ``"left"`` to
             transformers; or ``"refused"``.
@@ -65,7 +66,7 @@ class Inspection:
         producer: who quantised it, as far as the config says.
         algorithm: its name for the format.
         files, tensors: how many there are.
-        layers: its quantised linears, those that are right.
+        layers: its quantised linears, those that are right; a projection of an expert counts as one.
         lines: all of its tensors.
         notes: what is not loaded as the producer made it, and what is needed to load it.
         problems: why it cannot be loaded.
@@ -85,14 +86,18 @@ class Inspection:
     @property
     def formats(self) -> Counter[str]:
         """How many FP4 linears there are of each format."""
-        return Counter(layer.format for layer in self.layers if isinstance(layer.storage, FP4Storage))
+        counts = Counter[str]()
+        for layer in self.layers:
+            if isinstance(layer.storage, FP4Storage):
+                counts[layer.format] += layer.experts or 1
+        return counts
 
     @property
     def totals(self) -> dict[str, int]:
         """Numbers of FP4 and of FP8 linears, and the bytes of all lines."""
         sums = {name: sum(getattr(line, name) for line in self.lines) for name in SIZES}
-        linears = self.formats.total()
-        return {"fp4_linears": linears, "fp8_linears": len(self.layers) - linears, **sums}
+        fp8 = sum(not isinstance(layer.storage, FP4Storage) for layer in self.layers)
+        return {"fp4_linears": self.formats.total(), "fp8_linears": fp8, **sums}
 
 
 def local(path: str) -> Path:
@@ -130,7 +135,7 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     config = found[1] if found is not None else {}
     paths, index = files.files_of(folder), files.index_of(folder)
     entries = files.entries(track(paths, "Reading headers"), index)
-    scheme = scheme_of(config)
+    scheme = scheme_of(config, files.model_config_of(folder))
     held = Contents({}, entries, ()) if scheme is None else _without_embeddings(contents(entries, scheme), scheme)
     linears = collapsed(_linear(layer) for layer in held.layers.values())
     return Inspection(
@@ -147,13 +152,22 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     )
 
 
-def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
-    """How this project reads a quantisation config; None: it leaves everything to transformers."""
+def scheme_of(config: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Scheme | None:
+    """How this project reads a quantisation config; None: it leaves everything to transformers.
+
+    Args:
+        config: the quantisation config.
+        beside: the config of the model.
+    """
     method = config.get("quant_method")
     if method == "modelopt":
         return modelopt.scheme(config)
     if method == "compressed-tensors" and compressed_tensors.is_fp4(config):
         return compressed_tensors.scheme(config)
+    if method == "mxfp4":
+        return gpt_oss.scheme()
+    if method == "fp8" and deepseek.is_fp4(config, beside or {}):
+        return deepseek.scheme()
     return None
 
 
@@ -172,15 +186,19 @@ def _sum(path: str, lines: list[Line]) -> Line:
 
 
 def _linear(layer: Layer) -> Line:
-    """A linear that is loaded; beside its weight it keeps the checkpoint's small tensors, such as global scales."""
-    stored, dense = layer.storage, 2 * layer.n * layer.k
+    """A weight that is loaded; beside it the checkpoint's small tensors are kept, such as global scales."""
+    count = layer.experts or 1
+    stored, dense = layer.storage, 2 * count * layer.n * layer.k
     if isinstance(stored, FP4Storage):
         outcome: Outcome = "packed"
-        big, weight = {stored.leaf("codes"), stored.leaf("scales")}, packed_nbytes(layer.n, layer.k, layer.group)
+        big, weight = (
+            {stored.leaf("codes"), stored.leaf("scales")},
+            count * packed_nbytes(layer.n, layer.k, layer.group),
+        )
     else:
         outcome, big, weight = "decoded", {stored.leaf("codes")}, dense
     small = sum(entry.nbytes for leaf, entry in layer.entries.items() if leaf not in big)
-    shape = layer.n, layer.k
+    shape = (layer.experts, layer.n, layer.k) if layer.experts else (layer.n, layer.k)
     return Line(layer.path, 1, shape, layer.format, outcome, None, layer.nbytes, weight + small, dense)
 
 

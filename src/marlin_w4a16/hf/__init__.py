@@ -1,9 +1,9 @@
 """FP4 checkpoints in transformers: after ``import marlin_w4a16.hf``, ``from_pretrained`` loads them four bits wide.
 
-Checkpoints of NVIDIA ModelOpt and of compressed-tensors keep their format in memory, run in eager mode and under
-torch.compile, and are saved as they were. `ModelOptConfig` and `CompressedTensorsConfig` hold the options, `report`
-says what a model was loaded from. ``pack_experts_of`` makes packed experts of a module of transformers, for which
-``model.set_experts_implementation("marlin_w4a16")`` is there too.
+Checkpoints of NVIDIA ModelOpt, of compressed-tensors, of gpt-oss and of DeepSeek-V4, linears and experts, keep their
+format in memory, run in eager mode and under torch.compile, and are saved as they were. `ModelOptConfig` and
+`CompressedTensorsConfig` hold the options, `report` says what a model was loaded from. ``pack_experts_of`` makes packed
+experts of a module of transformers, for which ``model.set_experts_implementation("marlin_w4a16")`` is there too.
 """
 
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
 from marlin_w4a16.hf.experts import pack_experts_of
 from marlin_w4a16.hf.loaded import Loaded
-from marlin_w4a16.hf.quantizer import CompressedTensorsQuantizer, ModelOptQuantizer
+from marlin_w4a16.hf.quantizer import CompressedTensorsQuantizer, FP8Quantizer, ModelOptQuantizer, Mxfp4Quantizer
 
 __all__ = ["CheckpointError", "CompressedTensorsConfig", "Loaded", "ModelOptConfig", "pack_experts_of", "report"]
 
@@ -28,8 +28,10 @@ def _register() -> None:
     if "modelopt" not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config("modelopt")(ModelOptConfig)
         auto.register_quantizer("modelopt")(ModelOptQuantizer)
-    # The one thing of transformers that is replaced: the name is taken. What is not FP4 goes to the class it replaces.
+    # What of transformers is replaced: these names are taken. What is not FP4 goes to the classes they replace.
     auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsQuantizer
+    auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = Mxfp4Quantizer
+    auto.AUTO_QUANTIZER_MAPPING["fp8"] = FP8Quantizer
 
 
 _register()

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import transformers
+from transformers.utils import quantization_config as of_transformers
 from transformers.utils.hub import cached_file
-from transformers.utils.quantization_config import Mxfp4Config
 
 from marlin_w4a16.checkpoints import files
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.passes.settings import ActivationQuant
 
 
-class ModelOptConfig(Mxfp4Config):
+class ModelOptConfig(of_transformers.Mxfp4Config):
     """How an FP4 checkpoint of NVIDIA ModelOpt is loaded.
 
     Args:
@@ -58,31 +58,46 @@ class ModelOptConfig(Mxfp4Config):
         return copy.deepcopy(self.values) or {"quant_method": "modelopt"}
 
 
-class CompressedTensorsConfig(transformers.CompressedTensorsConfig):  # transformers compares the names of classes
-    """``transformers.CompressedTensorsConfig`` with ``activation_quant``, see `ModelOptConfig`."""
+class _AsStored:
+    """A config of transformers that is saved as it stood in config.json."""
 
     values: dict[str, Any] | None = None
 
-    def __init__(self, *args: Any, activation_quant: ActivationQuant = "drop", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.activation_quant = checked(activation_quant)
-
     @classmethod
-    def like(cls, other: transformers.CompressedTensorsConfig, values: dict[str, Any]) -> "CompressedTensorsConfig":
-        """The config that transformers read, which is saved as it stood in config.json."""
+    def like(cls, other: Any, values: dict[str, Any]) -> Any:
+        """The config that transformers read, and what stood in config.json."""
         config = cls()
         vars(config).update(vars(other))
         config.values = values
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The checkpoint's config as it was."""
+        otherwise: Any = super()
+        found: dict[str, Any] = copy.deepcopy(self.values) if self.values else otherwise.to_dict()
+        return found
+
+
+# transformers compares the names of classes, so these are called as those they extend.
+class CompressedTensorsConfig(_AsStored, transformers.CompressedTensorsConfig):
+    """``transformers.CompressedTensorsConfig`` with ``activation_quant``, see `ModelOptConfig`."""
+
+    def __init__(self, *args: Any, activation_quant: ActivationQuant = "drop", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation_quant = checked(activation_quant)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What goes over a checkpoint's own config."""
         inherited: dict[str, Any] = super().get_loading_attributes()
         return {**inherited, "activation_quant": self.activation_quant}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The checkpoint's config as it was."""
-        return copy.deepcopy(self.values) if self.values else super().to_dict()
+
+class Mxfp4Config(_AsStored, of_transformers.Mxfp4Config):
+    """``transformers.Mxfp4Config``, of gpt-oss."""
+
+
+class FineGrainedFP8Config(_AsStored, transformers.FineGrainedFP8Config):
+    """``transformers.FineGrainedFP8Config``, of DeepSeek-V4."""
 
 
 def checked(activation_quant: Any) -> ActivationQuant:

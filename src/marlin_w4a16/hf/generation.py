@@ -1,6 +1,17 @@
-"""generate(): decode is compiled by this backend, as soon as the cache is static."""
+"""generate(): decode is compiled by this backend where the cache is static, or block by block where it is not."""
 
+import inspect
+from collections.abc import Iterator
+
+from torch import nn
 from transformers import CompileConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from marlin_w4a16.modules import PackedLinear
+from marlin_w4a16.packed_experts import PackedExperts
+
+BACKEND = "marlin_w4a16"
+_CACHES = {"past_key_values", "past_key_value", "cache_params"}
 
 
 def compile_decode(model: PreTrainedModel) -> None:
@@ -12,4 +23,36 @@ def compile_decode(model: PreTrainedModel) -> None:
     """
     config = getattr(model, "generation_config", None)
     if config is not None and model.can_generate() and config.compile_config is None:
-        config.compile_config = CompileConfig(backend="marlin_w4a16")
+        config.compile_config = CompileConfig(backend=BACKEND)
+
+
+def compile_blocks(model: nn.Module, mode: str | None = None) -> list[str]:
+    """Compiles what the layers of a model compute beside their caches, in place, each block on its own.
+
+    For models that transformers cannot decode with a static cache (DeepSeek-V4). Blocks are the children of a layer
+    that have children themselves and take no cache: its mixture of experts or MLP, hyper-connections. Those with packed
+    weights are compiled by this backend, the others by Inductor; layers of one class share their graphs, prefill and
+    decode too.
+
+    Args:
+        model: of transformers.
+        mode: of torch.compile, for blocks with packed weights. ``"reduce-overhead"`` records a CUDA graph of each for
+            each number of tokens, also for each length of a prompt that comes twice. Not for the others: what a
+            hyper-connection gives is needed after the next block has run.
+
+    Returns:
+        The paths of the blocks.
+    """
+    found = dict(_blocks(model))
+    for block in found.values():
+        packed = any(isinstance(module, PackedLinear | PackedExperts) for module in block.modules())
+        block.compile(backend=BACKEND if packed else "inductor", dynamic=True, mode=mode if packed else None)
+    return list(found)
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, layer in model.named_modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # which every decoder layer is
+            for name, block in layer.named_children():
+                if any(block.children()) and not _CACHES & set(inspect.signature(block.forward).parameters):
+                    yield f"{path}.{name}", block

@@ -1,7 +1,6 @@
 """Linears of a checkpoint: as their tensors lie in it, and as they run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -112,18 +111,9 @@ class CheckpointLinear(PackedLinear):
         Raises:
             CheckpointError: the weight was changed since it was loaded, so that its global scale does not belong to it.
         """
-        storage, held = fp4(self.layer), self.to_fp4(self.layer.path)
-        scales = held.scales.clone()
-        scales[self.unfitted_rows] = self.unfitted_scales
         small = {leaf: p.detach() for leaf in self.layer.entries if (p := self._parameters.get(leaf)) is not None}
-        dtype = DTYPES[self.layer.entries[storage.leaf("scales")].dtype]
-        tensors = storage.write(replace(held, scales=scales), small, dtype)
-        if not _same(storage.read(tensors, self.layer.path).fit_first(torch.float16, torch.bfloat16), held):
-            raise CheckpointError(
-                f"{self.layer.path}: found another weight than the checkpoint's, expected that one: a weight that was "
-                "loaded into a packed linear can be read by to_fp4(), but not saved in the checkpoint's format"
-            )
-        return {leaf: tensor.cpu() for leaf, tensor in tensors.items()}
+        held, unfitted = self.to_fp4(self.layer.path), (self.unfitted_rows, self.unfitted_scales)
+        return fp4(self.layer).restore(held, unfitted, small, self.layer.entries, self.layer.path)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """See `StoredLinear.dense`."""
@@ -239,8 +229,3 @@ def fp8(layer: Layer) -> FP8Storage:
     if not isinstance(layer.storage, FP8Storage):
         raise TypeError(f"{layer.path}: found {layer.format}, expected FP8")
     return layer.storage
-
-
-def _same(one: FP4Weight, other: FP4Weight) -> bool:
-    pairs = ((getattr(one, part), getattr(other, part)) for part in ("codes", "scales", "multiplier"))
-    return all(torch.equal(a, b) for a, b in pairs)

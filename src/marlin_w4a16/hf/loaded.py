@@ -2,37 +2,40 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.experts import Mixture
+from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.scheme import Scheme
-from marlin_w4a16.checkpoints.storage import FP4Storage
+from marlin_w4a16.checkpoints.storage import Activations, FP4Storage
 from marlin_w4a16.passes.settings import ActivationQuant
 from marlin_w4a16.text import collapse_paths, size, table
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """One quantised linear.
+    """One quantised linear, or the experts of one module.
 
     Attributes:
         path: its module path.
         format: such as ``"NVFP4 group 16"``.
         stored: bytes of its tensors in the checkpoint.
         outcome: what became of it.
+        experts: how many it is of, or 0: a linear.
     """
 
     path: str
     format: str
     stored: int
     outcome: str
+    experts: int = 0
 
     @property
-    def look(self) -> tuple[str, int, str]:
+    def look(self) -> tuple[str, int, str, int]:
         """What equal layers have in common."""
-        return self.format, self.stored, self.outcome
+        return self.format, self.stored, self.outcome, self.experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,17 @@ class Loaded:
     notes: tuple[str, ...]
 
     def summary(self) -> str:
-        """One line: how many linears of which format."""
-        counts = Counter(layer.format for layer in self.layers)
-        parts = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+        """One line: how many linears and experts of which format."""
+        counts = Counter((bool(layer.experts), layer.format) for layer in self.layers)
+        told = []
+        for experts, what in ((False, "linears"), (True, "mixtures of experts")):
+            parts = ", ".join(
+                f"{count} {name}" for (is_experts, name), count in counts.items() if is_experts == experts
+            )
+            number = sum(bool(layer.experts) == experts for layer in self.layers)
+            told += [f"{number} {what} ({parts or 'none'})"] if number or not experts else []
         stored = size(sum(layer.stored for layer in self.layers))
-        return f"{self.scheme.producer} {self.scheme.algorithm}: {len(self.layers)} linears ({parts}), {stored}"
+        return f"{self.scheme.producer} {self.scheme.algorithm}: {', '.join(told)}, {stored}"
 
     def log(self, log: logging.Logger, seconds: float) -> None:
         """One INFO line with the time that packing took, and a WARNING for each note."""
@@ -63,17 +72,18 @@ class Loaded:
             log.warning("loaded %s: %s", self.scheme.producer, note)
 
     def __str__(self) -> str:
-        rows = [("linear", "n", "format", "stored", "outcome")]
+        rows = [("weight", "n", "format", "stored", "outcome")]
         for path, places in collapse_paths((layer.path, layer.look) for layer in self.layers):
             one = self.layers[places[0]]
-            rows.append((path, str(len(places)), one.format, size(len(places) * one.stored), one.outcome))
+            form = f"{one.format}, {one.experts} experts" if one.experts else one.format
+            rows.append((path, str(len(places)), form, size(len(places) * one.stored), one.outcome))
         return "\n".join([table(rows), self.summary(), *self.notes])
 
 
 def loaded(
     scheme: Scheme,
     layers: Mapping[str, Layer],
-    others: Mapping[str, Entry],
+    mixtures: Iterable[Mixture],
     policy: ActivationQuant,
     dequantize: bool,
 ) -> Loaded:
@@ -90,18 +100,31 @@ def loaded(
             outcome = "dense" if dequantize else "packed"
             activations = storage.activations
             if activations is not None and not dequantize:
-                if policy == "refuse" or (policy == "keep" and activations.kind is None):
-                    raise CheckpointError(
-                        f"{path}: {activations.told}: found activation_quant={policy!r}, expected 'drop'"
-                        + (" or 'keep'" if activations.kind is not None else "")
-                    )
-                told[f"{activations.told}; {_POLICY[policy]}"] += 1
+                can_keep = activations.kind is not None
+                told[f"{activations.told}; {_followed(policy, path, activations, can_keep)} ({{}} linears)"] += 1
         else:
             outcome = "dense, decoded from FP8"
-            told["FP8 weights are decoded to the model's dtype: transformers cannot run ModelOpt's FP8"] += 1
+            text = "FP8 weights are decoded to the model's dtype: transformers cannot run ModelOpt's FP8"
+            told[f"{text} ({{}} linears)"] += 1
         rows.append(LoadedLayer(path, layer.format, layer.nbytes, outcome))
-    notes = tuple(f"{text} ({count} linears)" for text, count in told.items()) + scheme.notes
+    for mixture in mixtures:
+        outcome = "dense" if dequantize else "packed"
+        activations = mixture.second.storage.activations
+        if activations is not None and not dequantize:
+            text = _followed(policy, mixture.path, activations, can_keep=False)
+            told[f"{activations.told}; {text} ({{}} mixtures of experts)"] += 1
+        rows.append(LoadedLayer(mixture.path, mixture.format, mixture.nbytes, outcome, mixture.second.experts))
+    notes = tuple(text.format(count) for text, count in told.items()) + scheme.notes
     return Loaded(scheme, tuple(rows), notes)
+
+
+def _followed(policy: ActivationQuant, path: str, activations: Activations, can_keep: bool) -> str:
+    if policy == "refuse" or (policy == "keep" and not can_keep):
+        raise CheckpointError(
+            f"{path}: {activations.told}: found activation_quant={policy!r}, expected 'drop'"
+            + (" or 'keep'" if can_keep else "")
+        )
+    return _POLICY[policy]
 
 
 _POLICY = {"drop": "this is left out (activation_quant='drop')", "keep": "this is run (activation_quant='keep')"}

@@ -1,7 +1,7 @@
 """Where the layers of a checkpoint stand in a transformers model; transformers 5.17 to 5.23 were read."""
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,15 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from marlin_w4a16.checkpoints.experts import Mixture
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import BESIDE, Contents, Layer, Problem
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
+from marlin_w4a16.hf.checkpoint_experts import StoredExperts
 from marlin_w4a16.hf.linear import StoredLinear
+from marlin_w4a16.hf.mixtures import Experts, Target, gating_on_cpu
+from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import is_linear
 
 # ModelOpt: self_attn.k_proj.k_scale, compressed-tensors: self_attn.k_scale
@@ -26,26 +30,34 @@ class Placement:
     """Where the layers of a checkpoint go.
 
     Attributes:
-        layers: by module path in the model.
+        layers: of linears, by module path in the model.
+        mixtures: experts that go into one module.
+        others: the names in the model of all other tensors, by those in the checkpoint.
         cache_scales: those of a quantised key/value cache by the name they would have in the model.
         problems: why some have no place, or places no layer.
     """
 
     layers: Mapping[str, Layer]
+    mixtures: tuple[Mixture, ...]
+    others: Mapping[str, str]
     cache_scales: Mapping[str, Entry]
     problems: tuple[Problem, ...]
 
 
 def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placement:
     """Finds the module of each layer, by the names under which transformers would load it."""
-    renamed = _renaming(model)
+    renamed = _Renaming(model)
     layers: dict[str, Layer] = {}
+    experts = Experts(model)
     problems: list[Problem] = []
     stored: set[str] = set()  # module paths of which the checkpoint holds a weight, be it right or wrong
     for layer in contents.layers.values():
-        path = renamed(f"{layer.path}.weight").removesuffix(".weight")
+        target = renamed.target(layer)
+        path = target.name.removesuffix(".weight")
         module = _module(model, path)
         stored.add(path)
+        if experts.take(layer, target):
+            continue
         if module is None and _not_run(path, model):
             continue
         problem = _misfit(layer, path, module)
@@ -53,20 +65,29 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
             layers[path] = layer
         else:
             problems.append(problem)
-    held = {renamed(name): entry for name, entry in contents.others.items()}
+    others = {name: renamed(name) for name in contents.others}
+    held = {others[name]: entry for name, entry in contents.others.items()}
     stored |= {path for path, _, leaf in (name.rpartition(".") for name in held) if leaf not in BESIDE}
-    problems += [*_without_weight(model, stored, scheme), *_biases(model, layers, held)]
-    return Placement(layers, {n: e for n, e in held.items() if CACHE_SCALE.search(n)}, tuple(problems))
+    mixtures, wrong = experts.mixtures(held)
+    problems += [*wrong, *_without_weight(model, stored, scheme), *_biases(model, layers, held)]
+    cache_scales = {name: entry for name, entry in held.items() if CACHE_SCALE.search(name)}
+    return Placement(layers, mixtures, others, cache_scales, tuple(problems))
 
 
-def swap_in(model: PreTrainedModel, layers: Mapping[str, Layer], dtype: torch.dtype, keep: bool) -> None:
-    """Puts a `StoredLinear` on the meta device in place of each linear."""
-    for path, layer in layers.items():
+def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, keep: bool) -> None:
+    """Puts a `StoredLinear` on the meta device in place of each linear, and `StoredExperts` in place of experts."""
+    for path, layer in placement.layers.items():
         linear = model.get_submodule(path)
         put(model, path, StoredLinear(layer, linear.bias, dtype, keep).train(linear.training))  # type: ignore[arg-type]
+    for mixture in placement.mixtures:
+        experts = model.get_submodule(mixture.path)
+        gating = gating_on_cpu(experts, mixture.rows)
+        if isinstance(gating, Rejected):
+            raise TypeError(f"{mixture.path}: {gating.reason}")
+        put(model, mixture.path, StoredExperts(mixture, experts, *gating, dtype).train(experts.training))
     for name, source in list(model.all_tied_weights_keys.items()):
         # a head with FP4 tensors of its own beside a dense embedding, under a config that ties them (both producers)
-        if name.rpartition(".")[0] in layers or source.rpartition(".")[0] in layers:
+        if name.rpartition(".")[0] in placement.layers or source.rpartition(".")[0] in placement.layers:
             del model.all_tied_weights_keys[name]
 
 
@@ -76,19 +97,33 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[name] = module
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    state = model.state_dict()
+class _Renaming:
+    """The names that transformers gives to the tensors of a checkpoint."""
 
-    def renamed(name: str) -> str:
-        new, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if new not in state and name in state:  # as in transformers' convert_and_load_state_dict_in_model
-            new, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
-        return str(new)
+    def __init__(self, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
+        self._prefix, self._state = model.base_model_prefix, model.state_dict()
 
-    return renamed
+    def __call__(self, name: str) -> str:
+        return self._renamed(name)[0]
+
+    def target(self, layer: Layer) -> Target:
+        """Where transformers would put a layer."""
+        name, pattern = self._renamed(f"{layer.path}.weight" if layer.storage.joint == "." else layer.path)
+        converter = self._by_pattern[pattern] if pattern is not None else None
+        if converter is None or pattern is None:
+            return Target(name)
+        operations = tuple(type(operation).__name__ for operation in converter.operations)
+        return Target(name, converter.source_patterns.index(pattern), len(converter.source_patterns), operations)
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        new, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        if new not in self._state and name in self._state:  # as in transformers' convert_and_load_state_dict_in_model
+            new, pattern = rename_source_key(name, [], [], self._prefix, self._state)
+        return str(new), pattern
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:

@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from transformers.utils.import_utils import is_kernels_available
 
-from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
-from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
+from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import contents
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.values import bad_values, read
-from marlin_w4a16.hf.configs import CompressedTensorsConfig, checked
+from marlin_w4a16.hf.checkpoint_experts import CheckpointExperts, StoredExperts
+from marlin_w4a16.hf.configs import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config, checked
+from marlin_w4a16.hf.experts_loading import ExpertsLoader, bytes_beside, own_names
+from marlin_w4a16.hf.fp8_blocks import FP8Blocks, fp8_blocks
 from marlin_w4a16.hf.generation import compile_decode
 from marlin_w4a16.hf.linear import CheckpointLinear, FP8Linear, StoredLinear, plain_linear
 from marlin_w4a16.hf.loaded import Loaded, loaded
@@ -36,10 +42,12 @@ class FP4Loading(HfQuantizer):
     A subclass says by `scheme` what the checkpoint holds; None leaves everything to its base class.
     """
 
+    _config: type[Any] | None = None  # that of the checkpoint, which saves itself as it was
     scheme: Scheme | None = None
     model_dtype: torch.dtype = torch.bfloat16
     report: Loaded | None = None
     cache_scales: Mapping[str, Tensor] = MappingProxyType({})
+    _beside: Mapping[str, int] = MappingProxyType({})
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Remembers the dtype of the model: no other hook is told."""
@@ -60,27 +68,37 @@ class FP4Loading(HfQuantizer):
         held = contents(_entries(name, checkpoint_files), self.scheme)
         placement = place(held, model, self.scheme)
         problems = held.problems + placement.problems
-        problems = problems or tuple(bad_values(placement.layers.values()))
+        experts = [layer for mixture in placement.mixtures for layer in mixture.layers]
+        problems = problems or tuple(bad_values((*placement.layers.values(), *experts)))
         if problems:
             shown = "\n".join(f"  {problem}" for problem in problems[:20])
             more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise CheckpointError(f"{name} cannot be loaded:\n{shown}{more}")
         policy = checked(getattr(self.quantization_config, "activation_quant", "drop"))
-        self.report = loaded(self.scheme, placement.layers, held.others, policy, self._dequantizes)
+        self.report = loaded(self.scheme, placement.layers, placement.mixtures, policy, self._dequantizes)
         self.cache_scales = read(placement.cache_scales)
+        dense = self.model_dtype.itemsize if self._dequantizes else None
+        self._beside = bytes_beside(model, placement.mixtures, dense)
+        not_loaded = (*map(re.escape, self.cache_scales), *own_names(model, placement.mixtures))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, *map(re.escape, self.cache_scales)}
-        swap_in(model, placement.layers, self.model_dtype, keep=policy == "keep")
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *not_loaded}
+        swap_in(model, placement, self.model_dtype, keep=policy == "keep")
         if self._shares:
+            self._before_sharing(model, held.others, placement.others)
             super()._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.scheme is None:
             return super()._process_model_after_weight_loading(model, **kwargs)
         start = time.perf_counter()
-        paths = [path for path, module in model.named_modules() if isinstance(module, StoredLinear)]
-        for path in track(paths, "Packing weights"):
-            _settle(model, path, self.model_dtype if self._dequantizes else None)
+        dense = self.model_dtype if self._dequantizes else None
+        paths = [path for path, m in model.named_modules() if isinstance(m, StoredLinear | StoredExperts)]
+        with ExpertsLoader(model) as experts:
+            for path in track(paths, "Packing weights"):
+                if isinstance(model.get_submodule(path), StoredExperts):
+                    experts.settle(path, dense)
+                else:
+                    _settle(model, path, dense)
         if not self._dequantizes:
             compile_decode(model)
         if self.report is not None:
@@ -99,8 +117,14 @@ class FP4Loading(HfQuantizer):
         """Whether the base class loads some layers."""
         return False
 
+    def _before_sharing(self, model: PreTrainedModel, others: Mapping[str, Entry], names: Mapping[str, str]) -> None:
+        """Tells the base class what it is not to load, and remembers what it loads: see `FP8Blocks`."""
+
     def _keep_config(self, folder: Path) -> None:
         """Keeps the quantisation config as it stands in the checkpoint, to save it so."""
+        found = files.quantization_of(folder)
+        if self._config is not None and found is not None and found[0] == "config.json":
+            self.quantization_config = self._config.like(self.quantization_config, found[1])
 
     @property
     def _dequantizes(self) -> bool:
@@ -114,7 +138,7 @@ class FP4Loading(HfQuantizer):
         chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self.model_dtype
         before = model.dtype
         for path, module in list(model.named_modules()):
-            if isinstance(module, CheckpointLinear | FP8Linear | StoredLinear):
+            if isinstance(module, CheckpointLinear | FP8Linear | StoredLinear | CheckpointExperts):
                 put(model, path, module.dense(chosen).train(module.training))
         for parameter in model.parameters():
             if parameter.dtype == before:
@@ -132,6 +156,11 @@ class FP4Loading(HfQuantizer):
                 prefix = f"{path}."
                 state = {k: v for k, v in state.items() if not k.startswith(prefix) or k == f"{prefix}bias"}
                 state |= {f"{prefix}{leaf}": tensor for leaf, tensor in module.stored().items()}
+            elif isinstance(module, CheckpointExperts):
+                state = {k: v for k, v in state.items() if not k.startswith(f"{path}.")}
+                state |= {f"{path}.{name}": bias for name, bias in module.biases().items()}
+                # under the checkpoint's own names, which no renaming of transformers knows how to change back
+                state |= dict(module.stored())
         return {**state, **self.cache_scales}, {}
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
@@ -140,7 +169,8 @@ class FP4Loading(HfQuantizer):
         if self._dequantizes and isinstance(module := model.get_submodule(path), StoredLinear) and leaf != "bias":
             dense = module.in_features * module.out_features * self.model_dtype.itemsize
             return dense / max(1, param.numel()) if leaf in ("weight", "weight_packed") else 0.0
-        return super().param_element_size(model, param_name, param)
+        held: float = super().param_element_size(model, param_name, param)
+        return held + self._beside.get(param_name, 0) / max(1, param.numel())
 
     def is_serializable(self) -> bool:
         """A model is saved in the format it was loaded from."""
@@ -169,6 +199,8 @@ class ModelOptQuantizer(FP4Loading):
 class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
     """Checkpoints of compressed-tensors: FP4 groups are loaded here, all others by transformers' own quantizer."""
 
+    _config = CompressedTensorsConfig
+
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         config = quantization_config.quantization_config
@@ -180,11 +212,6 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
         rest = copy.deepcopy(config)
         rest.config_groups = {name: group for name, group in config.config_groups.items() if name not in mine}
         self.compressor.quantization_config = rest
-
-    def _keep_config(self, folder: Path) -> None:
-        found = files.quantization_of(folder)
-        if found is not None and found[0] == "config.json":
-            self.quantization_config = CompressedTensorsConfig.like(self.quantization_config, found[1])
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """The state dict; layers of compressed-tensors are compressed again, since their first forward undid that."""
@@ -212,6 +239,81 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
     def _shares(self) -> bool:
         """Whether some groups are not FP4."""
         return bool(self.compressor.quantization_config.config_groups)
+
+
+class Mxfp4Quantizer(FP4Loading, Mxfp4HfQuantizer):  # type: ignore[misc]  # it names one keyword
+    """Checkpoints of gpt-oss; a model that is to be quantised while it is loaded is left to transformers' own class."""
+
+    _config = Mxfp4Config
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized:
+            self.scheme = gpt_oss.scheme()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is needed that transformers' own class needs."""
+        if self.scheme is None:
+            super().validate_environment(*args, **kwargs)
+
+
+class FP8Quantizer(FP4Loading, FineGrainedFP8HfQuantizer):
+    """Checkpoints of DeepSeek-V4: experts are loaded here, FP8 linears by transformers' own class.
+
+    That decodes them where it has no kernels; they are FP8 again, bit for bit, when they are saved.
+    """
+
+    _config = FineGrainedFP8Config
+    _asked_dense = False
+    _fp8: FP8Blocks | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Remembers what the user asked for: transformers' own class switches ``dequantize`` on where it must."""
+        self._asked_dense = self.quantization_config.dequantize
+        super().validate_environment(*args, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = model.config
+        if self.pre_quantized and deepseek.is_fp4(vars(self.quantization_config), vars(config)):
+            self.scheme = deepseek.scheme()
+            if not self.quantization_config.dequantize and not is_kernels_available():
+                log.warning("FP8 linears are decoded to %s: their kernels need `pip install kernels`", self.model_dtype)
+                self.quantization_config.dequantize = True
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _before_sharing(self, model: PreTrainedModel, others: Mapping[str, Entry], names: Mapping[str, str]) -> None:
+        config, self._fp8 = self.quantization_config, fp8_blocks(others, names)
+        experts = [path for path, module in model.named_modules() if isinstance(module, StoredExperts)]
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or ()), *experts]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        if self.scheme is not None:
+            setattr(model, "_weight_conversions", [])  # noqa: B010, a Tensor to mypy; the state dict has the checkpoint's names already
+            for parameter in model.parameters():  # a loader that decodes FP8 leaves what is not FP8 in its own dtype
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.to(self.model_dtype)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """The state dict in the checkpoint's format, bit for bit, FP8 linears too."""
+        state, metadata = super().get_state_dict_and_metadata(model)
+        if self._fp8 is not None and state is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            state = self._fp8.stored(state)
+        return state, metadata
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        """A model whose experts are FP4 is a quantised one, also where its FP8 linears were decoded."""
+        if self.scheme is not None:
+            self.quantization_config.dequantize = self._asked_dense
+        return super().postprocess_model(model, **kwargs)
+
+    @property
+    def _dequantizes(self) -> bool:
+        return self._asked_dense
+
+    @property
+    def _shares(self) -> bool:
+        return True
 
 
 def _entries(name: str, checkpoint_files: list[Path]) -> dict[str, files.Entry]:

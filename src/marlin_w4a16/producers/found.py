@@ -32,6 +32,24 @@ class Found:
     activations: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FoundExperts:
+    """FP4 experts as their producer left them.
+
+    Attributes:
+        w13: the first product, ``[experts, rows, hidden]``.
+        w2: the second one, ``[experts, hidden, intermediate]``.
+        dtype, nbytes, kept, activations: as in `Found`.
+    """
+
+    w13: FP4Weight
+    w2: FP4Weight
+    dtype: torch.dtype
+    nbytes: int
+    kept: Mapping[str, Any]
+    activations: str | None = None
+
+
 def is_of(package: str, value: object) -> bool:
     """Whether a value's class comes from a package, which need not be installed."""
     return type(value).__module__.partition(".")[0] == package
@@ -58,6 +76,16 @@ def factor_of(weight: FP4Weight) -> Tensor:
     Raises:
         ValueError: rows have different ones, which no producer's linear can hold.
     """
-    if bool((weight.multiplier != weight.multiplier[0]).any()):
+    return factors_of(weight)
+
+
+def factors_of(weight: FP4Weight) -> Tensor:
+    """The one factor of all rows of each matrix ``[...]``, float32.
+
+    Raises:
+        ValueError: rows of a matrix have different ones, which no producer can hold.
+    """
+    factors = weight.multiplier[..., 0].clone(memory_format=torch.contiguous_format)
+    if bool((weight.multiplier != factors.unsqueeze(-1)).any()):
         raise ValueError(f"{weight.name}: found a multiplier per row, expected one for all")
-    return weight.multiplier[0].clone()
+    return factors

@@ -1,0 +1,21 @@
+"""Checkpoints of gpt-oss (``quant_method: mxfp4``): experts in MXFP4, all other weights dense."""
+
+from marlin_w4a16.checkpoints.scheme import Scheme
+from marlin_w4a16.checkpoints.storage import FP4Storage, Part
+
+EXPERTS = FP4Storage(
+    "gpt-oss MXFP4",
+    "e8m0",
+    (32,),
+    (
+        Part("blocks", "codes", ("U8",), ("e", "n", "k/g", "g/2")),
+        Part("scales", "scales", ("U8",), ("e", "n", "k/g")),
+    ),
+    joint="_",
+    stacked=True,
+)
+
+
+def scheme() -> Scheme:
+    """What such a config says: everything but experts is dense."""
+    return Scheme("OpenAI", "MXFP4", {"*.experts.*": EXPERTS}, joined=tuple(part.leaf for part in EXPERTS.parts))

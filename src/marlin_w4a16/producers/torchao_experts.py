@@ -1,0 +1,107 @@
+"""Experts whose stacked weights are an ``NVFP4Tensor`` of torchao, ``[experts, n, k]``; read in torchao 0.18.
+
+``quantize_`` makes them where FqnToConfig names the parameters and the config quantises inputs too
+(``NVFP4DynamicActivationNVFP4WeightConfig``); its weight-only config takes linears only, yet experts whose parameters
+were set by hand run with ``experts_implementation="eager"``. Where a module holds its weights transposed, so are these.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_w4a16.experts_modules import names_of
+from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.passes.tensors import swizzle, unswizzle
+from marlin_w4a16.producers.found import NO_VALUES, FoundExperts, bytes_of, factors_of, holds_values, is_of
+
+_GROUP = 16
+
+
+def read(module: Any, recover: bool) -> FoundExperts | Rejected | None:
+    """See `marlin_w4a16.producers`."""
+    names = names_of(module)
+    held = [module._parameters.get(name) for name in names]
+    if not any(is_of("torchao", tensor) for tensor in held):
+        return None
+    for name, tensor in zip(names, held, strict=True):
+        if type(tensor).__name__ != "NVFP4Tensor":
+            return Rejected(f"its {name} is a {type(tensor).__name__}, expected an NVFP4Tensor")
+        if not holds_values(tensor.qdata, tensor.scale):
+            return NO_VALUES
+    tensors = [tensor.detach().mT if module.is_transposed else tensor.detach() for tensor in held]
+    weights = [_weight(f"its {name}", tensor) for name, tensor in zip(names, tensors, strict=True)]
+    for weight in weights:
+        if isinstance(weight, Rejected):
+            return weight
+    w13, w2 = weights
+    quantised = next((t.act_quant_kwargs for t in tensors if t.act_quant_kwargs is not None), None)
+    return FoundExperts(
+        w13,  # type: ignore[arg-type]
+        w2,  # type: ignore[arg-type]
+        tensors[0].orig_dtype,
+        bytes_of(*(part for t in tensors for part in (t.qdata, t.scale))),
+        dict(zip(names, map(_kept, tensors), strict=True)),
+        None if quantised is None else f"its inputs are quantised ({quantised})",
+    )
+
+
+def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:
+    """See `marlin_w4a16.producers`."""
+    for name in kept:
+        module._parameters[name] = None
+
+
+def fill(module: Any, weights: tuple[FP4Weight, FP4Weight], kept: Mapping[str, Any]) -> None:
+    """See `marlin_w4a16.producers`."""
+    made = [_tensor(weight, of) for weight, of in zip(weights, kept.values(), strict=True)]
+    for name, tensor in zip(kept, made, strict=True):
+        module._parameters[name] = nn.Parameter(tensor.mT if module.is_transposed else tensor, requires_grad=False)
+
+
+def _weight(name: str, tensor: Any) -> FP4Weight | Rejected:
+    experts, n, k = tensor.shape if tensor.ndim == 3 else (0, 0, 0)
+    if not experts or tensor.qdata.shape != (experts, n, k // 2) or not tensor.qdata.is_contiguous():
+        return Rejected(f"{name}: its codes do not lie in rows of what a product sums over, [experts, n, k / 2]")
+    scales = tensor.scale
+    if tensor.is_swizzled_scales:
+        scales = unswizzle(tensor.scale, experts * n, k // _GROUP)
+        if not torch.equal(_swizzled(scales, tensor.scale.shape), tensor.scale.view(torch.uint8)):
+            return Rejected(f"{name}: its swizzled scales are not padded with zeros")
+        scales = scales.view(experts, n, k // _GROUP)
+    factor = torch.ones((), device=scales.device) if tensor.per_tensor_scale is None else tensor.per_tensor_scale
+    rows = factor.float().reshape(-1, 1).expand(experts, n)
+    return fp4_weight(tensor.qdata.view(torch.uint8), scales, rows, name=name)
+
+
+def _swizzled(scales: Tensor, shape: torch.Size) -> Tensor:
+    return swizzle(scales.flatten(0, -2), shape).view(torch.uint8)
+
+
+def _kept(tensor: Any) -> dict[str, Any]:
+    names, context = tensor.__tensor_flatten__()
+    small = {name: getattr(tensor, name) for name in names if name not in ("qdata", "scale")}
+    return {"class": type(tensor), "context": context, "small": small, "scales": tensor.scale.shape}
+
+
+def _tensor(weight: FP4Weight, kept: Mapping[str, Any]) -> Tensor:
+    scales = weight.scales.view(torch.float8_e4m3fn)
+    if kept["context"]["is_swizzled_scales"]:
+        scales = _swizzled(scales, kept["scales"]).view(torch.float8_e4m3fn)
+    inner = {name: value.to(weight.codes.device) for name, value in kept["small"].items()}
+    factors, scale = factors_of(weight), inner.get("per_tensor_scale")
+    if scale is not None and scale.ndim:
+        inner["per_tensor_scale"] = factors.view(scale.shape)
+    else:
+        if bool((factors != factors[0]).any()):
+            raise ValueError(f"{weight.name}: found a multiplier per expert, expected one for all")
+        if scale is None and factors[0] != 1:
+            raise ValueError(f"{weight.name}: found a multiplier of {float(factors[0])}, expected 1: there is no scale")
+        if scale is not None:
+            inner["per_tensor_scale"] = factors[0].clone()
+    inner |= {"qdata": weight.codes, "scale": scales}
+    shape = torch.Size((*weight.codes.shape[:-1], weight.k))
+    made: Tensor = kept["class"].__tensor_unflatten__(inner, kept["context"], shape, None)
+    return made
