@@ -13,7 +13,7 @@ from tiny_checkpoints import deepseek_v4
 from transformers import AutoModelForCausalLM
 
 import marlin_w4a16.hf  # before from_pretrained
-from marlin_w4a16.hf.generation import compile_blocks
+from marlin_w4a16.hf import compile_blocks
 
 
 @torch.no_grad()

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from marlin_w4a16.passes.torch_private import compile_graph, graph_copy
+from marlin_w4a16.passes import torch_private
+from marlin_w4a16.passes.torch_private import graph_copy
 
 
-def compile_uncounted(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    """`compile_graph`; where CUDA graphs are asked for, without integers that are only counted.
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Hands a graph to Inductor; where CUDA graphs are asked for, without integers that are only counted.
 
     Args:
         gm: a graph from Dynamo.
@@ -25,11 +26,11 @@ def compile_uncounted(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[s
     """
     found = take_out(gm) if patches.get("triton.cudagraphs") else None
     if found is None:
-        return compile_graph(gm, list(inputs), patches)
+        return torch_private.compile_graph(gm, list(inputs), patches)
     graph, counting, taken, places = found
     counted = set(taken)
     kept = [i for i in range(len(inputs)) if i not in counted]
-    compiled = compile_graph(graph, [inputs[i] for i in kept], patches)
+    compiled = torch_private.compile_graph(graph, [inputs[i] for i in kept], patches)
 
     def call(*args: Any) -> Any:
         counts = counting(*[args[i] for i in taken])

@@ -10,7 +10,7 @@ from marlin_w4a16.breaks import breaks_of
 from marlin_w4a16.debug import publish
 from marlin_w4a16.options import parse
 from marlin_w4a16.passes.call import LiveCall
-from marlin_w4a16.passes.counts import compile_uncounted
+from marlin_w4a16.passes.counts import compile_graph
 from marlin_w4a16.passes.rewrite import rewrite
 from marlin_w4a16.report import Report
 from marlin_w4a16.text import describe
@@ -51,7 +51,7 @@ def marlin_w4a16(
     """
     chosen = parse(mode, options)
     if not (chosen.linear or chosen.moe or chosen.grouped):
-        return compile_uncounted(gm, example_inputs, chosen.patches)
+        return compile_graph(gm, example_inputs, chosen.patches)
     rewritten = rewrite(gm, example_inputs, chosen.settings)
     report = Report(rewritten.rows, breaks=breaks_of(gm))
     publish(report, gm, rewritten.graph if report.replaced else None)
@@ -59,11 +59,13 @@ def marlin_w4a16(
         raise NotReplaced(report)
     if report.rows and not (report.replaced or report.rejected):
         log.info("%s", report.summary())
-        return compile_uncounted(gm, example_inputs, chosen.patches)
+        return compile_graph(gm, example_inputs, chosen.patches)
     if not report.replaced:
         why = report.summary() if report.rows else "no product of this graph has a weight made from FP4 codes"
-        log.warning("nothing to replace, so the graph runs as with Inductor: %s", why)
-        return compile_uncounted(gm, example_inputs, chosen.patches)
+        is_piece = bool(report.breaks) and not report.rows  # what Dynamo's graph breaks leave, such as cache updates
+        level = logging.INFO if is_piece else logging.WARNING
+        log.log(level, "nothing to replace, so the graph runs as with Inductor: %s", why)
+        return compile_graph(gm, example_inputs, chosen.patches)
     log.info("%s", report.summary())
-    compiled = compile_uncounted(rewritten.graph, rewritten.inputs, chosen.patches)
+    compiled = compile_graph(rewritten.graph, rewritten.inputs, chosen.patches)
     return LiveCall(compiled, gm.forward, rewritten).__call__  # depyf looks for the code of a function

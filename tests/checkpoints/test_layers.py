@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from checkpoints.formats import FORMATS, written
-from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
+from checkpoints.headers import UP, Tensor, hold, problem
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.files import Entry
-from marlin_w4a16.checkpoints.layers import Contents, Problem, contents
+from marlin_w4a16.checkpoints.layers import Problem, contents
 from marlin_w4a16.checkpoints.scheme import Scheme
 
-Tensor = tuple[str, tuple[int, ...]]
-UP = "model.layers.0.mlp.up_proj"
 NAMES = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN"
 
 
@@ -40,20 +39,6 @@ CT_MXFP4 = (
     {"weight_packed": CODES, "weight_scale": ("U8", (4, 2))},
 )
 ALL = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp8": FP8, "ct-nvfp4": CT_NVFP4, "ct-mxfp4": CT_MXFP4}
-
-
-def hold(scheme: Scheme, **modules: dict[str, Tensor | None]) -> Contents:
-    """The tensors of modules; None: not there."""
-    named = {f"{path}.{leaf}": t for path, tensors in modules.items() for leaf, t in tensors.items() if t is not None}
-    return contents({name: Entry(Path("folder/x.safetensors"), *tensor) for name, tensor in named.items()}, scheme)
-
-
-def problem(scheme: Scheme, tensors: dict[str, Tensor | None], path: str = UP) -> str:
-    """The one thing that is wrong; the tensors belong to no layer."""
-    held = hold(scheme, **{path: tensors})
-    assert not held.layers and held.others.keys() == {f"{path}.{leaf}" for leaf, t in tensors.items() if t is not None}
-    (found,) = held.problems
-    return str(found)
 
 
 def layer(scheme: Scheme, tensors: dict[str, Tensor | None]):
@@ -225,28 +210,40 @@ def test_what_compressed_tensors_loads_itself_is_left(path, dtype):
     assert not held.layers and not held.problems and len(held.others) == 2
 
 
-# Refused
+# Experts
+
+EXPERTS = ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.block_sparse_moe.experts.3.w1", "experts.1"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.block_sparse_moe.experts.3.w1", "experts", "experts.1"],
-)
-@pytest.mark.parametrize("made", [NVFP4, FP8, CT_NVFP4])
-def test_experts_are_refused(made, path):
-    expected = "found FP4 experts (mixture-of-experts), expected linears only: experts are not supported yet"
-    assert problem(*made, path) == f"{path}: {expected}"
-    assert not hold(made[0], **{path: DENSE}).problems
+@pytest.mark.parametrize("path", [*EXPERTS, "model.layers.0.mlp.shared_experts.up_proj"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_projection_of_an_expert_is_a_layer(name, path):
+    scheme, tensors = ALL[name]
+    held = hold(scheme, **{path: tensors, "model.norm": DENSE})
+    (found,) = held.layers.values()
+    assert (found.path, found.n, found.k, found.experts) == (path, 4, 64, 0) and not held.problems
+    assert held.others.keys() == {"model.norm.weight"}
+    assert [found.name(leaf) for leaf in found.entries] == [f"{path}.{leaf}" for leaf in tensors]
 
 
-def test_shared_experts_are_linears():
-    path = "model.layers.0.mlp.shared_experts.up_proj"
-    assert hold(NVFP4[0], **{path: NVFP4[1]}).layers.keys() == {path}
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+def test_modelopts_stacks_of_experts_are_refused(projection):
+    """Its exports of gpt-oss and Llama-4 hold all experts in one transposed tensor."""
+    path = "model.layers.0.mlp.experts"
+    tensors = {projection: ("U8", (4, 32, 96)), f"{projection}_weight_scale": ("F8_E4M3", (4, 4, 96)),
+               f"{projection}_weight_scale_2": ("F32", (4,)), f"{projection}_bias": ("BF16", (4, 96))}  # fmt: skip
+    expected = "found all experts in one tensor, expected one for each expert"
+    assert problem(NVFP4[0], tensors, path) == f"x.safetensors: {path}.{projection}: {expected}"
+    assert hold(NVFP4[0], **{path: {projection: ("BF16", (4, 64, 96))}}).problems == ()
 
 
-def test_experts_in_one_tensor_are_refused():
+def test_a_stack_of_matrices_is_no_linear():
     tensors = {"weight": ("U8", (8, 4, 32)), "weight_scale": ("F8_E4M3", (8, 4, 4)), "weight_scale_2": ("F32", (1,))}
-    assert "FP4 experts" in problem(NVFP4[0], tensors)
+    found = "found F8_E4M3 [8, 4, 4], expected [n, k / 16 or 32] for codes U8 [8, 4, 32]"
+    assert problem(NVFP4[0], tensors) == f"x.safetensors: {UP}.weight_scale: {found}"
+
+
+# What several layers share
 
 
 def test_a_reason_that_many_layers_share_is_told_once():
@@ -276,21 +273,29 @@ HELD = {
     "modelopt-w4a8-mxfp4": {MX: 14}, "modelopt-fp8": {E4M3: 14}, "ct-mxfp4a16": {MX: 14}, "ct-mxfp4": {MX: 14},
     "ct-mxfp4-fp8": {MX: 14}, "ct-head": {GROUP16: 15}, "ct-embedding": {GROUP16: 15}, "ct-ignore-names": {GROUP16: 5},
     "ct-ignore-patterns": {GROUP16: 5}, "ct-target-names": {GROUP16: 2}, "ct-nvfp4-mxfp4": {GROUP16: 6, MX: 8},
-    "ct-nvfp4-fp8": {GROUP16: 6}, "ct-fp8": {},
+    "ct-nvfp4-fp8": {GROUP16: 6}, "ct-fp8": {}, "modelopt-nemotron": {GROUP16: 20, E4M3: 2},
+    "modelopt-nemotron-0.47": {}, "gpt-oss": {MX: 4},
+    **{name: {MX: 24} for name in FORMATS if name.startswith("deepseek")},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_checkpoint_of_a_producer(name):
-    folder = written(name, "llama")
+    folder = written(name, FORMATS[name].family)
     _, config = files.quantization_of(folder)
-    reader = modelopt if config["quant_method"] == "modelopt" else compressed_tensors
-    scheme = reader.scheme(config)
+    readers = {"modelopt": modelopt.scheme, "compressed-tensors": compressed_tensors.scheme}
+    reader = readers.get(config["quant_method"])
+    own = gpt_oss.scheme if name == "gpt-oss" else deepseek.scheme
+    scheme = reader(config) if reader else own()
     held = contents(files.entries(files.files_of(folder), files.index_of(folder)), scheme)
     assert Counter(layer.format for layer in held.layers.values()) == HELD.get(name, {GROUP16: 14})
-    assert [problem.found for problem in held.problems] == ["ModelOpt's NVFP4_SVD"] * (name == "modelopt-svdquant")
+    garbled = ["a dense weight: the config says it is not among the quantised layers"] * 22
+    expected = {"modelopt-svdquant": [f"one of {NAMES}"], "modelopt-nemotron-0.47": garbled}
+    assert [problem.expected for problem in held.problems] == expected.get(name, [])
     assert bool(scheme.notes) == ("kv" in name)
-    if name.startswith("modelopt"):  # both of its configs say the same
+    if name.startswith("deepseek"):
+        assert deepseek.is_fp4(config, files.model_config_of(folder))
+    if (folder / files.HF_QUANT_CONFIG).exists():  # both of its configs say the same
         other = modelopt.scheme(files.read_json(folder / files.HF_QUANT_CONFIG))
         assert (other.algorithm, other.ignore, other.notes) == (scheme.algorithm, scheme.ignore, scheme.notes)
         assert contents(files.entries(files.files_of(folder), {}), other).layers.keys() == held.layers.keys()

@@ -60,6 +60,26 @@ def test_what_is_ignored_goes_before_all():
     assert scheme({}).storage(Q) is None
 
 
+@pytest.mark.parametrize(
+    "name, joined, path, leaf",
+    [
+        (f"{UP}.weight", (), UP, "weight"),
+        ("weight", (), "", "weight"),
+        ("", (), "", ""),
+        (f"{UP}_scales", (), *f"{UP}_scales".rsplit(".", 1)),
+        (f"{UP}_scales", ("blocks", "scales"), UP, "scales"),
+        (f"{UP}_blocks", ("blocks", "scales"), UP, "blocks"),
+        (f"{UP}_bias", ("blocks", "scales"), *f"{UP}_bias".rsplit(".", 1)),
+        (f"{UP}.weight", ("blocks", "scales"), UP, "weight"),
+        (f"{UP}scales", ("scales",), *f"{UP}scales".rsplit(".", 1)),
+        ("up_scales", ("scales",), "up", "scales"),
+    ],
+)
+def test_a_name_is_a_path_and_a_leaf(name, joined, path, leaf):
+    made = Scheme("OpenAI", "MXFP4", {}, joined=joined)
+    assert made.split(name) == (path, leaf) and made.name(path, leaf) == name
+
+
 def test_many_names_are_looked_up():
     """A MIXED_PRECISION config of a mixture of experts names each of tens of thousands of linears."""
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_w4a16.checkpoints import compressed_tensors, modelopt, storage
-from marlin_w4a16.checkpoints.files import Entry
-from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage, FP8Storage, Part, Storage
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, gpt_oss, modelopt, storage
+from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage, FP8Storage, Part, Storage, exponent_bytes
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
@@ -28,6 +28,8 @@ FP4: dict[str, tuple[FP4Storage, int]] = {
     "modelopt-mxfp4": (of_modelopt("mxfp4"), 32),
     "ct-nvfp4": (of_compressed("nvfp4-pack-quantized", 16), 16),
     "ct-mxfp4": (of_compressed("mxfp4-pack-quantized", 32), 32),
+    "gpt-oss": (gpt_oss.EXPERTS, 32),
+    "deepseek": (deepseek.EXPERTS, 32),
 }
 FP8: FP8Storage = of_modelopt("FP8")
 
@@ -45,21 +47,41 @@ def scale_bytes(kind: str) -> list[int]:
     return [byte for byte in range(256) if (byte != 255 if kind == "e8m0" else byte & 0x7F != 0x7F)]
 
 
+def encoded(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """E8M0 or E4M3 bytes in a dtype; float32 holds the powers of two that E8M0 bytes are."""
+    if dtype != torch.float32:
+        return scales.view(dtype)
+    return scales.double().apply_(lambda byte: scale_value("e8m0", int(byte))).float()
+
+
+def entries_of(stored: dict[str, Tensor]) -> dict[str, Entry]:
+    """What a file tells of tensors."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return {leaf: Entry(None, names[t.dtype], tuple(t.shape)) for leaf, t in stored.items()}
+
+
 def tensors(made: FP4Storage, group: int, scale_dtype: torch.dtype, one: tuple[int, ...]) -> dict[str, Tensor]:
     """Random codes, every scale, and factors of shape ``[]`` or ``[1]``."""
     scales = torch.tensor(scale_bytes(made.kind), dtype=torch.uint8)
-    scales = torch.cat((scales, scales[: 256 - len(scales)])).view(16, 16)
-    columns = {"codes": (16, 8 * group), "pre-quant scale": (16 * group,)}
+    scales = torch.cat((scales, scales[len(scales) - 256 :])).view(16, 16)
+    blocks = (16, 16, group // 2) if made.stacked else (16, 8 * group)
+    columns = {"codes": blocks, "pre-quant scale": (16 * group,)}
     found = {}
     for part in made.parts:
-        shape, dtype = columns.get(part.role, one), DTYPES[part.dtypes[-1]]
-        found[part.leaf] = torch.randint(256, shape, dtype=torch.uint8) if part.role == "codes" else torch.rand(shape)
-        found[part.leaf] = found[part.leaf].to(dtype)
-    return {**found, made.leaf("scales"): scales.view(scale_dtype)}
+        shape = columns.get(part.role, one)
+        if part.role == "codes":
+            found[part.leaf] = torch.randint(256, shape, dtype=torch.uint8).view(DTYPES[part.dtypes[0]])
+        else:
+            found[part.leaf] = torch.rand(shape).to(DTYPES[part.dtypes[-1]])
+    return {**found, made.leaf("scales"): encoded(scales, scale_dtype)}
 
 
-SCALE_DTYPES = {"e4m3": [torch.float8_e4m3fn], "e8m0": [torch.uint8, torch.float8_e8m0fnu]}
-CASES = [(name, dtype) for name, (made, _) in FP4.items() for dtype in SCALE_DTYPES[made.kind]]
+def beside(made: FP4Storage, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a packed weight does not hold."""
+    return {leaf: t for leaf, t in stored.items() if leaf not in (made.leaf("codes"), made.leaf("scales"))}
+
+
+CASES = [(name, DTYPES[dtype]) for name, (made, _) in FP4.items() for dtype in made.part("scales").dtypes]
 
 
 @pytest.mark.parametrize("one", [(), (1,)], ids=str)
@@ -69,17 +91,17 @@ def test_fp4_decodes_exactly_and_comes_back(name, scale_dtype, one):
     stored = tensors(made, group, scale_dtype, one)
     weight = made.read(stored, "some.linear")
     assert (weight.kind, weight.group, weight.name) == (made.kind, group, "some.linear")
-    codes = stored[made.leaf("codes")]
+    codes = stored[made.leaf("codes")].view(torch.uint8).flatten(1)
     values = E2M1[torch.stack((codes & 15, codes >> 4), -1).flatten(-2).int()]
-    scales = stored[made.leaf("scales")].view(torch.uint8).double().apply_(lambda b: scale_value(made.kind, int(b)))
+    bytes_ = tensors(made, group, DTYPES[made.part("scales").dtypes[0]], one)[made.leaf("scales")].view(torch.uint8)
+    scales = bytes_.double().apply_(lambda byte: scale_value(made.kind, int(byte)))
     factor = torch.ones(())
     if (part := made.part("multiplier", "divisor")) is not None:
         factor = 1 / stored[part.leaf] if part.role == "divisor" else stored[part.leaf]
         assert part.role == ("multiplier" if name.startswith("modelopt") else "divisor")
     assert torch.equal(weight.decode(), values * scales.repeat_interleave(group, -1) * factor.double())
-    codes_and_scales = {made.leaf("codes"), made.leaf("scales")}
-    kept = {leaf: tensor for leaf, tensor in stored.items() if leaf not in codes_and_scales}
-    assert_same(made.write(weight, {**kept, "bias": torch.zeros(16)}, scale_dtype), stored)
+    kept = {**beside(made, stored), "bias": torch.zeros(16)}
+    assert_same(made.write(weight, kept, entries_of(stored)), stored)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -95,11 +117,62 @@ def test_tensors_that_may_be_missing_may_be_missing():
     stored = tensors(made, group, torch.float8_e4m3fn, ())
     del stored["input_scale"], stored["pre_quant_scale"]
     weight = made.read(stored, "x")
-    assert_same(made.write(weight, {"weight_scale_2": stored["weight_scale_2"]}, torch.float8_e4m3fn), stored)
+    assert_same(made.write(weight, {"weight_scale_2": stored["weight_scale_2"]}, entries_of(stored)), stored)
+
+
+@pytest.mark.parametrize("name, scale_dtype", CASES, ids=str)
+def test_what_was_packed_is_restored(name, scale_dtype):
+    """Rows whose scales packing changed come back from what they were."""
+    made, group = FP4[name]
+    stored = tensors(made, group, scale_dtype, (1,))
+    weight = made.read(stored, "x")
+    fitted = weight.fit_first(torch.float16, torch.bfloat16)
+    rows = (fitted.scales != weight.scales).any(-1).nonzero()[:, 0]
+    unfitted = (rows, weight.scales[rows]) if len(rows) else None
+    assert (unfitted is None) == (made.kind == "e4m3")
+    kept = beside(made, stored)
+    assert_same(made.restore(fitted, unfitted, kept, entries_of(stored), "x"), stored)
+    other = fitted.derived(fitted.codes, fitted.scales, fitted.multiplier * 2)
+    with pytest.raises(CheckpointError, match=r"^x: found another weight than the checkpoint's"):
+        made.restore(other, unfitted, kept, entries_of(stored), "x")
+
+
+def test_aliases_name_the_tensors_that_are_there():
+    made = deepseek.EXPERTS
+    for leaf in ("weight_scale", "weight_scale_inv"):
+        named = made.named({"weight", leaf})
+        assert (named.leaf("codes"), named.leaf("scales")) == ("weight", leaf)
+        assert named.named({"weight", "scale"}) == named  # it has no other names
+    assert made.named({"weight", "scale", "weight_scale"}) is made.named({"weight"}) is made
+
+
+def test_the_bytes_of_powers_of_two():
+    every = torch.arange(255, dtype=torch.uint8)
+    assert torch.equal(exponent_bytes(encoded(every, torch.float32)), every)
+    odd = torch.tensor([0.0, -1.0, 3.0, 1 + 2**-23, 2.0**-128, torch.inf, -torch.inf, torch.nan])
+    assert exponent_bytes(odd).tolist() == [255] * len(odd)
 
 
 def shapes(codes: tuple[int, ...], scales: tuple[int, ...], prefix: str = "weight") -> dict[str, Entry]:
     return {prefix: Entry(None, "U8", codes), "weight_scale": Entry(None, "F8_E4M3", scales)}
+
+
+@pytest.mark.parametrize(
+    "codes, scales, expected",
+    [
+        ((8, 4, 2, 16), (8, 4, 2), (4, 64, 32)),
+        ((8, 4, 64), (8, 4, 4), (4, 128, 32)),  # its other axes are asked for by `fits`
+        ((8, 4, 2, 8), (8, 4, 2), None),
+        ((8, 4, 2, 16), (8, 4, 4), None),
+        ((8, 4, 2, 16), (8, 4), None),
+        ((8, 4, 2, 16), (8, 4, 2, 1), None),
+        ((8,), (8, 4, 2), None),
+        ((), (), None),
+    ],
+)
+def test_the_shape_of_a_stack(codes, scales, expected):
+    made = {"blocks": Entry(None, "U8", codes), "scales": Entry(None, "U8", scales)}
+    assert gpt_oss.EXPERTS.shape_of(made) == expected
 
 
 @pytest.mark.parametrize(
@@ -130,8 +203,9 @@ def test_the_shape_of_a_linear_in_fp8():
     assert FP8.shape_of({"weight": Entry(None, "F8_E4M3", (2, 4, 64))}) is None
 
 
-AXES = {"n": 4, "k": 64, "k/2": 32, "k/g": 4}
+AXES = {"e": 8, "n": 4, "k": 64, "k/2": 32, "k/g": 4, "g/2": 8}
 MATRIX, ROW, COLUMN, ONE = ("n", "k/2"), ("n",), ("k",), ()
+BLOCKS = ("e", "n", "k/g", "g/2")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +214,7 @@ MATRIX, ROW, COLUMN, ONE = ("n", "k/2"), ("n",), ("k",), ()
         (FP4["modelopt-nvfp4"][0], "codes", MATRIX, [(4, 32)], [(4, 64), (32, 4), (4,), (), (1,)]),
         (FP4["modelopt-nvfp4"][0], "pre-quant scale", COLUMN, [(64,)], [(4,), (1,), (), (1, 64)]),
         (FP4["modelopt-nvfp4"][0], "multiplier", ONE, [(), (1,), (1, 1)], [(4,), (0,), (2,)]),
+        (gpt_oss.EXPERTS, "codes", BLOCKS, [(8, 4, 4, 8)], [(8, 4, 32), (4, 4, 8), (4, 8, 4, 8)]),
         (FP8, "codes", ("n", "k"), [(4, 64)], [(64, 4), (1, 1), (4, 64, 1)]),
         (FP8, "scales", ROW, [(), (1,), (1, 1), (4,), (4, 1)], [(1, 4), (64,), (0,), (4, 1, 1)]),
         (FP8, "input multiplier", ONE, [(), (1,)], [(4,), (4, 1), (0,)]),
@@ -155,8 +230,11 @@ def test_names_for_people():
     assert FP4["modelopt-awq-32"][0].scales == "[n, k / 16 or 32]"
     assert [made.format(group) for made, group in FP4.values()] == [
         "NVFP4 group 16", "FP4 e4m3 group 32", "FP4 e4m3 group 32", "MXFP4 group 32", "NVFP4 group 16",
-        "MXFP4 group 32",
+        "MXFP4 group 32", "MXFP4 group 32", "MXFP4 group 32",
     ]  # fmt: skip
+    assert (gpt_oss.EXPERTS.scales, FP8.scales) == (
+        "[experts, n, k / 32]", "a scale for the weight or for each row",
+    )  # fmt: skip
     with pytest.raises(KeyError, match="multiplier"):
         FP4["modelopt-mxfp4"][0].leaf("multiplier", "divisor")
 

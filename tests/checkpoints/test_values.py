@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marlin_w4a16.checkpoints import compressed_tensors, files, modelopt
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.layers import contents
-from marlin_w4a16.checkpoints.scheme import Scheme
-from marlin_w4a16.checkpoints.values import bad_values, read
+from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
+from marlin_w4a16.checkpoints.values import Reader, bad_values, read
 
 N, K = 3, 64
 COLUMNS, ONE = torch.ones(K, dtype=torch.bfloat16), torch.tensor(0.5)
@@ -28,6 +28,10 @@ FORMATS: dict[str, tuple[Scheme, dict[str, Tensor]]] = {
     "e8m0": (
         modelopt.scheme({"quant_algo": "mxfp4"}),
         {"weight": CODES, "weight_scale": E8M0.view(torch.float8_e8m0fnu)},
+    ),
+    "float32": (
+        Scheme("DeepSeek", "FP4", {LINEAR: deepseek.EXPERTS}),
+        {"weight": CODES.view(torch.int8), "scale": torch.ones(N, K // 32)},
     ),
     "fp8": (
         modelopt.scheme({"quant_algo": "FP8"}),
@@ -107,6 +111,54 @@ def test_a_factor(name, leaf, bad, fine, expected, tmp_path):
     assert not any(write(tmp_path, name, leaf, one_element(value)) for value in fine)
 
 
+@pytest.mark.parametrize("value", [0.0, 3.0, -1.0, 2.0**-128, 2.0**-149, *map(float, BAD)])
+def test_a_float_that_is_no_byte_of_e8m0(value, tmp_path):
+    scales = torch.ones(N, K // 32)
+    scales[2, 1] = value
+    (found,) = write(tmp_path, "float32", "scale", scales)
+    value = float(scales[2, 1])
+    expected = "expected powers of two, 2**-127 to 2**127"
+    assert found == f"b.safetensors: b.scale: found {value} at [2, 1], {expected}"
+
+
+def test_every_other_float_of_e8m0_is_fine(tmp_path):
+    for start in (-127, -1, 122):
+        scales = torch.arange(start, start + 6).view(N, K // 32).double().exp2().float()
+        assert write(tmp_path, "float32", "scale", scales) == []
+
+
+def test_a_stack_with_a_nan(tmp_path):
+    scales = E8M0.repeat(4, 1, 1)
+    scales[3, 2, 1] = 0xFF
+    stack = {
+        "model.experts.up_proj_blocks": CODES.view(N, -1, 16).repeat(4, 1, 1, 1),
+        "model.experts.up_proj_scales": scales,
+    }
+    save_file(stack, tmp_path / "a.safetensors")
+    held = contents(files.entries([tmp_path / "a.safetensors"], {}), gpt_oss.scheme())
+    (found,) = bad_values(held.layers.values())
+    assert str(found) == (
+        "a.safetensors: model.experts.up_proj_scales: found NaN (byte 0xff) at [3, 2, 1], expected finite e8m0 scales"
+    )
+
+
+def test_a_reader_opens_each_file_once(tmp_path, monkeypatch):
+    stack = torch.arange(24.0).view(4, 3, 2)
+    save_file({"stack": stack, "one": torch.tensor(7.0)}, tmp_path / "a.safetensors")
+    save_file({"other": stack.bfloat16()}, tmp_path / "b.safetensors")
+    entries = files.entries(sorted(tmp_path.glob("*.safetensors")), {})
+    opened, safe_open = [], safetensors.safe_open
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda file, *args, **more: opened.append(file.name) or safe_open(file, *args, **more)
+    )
+    with Reader(torch.device("cpu")) as reader:
+        assert torch.equal(reader.tensor(entries["stack"], "stack"), stack)
+        assert all(torch.equal(reader.tensor(entries["stack"], "stack", i), part) for i, part in enumerate(stack))
+        assert reader.tensor(entries["one"], "one") == 7
+        assert torch.equal(reader.tensor(entries["other"], "other", 3), stack[3].bfloat16())
+    assert opened == ["a.safetensors", "b.safetensors"]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_not_read(name, tmp_path, monkeypatch):
     asked, opened = [], safetensors.safe_open
@@ -131,7 +183,8 @@ def test_weights_are_not_read(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors, "safe_open", Recorded)
     small = FORMATS[name][1].keys() - {"weight", "weight_packed"}
-    assert write(tmp_path, name, "weight_scale", FORMATS[name][1]["weight_scale"]) == []
+    scales = "scale" if "scale" in small else "weight_scale"
+    assert write(tmp_path, name, scales, FORMATS[name][1][scales]) == []
     assert sorted(asked) == sorted(f"{path}.{leaf}" for path in "ab" for leaf in small)
 
 

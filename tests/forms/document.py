@@ -52,9 +52,10 @@ REGIONS = {
     "wrap_activation_checkpoint": "the same with functionalised random numbers",
     "invoke_subgraph": "`torch.compiler.nested_compile_region`",
 }
-CHECKPOINTS = """After `import marlin_w4a16.hf`, `from_pretrained` loads checkpoints of NVIDIA ModelOpt and of
-compressed-tensors. The tests write one of each format with its producer's own code, from tiny models of the real
-classes, and hold what is loaded to a dense model that is made from the same files without the code under test."""
+CHECKPOINTS = """After `import marlin_w4a16.hf`, `from_pretrained` loads checkpoints of NVIDIA ModelOpt, of
+compressed-tensors, of gpt-oss and of DeepSeek-V4. The tests write one of each format from tiny models of the real
+classes, with its producer's own code or, for the last two, in the layout that is published; and hold what is loaded to
+a dense model that is made from the same files without the code under test."""
 OUTCOMES = (
     ("replaced", "by default: the weight is rounded once, at the end"),
     ("replaced with `tolerance`", "left by default: the model itself rounds the weight more often"),

@@ -1,5 +1,7 @@
 """torch.compile(model, backend="marlin_w4a16") of loaded models."""
 
+import re
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -9,14 +11,21 @@ from hf.loading import choosing, kinds, load, loaded, logits, reference
 from hf.matrix import COMPILE, TRACE
 
 
-def compiled_once(model, packed: int, caplog) -> torch.Tensor:
-    """The logits of one graph that holds so many packed linears."""
+def told(linears: int, experts: int) -> list[str]:
+    """What is logged of one graph with so many packed linears and modules of experts, each of two stacks."""
+    parts = ((linears, "packed linears"), (2 * experts, "packed stacks of experts"))
+    return [f"{count} {what}" for count, what in parts if count]
+
+
+def compiled_once(model, expected: list[str], caplog) -> torch.Tensor:
+    """The logits of one graph of which this is logged."""
     counters.clear()
     caplog.set_level("INFO", "marlin_w4a16")
     caplog.clear()
     found = logits(torch.compile(model, backend="marlin_w4a16", fullgraph=True))
     assert counters["stats"]["unique_graphs"] == 1
-    assert [r.message.partition(" (")[0] for r in caplog.records] == [f"{packed} packed linears"]
+    (record,) = caplog.records
+    assert re.findall(r"\d+ packed [a-z ]+(?= \()", record.message) == expected
     return found
 
 
@@ -34,7 +43,8 @@ def test_one_graph(name, family):
 @pytest.mark.parametrize("name, family", COMPILE.cases)
 def test_one_graph_gives_the_logits_of_eager(name, family, caplog):
     model = loaded(name, family, torch.float32)
-    found = compiled_once(model, list(kinds(name, family).values()).count("CheckpointLinear"), caplog)
+    kind = list(kinds(name, family).values())
+    found = compiled_once(model, told(kind.count("CheckpointLinear"), kind.count("CheckpointExperts")), caplog)
     assert relative(found, logits(model)) <= 1e-5
     assert relative(found, logits(reference(name, family, torch.float32))) <= 1e-5
     assert torch.equal(found.argmax(-1), logits(model).argmax(-1))

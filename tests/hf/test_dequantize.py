@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf.dense import exact, pre_quant_scale, relative, rounded, tensors_of
-from hf.loading import DTYPES, choosing, kinds, load, loaded, logits, read, same, stored
+from checkpoints.names import renamed
+from hf import loading
+from hf.dense import codes_of, exact, pre_quant_scale, relative, rounded, tensors_of
+from hf.loading import DTYPES, choosing, experts_of, load, loaded, logits, model_type, read, reference, same, stored
 from hf.matrix import DENSE, ON_LLAMA
 from marlin_w4a16.hf import report
 
@@ -13,21 +15,30 @@ UPSTREAM = "ct-nvfp4-fp8"  # whose FP8 layers transformers dequantises
 
 
 def expect_dense(model, name, family, dtype):
-    """Plain linears that hold the exact weights, a pre-quant scale multiplied in."""
+    """Plain linears that hold the exact weights, a pre-quant scale multiplied in, and plain experts."""
     tensors = stored(name, family)
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert {type(m) for m in linears.values()} == {nn.Linear} and model.dtype == dtype
+    assert {type(m).__name__ for m in linears.values()} - {"DeepseekV4GroupedLinear"} == {"Linear"}
+    assert model.dtype == dtype
     assert not any("hook" in key and value for m in linears.values() for key, value in vars(m).items())
-    for path in kinds(name, family):
-        weight, columns = exact(tensors, path), pre_quant_scale(tensors, path)
+    files = {renamed(path, model_type(name, family)): path for path in codes_of(tensors)}
+    for path in loading.linears(name, family):
+        weight, columns = exact(tensors, files[path]), pre_quant_scale(tensors, files[path])
         weight = weight if columns is None else weight * columns.double()
         found = linears[path].weight
         if name == UPSTREAM and "self_attn" in path:  # computed in bfloat16
             assert relative(found.detach(), weight) <= 3e-3
         else:
             assert same(found.detach(), rounded(weight, dtype)) and found.requires_grad, path
-        if (bias := tensors.get(f"{path}.bias")) is not None:
+        if (bias := tensors.get(f"{files[path]}.bias")) is not None:
             assert same(linears[path].bias.detach(), bias.to(dtype))
+    plain = reference(name, family, dtype)
+    for path, module in experts_of(model).items():
+        expected = plain.get_submodule(path)
+        assert type(module) is type(expected) and module.state_dict().keys() == expected.state_dict().keys()
+        for leaf, parameter in expected.named_parameters():
+            found = module.get_parameter(leaf)
+            assert same(found.detach(), parameter.detach().contiguous()) and found.requires_grad, (path, leaf)
     assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
 
 
@@ -53,11 +64,18 @@ def test_other_dtypes(name, family, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, "float16"])
-@pytest.mark.parametrize("name", ["modelopt-mixed", "modelopt-awq", "ct-nvfp4-mxfp4"])
-def test_into_another_dtype(name, dtype):
-    model = load(name).dequantize(dtype=dtype)
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        *((name, "llama") for name in ("modelopt-mixed", "modelopt-awq", "ct-nvfp4-mxfp4")),
+        ("modelopt-w4a16", "qwen3moe"),
+        ("gpt-oss", "gptoss"),
+    ],
+)
+def test_into_another_dtype(name, family, dtype):
+    model = load(name, family).dequantize(dtype=dtype)
     if name != "modelopt-mixed":  # its FP8 layers were rounded to bfloat16 when they were loaded
-        expect_dense(model, name, "llama", torch.float32 if dtype != "float16" else torch.float16)
+        expect_dense(model, name, family, torch.float32 if dtype != "float16" else torch.float16)
     assert {p.dtype for p in model.parameters()} == {model.dtype} == {logits(model).dtype}
 
 

@@ -3,7 +3,8 @@
 Checkpoints of NVIDIA ModelOpt, of compressed-tensors, of gpt-oss and of DeepSeek-V4, linears and experts, keep their
 format in memory, run in eager mode and under torch.compile, and are saved as they were. `ModelOptConfig` and
 `CompressedTensorsConfig` hold the options, `report` says what a model was loaded from. ``pack_experts_of`` makes packed
-experts of a module of transformers, for which ``model.set_experts_implementation("marlin_w4a16")`` is there too.
+experts of a module of transformers, for which ``model.set_experts_implementation("marlin_w4a16")`` is there too;
+``compile_blocks`` compiles models that cannot decode with a static cache.
 """
 
 from transformers import PreTrainedModel
@@ -12,10 +13,19 @@ from transformers.quantizers import auto
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
 from marlin_w4a16.hf.experts import pack_experts_of
+from marlin_w4a16.hf.generation import compile_blocks
 from marlin_w4a16.hf.loaded import Loaded
 from marlin_w4a16.hf.quantizer import CompressedTensorsQuantizer, FP8Quantizer, ModelOptQuantizer, Mxfp4Quantizer
 
-__all__ = ["CheckpointError", "CompressedTensorsConfig", "Loaded", "ModelOptConfig", "pack_experts_of", "report"]
+__all__ = [
+    "CheckpointError",
+    "CompressedTensorsConfig",
+    "Loaded",
+    "ModelOptConfig",
+    "compile_blocks",
+    "pack_experts_of",
+    "report",
+]
 
 
 def report(model: PreTrainedModel) -> Loaded | None:

@@ -91,6 +91,7 @@ class FP4Loading(HfQuantizer):
         if self.scheme is None:
             return super()._process_model_after_weight_loading(model, **kwargs)
         start = time.perf_counter()
+        _to_dtype(model, self.model_dtype)
         dense = self.model_dtype if self._dequantizes else None
         paths = [path for path, m in model.named_modules() if isinstance(m, StoredLinear | StoredExperts)]
         with ExpertsLoader(model) as experts:
@@ -174,17 +175,17 @@ class FP4Loading(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """A model is saved in the format it was loaded from."""
-        return True
+        return self.scheme is not None or bool(super().is_serializable())  # type: ignore[safe-super]
 
     @property
     def is_trainable(self) -> bool:
         """Adapters, biases and dense layers are; FP4 weights are frozen."""
-        return True
+        return self.scheme is not None or bool(super().is_trainable)  # type: ignore[safe-super]
 
     @property
     def is_compileable(self) -> bool:
         """Decode is compiled by generate()."""
-        return True
+        return self.scheme is not None or bool(super().is_compileable)
 
 
 class ModelOptQuantizer(FP4Loading):
@@ -288,10 +289,7 @@ class FP8Quantizer(FP4Loading, FineGrainedFP8HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.scheme is not None:
-            setattr(model, "_weight_conversions", [])  # noqa: B010, a Tensor to mypy; the state dict has the checkpoint's names already
-            for parameter in model.parameters():  # a loader that decodes FP8 leaves what is not FP8 in its own dtype
-                if parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.to(self.model_dtype)
+            setattr(model, "_weight_conversions", [])  # noqa: B010, names are the checkpoint's when it is saved
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
@@ -339,6 +337,15 @@ def _compressed(module: Any, path: str) -> dict[str, Tensor]:
             "hold, expected those loaded: save before the first forward, or load in bfloat16"
         )
     return found
+
+
+def _to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts what transformers leaves in the files' dtype: renamed tensors (5.17), all that is beside decoded FP8."""
+    for module in model.modules():
+        quantised = isinstance(module, StoredLinear) or hasattr(module, "quantization_scheme")
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not (quantised and name != "bias"):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _settle(model: PreTrainedModel, path: str, dense: torch.dtype | None) -> None:
