@@ -39,9 +39,9 @@ def test_logits_are_those_of_the_decoded_model(name, family):
     assert len(experts_of(model)) == 2 and all(e.w13.words.is_cuda for e in experts_of(model))
     assert relative(logits(model, tokens), truth) <= 1e-5
     plain, found = dense(folder, torch.bfloat16).cuda(), load(folder, dtype=torch.bfloat16)
-    dtypes = {name: parameter.dtype for name, parameter in found.named_parameters()}
-    for name, parameter in plain.named_parameters():  # what transformers keeps in float32 depends on its version
-        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    dtypes = {path: parameter.dtype for path, parameter in found.named_parameters()}
+    for path, parameter in plain.named_parameters():  # what transformers keeps in float32 depends on its version
+        parameter.data = parameter.data.to(dtypes.get(path, parameter.dtype))
     choices = {path: tuple(t.cuda() for t in pair) for path, pair in routing(name, family).items()}
     with routed(plain, choices), routed(found, choices):
         plain, found = logits(plain, tokens), logits(found, tokens)
