@@ -7,10 +7,10 @@ Writes a checkpoint in the published layout, with weights made on the GPU; loads
 the step of decode with mode="reduce-overhead" and a static cache, once for each batch size. The other side is the model
 of the same class in bfloat16, experts by grouped_mm, compiled by Inductor, in the same loop. On a CPU both are tiny.
 
-A step is timed by CUDA events over all steps after those in which graphs are recorded, the host's work included. Each
-step is given random tokens, so that the experts of a layer are chosen about evenly: with 32 sequences nearly all of
-them are read. The floor is the time to read the weights that a step needs once, experts as they were chosen in one
-eager step, at 4.68 TB/s; the cache is left out.
+A step is timed by CUDA events over all steps after those in which graphs are recorded, the host's work included, which
+is told beside it. Each step is given random tokens, so that the experts of a layer are chosen about evenly: with 32
+sequences nearly all of them are read. The floor is the time to read the weights that a step needs once, experts as they
+were chosen in one eager step, at 4.68 TB/s; the cache is left out.
 """
 
 import argparse
@@ -189,9 +189,10 @@ def decode(model: PreTrainedModel, side: str, batch: int) -> Row:
     compile_s = synchronize() - start - prefill_s
     for _ in range(WARM_UP - 1):
         decoder.step()
-    us = timed(decoder)
+    us, host_us = timed(decoder)
     return {
         "step_us": us,
+        "host_us": host_us,
         "tokens_per_s": batch * 1e6 / us,
         "floor_us": nbytes / READ_BYTES_PER_US,
         "touched": touched,
@@ -204,21 +205,21 @@ def decode(model: PreTrainedModel, side: str, batch: int) -> Row:
     }
 
 
-def timed(decoder: Decoder) -> float:
-    """Microseconds of a step."""
-    if not GPU:
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            decoder.step()
-        return (time.perf_counter() - start) / STEPS * 1e6
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+def timed(decoder: Decoder) -> tuple[float, float]:
+    """Microseconds of a step, and of the host to launch one; where these are equal the GPU waits for the host."""
+    if GPU:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+    begin = time.perf_counter()
     for _ in range(STEPS):
         decoder.step()
+    host_us = (time.perf_counter() - begin) / STEPS * 1e6
+    if not GPU:
+        return host_us, host_us
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / STEPS * 1e3
+    return start.elapsed_time(end) / STEPS * 1e3, host_us
 
 
 def measure(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -275,8 +276,8 @@ def report(result: dict[str, Any]) -> None:
 
 
 COLUMNS = (
-    "", "batch", "step, us", "floor, us", "tokens/s", "to bf16", "experts", "compile, s", "peak, GiB", "CUDA graphs",
-    "skips",
+    "", "batch", "step, us", "host, us", "floor, us", "tokens/s", "to bf16", "experts", "compile, s", "peak, GiB",
+    "CUDA graphs", "skips",
 )  # fmt: skip
 
 
@@ -286,6 +287,7 @@ def line(row: Row, other: Row | None) -> Sequence[str]:
         row["side"],
         str(row["batch"]),
         number(row["step_us"], 0),
+        number(row.get("host_us"), 0),
         number(row["floor_us"], 0),
         number(row["tokens_per_s"], 0),
         number(ratio),

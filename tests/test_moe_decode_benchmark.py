@@ -103,7 +103,7 @@ def test_what_fails_has_a_row_and_what_is_late_has_none(benchmark, tmp_path, cap
 def test_ratios_are_to_the_dense_model_of_the_same_batch(benchmark):
     decode = benchmark("moe_decode")
     row = {"side": "ours", "batch": 8, "step_us": 2000.0, "tokens_per_s": 4000.0, "floor_us": 900.0, "touched": 21.0}
-    row |= {"compile_s": 60.0, "decode_peak": 16 << 30, "graphs": 1, "skips": 0}
+    row |= {"host_us": 700.0, "compile_s": 60.0, "decode_peak": 16 << 30, "graphs": 1, "skips": 0}
     shown = decode.line(row, {"step_us": 5000.0})
-    assert shown == ["ours", "8", "2000", "900", "4000", "2.50", "21.0", "60", "16.0", "1", "0"]
-    assert decode.line(row, None)[5] == "-"
+    assert shown == ["ours", "8", "2000", "700", "900", "4000", "2.50", "21.0", "60", "16.0", "1", "0"]
+    assert decode.line(row, None)[6] == "-"

@@ -141,7 +141,7 @@ MODELOPT_EXPERTS = [
     ),
     of_modelopt(
         "nemotron-0.47",
-        "the same with the config as ModelOpt 0.47 garbles it",
+        "the same with marks of ModelOpt 0.47 in the names of its config",
         "W4A16_NVFP4_CFG",
         *NEMOTRON,
         family="nemotronh",

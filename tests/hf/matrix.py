@@ -37,8 +37,6 @@ OWN_HEADS = [(name, family) for name in ("modelopt-head", "ct-head") for family 
 REFUSED: dict[Case, str] = {
     ("modelopt-svdquant", "llama"): "ModelOpt's NVFP4_SVD",
     ("ct-embedding", "llama"): "expected a linear in the model, not Embedding",
-    # ModelOpt 0.47 leaves a NUL and more in the names of its config.
-    ("modelopt-nemotron-0.47", "nemotronh"): "the config says it is not among the quantised layers",
 }
 # Mixtures of experts: those that every step is tested for, and those that some are.
 MIXTURES: list[Case] = [
@@ -57,6 +55,7 @@ MORE_MIXTURES: list[Case] = [
     *((name, "glm4moe") for name in ("modelopt-nvfp4", "ct-mxfp4a16")),
     ("ct-nvfp4a16", "deepseekv3"),
     ("modelopt-w4a16", "nemotronh"),
+    ("modelopt-nemotron-0.47", "nemotronh"),
     *((f"deepseek-{name}", "deepseekv4") for name in ("v4.1", "v4-fp32", "v4-inv", "v4-weight-scale")),
 ]
 # Without a layer in FP4 there is nothing for this package to do.

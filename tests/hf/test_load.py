@@ -172,6 +172,24 @@ def test_loading_tells_of_inputs_that_are_kept(caplog):
     assert told in caplog.text and told in str(report(model))
 
 
+@pytest.mark.parametrize("name, family", [("ct-nvfp4a16", "mixtral"), ("gpt-oss", "gptoss")])
+def test_device_maps_count_the_bytes_of_experts(name, family, monkeypatch):
+    """They are no parameters of the model yet; the whole model takes what its files do."""
+    from marlin_w4a16.hf import quantizer
+
+    counted = []
+    whole = quantizer.FP4Loading._process_model_after_weight_loading
+
+    def count(self, model, **kwargs):
+        sizes = (p.numel() * self.param_element_size(model, path, p) for path, p in model.named_parameters())
+        counted.append(sum(sizes))
+        return whole(self, model, **kwargs)
+
+    monkeypatch.setattr(quantizer.FP4Loading, "_process_model_after_weight_loading", count)
+    load(name, family)
+    assert counted == [pytest.approx(sum(tensor.nbytes for tensor in stored(name, family).values()), rel=1e-3)]
+
+
 @pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize(
     "name, family", [("modelopt-mixed", "llama"), ("ct-nvfp4a16", "llama-bias"), ("ct-kv", "llama")]

@@ -66,13 +66,18 @@ def scheme(config: Mapping[str, Any]) -> Scheme:
         )
     if algorithm == "MIXED_PRECISION":
         layers = values.get("quantized_layers") or {}
-        targets = {path: _storage(layer) for path, layer in layers.items()}
+        targets = {_path(name): _storage(layer) for name, layer in layers.items()}
     else:
         targets = {LINEAR: _storage(values)}
-    ignore = tuple(values.get("exclude_modules") or values.get("ignore") or ())
+    ignore = tuple(map(_path, values.get("exclude_modules") or values.get("ignore") or ()))
     cache = values.get("kv_cache_quant_algo") or values.get("kv_cache_scheme")
     notes = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",) if cache else ()
     return Scheme("ModelOpt", algorithm, targets, ignore, "glob", notes)
+
+
+def _path(name: str) -> str:
+    """The path in a name of a config: ModelOpt 0.47 leaves a mark of its own behind those that it had to rename."""
+    return name.partition("\0")[0].removesuffix(".") if "\0" in name else name
 
 
 def _values(config: Mapping[str, Any]) -> Mapping[str, Any]:

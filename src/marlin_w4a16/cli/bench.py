@@ -99,13 +99,14 @@ def load(found: Inspection, work: Work, dequantize: bool) -> "PreTrainedModel":
     """The model of a checkpoint by from_pretrained."""
     from transformers import AutoModelForCausalLM
 
-    from marlin_w4a16.hf import CompressedTensorsConfig, ModelOptConfig
+    from marlin_w4a16.hf.configs import CompressedTensorsConfig, FineGrainedFP8Config, ModelOptConfig, Mxfp4Config
 
+    kinds = {"ModelOpt": ModelOptConfig, "OpenAI": Mxfp4Config, "DeepSeek": FineGrainedFP8Config}
     choices: dict[str, Any] = {}
     if found.config == HF_QUANT_CONFIG:
         choices["quantization_config"] = ModelOptConfig.of(str(found.folder), dequantize=dequantize)
     elif dequantize:
-        kind = ModelOptConfig if found.producer == "ModelOpt" else CompressedTensorsConfig
+        kind: Any = kinds.get(found.producer or "", CompressedTensorsConfig)
         choices["quantization_config"] = kind(dequantize=True)
     if work.device == "cuda":
         choices["device_map"] = "cuda"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.checkpoints.values import read
 
 SCALES = ("scale", "weight_scale_inv", "weight_scale")
@@ -19,10 +20,12 @@ class FP8Blocks:
     Attributes:
         names: the name in the model of each of the checkpoint's tensors that transformers loads.
         scales: of the FP8 weights, by the names of those in the checkpoint: the name of each and its values.
+        widened: the dtype in the checkpoint of what transformers may keep in float32.
     """
 
     names: Mapping[str, str]
     scales: Mapping[str, tuple[str, Tensor]]
+    widened: Mapping[str, torch.dtype]
 
     def stored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The checkpoint's tensors, FP8 weights bit for bit, from the state dict of the model.
@@ -41,16 +44,17 @@ class FP8Blocks:
                 left.pop(f"{held}_scale_inv", None)
                 found[scale_name] = scale
                 tensor = tensor if tensor.dtype == torch.float8_e4m3fn else _codes(name, tensor, scale)
-            found[name] = tensor
+            found[name] = _narrowed(tensor, self.widened.get(name, tensor.dtype))
         return {**left, **found}
 
 
-def fp8_blocks(others: Mapping[str, Entry], names: Mapping[str, str]) -> FP8Blocks:
+def fp8_blocks(others: Mapping[str, Entry], names: Mapping[str, str], dtype: torch.dtype) -> FP8Blocks:
     """Finds the FP8 linears among the tensors that transformers loads.
 
     Args:
         others: the checkpoint's tensors beside experts.
         names: those they get in the model.
+        dtype: of the model.
     """
     pairs: dict[str, str] = {}
     for name, entry in others.items():
@@ -59,7 +63,17 @@ def fp8_blocks(others: Mapping[str, Entry], names: Mapping[str, str]) -> FP8Bloc
         if leaf == "weight" and entry.dtype == "F8_E4M3" and scale is not None:
             pairs[name] = scale
     held = read({scale: others[scale] for scale in pairs.values()})
-    return FP8Blocks(names, {name: (scale, held[scale]) for name, scale in pairs.items()})
+    scales = {name: (scale, held[scale]) for name, scale in pairs.items()}
+    stored = {name: DTYPES[entry.dtype] for name, entry in others.items() if entry.dtype in ("BF16", "F16")}
+    return FP8Blocks(names, scales, {name: of for name, of in stored.items() if of == dtype})
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a narrower dtype, if it is none the worse for that."""
+    if tensor.dtype == dtype:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def _codes(name: str, weight: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""DeepSeek-V4 where transformers runs FP8 linears itself, which takes a GPU: loaded and saved here, not run."""
+
+import pytest
+import torch
+from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+import marlin_w4a16.hf.quantizer
+from checkpoints.formats import FORMATS, written
+from hf.dense import tensors_of
+from hf.loading import read, same
+from marlin_w4a16.hf.checkpoint_experts import CheckpointExperts
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """As if there were a GPU and kernels for it."""
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    monkeypatch.setattr(marlin_w4a16.hf.quantizer, "is_kernels_available", lambda: True)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("deepseek")])
+def test_fp8_linears_stay_fp8_beside_packed_experts(name, tmp_path):
+    folder = written(name, "deepseekv4")
+    before = tensors_of(folder)
+    model = read(folder)
+    fp8 = {path for path, module in model.named_modules() if isinstance(module, FP8Linear)}
+    assert len(fp8) == sum(t.dtype == torch.float8_e4m3fn for t in before.values())
+    assert all(type(layer.mlp.experts) is CheckpointExperts for layer in model.model.layers)
+    assert type(model.lm_head) is torch.nn.Linear
+    model.save_pretrained(tmp_path)
+    after = tensors_of(tmp_path)
+    assert after.keys() == before.keys() and [n for n in before if not same(after[n], before[n])] == []
+
+
+def test_without_kernels_they_are_decoded_and_that_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(marlin_w4a16.hf.quantizer, "is_kernels_available", lambda: False)
+    model = read(written("deepseek-v4", "deepseekv4"))
+    assert not any(isinstance(module, FP8Linear) for module in model.modules())
+    assert "FP8 linears are decoded to torch.bfloat16" in caplog.text
+    with torch.no_grad():
+        assert model(torch.arange(8)[None]).logits.isfinite().all()
