@@ -1,7 +1,11 @@
-"""DeepSeek-V4 where transformers runs FP8 linears itself, which takes a GPU: loaded and saved here, not run."""
+"""What is left to transformers: FP8 linears of DeepSeek-V4 where it runs them itself, and GPUs with FP4 tensor cores.
+
+Running FP8 takes a GPU; here they are loaded and saved.
+"""
 
 import pytest
 import torch
+import transformers
 from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
@@ -40,3 +44,14 @@ def test_without_kernels_they_are_decoded_and_that_is_said(monkeypatch, caplog):
     assert "FP8 linears are decoded to torch.bfloat16" in caplog.text
     with torch.no_grad():
         assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_gpus_that_this_project_leaves_are_left_to_transformers(monkeypatch):
+    config = transformers.Mxfp4Config()
+    assert marlin_w4a16.hf.quantizer.Mxfp4Quantizer(config, pre_quantized=True).scheme is not None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, left in (((8, 0), False), ((9, 0), False), ((7, 5), True), ((10, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        assert marlin_w4a16.hf.quantizer.left_to_transformers() == left
+        scheme = marlin_w4a16.hf.quantizer.Mxfp4Quantizer(config, pre_quantized=True).scheme
+        assert (scheme is None) == left

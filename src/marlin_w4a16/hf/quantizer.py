@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils.import_utils import is_kernels_available
 
-from marlin_w4a16.checkpoints import compressed_tensors, deepseek, gpt_oss, modelopt
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.hf.checkpoint_experts import StoredExperts
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
@@ -21,6 +22,8 @@ from marlin_w4a16.hf.fp8_blocks import FP8Blocks, fp8_blocks
 from marlin_w4a16.hf.linear import plain_linear
 from marlin_w4a16.hf.loading import FP4Loading
 from marlin_w4a16.hf.placing import put
+from marlin_w4a16.passes.linear import serves
+from marlin_w4a16.passes.outcome import Rejected
 
 log = logging.getLogger("marlin_w4a16")
 
@@ -86,7 +89,7 @@ class Mxfp4Quantizer(FP4Loading, Mxfp4HfQuantizer):  # type: ignore[misc]  # it 
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        if self.pre_quantized:
+        if self.pre_quantized and not left_to_transformers():
             self.scheme = gpt_oss.scheme()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -111,9 +114,12 @@ class FP8Quantizer(FP4Loading, FineGrainedFP8HfQuantizer):
         super().validate_environment(*args, **kwargs)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = model.config
-        if self.pre_quantized and deepseek.is_fp4(vars(self.quantization_config), vars(config)):
+        shards = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        found = files.quantization_of(shards[0].parent) if shards else None
+        says = found[1] if found is not None else {}  # transformers 5.17 drops what it does not know
+        if self.pre_quantized and deepseek.is_fp4(says, vars(model.config)) and not left_to_transformers():
             self.scheme = deepseek.scheme()
+            vars(model.config).pop("base_model_ep_plan", None)  # 5.17 writes FP8 experts into it, and would save that
             if not self.quantization_config.dequantize and not is_kernels_available():
                 log.warning("FP8 linears are decoded to %s: their kernels need `pip install kernels`", self.model_dtype)
                 self.quantization_config.dequantize = True
@@ -151,6 +157,11 @@ class FP8Quantizer(FP4Loading, FineGrainedFP8HfQuantizer):
     @property
     def _shares(self) -> bool:
         return True
+
+
+def left_to_transformers() -> bool:
+    """Whether formats that transformers has kernels for are left to it: on GPUs that this project leaves."""
+    return torch.cuda.is_available() and isinstance(serves(torch.device("cuda")), Rejected)
 
 
 def _compressed(module: Any, path: str) -> dict[str, Tensor]:
