@@ -117,7 +117,7 @@ def test_bytes_as_bfloat16_are_those_of_the_dequantised_model(name):
 
 def test_which_formats_are_refused():
     refused = {name for name, made in FORMATS.items() if inspect(written(name, made.family)).problems}
-    assert refused == {"modelopt-svdquant", "ct-embedding", "modelopt-nemotron-0.47"}
+    assert refused == {"modelopt-svdquant", "ct-embedding"}
 
 
 def test_shards_are_told_as_one():
