@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from marlin_w4a16 import E2M1_VALUES, quantize_mxfp4, quantize_nvfp4
-from marlin_w4a16.passes import recognise
+from marlin_w4a16.passes.graph.torch_private import compile_graph
+from marlin_w4a16.passes.judge import search as judging
 from marlin_w4a16.passes.outcome import Replaced
 from marlin_w4a16.passes.rewrite import rewrite
-from marlin_w4a16.passes.torch_private import compile_graph
 
 TABLE = torch.tensor(E2M1_VALUES)
 
@@ -99,14 +99,14 @@ def trace(model: nn.Module, then: Callable[..., None]) -> float:
 def costs(layers: int, with_inductor: bool) -> None:
     torch.manual_seed(0)
     searches = 0
-    search = recognise._Search.run
+    search = judging._Search.run
 
     def counted(self, value):
         nonlocal searches
         searches += 1
         return search(self, value)
 
-    recognise._Search.run = counted
+    judging._Search.run = counted
     for linear in (NVFP4Linear, MXFP4Linear):
         took = {}
 
@@ -124,7 +124,7 @@ def costs(layers: int, with_inductor: bool) -> None:
             f"{took['replaced']} of {took['rows']} replaced, {searches} searches",
             flush=True,
         )
-    recognise._Search.run = search
+    judging._Search.run = search
     if with_inductor:
         took = {}
 

@@ -9,7 +9,8 @@ import torch
 from peers import FORMATS, GLOBAL_SCALE, SCALE_BYTES
 from torch import Tensor, nn
 
-from marlin_w4a16.kernels.experts import Activation, Order
+from marlin_w4a16.kernels.activation import Activation
+from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.fp4 import FP4Weight
 
 

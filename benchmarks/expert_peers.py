@@ -14,11 +14,10 @@ from peers import FORMATS, clones, humming_config, not_importable, scales_of
 from timing import copies_for
 from torch import Tensor, nn
 
-from marlin_w4a16.kernels.experts import pack_bias, pack_experts
+from marlin_w4a16.kernels.experts import Experts, pack_bias, pack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.moe import moe
-from marlin_w4a16.kernels.moe_blocks import Experts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16 import E2M1_VALUES, quantize_nvfp4
-from marlin_w4a16.passes.call import LiveCall
+from marlin_w4a16.passes.live.call import LiveCall
 from marlin_w4a16.passes.rewrite import rewrite
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ from timing import copies_for
 from torch import Tensor, nn
 from triton.backends.nvidia import compiler as nvidia
 
-from marlin_w4a16.kernels import linear as kernels
+from marlin_w4a16.kernels.portable import linear as kernels
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, ScaleKind
 from marlin_w4a16.kernels.launch import plan_linear
 from marlin_w4a16.kernels.layout import PackedFP4, pack

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from marlin_w4a16 import prepare, restore
-from marlin_w4a16.passes.torch_private import inner_tensors
+from marlin_w4a16.passes.graph.torch_private import inner_tensors
 
 warnings.filterwarnings("ignore")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

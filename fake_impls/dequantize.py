@@ -15,7 +15,7 @@ from marlin_w4a16.fake_impls.library import (
     weight_args,
     weight_schema,
 )
-from marlin_w4a16.kernels import dequantize as blocks
+from marlin_w4a16.kernels.blocks import dequantize as blocks
 from marlin_w4a16.kernels.layout import PackedFP4
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

@@ -18,8 +18,8 @@ from marlin_w4a16.fake_impls.library import (
     weight_schema,
 )
 from marlin_w4a16.fake_impls.linear import output_shape, uses_triton
+from marlin_w4a16.kernels.blocks.experts import grouped_linear_by_blocks, grouped_linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.kernels.moe_blocks import grouped_linear_by_blocks, grouped_linear_grad_input
 
 define(f"grouped_linear(Tensor x, {weight_schema()}, Tensor offsets) -> Tensor")
 define(f"grouped_linear_grad_input(Tensor grad, {weight_schema()}, Tensor offsets) -> Tensor")

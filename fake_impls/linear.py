@@ -17,7 +17,7 @@ from marlin_w4a16.fake_impls.library import (
     weight_args,
     weight_schema,
 )
-from marlin_w4a16.kernels.dequantize import linear_by_blocks, linear_grad_input
+from marlin_w4a16.kernels.blocks.dequantize import linear_by_blocks, linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
 
 define(f"linear(Tensor x, {weight_schema()}, Tensor? bias) -> Tensor")

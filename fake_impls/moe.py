@@ -17,9 +17,10 @@ from marlin_w4a16.fake_impls.library import (
     weight_schema,
 )
 from marlin_w4a16.fake_impls.linear import output_shape, uses_triton
-from marlin_w4a16.kernels.experts import FUNCTIONS, Activation
+from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
+from marlin_w4a16.kernels.blocks.experts import moe_by_blocks, moe_gradients
+from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.kernels.moe_blocks import Experts, moe_by_blocks, moe_gradients
 
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _ARGUMENTS = (

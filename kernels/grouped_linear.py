@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.grouped import FEW, grouped_product
+from marlin_w4a16.kernels.decode.route import tiles_of_offsets
 from marlin_w4a16.kernels.launch import Launch, plan_experts, plan_hopper_experts
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.linear import GLUON
-from marlin_w4a16.kernels.route import tiles_of_offsets
+from marlin_w4a16.kernels.portable.grouped import FEW, grouped_product
 
 
 def grouped_linear(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def grouped_linear(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
         properties = torch.cuda.get_device_properties(x.device)
         capability = (properties.major, properties.minor)
         if GLUON and capability == (9, 0):
-            from marlin_w4a16.kernels.stream_experts import stream_experts
+            from marlin_w4a16.kernels.hopper.experts import stream_experts
 
             (form,) = plan_hopper_experts(properties.multi_processor_count, x.shape[0], len(offsets), packed.n)
             if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # what the copy engine asks for

@@ -8,11 +8,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from marlin_w4a16.kernels.grouped import FEW, grouped_product
+from marlin_w4a16.kernels.decode.route import early_launch, local_expert, sorted_tokens, tiles_of_experts
+from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.launch import Launch, Stream, plan_experts, plan_hopper_experts
 from marlin_w4a16.kernels.linear import GLUON
-from marlin_w4a16.kernels.moe_blocks import Experts
-from marlin_w4a16.kernels.route import early_launch, local_expert, sorted_tokens, tiles_of_experts
+from marlin_w4a16.kernels.portable.grouped import FEW, grouped_product
 
 _SUM_BLOCK = 512
 
@@ -124,7 +124,7 @@ def _on_hopper(
     first: Stream,
     second: Stream,
 ) -> None:
-    from marlin_w4a16.kernels.stream_experts import stream_experts  # Gluon, which moves between Triton's releases
+    from marlin_w4a16.kernels.hopper.experts import stream_experts  # Gluon, which moves between Triton's releases
 
     pairs = topk_ids.numel()
     w13, w2, weights = experts.w13.contiguous(), experts.w2.contiguous(), topk_weights.contiguous()

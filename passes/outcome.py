@@ -70,7 +70,7 @@ class Owned:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class Mixture:
     """The mixture that a weight is a part of.
 
     Attributes:
@@ -111,9 +111,14 @@ class Row:
     nbytes: int
     uses: int = 1
     producer: str | None = None
-    experts: Experts | None = None
+    experts: Mixture | None = None
 
     @property
     def stacked(self) -> bool:
         """Whether it is a stack of matrices."""
         return len(self.shape) > 2
+
+
+def raised(error: Exception) -> Rejected:
+    """What a model's own operations raise: the graph then runs as it was traced."""
+    return Rejected(f"its traced operations raise {type(error).__name__}: {error}")

@@ -1,63 +1,34 @@
 """The pass: from a traced graph and its live inputs to a graph of FP4 ops, the bindings that feed it, and a report."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from marlin_w4a16.kernels.experts import Order
+from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.layout import PackedFP4, pack
-from marlin_w4a16.passes import linear, moe
-from marlin_w4a16.passes.binding import Binding, fit
-from marlin_w4a16.passes.constants import find_constants, needed_by
-from marlin_w4a16.passes.experiment import Proved
-from marlin_w4a16.passes.flow import Flow
+from marlin_w4a16.passes.find.products import operands_of
+from marlin_w4a16.passes.graph.constants import find_constants, needed_by
+from marlin_w4a16.passes.graph.flow import Flow
+from marlin_w4a16.passes.graph.regions import Regions
+from marlin_w4a16.passes.graph.torch_private import add_static_input, part_names
+from marlin_w4a16.passes.judge.search import Found
+from marlin_w4a16.passes.judge.weights import Judge, Weight
+from marlin_w4a16.passes.live.binding import Binding, fit
+from marlin_w4a16.passes.live.call import Bound, Rewritten
+from marlin_w4a16.passes.mixture.proof import Prover
+from marlin_w4a16.passes.mixture.stacks import arranged
+from marlin_w4a16.passes.mixture.trial import Proved
+from marlin_w4a16.passes.mixture.units import Unit, find_units
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Row
-from marlin_w4a16.passes.products import operands_of
-from marlin_w4a16.passes.proof import Prover
-from marlin_w4a16.passes.recognise import Found
-from marlin_w4a16.passes.regions import Regions
-from marlin_w4a16.passes.rows import owned, row_of
+from marlin_w4a16.passes.replace import linear, moe
+from marlin_w4a16.passes.replace.report_rows import owned, row_of
+from marlin_w4a16.passes.replace.verify import mixture_error, worst_error
 from marlin_w4a16.passes.settings import Settings
-from marlin_w4a16.passes.stacks import arranged
-from marlin_w4a16.passes.torch_private import add_static_input, part_names
-from marlin_w4a16.passes.trial import mixture_error, worst_error
-from marlin_w4a16.passes.units import Unit, find_units
-from marlin_w4a16.passes.weights import Judge, Weight
 
 DEFAULTS = Settings()
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A binding and where its leaves, and among them its codes, stand among the inputs of the traced graph."""
-
-    binding: Binding
-    leaves: tuple[int, ...]
-    codes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rewritten:
-    """What the pass made of a graph.
-
-    Attributes:
-        graph: the rewritten graph; it takes the inputs ``kept`` of the traced one, then three of each packed weight.
-        inputs: example inputs of it: the live ones that are kept, and fake ones for packed tensors.
-        kept: positions of the traced inputs that are still used.
-        bound: the weights to look up at each call.
-        rows: the report.
-        wrappers: positions of leaves that are wrapper subclasses, and the names of the tensors that hold their data.
-    """
-
-    graph: fx.GraphModule
-    inputs: list[Any]
-    kept: tuple[int, ...]
-    bound: tuple[Bound, ...]
-    rows: tuple[Row, ...]
-    wrappers: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> Rewritten:
@@ -211,7 +182,7 @@ class _Rewriter:
     def _feed(self, weight: Weight, binding: Binding, packed: PackedFP4) -> list[fx.Node]:
         """Adds the inputs that are a packed weight."""
         leaves = tuple(self.placeholders.index(self.flat.origin[leaf]) for leaf in weight.decode.leaves)
-        codes = leaves[weight.codes]
+        codes = leaves[weight.codes_leaf]
         self.bound.append(Bound(binding, leaves, codes))
         after = self.added[-1][0] if self.added else self.placeholders[-1]
         for member in ("words", "scales", "multiplier"):

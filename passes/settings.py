@@ -5,9 +5,23 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from marlin_w4a16.passes.outcome import Excluded
-from marlin_w4a16.passes.recognise import Rules
 
 ActivationQuant = Literal["keep", "drop", "refuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is accepted beyond weights that equal their decode; see `marlin_w4a16.options.Options`.
+
+    Attributes:
+        tolerance: the largest relative difference of a weight that the model rounds more than once.
+        recover: read dense weights that are MXFP4 values back.
+        drop_activations: leave out what a tensor's class does to the other operand.
+    """
+
+    tolerance: float = 0.0
+    recover: bool = False
+    drop_activations: bool = False
 
 
 @dataclass(frozen=True, slots=True)

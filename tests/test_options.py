@@ -4,8 +4,7 @@ import pytest
 from torch._inductor import list_mode_options
 
 from marlin_w4a16.options import Options, parse
-from marlin_w4a16.passes.recognise import Rules
-from marlin_w4a16.passes.settings import Settings
+from marlin_w4a16.passes.settings import Rules, Settings
 
 
 def test_the_defaults():

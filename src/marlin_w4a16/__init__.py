@@ -9,23 +9,25 @@ nothing can see.
 """
 
 from marlin_w4a16.backend import NotReplaced
-from marlin_w4a16.debug import debug
 from marlin_w4a16.fake_impls.dequantize import dequantize
 from marlin_w4a16.fake_impls.grouped_linear import grouped_linear
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.fake_impls.moe import moe
-from marlin_w4a16.kernels.experts import Activation, pack_bias, pack_experts, unpack_bias, unpack_experts
+from marlin_w4a16.kernels.activation import Activation
+from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_bias, unpack_experts
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, fp4_weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
-from marlin_w4a16.modules import PackedLinear
-from marlin_w4a16.packed_experts import PackedExperts
+from marlin_w4a16.modules.packed_experts import PackedExperts
+from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.prepare import prepare, restore
-from marlin_w4a16.quantize import quantize
+from marlin_w4a16.quantize.quantize import quantize
 from marlin_w4a16.refresh import refresh
-from marlin_w4a16.report import Report, explain
+from marlin_w4a16.report.data import Report
+from marlin_w4a16.report.debug import debug
+from marlin_w4a16.report.explain import explain
+from marlin_w4a16.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "E2M1_VALUES",
     "Activation",

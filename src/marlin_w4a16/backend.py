@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import fx
 
-from marlin_w4a16.breaks import breaks_of
-from marlin_w4a16.debug import publish
 from marlin_w4a16.options import parse
-from marlin_w4a16.passes.call import LiveCall
-from marlin_w4a16.passes.counts import compile_graph
+from marlin_w4a16.passes.graph.integers import compile_graph
+from marlin_w4a16.passes.live.call import LiveCall
 from marlin_w4a16.passes.rewrite import rewrite
-from marlin_w4a16.report import Report
-from marlin_w4a16.text import describe
+from marlin_w4a16.report.breaks import breaks_of
+from marlin_w4a16.report.data import Report
+from marlin_w4a16.report.debug import publish
+from marlin_w4a16.report.table import describe
 
 log = logging.getLogger("marlin_w4a16")
 

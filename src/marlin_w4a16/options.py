@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from marlin_w4a16.passes.recognise import Rules
-from marlin_w4a16.passes.settings import ActivationQuant, Settings
-from marlin_w4a16.passes.torch_private import mode_patches, modes
+from marlin_w4a16.passes.graph.torch_private import mode_patches, modes
+from marlin_w4a16.passes.settings import ActivationQuant, Rules, Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

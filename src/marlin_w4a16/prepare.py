@@ -9,17 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.experts_modules import holds_packed, is_experts, names_of, pack_experts_of
 from marlin_w4a16.kernels.experts import unpack_bias
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import pack
-from marlin_w4a16.modules import PackedLinear
-from marlin_w4a16.packed_experts import PackedExperts
+from marlin_w4a16.modules.packed_experts import PackedExperts
+from marlin_w4a16.modules.packed_linear import PackedLinear
+from marlin_w4a16.modules.swaps import HOOKS, PACKED, Swap, Swaps, has_hooks, held, place, places_of
+from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers import compressed_tensors, modelopt, modelopt_experts, torchao, torchao_experts
-from marlin_w4a16.producers.found import Found, FoundExperts
-from marlin_w4a16.progress import track
-from marlin_w4a16.swaps import HOOKS, PACKED, Swap, Swaps, has_hooks, held, place, places_of
+from marlin_w4a16.producers.found import FoundExperts, FoundLinear
+from marlin_w4a16.report.progress import track
 
 PRODUCERS = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
 OF_EXPERTS = {"ModelOpt": modelopt_experts, "torchao": torchao_experts}
@@ -32,7 +32,7 @@ class Origin:
     Attributes:
         producer: who made it.
         module: the module.
-        kept: see `marlin_w4a16.producers.found.Found`.
+        kept: see `marlin_w4a16.producers.found.FoundLinear`.
         nbytes: bytes of its weights.
         dtype: what its producer decodes it to.
         device: where it was.
@@ -91,7 +91,7 @@ def prepare(
             back the rounded weight.
         activation_quant: what to do with a module that quantises its input too: ``"refuse"`` it, or ``"drop"`` the
             quantisation: 16-bit activations, other and more exact values.
-        progress: see `marlin_w4a16.progress.track`.
+        progress: see `marlin_w4a16.report.progress.track`.
 
     Returns:
         One row per linear and Experts module, swapped or refused with its reason.
@@ -155,7 +155,7 @@ def restore(model: nn.Module) -> Swaps:
 _ROOT = Rejected("it is the model itself: prepare() swaps the modules in a model")
 
 
-def _read(module: Any, recover: bool) -> tuple[str, Found | FoundExperts | Rejected | None]:
+def _read(module: Any, recover: bool) -> tuple[str, FoundLinear | FoundExperts | Rejected | None]:
     stacked = is_experts(module)
     if isinstance(module, PackedLinear | PackedExperts):
         return "", PACKED
@@ -179,7 +179,7 @@ def _producer(origin: Origin) -> Any:
 
 
 def _packed(
-    producer: str, found: Found | FoundExperts | Rejected, module: nn.Module, keeps_activations: bool
+    producer: str, found: FoundLinear | FoundExperts | Rejected, module: nn.Module, keeps_activations: bool
 ) -> PackedLinear | PackedExperts | Rejected:
     if isinstance(found, Rejected):
         return found

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from marlin_w4a16.passes.torch_private import inner_tensors, mark_written
+from marlin_w4a16.passes.graph.torch_private import inner_tensors, mark_written
 
 
 def refresh(model: nn.Module) -> None:

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 
 from marlin_w4a16.fake_impls.library import weight_args
 from marlin_w4a16.fake_impls.moe import activation_args, moe
-from marlin_w4a16.kernels.experts import Activation
-from marlin_w4a16.kernels.moe_blocks import Experts
+from marlin_w4a16.kernels.activation import Activation
+from marlin_w4a16.kernels.experts import Experts
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing
 
 OPS = torch.ops.marlin_w4a16

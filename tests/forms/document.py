@@ -17,18 +17,20 @@ from unittest.mock import patch
 import torch
 
 from forms import hand, producers
-from forms.form import Form
+from forms.form import Roundings
 from hf import matrix as checkpoints
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS, format_name
 from marlin_w4a16.options import Options
-from marlin_w4a16.passes import forms, linear, tensors
+from marlin_w4a16.passes.find.products import CONSUMERS
+from marlin_w4a16.passes.graph.torch_private import GROUPED_MM, region_operands
+from marlin_w4a16.passes.judge import roundings as judged
+from marlin_w4a16.passes.judge import tensors
+from marlin_w4a16.passes.judge.recipe import CODINGS, SCALINGS
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.passes.products import CONSUMERS
-from marlin_w4a16.passes.recipe import CODINGS, SCALINGS
-from marlin_w4a16.passes.torch_private import GROUPED_MM, region_operands
+from marlin_w4a16.passes.replace import linear
 
-COMMAND = "PYTHONPATH=tests python -m forms.document"
+COMMAND = "PYTHONPATH=tests python -m roundings.document"
 FILE = Path(__file__).parents[2] / "docs" / "supported.md"
 
 INTRO = f"""This file is written by `{COMMAND}` from the code's own tables and from the forms that the tests hold
@@ -177,7 +179,7 @@ def regions() -> list[tuple[str, str]]:
 
 def roundings() -> list[tuple[str, ...]]:
     rows = []
-    for form in forms.forms_of(torch.float32, {torch.bfloat16}, divides=True):
+    for form in judged.roundings_of(torch.float32, {torch.bfloat16}, divides=True):
         if not form.exact:
             times = len(form.rounds.split(", "))
             bounds = (f"`{power(times * torch.finfo(dtype).eps / 2)}`" for dtype in (torch.bfloat16, torch.float16))
@@ -199,7 +201,7 @@ def attributes(of: type) -> dict[str, str]:
     return {name: " ".join(meaning.split()).replace("``", "`") for name, meaning in entries}
 
 
-def matrix(of: Iterable[Form]) -> str:
+def matrix(of: Iterable[Roundings]) -> str:
     rows: dict[tuple[str, str], list[str]] = {}
     for form in of:
         rows.setdefault((title(form), outcome(form)), []).append(short(form.dtype))
@@ -207,13 +209,13 @@ def matrix(of: Iterable[Form]) -> str:
     return table(("form", "dtype", "outcome"), shown)
 
 
-def title(form: Form) -> str:
+def title(form: Roundings) -> str:
     """The name without the dtype, which has a column of its own."""
     dtype = short(form.dtype)
     return form.name.removeprefix(f"{dtype}: ").removesuffix(f", {dtype}")
 
 
-def outcome(form: Form) -> str:
+def outcome(form: Roundings) -> str:
     if form.outcome == "tolerance":
         return f'replaced with `options={{"tolerance": {power(form.tolerance)}}}`'
     if form.outcome == "refused":

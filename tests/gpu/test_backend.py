@@ -235,7 +235,7 @@ def test_a_training_step_has_the_gradients_of_eager():
 
 
 def test_other_capabilities_are_left_alone(monkeypatch):
-    from marlin_w4a16.passes.linear import serves
+    from marlin_w4a16.passes.devices import serves
     from marlin_w4a16.passes.outcome import Rejected
 
     for capability, word in (((10, 0), "FP4 tensor cores"), ((12, 0), "FP4 tensor cores"), ((7, 5), "need 8.0")):

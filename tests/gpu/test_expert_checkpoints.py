@@ -9,7 +9,7 @@ from safetensors.torch import save_file  # noqa: E402
 from checkpoints.formats import written  # noqa: E402
 from hf.dense import dense, relative, tensors_of  # noqa: E402
 from hf.loading import logits, prompts, read, routed, routing, same  # noqa: E402
-from marlin_w4a16.hf.checkpoint_experts import CheckpointExperts  # noqa: E402
+from marlin_w4a16.hf.experts.modules import CheckpointExperts  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 SLACK = 64 << 20

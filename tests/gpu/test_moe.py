@@ -9,9 +9,10 @@ from torch import Tensor
 from marlin_w4a16.fake_impls.library import weight_args
 from marlin_w4a16.fake_impls.moe import activation_args
 from marlin_w4a16.fake_impls.moe import moe as op
+from marlin_w4a16.kernels.blocks.experts import moe_by_blocks
+from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.moe import fused, moe
-from marlin_w4a16.kernels.moe_blocks import Experts, moe_by_blocks
 from mixtures.exact import drawn, exact_mixture
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_routing
 

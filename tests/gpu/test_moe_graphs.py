@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.layout import pack_into
 from marlin_w4a16.kernels.moe import moe
-from marlin_w4a16.kernels.moe_blocks import Experts
 from mixtures.exact import drawn
 from mixtures.oracle import draw_routing
 

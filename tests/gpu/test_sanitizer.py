@@ -75,10 +75,10 @@ def hand_over() -> set[tuple[str, int]]:
     """The lines of the kernels that stand for what Triton adds to it to hand work to the warp that copies."""
     if not GLUON:
         return set()
-    from marlin_w4a16.kernels import stream, stream_experts
+    from marlin_w4a16.kernels.hopper import experts, stream
 
     found = set()
-    kernels = {"stream.py": stream._stream_kernel, "stream_experts.py": stream_experts._stream_experts_kernel}
+    kernels = {"stream.py": stream._stream_kernel, "experts.py": experts._stream_experts_kernel}
     for file, kernel in kernels.items():
         lines, first = inspect.getsourcelines(kernel.fn)
         handing = [i for i, line in enumerate(lines) if line.startswith("def ") or "gl.warp_specialize(" in line]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import marlin_w4a16
 from hf.test_experts import models
-from marlin_w4a16.modules import PackedLinear
+from marlin_w4a16.modules.packed_linear import PackedLinear
 from mixtures.models import FAMILIES, Family
 
 NEW = 8

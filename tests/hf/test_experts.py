@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from marlin_w4a16 import FP4Weight, PackedExperts, quantize_nvfp4
-from marlin_w4a16.hf import experts as plugin
 from marlin_w4a16.hf import pack_experts_of
+from marlin_w4a16.hf.experts import implementation as plugin
 from marlin_w4a16.passes.outcome import Rejected
 from mixtures.experts import stacked
 from mixtures.models import COMMON, FAMILIES, Family

@@ -13,7 +13,7 @@ import marlin_w4a16.hf.quantizer
 from checkpoints.formats import FORMATS, written
 from hf.dense import tensors_of
 from hf.loading import read, same
-from marlin_w4a16.hf.checkpoint_experts import CheckpointExperts
+from marlin_w4a16.hf.experts.modules import CheckpointExperts
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from marlin_w4a16.kernels import grouped_linear, moe, route
-from marlin_w4a16.kernels import linear as kernels
+from marlin_w4a16.kernels import grouped_linear, moe
+from marlin_w4a16.kernels.decode import route
+from marlin_w4a16.kernels.decode.route import Tiles
+from marlin_w4a16.kernels.decode.unpack import scale_pairs, unpack_words
+from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.kernels.moe_blocks import Experts
-from marlin_w4a16.kernels.route import Tiles
-from marlin_w4a16.kernels.unpack import scale_pairs, unpack_words
+from marlin_w4a16.kernels.portable import linear as kernels
 
 
 @triton.jit

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
-from marlin_w4a16.kernels.moe_blocks import Experts
 from mixtures.oracle import Mixture, activated, draw_mixture, matrix
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.experts import Activation, Order, pack_bias, pack_experts
+from marlin_w4a16.kernels.activation import Activation
+from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.experts import Experts, pack_bias, pack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
-from marlin_w4a16.kernels.moe_blocks import Experts
 
 GROUPS = {"nvfp4": ("e4m3", 16), "mxfp4": ("e8m0", 32), "e4m3 group 32": ("e4m3", 32)}
 SILU, CLAMPED = Activation(), Activation(gate_limit=1.5, up_limit=1.0)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import linear
 
-from marlin_w4a16.passes.constants import Constants, find_constants
-from marlin_w4a16.passes.decode import Decode
-from marlin_w4a16.passes.products import find_products
-from marlin_w4a16.passes.regions import Regions
+from marlin_w4a16.passes.find.products import find_products
+from marlin_w4a16.passes.graph.constants import Constants, find_constants
+from marlin_w4a16.passes.graph.regions import Regions
+from marlin_w4a16.passes.judge.decode import Decode
 
 
 @pytest.fixture

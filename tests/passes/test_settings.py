@@ -9,7 +9,7 @@ from forms.backend import through_backend
 from marlin_w4a16 import NotReplaced, Report, explain, quantize_mxfp4
 from marlin_w4a16.options import Options
 from marlin_w4a16.passes import rewrite as rewrite_
-from marlin_w4a16.passes import weights
+from marlin_w4a16.passes.judge import weights
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced, Row
 from marlin_w4a16.passes.rewrite import rewrite, survey
 from marlin_w4a16.passes.settings import Settings

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.kernels.activations import Rounding
 from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind, format_name, fp4_weight, round_once
+from marlin_w4a16.kernels.inputs import Rounding
 
 FLOATS = ("F32", "BF16", "F16")
 SCALE_DTYPES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}

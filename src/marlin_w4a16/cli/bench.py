@@ -24,8 +24,8 @@ from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError
 from marlin_w4a16.cli.inspection import Inspection, inspect, local
 from marlin_w4a16.cli.measure import Result, Work, measure
 from marlin_w4a16.cli.show import Cells, show_table, tell
-from marlin_w4a16.report import Report
-from marlin_w4a16.text import size
+from marlin_w4a16.report.data import Report
+from marlin_w4a16.report.table import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from marlin_w4a16.text import size
+from marlin_w4a16.report.table import size
 
 Status = Literal["ok", "warning", "problem", "skipped"]
 PYTHON, TORCH, TRITON = "3.10", "2.11", "3.6"  # the oldest that will do

@@ -22,8 +22,8 @@ import torch
 
 from marlin_w4a16.cli.checks import OPTIONAL, Check, Device, Machine, check_backend, check_error, check_machine
 from marlin_w4a16.cli.trials import try_compiled, try_graph, try_linears, try_triton
-from marlin_w4a16.report import Report
-from marlin_w4a16.text import table
+from marlin_w4a16.report.data import Report
+from marlin_w4a16.report.table import table
 
 SCHEMA = 1
 _COLUMNS = ("check", "status", "found")

@@ -13,8 +13,8 @@ from typing import Any
 from marlin_w4a16.checkpoints.layers import Problem
 from marlin_w4a16.cli.inspection import Inspection, Line, Outcome, inspect, local
 from marlin_w4a16.cli.show import Cells, show_table
-from marlin_w4a16.report import Report
-from marlin_w4a16.text import collapse_paths, size, size_if_any
+from marlin_w4a16.report.data import Report
+from marlin_w4a16.report.table import collapse_paths, size, size_if_any
 
 SCHEMA = 1
 _COLUMNS = ("weight", "n", "shape", "format", "in files", "loaded", "as bfloat16", "outcome")

@@ -15,8 +15,8 @@ from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.checkpoints.values import bad_values
 from marlin_w4a16.kernels.layout import packed_nbytes
-from marlin_w4a16.progress import track
-from marlin_w4a16.text import collapse_paths
+from marlin_w4a16.report.progress import track
+from marlin_w4a16.report.table import collapse_paths
 
 Outcome = Literal["packed", "decoded", "dense", "unused", "left", "refused"]
 PACKED = {"U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}  # in which others keep quantised weights

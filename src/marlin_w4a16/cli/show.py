@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from importlib import util
 from typing import Any
 
-from marlin_w4a16.text import table
+from marlin_w4a16.report.table import table
 
 Cells = tuple[str, ...]
 

@@ -14,7 +14,7 @@ from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
-from marlin_w4a16.text import size
+from marlin_w4a16.report.table import size
 
 Linear = Callable[[Tensor, PackedFP4, Tensor | None], Tensor]
 CASES = ((1, 256, 512), (16, 256, 512), (64, 256, 512), (7, 200, 1120))  # tokens, rows, columns
@@ -119,9 +119,9 @@ def try_triton(capability: tuple[int, int]) -> Check:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
     from marlin_w4a16.kernels.launch import plan_linear
-    from marlin_w4a16.kernels.linear import _linear_kernel
-    from marlin_w4a16.kernels.unpack import UNPACK_GAIN
+    from marlin_w4a16.kernels.portable.linear import _linear_kernel
 
     launch = plan_linear(capability, 132, 16, 4096, 4096)
     pointers = {"words": "*i32", "scales": "*i32", "multiplier": "*fp32"}

@@ -12,7 +12,7 @@ from transformers.quantizers import auto
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
-from marlin_w4a16.hf.experts import pack_experts_of
+from marlin_w4a16.hf.experts.implementation import pack_experts_of
 from marlin_w4a16.hf.generation import compile_blocks
 from marlin_w4a16.hf.loaded import Loaded
 from marlin_w4a16.hf.quantizer import CompressedTensorsQuantizer, FP8Quantizer, ModelOptQuantizer, Mxfp4Quantizer

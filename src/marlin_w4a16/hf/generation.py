@@ -7,8 +7,8 @@ from torch import nn
 from transformers import CompileConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from marlin_w4a16.modules import PackedLinear
-from marlin_w4a16.packed_experts import PackedExperts
+from marlin_w4a16.modules.packed_experts import PackedExperts
+from marlin_w4a16.modules.packed_linear import PackedLinear
 
 BACKEND = "marlin_w4a16"
 _CACHES = {"past_key_values", "past_key_value", "cache_params"}

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES, Activations, FP4Storage, FP8Storage
-from marlin_w4a16.kernels.activations import fake_quantize
 from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind, round_once
-from marlin_w4a16.modules import PackedLinear
+from marlin_w4a16.kernels.inputs import fake_quantize
+from marlin_w4a16.modules.packed_linear import PackedLinear
 
 
 class StoredLinear(nn.Module):

@@ -11,7 +11,7 @@ from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import Activations, FP4Storage
 from marlin_w4a16.passes.settings import ActivationQuant
-from marlin_w4a16.text import collapse_paths, size, table
+from marlin_w4a16.report.table import collapse_paths, size, table
 
 
 @dataclass(frozen=True, slots=True)

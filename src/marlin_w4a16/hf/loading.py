@@ -18,14 +18,14 @@ from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import contents
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.values import bad_values, read
-from marlin_w4a16.hf.checkpoint_experts import CheckpointExperts, StoredExperts
 from marlin_w4a16.hf.configs import checked
-from marlin_w4a16.hf.experts_loading import ExpertsLoader, bytes_beside, own_names
+from marlin_w4a16.hf.experts.load import ExpertsLoader, bytes_beside, own_names
+from marlin_w4a16.hf.experts.modules import CheckpointExperts, StoredExperts
 from marlin_w4a16.hf.generation import compile_decode
 from marlin_w4a16.hf.linear import CheckpointLinear, FP8Linear, StoredLinear
 from marlin_w4a16.hf.loaded import Loaded, loaded
 from marlin_w4a16.hf.placing import place, put, swap_in
-from marlin_w4a16.progress import track
+from marlin_w4a16.report.progress import track
 
 log = logging.getLogger("marlin_w4a16")
 

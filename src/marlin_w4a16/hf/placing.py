@@ -15,9 +15,9 @@ from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import BESIDE, Contents, Layer, Problem
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
-from marlin_w4a16.hf.checkpoint_experts import StoredExperts
+from marlin_w4a16.hf.experts.gather import Experts, Target, gating_on_cpu
+from marlin_w4a16.hf.experts.modules import StoredExperts
 from marlin_w4a16.hf.linear import StoredLinear
-from marlin_w4a16.hf.mixtures import Experts, Target, gating_on_cpu
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import is_linear
 

@@ -16,13 +16,13 @@ from transformers.utils.import_utils import is_kernels_available
 
 from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.hf.checkpoint_experts import StoredExperts
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+from marlin_w4a16.hf.experts.modules import StoredExperts
 from marlin_w4a16.hf.fp8_blocks import FP8Blocks, fp8_blocks
 from marlin_w4a16.hf.linear import plain_linear
 from marlin_w4a16.hf.loading import FP4Loading
 from marlin_w4a16.hf.placing import put
-from marlin_w4a16.passes.linear import serves
+from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.outcome import Rejected
 
 log = logging.getLogger("marlin_w4a16")

@@ -1,6 +1,6 @@
 """The producers of FP4 modules that `prepare` knows: one file each for linears and for experts, with three functions.
 
-    read(module, recover) -> Found | FoundExperts | Rejected | None    None: not a module of this producer
+    read(module, recover) -> FoundLinear | FoundExperts | Rejected | None    None: not a module of this producer
     strip(module, kept)                                                lets the weights go; the rest of the module stays
     fill(module, weight, kept)                                         the inverse, bit for bit, on the weight's device
 

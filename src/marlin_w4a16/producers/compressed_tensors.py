@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense
 from marlin_w4a16.producers.recover import recover as recover_codes
 
 _KINDS: dict[int, ScaleKind] = {16: "e4m3", 32: "e8m0"}
 
 
-def read(module: Any, recover: bool) -> Found | Rejected | None:
+def read(module: Any, recover: bool) -> FoundLinear | Rejected | None:
     """See `marlin_w4a16.producers`."""
     scheme: Any = getattr(module, "quantization_scheme", None)
     if not is_of("compressed_tensors", scheme) or not issubclass(type(module), nn.Linear):
@@ -28,7 +28,7 @@ def read(module: Any, recover: bool) -> Found | Rejected | None:
     if not holds_values(*_parameters(module).values()):
         return NO_VALUES
     status = str(module.quantization_status.value)
-    found: Found | Rejected
+    found: FoundLinear | Rejected
     needed = ("weight_packed" if status == "compressed" else "weight", "weight_scale")
     held = [name for name, value in _parameters(module).items() if value is not None]
     if not set(needed) <= set(held):
@@ -39,7 +39,7 @@ def read(module: Any, recover: bool) -> Found | Rejected | None:
         found = _dense(module, scheme, status)
     else:
         found = Rejected(f"its weight is dense ({status}): prepare(model, recover=True) reads the codes back")
-    if isinstance(found, Found) and scheme.input_activations is not None:
+    if isinstance(found, FoundLinear) and scheme.input_activations is not None:
         args = scheme.input_activations
         return replace(found, activations=f"its inputs are quantised to {args.num_bits} bit {args.type}")
     return found
@@ -130,7 +130,7 @@ def _refusal(module: nn.Module, scheme: Any) -> str | None:
     return None
 
 
-def _compressed(module: nn.Module, scheme: Any) -> Found:
+def _compressed(module: nn.Module, scheme: Any) -> FoundLinear:
     parameters = _parameters(module)
     codes, scales = parameters["weight_packed"].detach(), parameters["weight_scale"].detach()
     kind = _KINDS[scheme.weights.group_size]
@@ -139,10 +139,10 @@ def _compressed(module: nn.Module, scheme: Any) -> Found:
     kept = {"names": ("weight_packed", "weight_scale"), "scale": scales.dtype}
     weight = fp4_weight(codes, scales, factor, kind=kind)
     # compressed-tensors decompresses to bfloat16, whatever the model's dtype
-    return Found(weight, torch.bfloat16, bytes_of(codes, scales), kept)
+    return FoundLinear(weight, torch.bfloat16, bytes_of(codes, scales), kept)
 
 
-def _dense(module: nn.Module, scheme: Any, status: str) -> Found | Rejected:
+def _dense(module: nn.Module, scheme: Any, status: str) -> FoundLinear | Rejected:
     parameters = _parameters(module)
     weight, scale = parameters["weight"].detach(), parameters["weight_scale"].detach()
     group = scheme.weights.group_size
@@ -164,7 +164,7 @@ def _dense(module: nn.Module, scheme: Any, status: str) -> Found | Rejected:
         return found
     kept = {"names": ("weight",), "formula": found[1], "dtype": weight.dtype}
     kept["requires_grad"] = parameters["weight"].requires_grad
-    return Found(found[0], weight.dtype, bytes_of(weight), kept)
+    return FoundLinear(found[0], weight.dtype, bytes_of(weight), kept)
 
 
 def _scale_bytes(scale: Tensor, kind: ScaleKind) -> Tensor | None:

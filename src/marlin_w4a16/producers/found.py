@@ -14,7 +14,7 @@ NO_VALUES = Rejected("its weight holds no values: it is on the meta device")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundLinear:
     """An FP4 linear as its producer left it.
 
     Attributes:
@@ -39,7 +39,7 @@ class FoundExperts:
     Attributes:
         w13: the first product, ``[experts, rows, hidden]``.
         w2: the second one, ``[experts, hidden, intermediate]``.
-        dtype, nbytes, kept, activations: as in `Found`.
+        dtype, nbytes, kept, activations: as in `FoundLinear`.
     """
 
     w13: FP4Weight

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
 from marlin_w4a16.kernels.quantize import E2M1_MAX, E4M3_MAX, nvfp4_scales
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense
 from marlin_w4a16.producers.recover import recover as recover_codes
 
@@ -18,7 +18,7 @@ _KINDS: dict[str, ScaleKind] = {"NVFP4QTensor": "e4m3", "MXFP4QTensor": "e8m0"}
 _SCALE_BITS: dict[Any, ScaleKind] = {(4, 3): "e4m3", (8, 0): "e8m0"}
 
 
-def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
+def read(module: nn.Module, recover: bool) -> FoundLinear | Rejected | None:
     """See `marlin_w4a16.producers`."""
     quantizer: Any = getattr(module, "weight_quantizer", None)
     weight: Any = module._parameters.get("weight")
@@ -33,7 +33,7 @@ def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
         found = _compressed(quantizer, weight)
     else:
         found = _dense(quantizer, weight, recover)
-    if isinstance(found, Found) and _is_on(module, "input_quantizer"):
+    if isinstance(found, FoundLinear) and _is_on(module, "input_quantizer"):
         quantised = module.input_quantizer
         return replace(found, activations=f"its input quantiser is on ({quantised})")
     return found
@@ -84,7 +84,7 @@ def _is_on(module: nn.Module, name: str) -> bool:
     return bool(getattr(getattr(module, name, None), "is_enabled", False))
 
 
-def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
+def _compressed(quantizer: Any, weight: Any) -> FoundLinear | Rejected:
     kind = _KINDS.get(weight.metadata["qtensor_class"].__name__)
     if kind is None:
         return Rejected(f"its weight is a {weight.metadata['qtensor_class'].__name__}, which is not FP4")
@@ -101,7 +101,7 @@ def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
         "codes": codes.shape,
         "scale": (scale.shape, scale.dtype),
     }
-    return Found(
+    return FoundLinear(
         fp4_weight(
             codes.reshape(shape[0], -1), scale.reshape(shape[0], -1), 1.0 if factor is None else factor, kind=kind
         ),
@@ -111,7 +111,7 @@ def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
     )
 
 
-def _dense(quantizer: Any, weight: Tensor, recover: bool) -> Found | Rejected:
+def _dense(quantizer: Any, weight: Tensor, recover: bool) -> FoundLinear | Rejected:
     sizes: dict[Any, Any] = quantizer.block_sizes or {}
     kind = _SCALE_BITS.get(sizes.get("scale_bits")) if quantizer.num_bits == (2, 1) else None
     if kind is None or sizes.get("type") != "dynamic" or weight.ndim != 2 or weight.shape[1] % sizes.get(-1, 1 << 62):
@@ -147,7 +147,7 @@ def _dense(quantizer: Any, weight: Tensor, recover: bool) -> Found | Rejected:
     if isinstance(recovered, Rejected):
         return recovered
     kept = {"formula": recovered[1], "dtype": weight.dtype, "requires_grad": weight.requires_grad}
-    return Found(recovered[0], weight.dtype, bytes_of(weight), kept)
+    return FoundLinear(recovered[0], weight.dtype, bytes_of(weight), kept)
 
 
 def _scales(weight: Tensor, kind: ScaleKind, group: int, factor: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.passes.judge.tensors import swizzle, unswizzle
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.passes.tensors import swizzle, unswizzle
-from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
 
 
-def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
+def read(module: nn.Module, recover: bool) -> FoundLinear | Rejected | None:
     """See `marlin_w4a16.producers`."""
     weight: Any = module._parameters.get("weight")
     if not is_of("torchao", weight):
@@ -35,7 +35,7 @@ def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
     names, context = weight.__tensor_flatten__()
     small = {name: getattr(weight, name) for name in names if name not in ("qdata", "scale")}
     kept = {"class": type(weight), "context": context, "small": small, "scales": weight.scale.shape}
-    return Found(
+    return FoundLinear(
         fp4_weight(weight.qdata.view(torch.uint8), scales, factor),
         weight.orig_dtype,
         bytes_of(weight.qdata, weight.scale),

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.experts_modules import names_of
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.modules.transformers_experts import names_of
+from marlin_w4a16.passes.judge.tensors import swizzle, unswizzle
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.passes.tensors import swizzle, unswizzle
 from marlin_w4a16.producers.found import NO_VALUES, FoundExperts, bytes_of, factors_of, holds_values, is_of
 
 _GROUP = 16

@@ -1,0 +1,288 @@
+"""Finds the products of a graph whose weight is computed from constants, and reads each as an equation."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from marlin_w4a16.fake_impls.library import DTYPES
+from marlin_w4a16.passes.find import equation
+from marlin_w4a16.passes.find.equation import Equation, Matrices, matrices
+from marlin_w4a16.passes.find.routes import Route, gathered, gathered_matrices, grouped_matrices
+from marlin_w4a16.passes.graph.constants import Constants, example
+from marlin_w4a16.passes.graph.torch_private import GROUPED_MM
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a traced function spells a product of x and a weight.
+
+    Attributes:
+        name: for reports.
+        arguments: the names of its arguments, in their positions.
+        ways: which of them may be x and the weight, and the equation of operands of so many dimensions.
+        added: the name of what is added to the product: a ``bias`` of the rows, or else anything that fits.
+        fixed: arguments that must have one of the given values.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    ways: tuple[tuple[str, str, Callable[[int, int], Equation]], ...]
+    added: str | None = None
+    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+def _two(name: str, first: str, second: str, *before: str, added: str | None = None) -> Spelling:
+    ways = ((first, second, equation.matmul), (second, first, equation.matmul_left))
+    return Spelling(name, (*before, first, second), ways, added)
+
+
+_LINEAR = Spelling("F.linear", ("input", "weight", "bias"), (("input", "weight", equation.linear),), "bias")
+_MATMUL = _two("matmul", "input", "other")
+_INNER = Spelling("inner", ("input", "other"), (("input", "other", equation.inner),))
+_CONV1D = Spelling(
+    "conv1d",
+    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    (("input", "weight", equation.conv1d),),
+    "bias",
+    {"stride": (1, (1,), [1]), "padding": (0, (0,), [0], "valid", "same"), "groups": (1,)},
+)
+_CONV2D = Spelling(
+    "conv2d",
+    _CONV1D.arguments,
+    (("input", "weight", equation.conv2d),),
+    "bias",
+    {"stride": (1, (1, 1), [1, 1]), "padding": (0, (0, 0), [0, 0], "valid", "same"), "groups": (1,)},
+)
+_TENSORDOT = Spelling("tensordot", ("a", "b", "dims"), ())
+_EINSUM = Spelling("einsum", ("equation", "operands", "second"), ())
+_MM, _MV, _BMM = _two("mm", "input", "mat2"), _two("mv", "input", "vec"), _two("bmm", "input", "mat2")
+_ADDMV = _two("addmv", "mat", "vec", "input", added="input")
+_ADDMM = _two("addmm", "mat1", "mat2", "input", added="input")
+_BADDBMM = _two("baddbmm", "batch1", "batch2", "input", added="input")
+_GROUPED = Spelling(
+    "grouped_mm",
+    ("input", "weight", "offs", "bias", "out_dtype"),
+    (("input", "weight", equation.matmul),),
+    fixed={"bias": (None,), "out_dtype": (None,)},
+)
+CONSUMERS: dict[Callable[..., Any] | str, Spelling] = {
+    torch.nn.functional.linear: _LINEAR,
+    operator.matmul: _MATMUL,
+    "__matmul__": _MATMUL,
+    torch.conv1d: _CONV1D,
+    torch.conv2d: _CONV2D,
+    torch.functional.tensordot: _TENSORDOT,
+    torch.functional.einsum: _EINSUM,
+    GROUPED_MM: _GROUPED,
+    "transformers.grouped_mm_fallback": _GROUPED,
+    **{
+        spelled: spelling
+        for spelling in (_MATMUL, _MM, _MV, _BMM, _ADDMV, _ADDMM, _BADDBMM, _INNER)
+        for spelled in (spelling.name, getattr(torch, spelling.name))
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of the graph whose weight is computed from constants.
+
+    Attributes:
+        node: the product itself.
+        spelling: how it is spelled.
+        x, weight: which of its arguments they are.
+        x_first: axes of x of which there is only one index, unlike the weight's.
+        equation: what it computes, less the axes that say nothing.
+        matrices: the weight as matrices.
+        refusal: why it cannot be served.
+        route: how rows of x find their matrix of a stack, where the equation does not say so.
+    """
+
+    node: fx.Node
+    spelling: Spelling
+    x: str
+    weight: str
+    x_first: tuple[int, ...]
+    equation: Equation
+    matrices: Matrices
+    refusal: str | None = None
+    route: Route | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether its weight is a stack of matrices, each for some of the rows of x."""
+        return self.route is not None or self.matrices.batch > 1
+
+    @property
+    def x_node(self) -> fx.Node:
+        """The node of the input."""
+        found: fx.Node = arguments_of(self.node, self.spelling)[self.x]
+        return found
+
+    @property
+    def weight_node(self) -> fx.Node:
+        """The node of the weight."""
+        if self.route is not None:
+            return self.route.stack
+        found: fx.Node = arguments_of(self.node, self.spelling)[self.weight]
+        return found
+
+
+def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
+    """Walks the products with a constant weight."""
+    for node in graph.nodes:
+        spelling = _spelling_of(node)
+        if spelling is None or node in constants.nodes:
+            continue
+        operands = arguments_of(node, spelling)
+        for x, weight, spelled in _ways(spelling, operands):
+            held = operands.get(weight)
+            if not isinstance(held, fx.Node):
+                continue
+            if held in constants and example(held).ndim > 1:
+                yield (_grouped if spelling is _GROUPED else _product)(node, spelling, x, weight, spelled)
+                break
+            route = gathered(held, constants)
+            if route is not None:
+                yield _gathered(node, spelling, x, weight, spelled, route)
+                break
+
+
+def _spelling_of(node: fx.Node) -> Spelling | None:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    return CONSUMERS.get(node.target) or CONSUMERS.get(str(node.target).removesuffix(".default"))
+
+
+def operands_of(product: Product, node: fx.Node) -> dict[str, Any]:
+    """What a product, or its copy ``node``, reads beside the weight, by the names of the arguments."""
+    return {name: value for name, value in arguments_of(node, product.spelling).items() if name != product.weight}
+
+
+def arguments_of(node: fx.Node, spelling: Spelling) -> dict[str, Any]:
+    """The arguments of a product, or of its copy ``node``, by their names."""
+    operands = dict(zip(spelling.arguments, node.args, strict=False))
+    operands.update(node.kwargs)
+    if spelling is _EINSUM:
+        listed = operands.get("operands")
+        factors = list(listed) if isinstance(listed, (list, tuple)) else list(node.args[1:])
+        return {"equation": operands.get("equation"), **{str(i): factor for i, factor in enumerate(factors)}}
+    return operands
+
+
+def _ways(
+    spelling: Spelling, operands: dict[str, Any]
+) -> Iterator[tuple[str, str, Callable[[int, int], Equation | str]]]:
+    yield from spelling.ways
+    if spelling is _TENSORDOT:
+        dims = operands.get("dims", 2)
+        yield "a", "b", lambda x, weight: equation.tensordot(dims, x, weight, x_first=True)
+        yield "b", "a", lambda x, weight: equation.tensordot(dims, x, weight, x_first=False)
+    if spelling is _EINSUM and isinstance(operands["equation"], str) and operands.keys() == {"equation", "0", "1"}:
+        spelled = operands["equation"]
+        yield "0", "1", lambda x, weight: equation.einsum(spelled, x, weight, x_first=True)
+        yield "1", "0", lambda x, weight: equation.einsum(spelled, x, weight, x_first=False)
+
+
+def _product(
+    node: fx.Node, spelling: Spelling, x: str, weight: str, spelled: Callable[[int, int], Equation | str]
+) -> Product:
+    operands = arguments_of(node, spelling)
+    value, held = example(operands[weight]), operands.get(x)
+    plain = _plain(value)
+    if not isinstance(held, fx.Node) or not isinstance(example(held), Tensor):
+        return Product(node, spelling, x, weight, (), *plain, f"{spelling.name} with a literal as its input")
+    axes = spelled(example(held).ndim, value.ndim)
+    if isinstance(axes, str) or len(axes.weight) != value.ndim or len(axes.x) != example(held).ndim:
+        why = axes if isinstance(axes, str) else f"{tuple(example(held).shape)} by {tuple(value.shape)}"
+        return Product(node, spelling, x, weight, (), *plain, f"{spelling.name} of {why}")
+    x_first = tuple(i for i in range(len(axes.x)) if _is_broadcast(example(held), i, axes, value))
+    if any(axes.x[i] not in axes.out for i in x_first):
+        why = f"{spelling.name} of an input that is broadcast along the columns"
+        return Product(node, spelling, x, weight, (), *plain, why)
+    kept = "".join(label for i, label in enumerate(axes.x) if i not in x_first)
+    axes, seen = matrices(Equation(kept, axes.weight, axes.out), value)
+    product = Product(node, spelling, x, weight, x_first, axes, seen)
+    return dataclasses.replace(product, refusal=_refusal(product, operands))
+
+
+def _grouped(
+    node: fx.Node, spelling: Spelling, x: str, weight: str, _: Callable[[int, int], Equation | str]
+) -> Product:
+    operands = arguments_of(node, spelling)
+    offsets, stack, held = operands.get("offs"), operands[weight], operands.get(x)
+    shapes = [tuple(example(n).shape) if isinstance(n, fx.Node) else () for n in (held, stack)]
+    if not isinstance(offsets, fx.Node) or [len(shape) for shape in shapes] != [2, 3]:
+        plain = _plain(example(stack))
+        return Product(node, spelling, x, weight, (), *plain, f"{spelling.name} of {shapes[0]} by {shapes[1]}")
+    route = Route("offsets", offsets, stack, node)
+    product = Product(node, spelling, x, weight, (), *grouped_matrices(example(stack)), route=route)
+    return dataclasses.replace(product, refusal=_refusal(product, operands))
+
+
+def _gathered(
+    node: fx.Node, spelling: Spelling, x: str, weight: str, spelled: Callable[[int, int], Equation | str], route: Route
+) -> Product:
+    operands = arguments_of(node, spelling)
+    stack, ids, held = example(route.stack), example(route.node), operands.get(x)
+    value, shape = example(operands[weight]), tuple(example(held).shape) if isinstance(held, fx.Node) else ()
+    axes = spelled(len(shape), value.ndim) if shape else f"{tuple(value.shape)} by a literal"
+    if not isinstance(axes, str) and (len(axes.weight) != value.ndim or len(axes.x) != len(shape)):
+        axes = f"{shape} by {tuple(value.shape)}"
+    seen = axes if isinstance(axes, str) else gathered_matrices(axes, ids, stack)
+    if isinstance(axes, str) or isinstance(seen, str):
+        return Product(node, spelling, x, weight, (), *_plain(stack), f"{spelling.name} of {seen}", route)
+    product = Product(node, spelling, x, weight, (), axes, seen, route=route)
+    return dataclasses.replace(product, refusal=_refusal(product, operands))
+
+
+def _plain(weight: Tensor) -> tuple[Equation, Matrices]:
+    """Of a weight whose product is not understood."""
+    n, k = weight.shape[:-1].numel(), weight.shape[-1]
+    return Equation("k", "nk", "n"), Matrices((), tuple(range(weight.ndim)), 1, n, k)
+
+
+def _is_broadcast(x: Tensor, axis: int, axes: Equation, weight: Tensor) -> bool:
+    size, label = x.shape[axis], axes.x[axis]
+    if isinstance(size, torch.SymInt) or size != 1 or label not in axes.weight:
+        return False
+    return weight.shape[axes.weight.index(label)] != 1
+
+
+def is_bias(product: Product, operands: dict[str, Any]) -> bool:
+    """Whether what is added is one value per row, which the op adds before its one rounding."""
+    added = operands.get(product.spelling.added or "")
+    if added is None or product.equation.batch or operands.get("alpha", 1) != 1 or operands.get("beta", 1) != 1:
+        return False
+    rows = product.equation.rows
+    last = product.spelling in (_CONV1D, _CONV2D) or (len(rows) == 1 and product.equation.out.endswith(rows))
+    return last and example(added).shape == (product.matrices.n,) and example(added).dtype in DTYPES
+
+
+def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
+    spelling, x, weight = product.spelling, example(operands[product.x]), example(operands[product.weight])
+    why = None if spelling is _GROUPED else product.equation.refusal()
+    if why is not None:
+        return f"{spelling.name}: {why}"
+    allowed = {*spelling.arguments, "alpha", "beta"} if spelling.added == "input" else set(spelling.arguments)
+    if spelling is not _EINSUM and operands.keys() - allowed:
+        return f"{spelling.name} with {', '.join(sorted(operands.keys() - allowed))}="
+    for name, values in spelling.fixed.items():
+        if name in operands and operands[name] not in values:
+            return f"{spelling.name} with {name}={operands[name]}, expected {values[0]}"
+    if x.dtype not in DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"{spelling.name} of {str(x.dtype).removeprefix('torch.')}: expected one of {expected}"
+    if weight.requires_grad:
+        return f"{spelling.name} with a weight that requires grad: FP4 weights get none"
+    added = operands.get(spelling.added or "")
+    if added is not None and not isinstance(added, fx.Node):
+        return f"{spelling.name} with a literal in the place of what is added"
+    if spelling.added == "bias" and added is not None and not is_bias(product, operands):
+        return f"{spelling.name} with a bias that is not one value per row"
+    return None

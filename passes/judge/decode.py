@@ -1,0 +1,257 @@
+"""The computation of one weight of a graph: what it reads, what it does, and its values on live tensors."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from marlin_w4a16.passes.find.equation import Matrices
+from marlin_w4a16.passes.graph.constants import Constants, evaluate, example, needed_by, slice_of, written_by
+from marlin_w4a16.passes.graph.regions import storage
+from marlin_w4a16.passes.judge.tensors import dense
+
+_JOINS: dict[Any, int] = {torch.cat: 0, torch.concat: 0, torch.stack: 0, torch.vstack: 0, torch.hstack: 1}
+_CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach"})
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Rows of a larger weight: from ``start`` every ``step``-th one, of ``total``."""
+
+    start: int
+    total: int
+    step: int = 1
+
+    def rows(self, count: int) -> slice:
+        """So many of them."""
+        return slice(self.start, self.start + self.step * count, self.step)
+
+
+@dataclass(eq=False)
+class Decode:
+    """What makes a weight.
+
+    Attributes:
+        value: the node of the traced weight.
+        nodes: what computes it, in graph order: leaves, operations and in-place writes.
+        leaves: those of the nodes that hold weights.
+        matrices: how the product sees it.
+        constants: those of the graph.
+        lift: the axis along which it was stacked, if it is a part of a stack.
+        shared: while weights are judged one after the other, the value of the `base` that the last of them had.
+    """
+
+    value: fx.Node
+    nodes: list[fx.Node]
+    leaves: list[fx.Node]
+    matrices: Matrices
+    constants: Constants
+    lift: int | None = None
+    shared: dict[fx.Node, Tensor] | None = None
+    _slices: dict[int, list[fx.Node]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, value: fx.Node, user: fx.Node, matrices: Matrices, constants: Constants) -> "Decode":
+        """What makes a weight that ``user`` reads."""
+        nodes = slice_of(value, user, constants)
+        return cls(value, nodes, [node for node in nodes if node in constants.leaves], matrices, constants)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all its matrices."""
+        return self.matrices.batch * self.matrices.n
+
+    def traced(self, leaves: Sequence[Tensor]) -> Tensor:
+        """The value that the product reads, from the values of its leaves."""
+        known = dict(zip(self.leaves, leaves, strict=True))
+        if self.base is None or self.shared is None:
+            return evaluate(self.value, self.nodes, known)
+        if self.base not in self.shared:
+            self.shared.clear()
+            self.shared[self.base] = evaluate(self.base, self._slice(self.nodes.index(self.base)), known)
+        return evaluate(self.value, self._after_base, known | self.shared)
+
+    def weight(self, leaves: Sequence[Tensor]) -> Tensor:
+        """The traced weight as ``[rows, k]``, plain."""
+        value = dense(self.traced(leaves))
+        return self.matrices(value if self.lift is None else value.unsqueeze(self.lift))
+
+    def source(self, index: int, leaves: Sequence[Tensor]) -> Tensor:
+        """The value of one of the nodes once nothing writes to it any more."""
+        node, known = self.nodes[index], dict(zip(self.leaves, leaves, strict=True))
+        return known[node] if node in known else evaluate(node, self._slice(index), known)
+
+    def roots(self, index: int) -> list[int]:
+        """The leaves, by their positions, that a node is computed from."""
+        return [self.leaves.index(node) for node in self._slice(index) if node in self.constants.leaves]
+
+    def expression(self, index: int) -> tuple[Any, ...]:
+        """What a node computes from its `roots`."""
+        return _signature(self.nodes[index], self._slice(index))
+
+    @functools.cached_property
+    def signature(self) -> tuple[Any, ...]:
+        """What it computes, whatever its nodes are called: decodes of one signature and one set of leaves agree."""
+        layouts = tuple((str(t.dtype), t.device, t.shape, t.stride()) for t in map(example, self.leaves))
+        return (self.matrices, self.lift, layouts, *_signature(self.value, self.nodes))
+
+    @functools.cached_property
+    def tensors(self) -> list[tuple[int, Tensor]]:
+        """Its nodes that are tensors, by position, and their example values: leaves first.
+
+        Those that only show the bytes of another once more are left out.
+        """
+        seen: set[Any] = set()
+        found = []
+        for index in sorted(range(len(self.nodes)), key=lambda index: index not in self.leaf_indices):
+            node, value = self.nodes[index], example(self.nodes[index])
+            if not isinstance(value, Tensor):
+                continue
+            order = None if value.is_contiguous() else index
+            shown = (order, value.storage_offset(), value.numel(), value.dtype, storage(node))
+            if shown not in seen or storage(node) is None:
+                seen.add(shown)
+                found.append((index, value))
+        return found
+
+    @functools.cached_property
+    def leaf_indices(self) -> frozenset[int]:
+        """The positions of the leaves among the nodes."""
+        leaves = set(self.leaves)
+        return frozenset(index for index, node in enumerate(self.nodes) if node in leaves)
+
+    @functools.cached_property
+    def numbers(self) -> list[float]:
+        """The floats that stand in its operations as they are."""
+        found: list[float] = []
+
+        def see(value: Any) -> Any:
+            if isinstance(value, float) and value not in found and 0 < abs(value) < float("inf"):
+                found.append(value)
+            return value
+
+        for node in self.nodes:
+            tree_map(see, (node.args, node.kwargs))
+        return found
+
+    @functools.cached_property
+    def windows(self) -> list[Window]:
+        """Where its rows may lie: they are all, or some of a larger value that the traced weight is a view of."""
+        found = [Window(0, self.rows)]
+        node, order = self.value, self.matrices.order
+        while True:
+            part = example(node)
+            for base in (n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)):
+                whole = example(base)
+                total, rest = divmod(whole.numel(), self.matrices.k)
+                if rest or total <= self.rows or not whole.is_contiguous():
+                    continue
+                offset = part.storage_offset() - whole.storage_offset()
+                by_rows = part.ndim == len(order) == 2 and part.stride(order[1]) == 1
+                step = part.stride(order[0]) // self.matrices.k if by_rows else 1
+                for window in (Window(offset, total), Window(offset // self.matrices.k, total, max(1, step))):
+                    last = window.start + window.step * (self.rows - 1)
+                    if window.start >= 0 and last < total and window not in found:
+                        found.append(window)
+            if not _is_cast(node):
+                return found
+            node = node.all_input_nodes[0]
+
+    @functools.cached_property
+    def base(self) -> fx.Node | None:
+        """The last larger value that the weight is a view of, or a cast view: others may be parts of it too."""
+        node = self.value
+        while _is_cast(node):
+            node = node.all_input_nodes[0]
+        of_views = [n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)]
+        larger = [n for n in of_views if example(n).numel() > example(node).numel() and n not in self.leaves]
+        last = max(larger, default=None)
+        return None if last is None or any(n > last and written_by(n) for n in self.nodes) else last
+
+    @functools.cached_property
+    def _after_base(self) -> list[fx.Node]:
+        needed: set[fx.Node] = set()
+        todo = [self.value]
+        while todo:
+            node = todo.pop()
+            needed.add(node)
+            if node is not self.base:
+                todo += node.all_input_nodes
+        return sorted(needed)
+
+    @functools.cached_property
+    def parts(self) -> tuple[int, list["Decode"]]:
+        """The values it is made of, if it is a concatenation or a stack: below (axis 0) or beside each other (1)."""
+        node, turned = self.value, False
+        while _is_cast(node) or _is_transpose(node):
+            turned ^= _is_transpose(node)
+            node = node.all_input_nodes[0]
+        if node.target not in _JOINS or self.lift is not None or self.matrices.first or example(node).ndim < 2:
+            return 0, []
+        given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
+        tensors: Any = given["tensors"]
+        lift = given.get("dim", given.get("axis", _JOINS[node.target])) % example(node).ndim
+        place = self.matrices.order.index(example(node).ndim - 1 - lift if turned else lift)
+        stacks = node.target is torch.stack
+        outer = len(self.matrices.order) - self._inner
+        if place not in (0, outer) or not all(isinstance(tensor, fx.Node) for tensor in tensors):
+            return 0, []
+        axis = 0 if place == 0 else 1
+        seen = [example(t).unsqueeze(lift) if stacks else example(t) for t in tensors]
+        return axis, [
+            Decode.of(t, node, self._part(value, turned), self.constants)._lifted(lift if stacks else None)
+            for t, value in zip(tensors, seen, strict=True)
+        ]
+
+    @property
+    def _inner(self) -> int:
+        """How many axes of the weight make its columns."""
+        return len(self.matrices.order) - len(self.matrices.sizes)
+
+    def _part(self, value: Tensor, turned: bool) -> Matrices:
+        order = tuple(value.ndim - 1 - axis for axis in self.matrices.order) if turned else self.matrices.order
+        outer = len(order) - self._inner
+        sizes = tuple(value.shape[axis] for axis in order[:outer])
+        k = torch.Size([value.shape[axis] for axis in order[outer:]]).numel()
+        return Matrices((), order, 1, torch.Size(sizes).numel(), k, sizes)
+
+    def _lifted(self, axis: int | None) -> "Decode":
+        self.lift = axis
+        return self
+
+    def _slice(self, index: int) -> list[fx.Node]:
+        if index not in self._slices:
+            needed = needed_by([self.nodes[index]], self.constants)
+            self._slices[index] = [node for node in self.nodes if node in needed]
+        return self._slices[index]
+
+
+def _signature(value: fx.Node, nodes: list[fx.Node]) -> tuple[Any, ...]:
+    index = {node: i for i, node in enumerate(nodes)}
+
+    def shown(node: fx.Node) -> str:
+        return f"%{index[node]}"
+
+    def told(node: fx.Node) -> tuple[str, ...]:
+        if node.op == "placeholder":
+            return (node.op,)
+        return node.op, str(node.target), repr(fx.map_arg((node.args, node.kwargs), shown))
+
+    return index[value], *map(told, nodes)
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target in _CASTS and bool(node.all_input_nodes)
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    if node.op not in ("call_method", "call_function") or not node.all_input_nodes:
+        return False
+    before, after = example(node.all_input_nodes[0]), example(node)
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor) and before.ndim == after.ndim == 2):
+        return False
+    return storage(node) == storage(node.all_input_nodes[0]) and after.stride() == before.stride()[::-1]

@@ -1,0 +1,170 @@
+"""Packed copies bound to the tensors of a call: what runs is always the weight that was passed in.
+
+Dynamo's guards check a parameter's metadata, not its values or identity, so a compiled graph may be called with another
+instance's weights, or with weights that were written to since. A copy is therefore looked up by the identity, address
+and version of every leaf of the weight; when one of them changed, the weight is verified again and packed in place.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
+from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
+from marlin_w4a16.passes.graph.torch_private import is_wrapper
+from marlin_w4a16.passes.judge.decode import Decode
+from marlin_w4a16.passes.judge.search import Found, recognise, verify
+from marlin_w4a16.passes.live.snapshot import Snapshot, State, state_of, watched
+from marlin_w4a16.passes.mixture.stacks import arranged
+from marlin_w4a16.passes.outcome import Rejected, raised
+from marlin_w4a16.passes.settings import Rules
+
+
+class NeedsCallBeforeCapture(RuntimeError):
+    """A weight was first seen while a CUDA graph was being captured."""
+
+
+class _Copy:
+    """A packed weight and the tensors it was read from at that moment."""
+
+    def __init__(self, packed: PackedFP4, sources: Snapshot) -> None:
+        self.packed = packed
+        self.sources = sources
+
+
+# The graphs of a model (prefill and decode, static and dynamic shapes) read the same weights: they share the copies.
+# A copy lives as long as some binding holds it.
+_COPIES: MutableMapping[tuple[Any, ...], _Copy] = weakref.WeakValueDictionary()
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """That the traced operations gave, at one moment, the weight of a copy."""
+
+    leaves: Snapshot
+    copy: _Copy
+
+
+class Binding:
+    """The packed copies of one weight of a graph, one for each set of leaves it was called with.
+
+    Args:
+        decode: computes the traced weight from its leaves.
+        found: how the leaves of compile time hold it.
+        rules: what is accepted.
+        dtype: what the product is computed in.
+        name: what messages call the weight.
+        order: of the gates and ups among the rows of experts that are packed in pairs.
+    """
+
+    def __init__(
+        self, decode: Decode, found: Found, rules: Rules, dtype: torch.dtype, name: str, order: Order | None = None
+    ) -> None:
+        self._decode = decode
+        self._recipe, self._roundings = found.recipe, found.roundings
+        self._rules = rules
+        self._dtype = dtype
+        self._order = order
+        self.name = name
+        self._verified: dict[tuple[int, ...], _Verified] = {}  # die with any leaf, a table say
+        self._held: dict[tuple[int, ...], tuple[Any, ...]] = {}  # copies; they die with what the weight is read from
+
+    def packed(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
+        """The packed copy of the weight that these leaves hold now: a stack if it has several matrices.
+
+        Raises:
+            NeedsCallBeforeCapture: it would have to be packed while a CUDA graph is captured.
+        """
+        with _LOCK, torch.inference_mode(False), torch.no_grad():
+            tensors = watched(leaves)
+            state = state_of(tensors)
+            verified = self._verified.get(tuple(map(id, leaves)))
+            if verified is not None and verified.leaves.holds(tensors, state):
+                return verified.copy.packed
+            if any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
+                raise NeedsCallBeforeCapture(
+                    f"{self.name}: this weight is new or has changed, and a CUDA graph is being captured: "
+                    "call the compiled function once before capture"
+                )
+            return self._bind(leaves, tensors, state, self._weight(leaves))
+
+    def adopt(self, leaves: Sequence[Tensor], weight: FP4Weight) -> PackedFP4 | Rejected:
+        """Packs the weight that these leaves have just been found to hold."""
+        with _LOCK, torch.inference_mode(False), torch.no_grad():
+            tensors = watched(leaves)
+            return self._bind(leaves, tensors, state_of(tensors), weight)
+
+    def _bind(
+        self, leaves: Sequence[Tensor], tensors: list[Tensor], state: State, weight: FP4Weight | Rejected
+    ) -> PackedFP4 | Rejected:
+        copy = weight if isinstance(weight, Rejected) else self._copy(leaves, weight)
+        if isinstance(copy, Rejected):
+            return copy
+        ids = tuple(map(id, leaves))
+        self._verified[ids] = _Verified(Snapshot(tensors, state, self._forget(ids)), copy)
+        return copy.packed
+
+    def _copy(self, leaves: Sequence[Tensor], weight: FP4Weight) -> _Copy | Rejected:
+        roots = [leaves[i] for i in self._recipe.roots(self._decode)]
+        sources = watched(roots)
+        state = state_of(sources)
+        ids = tuple(map(id, roots))
+        batch, order = self._decode.matrices.batch, self._order
+        reading = self._recipe.reading(self._decode)
+        key = (*ids, weight.codes.device, reading, batch, order, self._dtype is torch.float16)
+        copy = _COPIES.get(key)
+        if copy is None or not copy.sources.holds(sources, state):
+            fitted = fit(weight, self._dtype)
+            if isinstance(fitted, Rejected):
+                return fitted
+            stack = arranged(fitted, batch, order)
+            if copy is None:
+                copy = _COPIES[key] = _Copy(pack(stack), Snapshot(sources, state))
+            else:
+                pack_into(stack, copy.packed)
+                copy.sources = Snapshot(sources, state)
+        self._held[ids] = (
+            copy,
+            *(weakref.ref(source, self._forget(ids)) for source in sources if not is_wrapper(source)),
+        )
+        return copy
+
+    def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:
+        try:
+            found = verify(self._recipe, self._roundings, self._decode, leaves, self.name, self._rules)
+            if isinstance(found, Rejected):
+                found = recognise(self._decode, leaves, self.name, self._rules)
+        except Exception as error:
+            return raised(error)
+        if isinstance(found, Rejected):
+            return found
+        if (found.recipe.kind, found.recipe.group) != (self._recipe.kind, self._recipe.group):
+            return Rejected(f"now {found.format}, compiled for {format_name(self._recipe.kind, self._recipe.group)}")
+        self._recipe, self._roundings = found.recipe, found.roundings
+        return found.weight
+
+    def _forget(self, ids: tuple[int, ...]) -> Callable[[object], None]:
+        binding = weakref.ref(self)
+
+        def forget(_: object) -> None:
+            owner = binding()
+            if owner is not None:
+                owner._verified.pop(ids, None)
+                owner._held.pop(ids, None)
+
+        return forget
+
+
+def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:
+    """The weight with scales that every 16-bit dtype holds, else that ``dtype`` holds, else why not."""
+    try:
+        return weight.fit_first(torch.float16, dtype)
+    except ValueError as error:
+        return Rejected(str(error).removeprefix(f"{weight.name}: "))

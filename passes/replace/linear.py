@@ -1,0 +1,120 @@
+"""Replaces products with FP4 weights by ``marlin_w4a16::linear`` and ``grouped_linear``."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import marlin_w4a16.fake_impls.grouped_linear
+import marlin_w4a16.fake_impls.linear  # noqa: F401, it defines the op
+from marlin_w4a16.fake_impls.library import DTYPES, format_args
+from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.passes.find.products import Product, arguments_of, is_bias
+from marlin_w4a16.passes.find.routes import Call, as_rows, from_rows, multiply, ordered
+from marlin_w4a16.passes.graph.constants import example
+from marlin_w4a16.passes.graph.torch_private import fake_result
+
+_OP = torch.ops.marlin_w4a16.linear.default
+_GROUPED_OP = torch.ops.marlin_w4a16.grouped_linear.default
+
+
+def find_packed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The calls of ``marlin_w4a16::linear`` that were traced as such, by the node of their packed words."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target in (torch.ops.marlin_w4a16.linear, torch.ops.marlin_w4a16.linear.default):
+            found.setdefault(node.args[1], []).append(node)
+    return found
+
+
+def compute_dtype(products: Sequence[Product]) -> torch.dtype:
+    """What products of one weight are computed in (under autocast not the dtype of their operands), narrowest first."""
+    dtypes = {example(product.node).dtype for product in products}
+    return next(dtype for dtype in DTYPES if dtype in dtypes)
+
+
+def replace(
+    product: Product, node: fx.Node, packed: PackedFP4, inputs: Sequence[fx.Node], x: fx.Node, routing: fx.Node | None
+) -> list[fx.Node]:
+    """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten.
+
+    Args:
+        product: what is replaced.
+        node: its copy.
+        packed: the weight, a stack if the product is routed.
+        inputs: the nodes of words, scales and multiplier.
+        x: the input, of the shape and dtype of that of the product.
+        routing: the offsets or ids of a routed product.
+
+    Returns:
+        What was written; the last one is the result.
+    """
+    written: list[fx.Node] = []
+    dtype = example(node).dtype
+    call = writer(node, written)
+
+    def by_op(op: Callable[..., Any], x: fx.Node, last: fx.Node | None) -> Any:
+        return call(op, x, *inputs, *format_args(packed), last)
+
+    operands, axes = arguments_of(node, product.spelling), product.equation
+    for axis in reversed(product.x_first):
+        x = call(torch.select, x, axis, 0)
+    added = operands.get(product.spelling.added) if product.spelling.added else None
+    bias = added if is_bias(product, operands) else None
+    if product.routed:
+        batch = len(axes.batch)
+        rows, lead = as_rows(call, axes, x)
+        each: Any = 1
+        for size in lead[batch:]:
+            each = size if isinstance(each, int) and each == 1 else call(operator.mul, each, size)
+        experts = product.matrices.batch
+        linear = functools.partial(by_op, _GROUPED_OP)
+        y = multiply(call, linear, product.route, rows, routing, experts, each)
+        y = from_rows(call, axes, product.matrices.sizes[1 if product.route else batch :], lead, y)
+    else:
+        x = ordered(call, x, axes.x, axes.free + axes.columns)
+        if len(axes.columns) > 1:
+            x = call(torch.flatten, x, -len(axes.columns))
+        y = by_op(_OP, x, bias)
+        if len(axes.rows) > 1:
+            y = call(torch.unflatten, y, -1, product.matrices.sizes)
+        y = ordered(call, y, axes.free + axes.rows, axes.out)
+    if added is not None and bias is None:
+        alpha, beta = operands.get("alpha", 1), operands.get("beta", 1)
+        y = y if alpha == 1 else call(torch.mul, y, alpha)
+        if beta != 0:  # what is multiplied by zero is not read, so that its NaN does not spread
+            y = call(torch.add, y, added, alpha=beta)
+        if example(y).dtype != dtype:
+            y = call(torch.Tensor.to, y, dtype)
+    node.replace_all_uses_with(y)
+    node.graph.erase_node(node)
+    return written
+
+
+def writer(node: fx.Node, written: list[fx.Node]) -> Call:
+    """What adds calls to the graph of a node, before it; numbers that are known are given as such.
+
+    Args:
+        node: its meta, and under autocast its dtype, are those of the calls.
+        written: what was added.
+    """
+
+    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if target is getattr:
+            return getattr(example(args[0]), args[1])
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(target, args, kwargs)
+        value = fake_result(new, node)
+        if isinstance(value, int):
+            node.graph.erase_node(new)
+            return value
+        if target in (_OP, _GROUPED_OP):
+            value = value.to(example(node).dtype)  # as autocast chooses
+        new.meta = {**node.meta, "example_value": value}
+        written.append(new)
+        return new
+
+    return call

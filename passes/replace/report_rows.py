@@ -1,0 +1,94 @@
+"""The rows of the report."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from marlin_w4a16.kernels.activation import Activation
+from marlin_w4a16.kernels.layout import PackedFP4, packed_nbytes
+from marlin_w4a16.passes.devices import serves
+from marlin_w4a16.passes.graph.constants import example
+from marlin_w4a16.passes.graph.names import module_path, producer_of
+from marlin_w4a16.passes.graph.torch_private import inner_tensors, number_hint, size_hint, source_name
+from marlin_w4a16.passes.judge.recipe import FromSources
+from marlin_w4a16.passes.judge.search import Found
+from marlin_w4a16.passes.judge.weights import Weight
+from marlin_w4a16.passes.mixture.trial import Proved
+from marlin_w4a16.passes.outcome import Excluded, Mixture, Owned, Rejected, Replaced, Row
+from marlin_w4a16.passes.replace import linear, moe
+
+_WEIGHT = 9  # arguments that are a packed weight
+
+
+def row_of(
+    weight: Weight, found: Found | Rejected | Excluded, whole: Proved | Rejected | None, error: float | None = None
+) -> Row:
+    """What became of a weight.
+
+    Args:
+        weight: the weight.
+        found: what it was found to be, or why it is left.
+        whole: the mixture it is a part of, or why it is none, if it looked like one.
+        error: of `outcome.Replaced`.
+    """
+    product, path, seen = weight.products[0], weight.path, weight.decode.matrices
+    shape = (seen.n, seen.k) if seen.batch == 1 else (seen.batch, seen.n, seen.k)
+    outcome: Replaced | Rejected | Excluded
+    if isinstance(found, Found):
+        nbytes = seen.batch * packed_nbytes(seen.n, seen.k, found.recipe.group)
+        served = serves(example(weight.decode.value).device)
+        dropped = "the quantisation of its input is left out" if weight.quantised else None
+        alone = whole.why if isinstance(whole, Rejected) else None
+        note = "; ".join(filter(None, (found.note, dropped, alone))) or None
+        details = (found.detail, whole.detail if isinstance(whole, Rejected) else None)
+        op = "moe" if isinstance(whole, Proved) else "grouped_linear" if weight.routed else "linear"
+        detail = "; ".join(filter(None, details)) or None
+        outcome = Replaced(f"marlin_w4a16::{op}", str(served), nbytes, note, error, detail)
+        if isinstance(found.recipe, FromSources) and found.recipe.window.total > weight.decode.rows:
+            rows = found.recipe.window.rows(weight.decode.rows)
+            path = f"{path}[{rows.start}:{rows.stop}{f':{rows.step}' if rows.step > 1 else ''}]"
+    else:
+        outcome = found
+    experts = None
+    if isinstance(whole, Proved) and isinstance(found, Found):
+        experts = Mixture(whole.mixture.experts, whole.mixture.chosen, str(whole.activation))
+    return Row(
+        path=path,
+        spelling=product.spelling.name,
+        shape=shape,
+        format=found.format if isinstance(found, Found) else None,
+        outcome=outcome,
+        nbytes=sum(t.numel() * t.element_size() for value in weight.values for t in inner_tensors(value)),
+        uses=len(weight.products),
+        producer=next(filter(None, map(producer_of, weight.values)), None),
+        experts=experts,
+    )
+
+
+def owned(graph: fx.Graph) -> Iterator[Row]:
+    """The weights that their modules own packed."""
+    for words, calls in linear.find_packed(graph).items():
+        yield _owned("linear", words, calls[0].args[1 : 1 + _WEIGHT], len(calls), None)
+    mixtures: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in moe.find_packed(graph):
+        mixtures.setdefault((node.args[3], node.args[3 + _WEIGHT]), []).append(node)
+    for calls in mixtures.values():
+        args: tuple[Any, ...] = calls[0].args
+        first, second = args[3 : 3 + _WEIGHT], args[3 + _WEIGHT : 3 + 2 * _WEIGHT]
+        count, chosen = example(args[3]).shape[0], size_hint(example(args[2]).shape[1])
+        experts = Mixture(int(count), chosen, str(Activation(*map(number_hint, args[23:29]))))
+        for weight in (first, second):
+            yield _owned("moe", weight[0], weight, len(calls), experts)
+
+
+def _owned(op: str, words: fx.Node, weight: tuple[Any, ...], uses: int, experts: Mixture | None) -> Row:
+    _, scales, multiplier, n, k, group, kind, layout, _ = weight
+    packed = PackedFP4(example(words), example(scales), example(multiplier), n, k, kind, group, layout)
+    module, _, name = module_path(source_name(words)).rpartition(".")
+    path = f"{module}.w{name.removeprefix('words')}" if op == "moe" else module
+    served = serves(packed.words.device)
+    kernel = "blocks" if isinstance(served, Rejected) else served  # the op runs everywhere
+    shape = (*map(int, packed.multiplier.shape[:-1]), n, k)
+    outcome = Owned(f"marlin_w4a16::{op}", kernel, packed.nbytes)
+    return Row(path, "packed", shape, packed.format, outcome, 0, uses, experts=experts)

@@ -1,0 +1,1 @@
+"""Experts of mixtures in transformers: gathered from a checkpoint's layers, loaded, run."""

@@ -1,0 +1,192 @@
+"""Experts of a checkpoint: what holds their place while a model is loaded, and what runs."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_w4a16.checkpoints.experts import Mixture, Stack
+from marlin_w4a16.checkpoints.storage import DTYPES
+from marlin_w4a16.checkpoints.values import Reader
+from marlin_w4a16.hf.linear import decoded
+from marlin_w4a16.kernels.activation import Activation
+from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_bias, unpack_first
+from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.modules.packed_experts import PackedExperts
+from marlin_w4a16.modules.transformers_experts import names_of
+
+
+class StoredExperts(nn.Module):
+    """Stands for an Experts module while transformers loads all else; its biases are loaded by their own names.
+
+    Args:
+        mixture: what the checkpoint holds.
+        experts: the module, without values.
+        activation, order: what it computes, see `marlin_w4a16.PackedExperts`.
+        dtype: of the model.
+    """
+
+    def __init__(
+        self, mixture: Mixture, experts: nn.Module, activation: Activation, order: Order | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.mixture, self.activation, self.order, self.dtype = mixture, activation, order, dtype
+        self.like = (experts,)  # a tuple: its weights are none of the model's
+        for name in names_of(experts):
+            self.register_parameter(f"{name}_bias", experts._parameters.get(f"{name}_bias"))
+
+    def loaded(self, reader: Reader) -> "CheckpointExperts":
+        """The experts that run, read and packed one at a time."""
+        return CheckpointExperts(self, reader).train(self.training)
+
+    def dense(self, reader: Reader, dtype: torch.dtype) -> nn.Module:
+        """The module of transformers with the exact weights rounded once to ``dtype``."""
+
+        def first(expert: int) -> FP4Weight:
+            return _joined([stack.weight(stack.read(expert, reader)) for stack in self.mixture.first])
+
+        def second(expert: int) -> FP4Weight:
+            return self.mixture.second.weight(self.mixture.second.read(expert, reader))
+
+        biases = {name: bias for name, bias in self._parameters.items() if bias is not None}
+        return dense_experts(self.like[0], (first, second), biases, dtype).train(self.training)
+
+    def forward(self, *_: Any) -> Tensor:
+        """Never called: experts are loaded before a model runs."""
+        raise RuntimeError(f"{self.mixture.path}: found experts that are not loaded yet, expected a loaded model")
+
+
+class CheckpointExperts(PackedExperts):
+    """`PackedExperts` that can give back the tensors of their checkpoint, bit for bit.
+
+    Beside the packed weights they keep the checkpoint's small tensors (global scales, input scales) as bytes, which
+    casts leave alone.
+
+    Args:
+        stored: what they take the place of; its biases have been loaded.
+        reader: reads to the device on which weights are packed, and stay.
+    """
+
+    def __init__(self, stored: StoredExperts, reader: Reader) -> None:
+        nn.Module.__init__(self)
+        mixture, order = stored.mixture, stored.order
+        self.mixture, self.like, self._unfitted = mixture, stored.like, dict[tuple[str, int], tuple[Tensor, Tensor]]()
+        count, width = mixture.second.experts, mixture.second.like.k
+        for stack in mixture.stacks:
+            for leaf in stack.small:
+                kept = torch.empty((count, stack.like.entries[leaf].nbytes), dtype=torch.uint8)
+                self.register_buffer(_kept(stack, leaf), kept, persistent=False)
+
+        def read(stack: Stack, expert: int) -> FP4Weight:
+            tensors = stack.read(expert, reader)
+            for leaf in stack.small:
+                self.get_buffer(_kept(stack, leaf))[expert] = tensors[leaf].reshape(-1).view(torch.uint8)
+            weight = stack.weight(tensors)
+            fitted = weight.fit_first(torch.float16, stored.dtype)
+            if fitted is not weight:  # as they were: see FP4Weight.fit
+                rows = (fitted.scales != weight.scales).any(-1).nonzero()[:, 0]
+                self._unfitted[stack.name, expert] = rows.cpu(), weight.scales[rows].cpu()
+            return fitted
+
+        parts = (_joined([read(stack, expert) for stack in mixture.first]) for expert in range(count))
+        w13 = pack_first(parts, count, width, order)
+        w2 = pack_each((read(mixture.second, expert) for expert in range(count)), count)
+        biases = [getattr(stored, f"{name}_bias") for name in names_of(self.like[0])]
+        self._hold(w13, w2, stored.activation, order, mixture.rows // (1 if order is None else 2), *biases)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See `PackedExperts.forward`; experts that a device map put on the CPU come over for the call."""
+        device, held = hidden_states.device, self.w13.words.device
+        if device == held:
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        if held.type == "cpu":
+            here = {name: parameter.to(device) for name, parameter in self.named_parameters()}
+            out: Tensor = torch.func.functional_call(self, here, (hidden_states, top_k_index, top_k_weights))
+        else:
+            inputs = (tensor.to(held) for tensor in (hidden_states, top_k_index, top_k_weights))
+            out = super().forward(*inputs).to(device)
+        return out
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors by name, bit for bit, on the CPU, without the biases.
+
+        Raises:
+            CheckpointError: a weight was changed since it was loaded, so that its global scale does not belong to it.
+        """
+        start = 0
+        for stack in self.mixture.first:
+            rows = slice(start, start := start + stack.like.n)
+            yield from stack.named(self._stored(stack, self._first(e, rows), e) for e in range(self.num_experts))
+        second = self.mixture.second
+        yield from second.named(self._stored(second, self._second(e), e) for e in range(self.num_experts))
+
+    def biases(self) -> dict[str, Tensor]:
+        """The biases by their names in the module of transformers, in its order."""
+        first, second = (f"{name}_bias" for name in names_of(self.like[0]))
+        found = {first: self.bias13, second: self.bias2}
+        if self.bias13 is not None:
+            found[first] = nn.Parameter(
+                unpack_bias(self.bias13.detach(), self.intermediate, self.order), self.bias13.requires_grad
+            )
+        return {name: bias for name, bias in found.items() if bias is not None}
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """See `StoredExperts.dense`."""
+        return dense_experts(self.like[0], (self._first, self._second), self.biases(), dtype).train(self.training)
+
+    def _first(self, expert: int, rows: slice = slice(None)) -> FP4Weight:
+        """Rows of the first product of an expert, in the checkpoint's order."""
+        name = f"{self.mixture.path}: expert {expert}"
+        whole = unpack_first(self.w13.matrix(expert), self.w2.k, self.order, self.intermediate, name)
+        return whole.derived(whole.codes[rows], whole.scales[rows], whole.multiplier[rows])
+
+    def _second(self, expert: int) -> FP4Weight:
+        return self.w2.matrix(expert).unpack(f"{self.mixture.path}: expert {expert}")
+
+    def _stored(self, stack: Stack, held: FP4Weight, expert: int) -> dict[str, Tensor]:
+        entries, like = stack.like.entries, stack.like
+        small = {leaf: self.get_buffer(_kept(stack, leaf))[expert] for leaf in stack.small}
+        small = {leaf: t.view(DTYPES[entries[leaf].dtype]).reshape(entries[leaf].shape) for leaf, t in small.items()}
+        return stack.storage.restore(held, self._unfitted.get((stack.name, expert)), small, entries, like.path)
+
+
+def dense_experts(
+    experts: Any, products: tuple[Callable[[int], FP4Weight], ...], biases: Mapping[str, Tensor], dtype: torch.dtype
+) -> nn.Module:
+    """A copy of an Experts module that holds no values, with dense weights, written expert by expert.
+
+    Args:
+        experts: the module of transformers.
+        products: the first and the second weight of an expert, by its number.
+        biases: by their names in the module.
+        dtype: of the weights.
+    """
+    made: Any = copy.deepcopy(experts)
+    for name, product in zip(names_of(experts), products, strict=True):
+        shape = made._parameters[name].shape
+        for expert in range(shape[0]):
+            matrix = decoded(product(expert), dtype)
+            matrix = matrix.T if experts.is_transposed else matrix
+            if not expert:
+                made._parameters[name] = nn.Parameter(matrix.new_empty(shape))
+            # columns of the second product may be filled up to whole groups
+            made._parameters[name].data[expert] = matrix[: shape[1], : shape[2]]
+    for name, bias in biases.items():
+        made._parameters[name] = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+    return made  # type: ignore[no-any-return]
+
+
+def _joined(parts: list[FP4Weight]) -> FP4Weight:
+    """Matrices of one format below each other."""
+    if len(parts) == 1:
+        return parts[0]
+    fields = ("codes", "scales", "multiplier")
+    codes, scales, multiplier = (torch.cat([getattr(part, field) for part in parts]) for field in fields)
+    return parts[0].derived(codes, scales, multiplier)
+
+
+def _kept(stack: Stack, leaf: str) -> str:
+    return f"{stack.name}_{leaf}"

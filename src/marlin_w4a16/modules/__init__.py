@@ -1,0 +1,1 @@
+"""Modules that own packed weights, and how they take the place of others."""

@@ -1,0 +1,173 @@
+"""The experts of a mixture as one module that owns their packed weights."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_w4a16.fake_impls.moe import moe
+from marlin_w4a16.kernels.activation import Activation
+from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_experts
+from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.modules.state import PackedState
+from marlin_w4a16.report.table import size
+
+_WEIGHTS = ("13", "2")
+_TENSORS = ("words", "scales", "multiplier")
+
+
+class PackedExperts(PackedState):
+    """The weighted sum of what the chosen experts make of each token, from weights that are held packed only.
+
+    Stands where an Experts module of transformers does, with its arguments. Runs in eager mode and under any
+    torch.compile backend, as one op, differentiable in the hidden states, the routing weights and the biases. Its
+    packed tensors are parameters that require no grad; the rules of `PackedLinear` for casts and state dicts are its
+    own.
+
+    Args:
+        w13: gate and up of each expert, or up alone: ``[experts, rows, hidden]``; packed on its device, as is ``w2``.
+        w2: down: ``[experts, hidden, intermediate]``, its columns in whole groups (those past i are never used).
+        activation: what stands between them.
+        order: which rows of ``w13`` are gates; None if there are none.
+        bias13: ``[experts, rows]`` in the order of ``w13``, or None. Held as `pack_bias` orders it.
+        bias2: ``[experts, hidden]`` or None.
+        dtype: the activations to come, for weights whose scales float16 cannot hold (see `FP4Weight.fit`).
+        weight_on_input: see `marlin_w4a16.moe`.
+
+    Raises:
+        ValueError: weights, order or biases that do not belong together, or scales that ``dtype`` cannot hold.
+    """
+
+    _multipliers = ("multiplier13", "multiplier2")
+    bias13: nn.Parameter | None
+    bias2: nn.Parameter | None
+
+    def __init__(
+        self,
+        w13: FP4Weight,
+        w2: FP4Weight,
+        activation: Activation,
+        order: Order | None,
+        bias13: Tensor | None = None,
+        bias2: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        weight_on_input: bool = False,
+    ) -> None:
+        super().__init__()
+        _check(w13, w2, activation, order, bias13, bias2)
+        packed = pack_experts(w13.fit_first(torch.float16, dtype), w2.fit_first(torch.float16, dtype), order)
+        intermediate = w13.n // (1 if order is None else 2)
+        self._hold(*packed, activation, order, intermediate, bias13, bias2)
+        self.weight_on_input = weight_on_input
+
+    def _hold(
+        self,
+        w13: PackedFP4,
+        w2: PackedFP4,
+        activation: Activation,
+        order: Order | None,
+        intermediate: int,
+        bias13: Tensor | None,
+        bias2: Tensor | None,
+    ) -> None:
+        """Takes packed weights over; for arguments see the class."""
+        packed = w13, w2
+        self.activation, self.order, self.weight_on_input = activation, order, False
+        self.num_experts, self.intermediate = len(w13.words), intermediate
+        self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in zip(_WEIGHTS, packed, strict=True)}
+        for of, weight in zip(_WEIGHTS, packed, strict=True):
+            for name in _TENSORS:
+                self.register_parameter(f"{name}{of}", nn.Parameter(getattr(weight, name), requires_grad=False))
+        self.register_parameter("bias13", None if bias13 is None else _parameter(bias13, w2.k, order))
+        if bias2 is not None and not isinstance(bias2, nn.Parameter):
+            bias2 = nn.Parameter(bias2, requires_grad=False)
+        self.register_parameter("bias2", bias2)
+        self.origin: Any = None  # what restore() needs
+
+    @property
+    def w13(self) -> PackedFP4:
+        """The first product in packed form; its tensors are the module's own, as are those of ``w2``."""
+        return self._packed("13")
+
+    @property
+    def w2(self) -> PackedFP4:
+        """The second product in packed form."""
+        return self._packed("2")
+
+    def _packed(self, of: str) -> PackedFP4:
+        words, scales, multiplier = (getattr(self, f"{name}{of}") for name in _TENSORS)
+        return PackedFP4(words, scales, multiplier, *self._formats[of])
+
+    def to_fp4(self, name: str = "experts") -> tuple[FP4Weight, FP4Weight]:
+        """Both weights in canonical form, every code and scale byte as it was packed; ``decode()`` makes them dense."""
+        return unpack_experts(self.w13, self.w2, self.order, self.intermediate, name)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See `marlin_w4a16.moe`.
+
+        Args:
+            hidden_states: ``[..., hidden]``.
+            top_k_index: ``[..., k]``, integers. What is no expert (their number, as expert parallelism of transformers
+                has it) contributes nothing.
+            top_k_weights: ``[..., k]``.
+
+        Returns:
+            The shape and dtype of ``hidden_states``.
+        """
+        out = moe(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            self.w13,
+            self.w2,
+            top_k_weights.reshape(-1, top_k_weights.shape[-1]),
+            top_k_index.reshape(-1, top_k_index.shape[-1]),
+            activation=self.activation,
+            bias13=self.bias13,
+            bias2=self.bias2,
+            weight_on_input=self.weight_on_input,
+        )
+        return out.reshape(*hidden_states.shape[:-1], out.shape[-1])
+
+    def extra_repr(self) -> str:
+        """Shapes, activation, formats and bytes of the packed weights."""
+        w13, w2 = self.w13, self.w2
+        shape = f"experts={self.num_experts}, hidden={w13.k}, intermediate={self.intermediate}"
+        biases = f"bias={self.bias13 is not None or self.bias2 is not None}"
+        formats = " and ".join(dict.fromkeys((w13.format, w2.format)))
+        return f"{shape}, {biases}, {self.activation}, {formats}, {size(w13.nbytes + w2.nbytes)}"
+
+    @property
+    def _packing(self) -> dict[str, Any]:
+        fields = ("n", "k", "kind", "group", "layout")
+        return {
+            "experts": self.num_experts,
+            "intermediate": self.intermediate,
+            "activation": asdict(self.activation),
+            "order": self.order,
+            "weight_on_input": self.weight_on_input,
+            **{f"w{of}": dict(zip(fields, values, strict=True)) for of, values in self._formats.items()},
+        }
+
+
+def _parameter(bias: Tensor, width: int, order: Order | None) -> nn.Parameter:
+    trained = isinstance(bias, nn.Parameter) and bias.requires_grad
+    return nn.Parameter(pack_bias(bias.detach(), width, order), requires_grad=trained)
+
+
+def _check(
+    w13: FP4Weight,
+    w2: FP4Weight,
+    activation: Activation,
+    order: Order | None,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+) -> None:
+    if activation.gated != (order is not None):
+        wanted = "an order of gates and ups" if activation.gated else "None"
+        raise ValueError(f"PackedExperts: order: found {order!r}, expected {wanted} for {activation}")
+    for name, bias, weight in (("bias13", bias13, w13), ("bias2", bias2, w2)):
+        if bias is not None and bias.shape != weight.multiplier.shape:
+            found, expected = list(bias.shape), list(weight.multiplier.shape)
+            raise ValueError(f"PackedExperts: {name}: found shape {found}, expected {expected}")

@@ -1,0 +1,93 @@
+"""Linears that own their packed weights: nothing to look up, nothing held twice, right in eager mode too."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_w4a16.fake_impls.linear import linear
+from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind
+from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.modules.state import PackedState
+from marlin_w4a16.report.table import size
+
+
+class PackedLinear(PackedState, nn.Linear):
+    """``x @ weight.T + bias`` from a weight that is held packed, and nowhere else.
+
+    A ``nn.Linear`` whose ``weight`` is None, so that libraries which look for linears find it: PEFT puts adapters on it
+    (`merge` fails there, since there is no dense weight to add to).
+
+    Runs in eager mode and under any torch.compile backend, as one op; captured in a CUDA graph it sees what is loaded
+    in place later (``load_state_dict``). The packed tensors are parameters that require no grad; casts of the module
+    (``half()``, ``to(dtype)``) leave them as they are, since they hold bits and the float32 multiplier.
+
+    The state dict holds them as they are packed, and ``_extra_state`` says how: JSON bytes with the layout's id, the
+    format and the shape. A state of another layout, format or shape is refused before anything is overwritten.
+
+    Args:
+        weight: in canonical or packed form, ``[n, k]``; a canonical one is packed on its device.
+        bias: ``[n]`` or None; a Parameter is kept as it is.
+        dtype: the activations to come, for a canonical weight whose scales float16 cannot hold (see `FP4Weight.fit`).
+
+    Raises:
+        ValueError: the weight has more than two dimensions, or scales that ``dtype`` cannot hold.
+    """
+
+    def __init__(
+        self, weight: FP4Weight | PackedFP4, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        nn.Module.__init__(self)
+        if weight.multiplier.ndim != 1:
+            raise ValueError(f"PackedLinear: found a weight of {weight.multiplier.ndim + 1} dimensions, expected 2")
+        packed = pack(weight if isinstance(weight, PackedFP4) else weight.fit_first(torch.float16, dtype))
+        self.in_features, self.out_features = packed.k, packed.n
+        self._kind, self._group, self._layout = packed.kind, packed.group, packed.layout
+        for name in ("words", "scales", "multiplier"):
+            self.register_parameter(name, nn.Parameter(getattr(packed, name), requires_grad=False))
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.register_parameter("weight", None)
+        self.origin: Any = None  # what restore() needs
+
+    _multipliers = ("multiplier",)
+    words: nn.Parameter
+    scales: nn.Parameter
+    multiplier: nn.Parameter
+    _kind: ScaleKind
+
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes; PEFT puts adapters on the device it finds here."""
+        return self.words
+
+    @property
+    def packed(self) -> PackedFP4:
+        """The weight in packed form; its tensors are the module's own."""
+        tensors = (self.words, self.scales, self.multiplier)
+        return PackedFP4(*tensors, self.out_features, self.in_features, self._kind, self._group, self._layout)
+
+    def to_fp4(self, name: str = "weight") -> FP4Weight:
+        """The weight in canonical form, every code and scale byte as it was packed; ``decode()`` makes it dense."""
+        return self.packed.unpack(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `marlin_w4a16.linear`."""
+        return linear(x, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape, format and bytes of the packed weight."""
+        packed = self.packed
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {packed.format}, {size(packed.nbytes)}"
+
+    @property
+    def _packing(self) -> dict[str, Any]:
+        return {
+            "layout": self._layout,
+            "kind": self._kind,
+            "group": self._group,
+            "n": self.out_features,
+            "k": self.in_features,
+        }

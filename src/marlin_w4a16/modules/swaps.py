@@ -1,0 +1,108 @@
+"""What was swapped in a model, one row per linear or Experts module, and where its modules stand."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from marlin_w4a16.modules.packed_experts import PackedExperts
+from marlin_w4a16.modules.packed_linear import PackedLinear
+from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.report.table import size, table
+
+HOOKS = Rejected("it has hooks, which a PackedLinear would lose")
+PACKED = Rejected("it is packed already")
+
+_COLUMNS = ("module", "producer", "format", "bytes", "outcome")
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One linear or Experts module of the model: swapped, or left as it was and why.
+
+    Attributes:
+        path: its module path.
+        producer: who made it, or None.
+        format: such as ``"NVFP4 group 16"``, or None.
+        refusal: why it was left, or None.
+        before, after: bytes of its weights: what was let go, and what is held instead.
+        note: what a reader should know of one that was swapped, or None.
+        experts: whether it is an Experts module.
+    """
+
+    path: str
+    producer: str | None
+    format: str | None
+    refusal: str | None
+    before: int = 0
+    after: int = 0
+    note: str | None = None
+    experts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Swaps:
+    """What `prepare`, `quantize` or `restore` did, one row per linear and Experts module; ``print`` it for a table."""
+
+    rows: tuple[Swap, ...]
+
+    @property
+    def done(self) -> tuple[Swap, ...]:
+        """The linears and experts that were swapped."""
+        return tuple(row for row in self.rows if row.refusal is None)
+
+    @property
+    def refused(self) -> tuple[Swap, ...]:
+        """The linears and experts that were left as they were."""
+        return tuple(row for row in self.rows if row.refusal is not None)
+
+    def summary(self) -> str:
+        """One line: how many were swapped, and their bytes before and after."""
+        before, after = sum(row.before for row in self.done), sum(row.after for row in self.done)
+        counts = [self._count("linears", experts=False)]
+        if any(row.experts for row in self.rows):
+            counts.append(self._count("Experts modules", experts=True))
+        return f"swapped {' and '.join(counts)}: {size(before)} -> {size(after)}"
+
+    def _count(self, what: str, *, experts: bool) -> str:
+        done, rows = (sum(row.experts is experts for row in of) for of in (self.done, self.rows))
+        return f"{done} of {rows} {what}"
+
+    def __str__(self) -> str:
+        return f"{table([_COLUMNS, *map(_cells, self.rows)])}\n{self.summary()}"
+
+
+Places = list[tuple[nn.Module, str]]
+
+
+def places_of(model: nn.Module) -> dict[int, Places]:
+    """Where each module stands, by its id: its parents, and its name in each."""
+    places: dict[int, Places] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, name))
+    return places
+
+
+def place(module: nn.Module, places: Places) -> None:
+    """Puts a module wherever another one stood."""
+    for parent, name in places:
+        parent._modules[name] = module
+
+
+def held(module: PackedLinear | PackedExperts) -> tuple[str, int]:
+    """The format of what a module holds packed, and its bytes."""
+    weights = (module.packed,) if isinstance(module, PackedLinear) else (module.w13, module.w2)
+    return " and ".join(dict.fromkeys(w.format for w in weights)), sum(w.nbytes for w in weights)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether calls of a module run hooks of its own, or those of accelerate."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or hasattr(module, "_hf_hook")
+
+
+def _cells(row: Swap) -> tuple[str, ...]:
+    change = f"{size(row.before)} -> {size(row.after)}" if row.refusal is None else "-"
+    outcome = row.refusal or ("swapped" if row.note is None else f"swapped; {row.note}")
+    return row.path, row.producer or "-", row.format or "-", change, outcome

@@ -1,0 +1,1 @@
+"""FP4 models from dense ones."""

@@ -1,0 +1,178 @@
+"""The portable kernels of mixtures compiled ahead of time: what each launch takes, read from its machine code."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
+from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
+from marlin_w4a16.kernels.decode.activate import activation_constants
+from marlin_w4a16.kernels.decode.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel, _offset_kernel
+from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
+from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, plan_experts
+from marlin_w4a16.kernels.moe import _sum_kernel
+from marlin_w4a16.kernels.portable.grouped import FEW, _grouped_kernel
+
+CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
+FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
+SWIGLU = Activation("silu", True, 1.702, 7.0, 7.0, 1.0)
+# Products: the first of a gated mixture, the second, a grouped linear; the first two also with a tile for every pair.
+PRODUCTS = ("first", "second", "grouped", "first direct", "second direct")
+# Registers by (rows, tokens, warps) of a program.
+AMPERE_REGISTERS = {(64, 16, 4): 80, (64, 32, 4): 120, (64, 64, 4): 184, (128, 128, 8): 255}
+SPILLS = 96  # bytes, where tiles are written
+HOPPER_REGISTERS = {(64, 16, 4): 80, (64, 32, 4): 128, (64, 64, 4): 168, (128, 128, 8): 255}
+
+
+def compiled_product(
+    directory: Path,
+    capability: tuple[int, int],
+    launch: Launch,
+    what: str,
+    dtype: str,
+    kind: str,
+    group: int,
+    activation: Activation = SWIGLU,
+    aligned: bool = True,
+) -> Compiled:
+    which, direct = what.split()[0], what.endswith("direct")
+    values = {"x": f"*{dtype}", "bias": f"*{dtype}", "out": "*fp32" if which == "second" else f"*{dtype}"}
+    tables = dict.fromkeys(("tile_starts", "tile_stops", "order", "expert_map"), "*i32")
+    pointers = {"words": "*i32", "scales": "*i32", "multiplier": "*fp32", "topk_weights": f"*{dtype}"}
+    constants = dict(
+        kind=kind,
+        GROUP=group,
+        GAIN=UNPACK_GAIN[kind],
+        CHOICES=8 if which == "first" else 1,
+        DIRECT=direct,
+        ORDERED=which != "grouped" and not direct,
+        HAS_MAP=direct,
+        HAS_BIAS=which != "grouped",
+        WEIGHTED="output" if which == "second" else None,
+        BLOCK_N=launch.block_n,
+        BLOCK_M=launch.block_m,
+        BLOCK_K=launch.block_k,
+        STAGES=launch.num_stages,
+        PTX=True,
+        WGMMA=capability >= (9, 0),
+        **activation_constants(activation if which == "first" else None),
+    )
+    return compiled(
+        directory,
+        capability,
+        _grouped_kernel,
+        pointers | values | tables | {"tile_experts": "*i64" if direct else "*i32"},
+        constants,
+        ("k", "stride_xm") if aligned else ("k",),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def planned(capability: tuple[int, int]) -> list[Launch]:
+    """Every launch that a mixture or a grouped linear can have."""
+    sizes = product((1, 33, 100, 300, 1000, 5000, 100000), (1, 8, 32, 128, 512))
+    found = [plan_experts(capability, *size) or FEW for size in sizes]
+    return list(dict.fromkeys(found))
+
+
+def named(capability: tuple[int, int], launch: Launch, *form: Any) -> Any:
+    tile = "x".join(map(str, (launch.block_n, launch.block_m, launch.block_k)))
+    name = "-".join(map(str, ("sm{}{}".format(*capability), tile, f"{launch.num_warps}warps", *form)))
+    return pytest.param(capability, launch, *form, id=name.replace(" ", "-"))
+
+
+def variants() -> list[Any]:
+    """Every launch of every product on SM80 and SM90, in every format for a few tokens; one where the machine code is
+    all but that of SM80."""
+    found = []
+    for capability in CHIPS:
+        own = capability in ((8, 0), (9, 0))
+        for number, (launch, what) in enumerate(product(planned(capability), PRODUCTS if own else PRODUCTS[:1])):
+            if what.endswith("direct") and launch != FEW:
+                continue
+            every = own and launch.block_m == 16 and what == "first"
+            forms = FORMATS if every else [FORMATS[number % len(FORMATS)]]
+            found += [named(capability, launch, what, *form) for form in forms]
+    return found
+
+
+@pytest.mark.parametrize("capability, launch, what, dtype, kind, group", variants())
+def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, what, dtype, kind, group, tmp_path):
+    code = compiled_product(tmp_path, capability, launch, what, dtype, kind, group)
+    if capability < (9, 0) and launch.block_m == 128:
+        assert code.stack <= SPILLS, "sums of 128 x 128 are half of the registers"
+        assert not any(i.startswith(("LDL", "STL")) for i in code.loop)
+    else:
+        assert_no_spills(code)
+    limits = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
+    assert code.registers <= limits[launch.block_n, launch.block_m, launch.num_warps]
+    assert code.loop
+    if launch.block_m == 16:
+        weights = launch.block_n * launch.block_k / (32 * launch.num_warps)
+        assert len(code.loop) / weights <= INSTRUCTIONS[dtype, kind, group]
+    assert code.shared <= SHARED_MEMORY[capability]
+    assert not code.has("SHFL"), "a decoded value crosses lanes"
+    if capability >= (9, 0):
+        assert code.has("HGMMA") and not code.has("HMMA")
+        assert_wgmma_is_awaited(code)
+    else:
+        assert code.has("HMMA")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_every_activation_is_computed_where_the_sums_are(capability, function, gated, tmp_path):
+    code = compiled_product(
+        tmp_path, capability, FEW, "first direct", "bf16", "e4m3", 16, Activation(function, gated, 1.5, 7.0, 7.0, 1.0)
+    )
+    assert_no_spills(code)
+    assert not code.has("SHFL"), "a gate and its up are in different lanes"
+    assert code.registers <= 64
+
+
+@pytest.mark.parametrize("capability, launch", [named(c, la) for c in ((8, 0), (9, 0)) for la in planned(c)])
+def test_rows_of_x_that_are_not_aligned_compile_too(capability, launch, tmp_path):
+    code = compiled_product(tmp_path, capability, launch, "first", "bf16", "e4m3", 16, aligned=False)
+    assert code.shared <= SHARED_MEMORY[capability]
+    if capability >= (9, 0):
+        assert_wgmma_is_awaited(code)
+    if launch.block_n * launch.block_m // (32 * launch.num_warps) < 64:  # else sums take a quarter of the registers
+        assert_no_spills(code)
+
+
+TABLES = ("counts", "tile_experts", "tile_starts", "tile_stops", "count", "order", "places", "expert_map")
+ROUTES = {
+    "count": (_count_kernel, {"HAS_MAP": True, "BLOCK": 1024}, 16, 64),
+    "tiles": (_expert_kernel, {"HAS_MAP": True, "BINS": 128, "BLOCK": 1024, "BLOCK_M": 16}, 16, 64),
+    "tiles of 512": (_expert_kernel, {"HAS_MAP": True, "BINS": 512, "BLOCK": 1024, "BLOCK_M": 64}, 16, 64),
+    "offsets": (_offset_kernel, {"BINS": 1024, "BLOCK_M": 16}, 4, 64),
+    "gather": (_gather_kernel, {"CHOICES": 8, "BLOCK": 2048}, 4, 64),
+    "few": (_few_kernel, {"HAS_MAP": True, "CHOICES": 8, "PAIRS": 32, "BLOCK": 2048, "BLOCK_M": 8}, 4, 128),
+}
+
+
+@pytest.mark.parametrize("kernel, constants, warps, most", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("ids", ["i64", "i32", "u8"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_what_makes_tiles_is_small(capability, ids, kernel, constants, warps, most, tmp_path):
+    pointers = {"ids": f"*{ids}", "offsets": f"*{ids}", "x": "*bf16", "out": "*bf16"} | dict.fromkeys(TABLES, "*i32")
+    early = {"PDL": capability >= (9, 0)} if "PDL" in kernel.arg_names else {}
+    code = compiled(tmp_path, capability, kernel, pointers, constants | early, ("k",), num_warps=warps)
+    assert_no_spills(code)
+    assert code.registers <= most
+    assert code.shared <= 8 << 10
+
+
+@pytest.mark.parametrize("dtype, choices", [("bf16", 1), ("bf16", 8), ("fp16", 22)])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_the_sum_is_small(capability, dtype, choices, tmp_path):
+    pointers = {"parts": "*fp32", "topk_ids": "*i64", "expert_map": "*i32", "out": f"*{dtype}"}
+    constants = {"CHOICES": choices, "HAS_MAP": True, "BLOCK": 512, "PDL": capability >= (9, 0)}
+    code = compiled(tmp_path, capability, _sum_kernel, pointers, constants, ("n",))
+    assert_no_spills(code)
+    assert code.registers <= 96
+    assert code.shared == 0

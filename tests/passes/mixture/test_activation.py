@@ -1,0 +1,256 @@
+"""The activation of an expert, told by what it does to data: right, or refused with the point that differs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
+from marlin_w4a16.kernels.expert_order import ORDERS
+from marlin_w4a16.passes.mixture.activation import recognise_activation
+from marlin_w4a16.passes.outcome import Rejected
+
+ROWS = 24
+CLAMPED = Activation("silu", True, 1.0, 10.0, 10.0)
+GPT_OSS = Activation("silu", True, 1.702, 7.0, 7.0, 1.0)
+
+
+def split(sums: Tensor, order: str) -> tuple[Tensor, Tensor]:
+    """Gates and ups."""
+    pair = (sums[..., ::2], sums[..., 1::2]) if order.startswith("interleaved") else sums.chunk(2, dim=-1)
+    return pair[::-1] if order.endswith("up_gate") else pair
+
+
+def qwen(sums: Tensor) -> Tensor:
+    gate, up = sums.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def deepseek_v4(sums: Tensor, limit: float = 10.0) -> Tensor:
+    gate, up = sums.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
+
+
+def gpt_oss(sums: Tensor) -> Tensor:
+    gate, up = sums[..., ::2], sums[..., 1::2]
+    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+def in_place(sums: Tensor) -> Tensor:
+    """As a kernel's reference writes it: nothing is left of what it was given."""
+    gate, up = sums.chunk(2, dim=-1)
+    return torch.minimum(gate, torch.tensor(10.0), out=gate).div_(1 + torch.exp(-gate)).mul_(up.clamp_(-10, 10))
+
+
+def gelu_by_hand(sums: Tensor) -> Tensor:
+    gate, up = sums.chunk(2, dim=-1)
+    return 0.5 * gate * (1 + torch.tanh(0.7978845608028654 * (gate + 0.044715 * gate**3))) * up
+
+
+MODELS = {
+    "Qwen3": (qwen, (), Activation(), "gate_up"),
+    "DeepSeek-V4": (deepseek_v4, (10.0,), CLAMPED, "gate_up"),
+    "gpt-oss": (gpt_oss, (7.0, -7.0, 1.702, 1.0), GPT_OSS, "interleaved"),
+    "NemotronH": (lambda s: F.relu(s).square(), (), Activation("relu2", False), None),
+    "relu": (lambda s: F.relu(s[:, :12]) * s[:, 12:], (), Activation("relu"), "gate_up"),
+    "in place": (in_place, (10,), CLAMPED, "gate_up"),
+    "gelu by hand": (gelu_by_hand, (0.5, 0.79788, 0.044715, 3), Activation("gelu_tanh"), "gate_up"),
+    "no gates, clamped": (lambda s: F.gelu(s.clamp(max=3)), (3,), Activation("gelu", False, 1.0, 3.0), None),
+    "gates apart from ups": (
+        lambda s: F.silu(s.chunk(2, -1)[0].clamp(max=20)) * s.chunk(2, -1)[1].clamp(-0.5, 0.5),
+        (20, 0.5),
+        Activation(gate_limit=20.0, up_limit=0.5),
+        "gate_up",
+    ),
+    "up less a number": (
+        lambda s: F.silu(s.chunk(2, -1)[0]) * (s.chunk(2, -1)[1] - 0.7),
+        (0.7,),
+        Activation(up_offset=-0.7),
+        "gate_up",
+    ),
+    "swish by a negative number": (
+        lambda s: s[:, ::2] / (1 + torch.exp(-1.702 * s[:, ::2])) * s[:, 1::2],
+        (-1.702,),
+        Activation(alpha=1.702),
+        "interleaved",
+    ),
+    "finite in float16": (
+        lambda s: F.silu(s.clamp(max=65504.0)),
+        (65504.0,),
+        Activation("silu", False, 1.0, 65504.0),
+        None,
+    ),
+    "numbers of no use": (qwen, (1e-6, 1e4, 1e30, float("inf"), float("nan"), 0, 128, -3), Activation(), "gate_up"),
+}
+
+
+@pytest.mark.parametrize("function, numbers, activation, order", MODELS.values(), ids=MODELS)
+def test_it_is_recognised(function, numbers, activation, order):
+    assert recognise_activation(function, ROWS, numbers) == (activation, order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("more", [{}, {"gate_limit": 7.0}, {"up_limit": 0.25, "up_offset": 1.0}], ids=str)
+def test_every_function_in_every_order(order, function, more):
+    expected = Activation(function, **more)
+    assert recognise_activation(lambda s: expected(*split(s, order)), ROWS, tuple(more.values())) == (expected, order)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 200, 5760])
+def test_any_number_of_rows(rows):
+    assert recognise_activation(gpt_oss, rows, (1.702, 7.0))[0] == GPT_OSS
+    assert recognise_activation(deepseek_v4, rows, (10.0,)) == (CLAMPED, "gate_up")
+    assert recognise_activation(lambda s: F.relu(s) ** 2, rows - 1, ()) == (Activation("relu2", False), None)
+
+
+def mutated(**changes):
+    """DeepSeek-V4's with one thing changed."""
+
+    def function(sums: Tensor) -> Tensor:
+        gate, up = sums.chunk(2, dim=-1)
+        gate = changes.get("gate", lambda g: g.clamp(max=10.0))(gate)
+        up = changes.get("up", lambda u: u.clamp(min=-10.0, max=10.0))(up)
+        value = changes.get("function", F.silu)(gate)
+        return changes.get("product", lambda v, u: v * u)(value, up)
+
+    return function
+
+
+def of_one_column(sums: Tensor) -> Tensor:
+    out = deepseek_v4(sums)
+    return torch.cat((out[:, :7], out[:, 7:8] + 0.01, out[:, 8:]), -1)
+
+
+def another_limit_in_one_column(sums: Tensor) -> Tensor:
+    limit = torch.full((ROWS // 2,), 10.0)
+    limit[3] = 20
+    gate, up = sums.chunk(2, dim=-1)
+    return F.silu(torch.minimum(gate, limit)) * up.clamp(-10, 10)
+
+
+REFUSED = {
+    "gates clamped on both sides": mutated(gate=lambda g: g.clamp(-10.0, 10.0)),
+    "ups clamped above only": mutated(up=lambda u: u.clamp(max=10.0)),
+    "ups clamped above only, beyond the grid": mutated(up=lambda u: u.clamp(max=300.0)),
+    "ups clamped below only, beyond the grid": mutated(up=lambda u: u.clamp(min=-300.0)),
+    "ups clamped unevenly": mutated(up=lambda u: u.clamp(-5.0, 10.0)),
+    "a limit that is no number of it": mutated(gate=lambda g: g.clamp(max=9.0)),
+    "a soft limit": mutated(up=lambda u: 10 * torch.tanh(u / 10)),
+    "clamped after silu": mutated(gate=lambda g: g, function=lambda g: F.silu(g).clamp(max=10.0)),
+    "clamped product": mutated(product=lambda v, u: (v * u).clamp(-50, 50)),
+    "clamped product, far out": mutated(product=lambda v, u: (v * u).clamp(max=99)),
+    "a factor": mutated(product=lambda v, u: v * u * 1.5),
+    "a small factor": mutated(product=lambda v, u: v * u * 1.0001),
+    "a minus": mutated(product=lambda v, u: -v * u),
+    "a bias before": mutated(gate=lambda g: (g + 0.01).clamp(max=10.0)),
+    "a bias after": mutated(product=lambda v, u: v * u + 1e-3),
+    "a sum": mutated(product=torch.add),
+    "sigmoid": mutated(function=torch.sigmoid),
+    "tanh": mutated(function=torch.tanh),
+    "leaky relu": mutated(function=F.leaky_relu),
+    "elu": mutated(function=F.elu),
+    "mish": mutated(function=F.mish),
+    "hard swish": mutated(function=F.hardswish),
+    "relu6": mutated(function=F.relu6),
+    "relu cubed": mutated(function=lambda g: F.relu(g) ** 3),
+    "silu of silu": mutated(function=lambda g: F.silu(F.silu(g))),
+    "another alpha": mutated(function=lambda g: g * torch.sigmoid(1.1 * g)),
+    "rounded to bfloat16": mutated(product=lambda v, u: (v * u).bfloat16()),
+    "no gate at all": mutated(function=lambda g: g),
+    "one column is not like the others": of_one_column,
+    "one column has another limit": another_limit_in_one_column,
+    "NaN": mutated(product=lambda v, u: torch.where(v > 9, torch.nan, v * u)),
+    "noise": mutated(product=lambda v, u: v * u * (1 + 1e-4 * torch.rand_like(v))),
+}
+
+
+@pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
+def test_one_thing_changed_is_refused(function):
+    assert recognise_activation(mutated(), ROWS, (10.0, 1.702, 300.0)) == (CLAMPED, "gate_up")
+    found = recognise_activation(function, ROWS, (10.0, 1.702, 300.0))
+    assert isinstance(found, Rejected)
+    assert "the nearest is" in found.detail and "expected" in found.detail and "found" in found.detail
+
+
+MIXED = {
+    "pairs crossed": lambda s: F.silu(s[:, :12]) * s[:, 12:].flip(-1),
+    "pairs of two": lambda s: torch.cat((qwen(s[:, :12]), qwen(s[:, 12:])), -1),
+    "normalised": lambda s: F.softmax(s[:, :12], -1) * s[:, 12:],
+    "gates only": lambda s: F.silu(s[:, :12]),
+    "zeros": lambda s: torch.zeros_like(s[:, :12]),
+    "reversed": lambda s: F.relu(s).flip(-1),
+    "one sum for all": lambda s: F.relu(s[:, :1]) + F.relu(s),
+}
+
+
+@pytest.mark.parametrize("function", MIXED.values(), ids=MIXED)
+def test_other_pairs_are_refused(function):
+    found = recognise_activation(function, ROWS, ())
+    assert "does not depend on the sums" in found.detail
+
+
+def test_a_refusal_names_the_nearest_and_the_smallest_sums_that_differ():
+    found = recognise_activation(lambda s: F.silu(s.chunk(2, -1)[0].clamp(max=7)) * s.chunk(2, -1)[1], ROWS, (9.0,))
+    assert found.why == "what stands between the two products is no activation of the op"
+    nearest, rest = found.detail.split(": at gate ")
+    assert nearest == "the nearest is silu(gate) * up"
+    gate, told = rest.split(", up ")
+    assert 7 < float(gate) <= 9
+    up, told = told.split(" in column ")
+    numbers = [float(part.split()[-1]) for part in told.split(": ")[1].split(", ")]
+    expected, clamped = (F.silu(torch.tensor(z)).item() * float(up) for z in (float(gate), 7.0))
+    assert numbers == pytest.approx([expected, clamped], rel=1e-5)
+
+
+NO_FUNCTIONS = {
+    "raises": (lambda s: s[:, :99] * torch.ones(3, 99), "cannot be run alone: RuntimeError"),
+    "another width": (lambda s: s[:, :5], "it makes [11, 5] of sums of shape [11, 24]"),
+    "no tensor": (lambda s: (s, s), "it makes tuple of sums"),
+    "summed": (lambda s: s.sum(), "it makes [] of sums"),
+}
+
+
+@pytest.mark.parametrize("function, reason", NO_FUNCTIONS.values(), ids=NO_FUNCTIONS)
+def test_what_is_no_such_function_is_refused(function, reason):
+    assert reason in recognise_activation(function, ROWS, ()).reason
+
+
+def test_it_is_run_in_float32_without_gradients_and_leaves_random_numbers_alone():
+    limit = torch.tensor(10.0, requires_grad=True)
+
+    def function(sums: Tensor) -> Tensor:
+        assert sums.dtype == torch.float32
+        out = F.silu(torch.minimum(sums.chunk(2, -1)[0], limit)) * sums.chunk(2, -1)[1]
+        assert not out.requires_grad
+        return out
+
+    state = torch.get_rng_state()
+    assert recognise_activation(function, ROWS, (10.0,))[0] == Activation(gate_limit=10.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_gates_of_transformers():
+    moe = pytest.importorskip("transformers.integrations.moe")
+    from transformers.activations import ACT2FN
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    def gate(function, **attributes):
+        self = SimpleNamespace(**attributes)
+        numbers = [value for value in attributes.values() if isinstance(value, float)]
+        return recognise_activation(lambda sums: function(self, sums), ROWS, numbers)
+
+    oss = GptOssExperts._apply_gate
+    assert gate(oss, alpha=1.702, limit=7.0) == (GPT_OSS, "interleaved")
+    clamped = DeepseekV4Experts._apply_gate
+    assert gate(clamped, act_fn=ACT2FN["silu"], limit=10.0) == (CLAMPED, "gate_up")
+    for name, function in (("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu2", "relu2")):
+        assert gate(moe._default_apply_gate, act_fn=ACT2FN[name]) == (Activation(function), "gate_up")
+    quick = gate(moe._default_apply_gate, act_fn=ACT2FN["quick_gelu"], x=1.702)
+    assert quick == (Activation(alpha=1.702), "gate_up")
+    assert isinstance(gate(Step3p7Experts._apply_gate, act_fn=ACT2FN["silu"], limit=7.0), Rejected)
