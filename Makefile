@@ -1,7 +1,8 @@
 # On a bare machine with Python 3.11, each alone creates .venv, installs what it needs and runs:
-#   make demo    the quickstart, then a tiny gpt-oss
-#   make test    all tests; those marked gpu are skipped where there is no such GPU
-#   make lint    ruff and mypy
+#   make demo         the quickstart, then a tiny gpt-oss
+#   make test         the tests; those marked gpu are skipped where there is no such GPU
+#   make test-wide    the whole matrices too
+#   make lint         ruff and mypy
 # Versions are pinned in constraints.txt. TORCH chooses another torch, and with it triton:
 #   make test TORCH=torch==2.11.0
 #   make test TORCH="torch==2.11.0 triton==3.6.0"    where that torch is a CPU build, which does not bring triton along
@@ -10,9 +11,12 @@ TORCH ?= torch==2.13.0
 PYTHON := $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check -c .venv/constraints.txt
 
-.PHONY: test demo lint
+.PHONY: test test-wide demo lint
 test: .venv/installed
 	.venv/bin/pytest -q -n auto --maxprocesses 4 --durations 10
+
+test-wide: .venv/installed
+	.venv/bin/pytest -q --wide -n auto --maxprocesses 4 --durations 10
 
 demo: .venv/installed
 	.venv/bin/python examples/quickstart.py

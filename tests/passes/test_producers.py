@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from forms.producers import FORMS, RIGHT, K, N, Torchao, modelopt, modelopt_w4a4, mxfp4, nvfp4
 from marlin_w4a16 import refresh
+from programs.producers import FORMS, RIGHT, K, N, Torchao, modelopt, modelopt_w4a4, mxfp4, nvfp4
 
 MARKS = {
     "ModelOpt": pytest.mark.skipif(

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from forms.backend import through_backend
 from marlin_w4a16 import NotReplaced, Report, explain, quantize_mxfp4
 from marlin_w4a16.options import Options
 from marlin_w4a16.passes import rewrite as rewrite_
@@ -13,6 +12,7 @@ from marlin_w4a16.passes.judge import weights
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced, Row
 from marlin_w4a16.passes.rewrite import rewrite, survey
 from marlin_w4a16.passes.settings import Settings
+from programs.backend import through_backend
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 OP = torch.ops.marlin_w4a16.linear.default

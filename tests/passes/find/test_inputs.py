@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from forms.backend import through_backend
 from marlin_w4a16 import E2M1_VALUES, explain
+from programs.backend import through_backend
 
 K = 64
 GRID = torch.tensor(E2M1_VALUES[:8])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
-from forms.backend import through_backend
-from forms.codes import (
+from marlin_w4a16 import FP4Weight
+from programs.backend import through_backend
+from programs.codes import (
     ARRANGEMENTS,
     bits_of_bfloat16,
     bits_of_float16,
@@ -21,9 +22,8 @@ from forms.codes import (
     literal_table,
     nested_where,
 )
-from forms.scales import bits_of_e4m3, exp2, held_as, ldexp, plain, power, shift
-from forms.written import Written, by_groups, by_table, checkpoint, elements, float8
-from marlin_w4a16 import FP4Weight
+from programs.scales import bits_of_e4m3, exp2, held_as, ldexp, plain, power, shift
+from programs.written import Written, by_groups, by_table, checkpoint, elements, float8
 
 SIZE = 64  # a square weight, so that one multiplied the wrong way runs too
 LIMITS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}  # relative, of each element of the weight

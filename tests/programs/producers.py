@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from forms.form import Form
 from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4
+from programs.program import Program
 
 N, K = 144, 96  # neither fills torchao's tiles of scales
 EXPERTS = 3
 Built = tuple[nn.Module, tuple[Tensor, ...]]
 
 
-def in_both(name: str, section: str, build: Callable[..., Built], *args: Any, **expect: Any) -> list[Form]:
+def in_both(name: str, section: str, build: Callable[..., Built], *args: Any, **expect: Any) -> list[Program]:
     """The form in bfloat16 and in float32."""
     return [
-        Form(f"{name}, {str(dtype)[6:]}", section, partial(build, *args, dtype), dtype=dtype, **expect)
+        Program(f"{name}, {str(dtype)[6:]}", section, partial(build, *args, dtype), dtype=dtype, **expect)
         for dtype in (torch.bfloat16, torch.float32)
     ]
 

@@ -1,6 +1,6 @@
 """Writes docs/supported.md: what the code's tables and the matrix of forms say.
 
-    PYTHONPATH=tests python -m forms.document
+    PYTHONPATH=tests python -m programs.document
 
 from the root of the repository. tests/test_supported.py says when the file is stale.
 """
@@ -16,21 +16,21 @@ from unittest.mock import patch
 
 import torch
 
-from forms import hand, producers
-from forms.form import Roundings
 from hf import matrix as checkpoints
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS, format_name
 from marlin_w4a16.options import Options
+from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.find.products import CONSUMERS
 from marlin_w4a16.passes.graph.torch_private import GROUPED_MM, region_operands
 from marlin_w4a16.passes.judge import roundings as judged
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.recipe import CODINGS, SCALINGS
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.passes.replace import linear
+from programs import hand, producers
+from programs.program import Program
 
-COMMAND = "PYTHONPATH=tests python -m roundings.document"
+COMMAND = "PYTHONPATH=tests python -m programs.document"
 FILE = Path(__file__).parents[2] / "docs" / "supported.md"
 
 INTRO = f"""This file is written by `{COMMAND}` from the code's own tables and from the forms that the tests hold
@@ -141,7 +141,7 @@ def devices() -> list[tuple[str, str]]:
 
 
 def served(device: torch.device) -> str:
-    found = linear.serves(device)
+    found = serves(device)
     return f"left: {found.reason}" if isinstance(found, Rejected) else found
 
 
@@ -201,7 +201,7 @@ def attributes(of: type) -> dict[str, str]:
     return {name: " ".join(meaning.split()).replace("``", "`") for name, meaning in entries}
 
 
-def matrix(of: Iterable[Roundings]) -> str:
+def matrix(of: Iterable[Program]) -> str:
     rows: dict[tuple[str, str], list[str]] = {}
     for form in of:
         rows.setdefault((title(form), outcome(form)), []).append(short(form.dtype))
@@ -209,13 +209,13 @@ def matrix(of: Iterable[Roundings]) -> str:
     return table(("form", "dtype", "outcome"), shown)
 
 
-def title(form: Roundings) -> str:
+def title(form: Program) -> str:
     """The name without the dtype, which has a column of its own."""
     dtype = short(form.dtype)
     return form.name.removeprefix(f"{dtype}: ").removesuffix(f", {dtype}")
 
 
-def outcome(form: Roundings) -> str:
+def outcome(form: Program) -> str:
     if form.outcome == "tolerance":
         return f'replaced with `options={{"tolerance": {power(form.tolerance)}}}`'
     if form.outcome == "refused":

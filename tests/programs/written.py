@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from forms.form import Form
 from marlin_w4a16 import E2M1_VALUES, FP4Weight, quantize_mxfp4, quantize_nvfp4
+from programs.program import Program
 
 N, K = 48, 64
 TABLE = torch.tensor(E2M1_VALUES)
@@ -134,13 +134,13 @@ def written(
     saved: Mapping[str, Any] | None = None,
     expect: Mapping[str, Any] | None = None,
     **parts: Any,
-) -> Form:
+) -> Program:
     """A form of a `Written`.
 
     Args:
         x, also: the shapes of its inputs.
         saved: arguments of `checkpoint`.
-        expect: further fields of `Form`.
+        expect: further fields of `Program`.
         parts: arguments of `Written`.
     """
 
@@ -148,4 +148,4 @@ def written(
         module = Written(checkpoint(**(saved or {})), dtype, **parts)
         return module, tuple(torch.randn(*shape, dtype=dtype) for shape in (x, *also))
 
-    return Form(name, section, build, dtype=dtype, **(expect or {}))
+    return Program(name, section, build, dtype=dtype, **(expect or {}))

@@ -11,7 +11,7 @@ Outcome = Literal["replaced", "tolerance", "refused", "no candidate"]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Program:
     """One way to write it.
 
     Attributes:

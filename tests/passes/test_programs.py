@@ -1,4 +1,4 @@
-"""Each form of the matrix in tests/forms gets from the backend what it says, and computes what it should."""
+"""Each form of the matrix in tests/programs gets from the backend what it says, and computes what it should."""
 
 import copy
 import re
@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from forms.backend import through_backend
-from forms.form import Form
-from forms.hand import FORMS, SECTIONS
 from marlin_w4a16 import explain
 from marlin_w4a16.kernels.fp4 import round_once
+from programs.backend import through_backend
+from programs.hand import FORMS, SECTIONS
+from programs.program import Program
 
 FLOAT32_ULPS = 2
 TOO_SMALL = 1e-6
@@ -21,7 +21,7 @@ OF = {
 }
 
 
-def each(forms: list[Form]) -> pytest.MarkDecorator:
+def each(forms: list[Program]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("form", forms, ids=str)
 
 
@@ -34,7 +34,7 @@ def product_of_the_exact(module: nn.Module, inputs: tuple) -> Tensor:
     return module.product(module.exact(), *(x.double() if x.is_floating_point() else x for x in inputs))
 
 
-def weights_of(form: Form) -> list[tuple[Tensor, Tensor]]:
+def weights_of(form: Program) -> list[tuple[Tensor, Tensor]]:
     """The weights as traced, and exactly."""
     module, _ = form.build()
     found, exact = module.weight(), module.exact()

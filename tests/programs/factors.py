@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from forms.written import by_groups, decode_by_groups, float8, written
 from marlin_w4a16 import FP4Weight
+from programs.written import by_groups, decode_by_groups, float8, written
 
 
 def per_row(weight: FP4Weight) -> dict:

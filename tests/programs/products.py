@@ -8,10 +8,10 @@ from torch.compiler import nested_compile_region
 from torch.nn.functional import conv1d, conv2d, linear
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from forms.form import Form
-from forms.layout import decode_transposed, transposed
-from forms.sharing import Several
-from forms.written import K, N, Written, checkpoint, written
+from programs.layout import decode_transposed, transposed
+from programs.program import Program
+from programs.sharing import Several
+from programs.written import K, N, Written, checkpoint, written
 
 B, H, D = 2, 4, 16  # batch or experts, heads, their size
 
@@ -113,9 +113,9 @@ FORMS = [
     form("conv2d of kernel 1", x=(2, K, 3, 2), multiply=lambda m, w, x: conv2d(x, w[:, :, None, None])),
     form("checkpoint", call=in_checkpoint),
     form("checkpoint of the product", call=lambda m, x: recomputed(linear, x, m.weight(), use_reentrant=False)),
-    Form("checkpoint of several layers", "products", partial(several, in_checkpoint), weights=3),
+    Program("checkpoint of several layers", "products", partial(several, in_checkpoint), weights=3),
     form("nested_compile_region", call=region),
-    Form("nested_compile_region of several layers", "products", partial(several, region), weights=3),
+    Program("nested_compile_region of several layers", "products", partial(several, region), weights=3),
     form("nested_compile_region of the product", call=lambda m, x: region_of_a_weight(m.weight(), x)),
     form("autocast", bias=True, call=in_autocast),
     form("autocast, @", call=in_autocast, multiply=lambda m, w, x: x @ w.T),

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from forms.form import Form
-from forms.written import TABLE, K, N, Written, by_groups, checkpoint, written
 from marlin_w4a16 import FP4Weight
+from programs.program import Program
+from programs.written import TABLE, K, N, Written, by_groups, checkpoint, written
 
 LAYERS = 3
 
@@ -174,11 +174,11 @@ def parts_of_bytes(m: Written) -> Tensor:
 
 form = partial(written, section="sharing")
 FORMS = [
-    Form("a helper that several modules call", "sharing", helper, weights=LAYERS),
-    Form("one weight in two modules", "sharing", one_weight_in_two_modules),
-    Form("one module called twice", "sharing", one_module_twice),
-    Form("tied embedding and head", "sharing", tied),
-    Form("tied embedding and head, rows decoded by token", "sharing", tied_by_rows),
+    Program("a helper that several modules call", "sharing", helper, weights=LAYERS),
+    Program("one weight in two modules", "sharing", one_weight_in_two_modules),
+    Program("one module called twice", "sharing", one_module_twice),
+    Program("tied embedding and head", "sharing", tied),
+    Program("tied embedding and head, rows decoded by token", "sharing", tied_by_rows),
     form("fused qkv decoded once, chunk", multiply=multiply_chunks, expect={"weights": 3}),
     form("fused qkv decoded once, split", multiply=multiply_split, expect={"weights": 3}),
     form("interleaved gate and up decoded once", multiply=multiply_interleaved, expect={"weights": 2}),

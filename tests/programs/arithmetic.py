@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from forms.factors import divisor, per_row
-from forms.written import FLOAT8, by_groups, float8, written
+from programs.factors import divisor, per_row
+from programs.written import FLOAT8, by_groups, float8, written
 
 
 def codes(m) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from forms.written import TABLE, K, N, Written, by_groups, by_table, decode_by_groups, float8, written
 from marlin_w4a16 import FP4Weight, quantize_mxfp4
+from programs.written import TABLE, K, N, Written, by_groups, by_table, decode_by_groups, float8, written
 
 NF4 = torch.tensor(
     [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626,

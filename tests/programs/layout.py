@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from forms.written import TABLE, by_groups, by_table, elements, float8, scale_times_factor, written
 from marlin_w4a16 import FP4Weight
+from programs.written import TABLE, by_groups, by_table, elements, float8, scale_times_factor, written
 
 BLOCKS = 4
 

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from forms.written import FLOAT8, float8, written
 from marlin_w4a16 import FP4Weight
+from programs.written import FLOAT8, float8, written
 
 E4M3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, one_hot
 
-from forms.written import TABLE, by_table, elements, written
 from marlin_w4a16 import E2M1_VALUES, FP4Weight
+from programs.written import TABLE, by_table, elements, written
 
 PAIRS = torch.stack((TABLE.repeat(16), TABLE.repeat_interleave(16)), -1)
 VALUES = list(E2M1_VALUES)

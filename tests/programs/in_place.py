@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from forms.written import TABLE, by_groups, float8, written
+from programs.written import TABLE, by_groups, float8, written
 
 
 def empty(m) -> Tensor:
