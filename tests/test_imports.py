@@ -28,6 +28,7 @@ STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("passes.mixture",),),
     (("passes.live",),),
     (("passes.replace",),),
+    (("passes.fuse",),),
     (("passes",),),
     (("version", "options", "refresh"), ("checkpoints",)),
     (("report",),),

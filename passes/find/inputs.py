@@ -7,7 +7,8 @@ from torch import Tensor, fx
 
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES
-from marlin_w4a16.passes.graph.constants import Constants, evaluate, example, needed_by, run, written_by
+from marlin_w4a16.passes.graph.constants import Constants, example, value_of_constant, written_by
+from marlin_w4a16.passes.graph.nodes import evaluate
 from marlin_w4a16.passes.graph.torch_private import size_hint
 
 # NVIDIA ModelOpt's fake quantisers are operators of their own, which run on GPUs only.
@@ -51,14 +52,10 @@ def _quantises(
     generator = torch.Generator().manual_seed(0)
     shape = [size_hint(size) for size in like.shape]
     data = torch.randn(shape, generator=generator).to(like.device, like.dtype)
-    values: dict[fx.Node, Any] = {source: data}
+    used = {n for node in between for n in node.all_input_nodes if n in constants}
     try:
-        with torch.no_grad():
-            for node in sorted(between):
-                for used in node.all_input_nodes:
-                    if used in constants:
-                        values[used] = evaluate(used, sorted(needed_by([used], constants)), live)
-                values[node] = run(node, values)
+        known = {source: data} | {node: value_of_constant(node, constants, live) for node in used}
+        values = evaluate(sorted(between), known)
     except Exception:  # what cannot be run alone is not known to be a quantiser
         return False
     return any(_is_grid(data, values[x], group) for group in _GROUPS)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -286,3 +286,9 @@ def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
     if spelling.added == "bias" and added is not None and not is_bias(product, operands):
         return f"{spelling.name} with a bias that is not one value per row"
     return None
+
+
+def compute_dtype(products: Sequence[Product]) -> torch.dtype:
+    """What products of one weight are computed in (under autocast not the dtype of their operands), narrowest first."""
+    dtypes = {example(product.node).dtype for product in products}
+    return next(dtype for dtype in DTYPES if dtype in dtypes)

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from marlin_w4a16.passes.graph.nodes import value_of
 from marlin_w4a16.passes.graph.regions import storage
 from marlin_w4a16.passes.graph.torch_private import is_higher_order, is_weight_like, may_write
 
@@ -97,19 +97,9 @@ def slice_of(value: fx.Node, user: fx.Node, constants: Constants) -> list[fx.Nod
     return sorted(needed_by([value], constants, user))
 
 
-def evaluate(value: fx.Node, nodes: list[fx.Node], known: Mapping[fx.Node, Tensor]) -> Tensor:
-    """The value that a slice computes from what is known, its leaves. Dead values are freed on the way."""
-    computed = [node for node in nodes if node not in known]
-    last_use = {used: node for node in computed for used in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {node: known[node] for node in nodes if node in known}
-    with torch.no_grad():
-        for node in computed:
-            values[node] = run(node, values)
-            for used in node.all_input_nodes:
-                if last_use[used] is node and used is not value:
-                    del values[used]
-    result: Tensor = values[value]
-    return result
+def value_of_constant(node: fx.Node, constants: Constants, live: Mapping[fx.Node, Any]) -> Any:
+    """The value of a constant once all in-place writes are done, from the values of the leaves."""
+    return value_of(node, sorted(needed_by([node], constants)), live)
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
@@ -129,14 +119,6 @@ def _in_place(node: fx.Node) -> bool:
     if module == "torch.nn.functional" and True in node.args[1:]:  # inplace may stand without its name
         return True
     return name.endswith("_") and not name.endswith("__") and module != "_operator"
-
-
-def run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """What a node computes from the values of those before it."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], written: set[Hashable]) -> bool:

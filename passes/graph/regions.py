@@ -45,6 +45,11 @@ class Regions:
         self._traced: dict[fx.Node, fx.GraphModule] = {}
         self._separate(self.gm)
 
+    @property
+    def graphs(self) -> list[fx.Graph]:
+        """The whole and, from the outermost in, the bodies of its regions."""
+        return [self.gm.graph, *self._calls]
+
     def flatten(self) -> Flat:
         """The copy, as it is now, in one graph."""
         flat = Flat(fx.Graph(), {})

@@ -33,6 +33,13 @@ def may_write(target: object) -> bool:
     return is_higher_order(target)
 
 
+def op_namespace(target: object) -> str | None:
+    """The namespace of a custom op, or of its packet of overloads; None of anything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace
+    return target._qualified_op_name.partition("::")[0] if isinstance(target, torch._ops.OpOverloadPacket) else None
+
+
 def placeholder_source(node: fx.Node) -> Any:
     """Where Dynamo read a placeholder from, or None."""
     return getattr(node, "_dynamo_source", None)

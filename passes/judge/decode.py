@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from marlin_w4a16.passes.find.equation import Matrices
-from marlin_w4a16.passes.graph.constants import Constants, evaluate, example, needed_by, slice_of, written_by
+from marlin_w4a16.passes.graph.constants import Constants, example, needed_by, slice_of, written_by
+from marlin_w4a16.passes.graph.nodes import value_of
 from marlin_w4a16.passes.graph.regions import storage
 from marlin_w4a16.passes.judge.tensors import dense
 
@@ -67,13 +68,14 @@ class Decode:
 
     def traced(self, leaves: Sequence[Tensor]) -> Tensor:
         """The value that the product reads, from the values of its leaves."""
-        known = dict(zip(self.leaves, leaves, strict=True))
-        if self.base is None or self.shared is None:
-            return evaluate(self.value, self.nodes, known)
-        if self.base not in self.shared:
-            self.shared.clear()
-            self.shared[self.base] = evaluate(self.base, self._slice(self.nodes.index(self.base)), known)
-        return evaluate(self.value, self._after_base, known | self.shared)
+        nodes, known = self.nodes, dict(zip(self.leaves, leaves, strict=True))
+        if self.base is not None and self.shared is not None:
+            if self.base not in self.shared:
+                self.shared.clear()
+                self.shared[self.base] = value_of(self.base, self._slice(self.nodes.index(self.base)), known)
+            nodes, known = self._after_base, known | self.shared
+        value: Tensor = value_of(self.value, nodes, known)
+        return value
 
     def weight(self, leaves: Sequence[Tensor]) -> Tensor:
         """The traced weight as ``[rows, k]``, plain."""
@@ -83,7 +85,7 @@ class Decode:
     def source(self, index: int, leaves: Sequence[Tensor]) -> Tensor:
         """The value of one of the nodes once nothing writes to it any more."""
         node, known = self.nodes[index], dict(zip(self.leaves, leaves, strict=True))
-        return known[node] if node in known else evaluate(node, self._slice(index), known)
+        return known[node] if node in known else value_of(node, self._slice(index), known)
 
     def roots(self, index: int) -> list[int]:
         """The leaves, by their positions, that a node is computed from."""

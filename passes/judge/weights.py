@@ -1,6 +1,6 @@
 """The weights of a graph that may be FP4: what computes each, which products use it, and whether it is one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,10 @@ from torch import Tensor, fx
 from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.find.inputs import quantised
 from marlin_w4a16.passes.find.products import Product, find_products
-from marlin_w4a16.passes.graph.constants import Constants, example
+from marlin_w4a16.passes.graph.constants import example
 from marlin_w4a16.passes.graph.names import module_path
-from marlin_w4a16.passes.graph.regions import Flat, Regions
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, is_fake, source_name
+from marlin_w4a16.passes.graph.traced import Traced
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.recipe import Recipe
@@ -84,13 +84,11 @@ class Judge:
         return found
 
 
-def find_weights(
-    flat: Flat, regions: Regions, constants: Constants, inputs: Sequence[Any], settings: Settings
-) -> Iterator[Weight]:
+def find_weights(traced: Traced, settings: Settings) -> Iterator[Weight]:
     """The weights that could be FP4, each once however often its computation was traced."""
-    live = dict(zip(flat.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    constants, live = traced.constants, traced.live
     found: dict[Any, Weight] = {}
-    for product in find_products(flat.graph, constants):
+    for product in find_products(traced.flat.graph, constants):
         reader = product.route.reader if product.route else product.node
         decode = Decode.of(product.weight_node, reader, product.matrices, constants)
         if not decode.leaves or not may_be_fp4(decode, settings.rules):
@@ -98,7 +96,7 @@ def find_weights(
         source, refusal = None, product.refusal
         if settings.activation_quant != "keep" and refusal is None:
             source = quantised(product.x_node, constants, live)
-            if source is not None and not regions.sees(flat.origin[source], flat.origin[product.node].graph):
+            if source is not None and not traced.sees(source, product.node):
                 source = None  # inside a region that ends before the product
             if source is not None and settings.activation_quant == "refuse":
                 refusal = "its input is quantised too (W4A4), which options={'activation_quant': 'refuse'} leaves alone"

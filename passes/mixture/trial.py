@@ -1,13 +1,12 @@
 """Runs what may be a mixture of experts on random tokens: in float32, as it was traced and as an op."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
 from marlin_w4a16.fake_impls.grouped_linear import grouped_linear
 from marlin_w4a16.fake_impls.moe import moe
@@ -16,7 +15,9 @@ from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.find.routes import as_rows, from_rows, multiply, ordered, run
-from marlin_w4a16.passes.graph.constants import Constants, evaluate, example, needed_by
+from marlin_w4a16.passes.graph.constants import Constants, example, value_of_constant
+from marlin_w4a16.passes.graph.nodes import evaluate
+from marlin_w4a16.passes.graph.nodes import run as run_node
 from marlin_w4a16.passes.graph.torch_private import size_hint
 from marlin_w4a16.passes.mixture.activation import recognise_activation
 from marlin_w4a16.passes.mixture.candidates import Candidate
@@ -55,9 +56,7 @@ class Trial:
         self.generator = torch.Generator().manual_seed(0)
         self.biases = tuple(bias for bias in (mixture.bias13, mixture.bias2) if bias is not None)
         fixed = (node for node in mixture.constants if node not in self.biases)
-        self.fixed: dict[fx.Node, Any] = {
-            node: evaluate(node, sorted(needed_by([node], constants)), {}) for node in fixed
-        }
+        self.fixed: dict[fx.Node, Any] = {node: value_of_constant(node, constants, {}) for node in fixed}
         self.fixed |= {node: torch.zeros_like(_random(node, self.device, self.generator)) for node in mixture.shapes}
 
     def activation(self) -> tuple[Activation, Order | None] | Rejected:
@@ -135,19 +134,15 @@ class Trial:
     ) -> dict[fx.Node, Any]:
         """The values of some nodes, in float32 where 16 bits were traced."""
         m = self.mixture
-        values = {**given, **self.fixed}
-        skipped = m.gathers
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for node in nodes:
-                if node.op == "placeholder":
-                    values[node] = size_hint(example(node))
-                elif node is m.first.node or node is m.second.node:
-                    which = m.first if node is m.first.node else m.second
-                    routing = values[which.route.node] if which.route else None
-                    values[node] = product(which, values[which.x_node], routing)
-                elif node not in skipped:
-                    values[node] = _run(node, values)
-        return values
+
+        def compute(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+            if node is m.first.node or node is m.second.node:
+                which = m.first if node is m.first.node else m.second
+                return product(which, values[which.x_node], values[which.route.node] if which.route else None)
+            return _run_wide(node, values)
+
+        with torch.autocast(self.device.type, enabled=False):
+            return evaluate([node for node in nodes if node not in m.gathers], given | self.fixed, compute)
 
 
 def random_tokens(
@@ -178,15 +173,11 @@ def _random(like: fx.Node, device: torch.device, generator: torch.Generator) -> 
     return torch.randn(shape, generator=generator, device="cpu").to(device)
 
 
-def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    def widened(value: Any) -> Any:
-        return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
-
-    args, kwargs = tree_map(widened, fx.map_arg((node.args, node.kwargs), values.__getitem__))
-    if node.op == "call_method":
-        name = str(node.target)
-        return getattr(args[0], "float" if name in ("half", "bfloat16") else name)(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _run_wide(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What a node computes, in float32 where 16 bits were traced."""
+    if node.op == "call_method" and node.target in ("half", "bfloat16"):
+        return values[node.all_input_nodes[0]].float(*node.args[1:], **node.kwargs)
+    return run_node(node, values, lambda value: _WIDER.get(value, value) if isinstance(value, torch.dtype) else value)
 
 
 def _multiplied(product: Product, packed: PackedFP4, x: Tensor, routing: Tensor | None, order: Order | None) -> Tensor:

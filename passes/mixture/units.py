@@ -1,14 +1,10 @@
 """What is judged together: a weight alone, or the two weights of mixtures of experts."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
-from marlin_w4a16.passes.graph.constants import Constants
-from marlin_w4a16.passes.graph.flow import Flow
-from marlin_w4a16.passes.graph.regions import Flat, Regions
+from marlin_w4a16.passes.graph.traced import Traced
 from marlin_w4a16.passes.judge.weights import Weight, find_weights
 from marlin_w4a16.passes.mixture.candidates import Candidate, Pair, find_pairs
 from marlin_w4a16.passes.outcome import Rejected
@@ -28,21 +24,14 @@ class Unit:
     mixtures: list[list[Candidate]] | Rejected = field(default_factory=list)
 
 
-def find_units(
-    flat: Flat,
-    regions: Regions,
-    constants: Constants,
-    inputs: Sequence[Any],
-    settings: Settings,
-    flow: Callable[[], Flow],
-) -> list[Unit]:
+def find_units(traced: Traced, settings: Settings) -> list[Unit]:
     """The weights that could be FP4, each in one unit, in the order in which the graph uses them."""
-    weights = list(find_weights(flat, regions, constants, inputs, settings))
+    weights = list(find_weights(traced, settings))
     if not settings.moe or not any(weight.routed for weight in weights):
         return [Unit([weight]) for weight in weights]
     products = [product for weight in weights for product in weight.products]
     owner = {product.node: weight for weight in weights for product in weight.products}
-    pairs = find_pairs(sorted(products, key=lambda product: product.node), flow())
+    pairs = find_pairs(sorted(products, key=lambda product: product.node), traced.flow)
     units: dict[Weight, Unit] = {}
     for pair in pairs:
         first, second = owner[pair.first.node], owner[pair.second.node]
@@ -52,10 +41,9 @@ def find_units(
         if unit.weights != [first, second]:
             unit.mixtures = Rejected("no whole mixture: its weights belong to several")
         if isinstance(unit.mixtures, list):
-            candidates = _visible(pair, flat, regions)
+            candidates = _visible(pair, traced)
             unit.mixtures = candidates if isinstance(candidates, Rejected) else [*unit.mixtures, candidates]
-    alone = [Unit([weight]) for weight in weights if weight not in units]
-    found = list(dict.fromkeys(units.get(weight) or alone.pop(0) for weight in weights))
+    found = list(dict.fromkeys(units.setdefault(weight, Unit([weight])) for weight in weights))
     for unit in found:
         uses = {product.node for weight in unit.weights for product in weight.products}
         whole = [m[0] for m in unit.mixtures] if isinstance(unit.mixtures, list) else []
@@ -66,17 +54,17 @@ def find_units(
     return found
 
 
-def _visible(pair: Pair, flat: Flat, regions: Regions) -> list[Candidate] | Rejected:
+def _visible(pair: Pair, traced: Traced) -> list[Candidate] | Rejected:
     """The candidates of a pair that lie in one region."""
     if isinstance(pair.candidates, Rejected):
         return pair.candidates
+    origin = traced.flat.origin
 
     def in_one(mixture: Candidate) -> bool:
-        graph = flat.origin[mixture.output].graph
         inner = (node for node in mixture.nodes if node.op != "placeholder")
         given: list[fx.Node] = [*mixture.given, *mixture.constants, *mixture.shapes]
-        return all(flat.origin[node].graph is graph for node in inner) and all(
-            regions.sees(flat.origin[node], graph) for node in given
+        return all(origin[node].graph is origin[mixture.output].graph for node in inner) and all(
+            traced.sees(node, mixture.output) for node in given
         )
 
     return [m for m in pair.candidates if in_one(m)] or Rejected("no whole mixture: it begins or ends inside a region")

@@ -10,7 +10,7 @@ from torch import fx
 
 import marlin_w4a16.fake_impls.grouped_linear
 import marlin_w4a16.fake_impls.linear  # noqa: F401, it defines the op
-from marlin_w4a16.fake_impls.library import DTYPES, format_args
+from marlin_w4a16.fake_impls.library import format_args
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product, arguments_of, is_bias
 from marlin_w4a16.passes.find.routes import Call, as_rows, from_rows, multiply, ordered
@@ -28,12 +28,6 @@ def find_packed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         if node.target in (torch.ops.marlin_w4a16.linear, torch.ops.marlin_w4a16.linear.default):
             found.setdefault(node.args[1], []).append(node)
     return found
-
-
-def compute_dtype(products: Sequence[Product]) -> torch.dtype:
-    """What products of one weight are computed in (under autocast not the dtype of their operands), narrowest first."""
-    dtypes = {example(product.node).dtype for product in products}
-    return next(dtype for dtype in DTYPES if dtype in dtypes)
 
 
 def replace(

@@ -8,8 +8,10 @@ from torch import Tensor, fx
 
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find import products
-from marlin_w4a16.passes.graph.constants import Constants, evaluate, example, needed_by, run
+from marlin_w4a16.passes.graph.constants import example, value_of_constant
+from marlin_w4a16.passes.graph.nodes import evaluate, run
 from marlin_w4a16.passes.graph.torch_private import size_hint
+from marlin_w4a16.passes.graph.traced import Traced
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.mixture.trial import Proved, as_op, random_tokens
@@ -55,36 +57,33 @@ def worst_error(
     dtype = example(product.node).dtype
     with torch.no_grad(), torch.autocast(weight.device.type, dtype, enabled=dtype != weight.dtype):
         expected = run(product.node, traced)
-        for node in written:
-            values[node] = run(node, values)
-    return difference(values[written[-1]], expected)
+        found = evaluate(written, values)[written[-1]]
+    return distance(found, expected)
 
 
 def mixture_error(
     proved: Proved,
     weights: Sequence[Weight],
     packed: Sequence[PackedFP4],
-    constants: Constants,
-    live: dict[fx.Node, Any],
+    traced: Traced,
 ) -> float:
     """The relative L2 difference of a mixture from its traced form, on random tokens in the dtypes of the model."""
     m = proved.mixture
     given = random_tokens(m, example(m.x).device, torch.Generator().manual_seed(0))
     values: dict[fx.Node, Any] = {node: value.to(example(node).dtype) for node, value in given.items()}
-    values |= {node: evaluate(node, sorted(needed_by([node], constants)), live) for node in m.constants}
+    values |= {node: value_of_constant(node, traced.constants, traced.live) for node in m.constants}
     for node in m.shapes:
         like = example(node)
         values[node] = torch.zeros(list(map(size_hint, like.shape)), dtype=like.dtype, device=like.device)
     for product, weight in zip((m.first, m.second), weights, strict=True):
         values[product.weight_node] = weight.decode.traced(weight.values)
+    values = evaluate(m.nodes, values)
     with torch.no_grad():
-        for node in m.nodes:
-            values[node] = size_hint(example(node)) if node.op == "placeholder" else run(node, values)
         found = as_op(proved, packed[0], packed[1], values)
-    return difference(found, values[m.output])
+    return distance(found, values[m.output])
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor) -> float:
     """The relative L2 difference."""
     error, size = (found.double() - expected.double()).norm(), expected.double().norm()
     return float(error / size) if bool(size) else float(found.double().norm())

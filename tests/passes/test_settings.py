@@ -7,9 +7,10 @@ from torch.nn.functional import linear
 
 from marlin_w4a16 import NotReplaced, Report, explain, quantize_mxfp4
 from marlin_w4a16.options import Options
-from marlin_w4a16.passes import rewrite as rewrite_
 from marlin_w4a16.passes.judge import weights
+from marlin_w4a16.passes.live import copies
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced, Row
+from marlin_w4a16.passes.replace import proved
 from marlin_w4a16.passes.rewrite import rewrite, survey
 from marlin_w4a16.passes.settings import Settings
 from programs.backend import through_backend
@@ -203,14 +204,14 @@ def test_verify_of_each_kind_of_product(fp4_linear, trace, product, dynamic):
 
 
 def test_verify_shows_a_packed_weight_that_is_wrong(fp4_linear, trace, monkeypatch):
-    adopt = rewrite_.Binding.adopt
+    adopt = copies.Binding.adopt
 
     def spoiled(self, leaves, weight):
         packed = adopt(self, leaves, weight)
         packed.words[0, 0, :16] ^= 0x7FFF
         return packed
 
-    monkeypatch.setattr(rewrite_.Binding, "adopt", spoiled)
+    monkeypatch.setattr(copies.Binding, "adopt", spoiled)
     module = fp4_linear()
     (row,) = rewrite(*trace(module, X), Settings(verify=True)).rows
     assert error_of(row) > 0.05
@@ -218,7 +219,7 @@ def test_verify_shows_a_packed_weight_that_is_wrong(fp4_linear, trace, monkeypat
 
 def test_verify_gives_the_worst_error_of_its_products(fp4_linear, trace, monkeypatch):
     module, errors = fp4_linear(), iter([0.25, 0.5, 0.125])
-    monkeypatch.setattr(rewrite_, "worst_error", lambda *args: next(errors))
+    monkeypatch.setattr(proved, "worst_error", lambda *args: next(errors))
 
     def function(x: Tensor) -> Tensor:
         weight = module.weight()

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from marlin_w4a16.passes.graph.constants import evaluate, find_constants, slice_of
+from marlin_w4a16.passes.graph.constants import find_constants, slice_of
+from marlin_w4a16.passes.graph.nodes import value_of
 
 TABLE = torch.linspace(-2, 5, 8)
 
@@ -99,7 +100,7 @@ def test_writes_to_a_temporary_belong_to_it(last_sum, write):
     total, value, constants, inputs = last_sum(lambda x: x + write(TABLE), torch.ones(8))
     nodes = slice_of(value, total, constants)
     live = dict(zip(value.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    found = evaluate(value, nodes, {n: live[n] for n in nodes if n in constants.leaves})
+    found = value_of(value, nodes, {n: live[n] for n in nodes if n in constants.leaves})
     assert torch.equal(found, write(TABLE))
     assert not torch.equal(found, TABLE)
 
@@ -115,7 +116,7 @@ def test_a_write_counts_from_where_it_stands(trace):
     constants = find_constants(gm.graph)
     first, second = [n for n in gm.graph.nodes if n.target is operator.add]
     (leaf,) = constants.leaves
-    read = [evaluate(n.args[1], slice_of(n.args[1], n, constants), {leaf: TABLE}) for n in (first, second)]
+    read = [value_of(n.args[1], slice_of(n.args[1], n, constants), {leaf: TABLE}) for n in (first, second)]
     assert torch.equal(read[0], TABLE) and torch.equal(read[1], 2 * TABLE)
 
 
@@ -147,5 +148,5 @@ def test_dead_values_are_freed_on_the_way(last_sum):
     total, value, constants, _ = last_sum(chain, torch.ones(8))
     (leaf,) = constants.leaves
     with Live() as live:
-        evaluate(value, slice_of(value, total, constants), {leaf: TABLE})
+        value_of(value, slice_of(value, total, constants), {leaf: TABLE})
     assert live.peak == 2

@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from marlin_w4a16.passes.graph.constants import evaluate, find_constants, needed_by, slice_of
+from marlin_w4a16.passes.graph.constants import find_constants, needed_by, slice_of
+from marlin_w4a16.passes.graph.nodes import value_of
 from marlin_w4a16.passes.graph.regions import Regions, storage
 from marlin_w4a16.passes.graph.torch_private import add_static_input, compile_graph, is_higher_order, source_name
 
@@ -122,7 +123,7 @@ def transpose_weights(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphMo
         leaves = [node for node in nodes if node in constants.leaves]
         assert len(leaves) == 1
         live = dict(zip(placeholders, inputs, strict=True))
-        added.append(evaluate(weight, nodes, {leaves[0]: live[leaves[0]]}).t().contiguous())
+        added.append(value_of(weight, nodes, {leaves[0]: live[leaves[0]]}).t().contiguous())
         with regions.gm.graph.inserting_after(last):
             last, _ = add_static_input(regions.gm.graph, flat.origin[leaves[0]], f"t_{len(added)}", added[-1])
         replace(flat.origin[product], regions.reach(last, flat.origin[product].graph))

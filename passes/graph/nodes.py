@@ -1,0 +1,62 @@
+"""What the nodes of a graph compute, run one by one."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from marlin_w4a16.passes.graph.torch_private import size_hint
+
+
+def run(node: fx.Node, values: Mapping[fx.Node, Any], change: Callable[[Any], Any] | None = None) -> Any:
+    """What a node computes.
+
+    Args:
+        node: a number that the graph takes as an input is the traced one.
+        values: those of the nodes before it.
+        change: what becomes of each of its arguments, at any depth; None: nothing.
+    """
+    if node.op == "placeholder":
+        return size_hint(node.meta.get("example_value"))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    if change is not None:
+        args, kwargs = tree_map(change, (args, kwargs))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def evaluate(
+    nodes: Iterable[fx.Node],
+    known: Mapping[fx.Node, Any],
+    run: Callable[[fx.Node, Mapping[fx.Node, Any]], Any] = run,
+    keep: Collection[fx.Node] | None = None,
+) -> dict[fx.Node, Any]:
+    """Runs nodes in their order.
+
+    Args:
+        nodes: in graph order.
+        known: values that are there already, by node.
+        run: what a node computes from the values before it.
+        keep: the nodes whose values are wanted; others are let go after their last use. None: all.
+
+    Returns:
+        The values, those that were known among them.
+    """
+    computed = [node for node in nodes if node not in known]
+    last_use = {used: node for node in computed for used in node.all_input_nodes} if keep is not None else {}
+    values = dict(known)
+    with torch.no_grad():
+        for node in computed:
+            values[node] = run(node, values)
+            for used in node.all_input_nodes:
+                if last_use.get(used) is node and used not in (keep or ()):
+                    del values[used]
+    return values
+
+
+def value_of(node: fx.Node, nodes: Iterable[fx.Node], known: Mapping[fx.Node, Any]) -> Any:
+    """The value of one of some nodes in graph order once all of them ran; others are let go on the way."""
+    return evaluate(nodes, known, keep=(node,))[node]

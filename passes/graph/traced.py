@@ -1,0 +1,43 @@
+"""A graph from Dynamo as it is analysed: flat, with its constants and its live inputs."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from marlin_w4a16.passes.graph.constants import find_constants
+from marlin_w4a16.passes.graph.flow import Flow
+from marlin_w4a16.passes.graph.regions import Regions
+
+
+class Traced:
+    """A traced graph under analysis; itself it is left as it was.
+
+    Args:
+        gm: a graph from Dynamo.
+        inputs: its live example inputs.
+
+    Attributes:
+        inputs: the same.
+        regions: a copy to be edited, region by region.
+        flat: the copy as one graph, for analysis.
+        constants: those of the flat graph.
+        live: the inputs by the placeholders of the flat graph.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self.inputs = inputs
+        self.regions = Regions(gm)
+        self.flat = self.regions.flatten()
+        self.constants = find_constants(self.flat.graph)
+        self.live = dict(zip(self.flat.graph.find_nodes(op="placeholder"), inputs, strict=True))
+
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """What the nodes of the flat graph read and write."""
+        return Flow(self.flat.graph, self.constants)
+
+    def sees(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether a node of the flat graph can be read where another one stands."""
+        return self.regions.sees(self.flat.origin[node], self.flat.origin[other].graph)
