@@ -16,7 +16,7 @@ from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.passes.find.products import compute_dtype
 from marlin_w4a16.passes.fuse.stage import fuse
 from marlin_w4a16.passes.graph.traced import Traced
-from marlin_w4a16.passes.judge.search import Found
+from marlin_w4a16.passes.judge.verdict import Found
 from marlin_w4a16.passes.judge.weights import Judge, Weight
 from marlin_w4a16.passes.live.binding import fit
 from marlin_w4a16.passes.live.call import Rewritten

@@ -5,8 +5,8 @@ codes, scales and a factor stand (`recipe`), and what is rounded on the way (`ro
 rows; one that survives is held against the whole weight.
 """
 
+import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from marlin_w4a16.passes.judge.recipe import (
     read_codes,
     read_scales,
 )
-from marlin_w4a16.passes.judge.roundings import Difference, Roundings, first_difference, largest_error, roundings_of
+from marlin_w4a16.passes.judge.roundings import Difference, Roundings, first_difference, roundings_of
+from marlin_w4a16.passes.judge.verdict import Found, TooFar, judged, settled, short
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.settings import Rules
 
@@ -38,46 +39,9 @@ _SAMPLE_ROWS = 8
 _NEAR = 2.0**-5
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A weight that was recognised.
-
-    Attributes:
-        recipe: where it is read from.
-        roundings: what the model rounds on the way.
-        weight: the weight.
-        note, detail: what a reader of the report should know, or None; see `outcome.Replaced`.
-    """
-
-    recipe: Recipe
-    roundings: Roundings
-    weight: FP4Weight
-    note: str | None = None
-    detail: str | None = None
-
-    @property
-    def format(self) -> str:
-        """The name of the format for people."""
-        return format_name(self.recipe.kind, self.recipe.group)
-
-
 def recognise(decode: Decode, leaves: Leaves, name: str, rules: Rules) -> Found | Rejected:
     """Finds how the live leaves of a weight hold it; ``name`` is what messages call it."""
     return _Search(decode, leaves, name, rules).run(decode.weight(leaves))
-
-
-def verify(
-    recipe: Recipe, roundings: Roundings, decode: Decode, leaves: Leaves, name: str, rules: Rules
-) -> Found | Rejected:
-    """Holds a known recipe against other leaves, or those of another decode of the same signature."""
-    value = decode.weight(leaves)
-    if not bool(value.isfinite().all()):
-        return Rejected(f"the traced weight holds NaN or Inf in {_short(value.dtype)}")
-    try:
-        weight, factor = recipe.read(decode, leaves, name)
-    except ValueError as error:
-        return Rejected(str(error).removeprefix(f"{name}: "))
-    return _judged(recipe, roundings, weight, factor, value, rules)
 
 
 def may_be_fp4(decode: Decode, rules: Rules) -> bool:
@@ -90,8 +54,13 @@ def may_be_fp4(decode: Decode, rules: Rules) -> bool:
     return any(is_bytes(value) and value.numel() * 2 in sizes for _, value in decode.tensors)
 
 
-class TooFar(Rejected):
-    """Recognised, but rounded on the way by more than the tolerance."""
+class _Near(enum.IntEnum):
+    """How far a hypothesis came before it was wrong."""
+
+    ELEMENTS = 0  # some elements of a few rows have another ratio to their codes times scales
+    FACTOR = 1  # the rows are right but for a factor that is nowhere to be found
+    ROWS = 2  # with a factor that was found, an element of the rows is not bit for bit right
+    WEIGHT = 3  # the rows are right, the whole weight is not
 
 
 class _Search:
@@ -99,7 +68,7 @@ class _Search:
 
     def __init__(self, decode: Decode, leaves: Leaves, name: str, rules: Rules) -> None:
         self.decode, self.leaves, self.name, self.rules = decode, leaves, name, rules
-        self.agreement = 0.0
+        self.agreement = (_Near.ELEMENTS, 0.0)
         self.nearest = Rejected("no hypothesis fits")
         self.scales: dict[tuple[Source, Window, int], tuple[Tensor, Tensor | None] | None] = {}
 
@@ -109,7 +78,7 @@ class _Search:
         if typed:
             return self._of_type(typed[0], value)
         if not any(map(is_bytes, self.leaves)) and self.rules.recover:
-            return self._judge(FromValue(), Roundings(), value)
+            return settled(self._judge(FromValue(), Roundings(), value))
         if not bool(value.isfinite().all()):
             return self._not_finite(value)
         found = self._from_sources(value, exact=True)
@@ -132,14 +101,10 @@ class _Search:
         weight = tensors.read(tensor, self.name)
         if isinstance(weight, Rejected):
             return weight
-        return self._judge(OfType(leaf, weight.kind, weight.group), Roundings(), value)
+        return settled(self._judge(OfType(leaf, weight.kind, weight.group), Roundings(), value))
 
-    def _judge(self, recipe: Recipe, roundings: Roundings, value: Tensor) -> Found | Rejected:
-        try:
-            weight, factor = recipe.read(self.decode, self.leaves, self.name)
-        except ValueError as error:
-            return Rejected(str(error).removeprefix(f"{self.name}: "))
-        return _judged(recipe, roundings, weight, factor, value, self.rules)
+    def _judge(self, recipe: Recipe, roundings: Roundings, value: Tensor) -> Found | Rejected | TooFar:
+        return judged(recipe, roundings, self.decode, self.leaves, self.name, self.rules, value)
 
     def _not_finite(self, value: Tensor) -> Rejected:
         """Some scale that is NaN is the likely reason."""
@@ -151,7 +116,7 @@ class _Search:
                     FromSources(codes, scales, Factor(), window, group).read(self.decode, self.leaves, self.name)
                 except ValueError as error:
                     return Rejected(str(error).removeprefix(f"{self.name}: "))
-        return Rejected(f"the traced weight holds NaN or Inf in {_short(value.dtype)}")
+        return Rejected(f"the traced weight holds NaN or Inf in {short(value.dtype)}")
 
     def _from_sources(self, value: Tensor, exact: bool) -> Found | Rejected:
         used = value.count_nonzero(1).nonzero()[:, 0]
@@ -174,11 +139,11 @@ class _Search:
                 base = FromSources(codes, scales, Factor(), window, group)
                 for recipe, roundings in self._fitting(part, sample, rows, base, exact):
                     found = self._judge(recipe, roundings, value)
+                    if isinstance(found, TooFar):
+                        return found.refusal
                     if isinstance(found, Found):
                         return found
-                    if isinstance(found, TooFar):
-                        return Rejected(found.why, found.detail)
-                    self._see(2.0, found.why, found.detail)
+                    self._see(found, _Near.WEIGHT)
         return self.nearest if tried else Rejected(self._sizes())
 
     def _fitting(
@@ -194,12 +159,12 @@ class _Search:
             row, column = (~near).nonzero()[0].tolist()
             expected = float((unscaled * middle.nan_to_num(1.0))[row, column])
             first = Difference(rows[row], column, expected, float(found[row, column]))
-            self._see(float(near.double().mean()), f"it is not {what}", str(first))
+            self._see(Rejected(f"it is not {what}", str(first)), _Near.ELEMENTS, float(near.double().mean()))
             return
         factors = list(self._factors(base.window, middle[:, 0], rows, part.codes.device))
         if not factors:
-            shown = f"{float(middle[0, 0]):.7g}"
-            self._see(1.0, f"{what} but for a factor that no tensor and no number of the graph gives", shown)
+            why = f"{what} but for a factor that no tensor and no number of the graph gives"
+            self._see(Rejected(why, f"{float(middle[0, 0]):.7g}"), _Near.FACTOR)
         for factor, values in factors:
             own = values * part.multiplier
             scaled = (values.reciprocal() if factor.divides else values) * part.multiplier
@@ -211,7 +176,7 @@ class _Search:
                     yield FromSources(base.codes, base.scales, factor, base.window, base.group), roundings
                 elif roundings.exact:
                     at = Difference(rows[difference.row], difference.column, difference.expected, difference.found)
-                    self._see(1.5, f"it is not {what}", str(at))
+                    self._see(Rejected(f"it is not {what}", str(at)), _Near.ROWS)
 
     def _joined(self, value: Tensor) -> Found | Rejected | None:
         axis, parts = self.decode.parts
@@ -229,7 +194,7 @@ class _Search:
             return None
         if len({(f.format, f.roundings) for f in found}) > 1:
             return Rejected(f"parts of several formats: {', '.join(sorted({f.format for f in found}))}")
-        return self._judge(Joined(tuple(f.recipe for f in found), axis), found[0].roundings, value)
+        return settled(self._judge(Joined(tuple(f.recipe for f in found), axis), found[0].roundings, value))
 
     def _read_scales(self, source: Source, window: Window, group: int) -> tuple[Tensor, Tensor | None] | None:
         key = source, window, group
@@ -257,10 +222,10 @@ class _Search:
         halves = {torch.float16, torch.bfloat16}
         return {dtype} if dtype in halves else halves & {value.dtype for _, value in self.decode.tensors}
 
-    def _see(self, agreement: float, why: str, detail: str | None = None) -> None:
-        """Remembers the hypothesis that came nearest."""
-        if agreement > self.agreement:
-            self.agreement, self.nearest = agreement, Rejected(why, detail)
+    def _see(self, refusal: Rejected, near: _Near, share: float = 0.0) -> None:
+        """Remembers the hypothesis that came nearest; ``share`` of the elements were right."""
+        if (near, share) > self.agreement:
+            self.agreement, self.nearest = (near, share), refusal
 
     def _sizes(self) -> str:
         rows, k = self.decode.rows, self.decode.matrices.k
@@ -273,24 +238,6 @@ class _Search:
         return f"no tensor has the size of block scales of [{rows}, {k}] in groups of 16 or 32 along its columns"
 
 
-def _judged(
-    recipe: Recipe, roundings: Roundings, weight: FP4Weight, factor: Tensor, value: Tensor, rules: Rules
-) -> Found | Rejected:
-    name = format_name(recipe.kind, recipe.group)
-    first = first_difference(roundings, weight, factor, value)
-    if first is not None:
-        return Rejected(f"it is not {name}", str(first))
-    if roundings.exact:
-        return Found(recipe, roundings, weight)
-    error = largest_error(weight, value)
-    if error <= rules.tolerance:
-        return Found(recipe, roundings, weight, f"{roundings}, exact here", f"they differ by up to {error:.2g}")
-    within, named = roundings.tolerance
-    enough = named if error <= within else f"{error * 1.01:.3g}"
-    why = f"{name}, {roundings}: options={{'tolerance': {enough}}} accepts it"
-    return TooFar(why, f"it differs from its exact decode by up to {error:.2g}")
-
-
 def _unchecked(codes: Tensor, scales: Tensor, multiplier: Tensor, source: Source, group: int) -> FP4Weight:
     """A few rows of a hypothesis, right or wrong."""
     part = object.__new__(FP4Weight)
@@ -299,7 +246,3 @@ def _unchecked(codes: Tensor, scales: Tensor, multiplier: Tensor, source: Source
     for field, value in fields.items():
         object.__setattr__(part, field, value)
     return part
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -17,7 +17,8 @@ from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.recipe import Recipe
 from marlin_w4a16.passes.judge.roundings import Roundings
-from marlin_w4a16.passes.judge.search import Found, may_be_fp4, recognise, verify
+from marlin_w4a16.passes.judge.search import may_be_fp4, recognise
+from marlin_w4a16.passes.judge.verdict import Found, judge_again
 from marlin_w4a16.passes.outcome import Excluded, Rejected, raised
 from marlin_w4a16.passes.settings import Settings
 
@@ -75,7 +76,7 @@ class Judge:
         rules, decode = self._settings.rules, weight.decode
         known = self._known.get(decode.signature)
         if known is not None:
-            found = verify(*known, decode, weight.values, weight.path, rules)
+            found = judge_again(*known, decode, weight.values, weight.path, rules)
             if isinstance(found, Found):
                 return found
         found = recognise(decode, weight.values, weight.path, rules)

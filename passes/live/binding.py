@@ -19,7 +19,8 @@ from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
 from marlin_w4a16.passes.graph.torch_private import is_wrapper
 from marlin_w4a16.passes.judge.decode import Decode
-from marlin_w4a16.passes.judge.search import Found, recognise, verify
+from marlin_w4a16.passes.judge.search import recognise
+from marlin_w4a16.passes.judge.verdict import Found, judge_again
 from marlin_w4a16.passes.live.snapshot import Snapshot, State, state_of, watched
 from marlin_w4a16.passes.mixture.stacks import arranged
 from marlin_w4a16.passes.outcome import Rejected, raised
@@ -138,7 +139,7 @@ class Binding:
 
     def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:
         try:
-            found = verify(self._recipe, self._roundings, self._decode, leaves, self.name, self._rules)
+            found = judge_again(self._recipe, self._roundings, self._decode, leaves, self.name, self._rules)
             if isinstance(found, Rejected):
                 found = recognise(self._decode, leaves, self.name, self._rules)
         except Exception as error:

@@ -7,7 +7,7 @@ from torch import fx
 
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product, operands_of
-from marlin_w4a16.passes.judge.search import Found
+from marlin_w4a16.passes.judge.verdict import Found
 from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.live.copies import Copies
 from marlin_w4a16.passes.mixture.trial import Proved

@@ -12,7 +12,7 @@ from marlin_w4a16.passes.graph.constants import example
 from marlin_w4a16.passes.graph.names import module_path, producer_of
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, number_hint, size_hint, source_name
 from marlin_w4a16.passes.judge.recipe import FromSources
-from marlin_w4a16.passes.judge.search import Found
+from marlin_w4a16.passes.judge.verdict import Found
 from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.mixture.trial import Proved
 from marlin_w4a16.passes.outcome import Excluded, Mixture, Owned, Rejected, Replaced, Row

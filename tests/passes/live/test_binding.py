@@ -12,7 +12,8 @@ from marlin_w4a16.kernels.fp4 import E2M1_VALUES
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.passes.judge.decode import Decode
-from marlin_w4a16.passes.judge.search import Found, recognise
+from marlin_w4a16.passes.judge.search import recognise
+from marlin_w4a16.passes.judge.verdict import Found
 from marlin_w4a16.passes.live.binding import Binding, fit
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.settings import Rules
