@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES
 from marlin_w4a16.kernels.layout import LAYOUTS, PackedFP4, packed_shapes
+from marlin_w4a16.kernels.scale_bytes import SCALE_KINDS
 
 NAMESPACE = "marlin_w4a16"
 # Part of every call: raise it when a schema, fake or layout changes its meaning, so that no compile cache of an older
