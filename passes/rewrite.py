@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from marlin_w4a16.kernels.expert_order import Order
-from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import operands_of
 from marlin_w4a16.passes.graph.constants import find_constants, needed_by
 from marlin_w4a16.passes.graph.flow import Flow
@@ -19,7 +19,7 @@ from marlin_w4a16.passes.judge.weights import Judge, Weight
 from marlin_w4a16.passes.live.binding import Binding, fit
 from marlin_w4a16.passes.live.call import Bound, Rewritten
 from marlin_w4a16.passes.mixture.proof import Prover
-from marlin_w4a16.passes.mixture.stacks import arranged
+from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.mixture.trial import Proved
 from marlin_w4a16.passes.mixture.units import Unit, find_units
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Row
@@ -87,7 +87,7 @@ class _Rewriter:
         founds = [self._found(weight, unit) for weight in unit.weights]
 
         def packed(weight: Weight, found: Found, order: Order | None) -> PackedFP4:
-            return pack(arranged(found.weight, weight.decode.matrices.batch, order))
+            return pack_stack(found.weight, weight.decode.matrices.batch, order)
 
         whole = self._whole(unit, founds, packed)
         for weight, found in zip(unit.weights, founds, strict=True):
