@@ -18,11 +18,12 @@ from timing import copies_for
 from torch import Tensor, nn
 from triton.backends.nvidia import compiler as nvidia
 
-from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, ScaleKind
+from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight
 from marlin_w4a16.kernels.launch import plan_linear
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.linear import linear
 from marlin_w4a16.kernels.portable import linear as kernels
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 
 FORMATS: dict[str, tuple[ScaleKind, int]] = {"nvfp4": ("e4m3", 16), "mxfp4": ("e8m0", 32)}
 # Scale bytes to draw from: E4M3 normals, and powers of two that float16 holds without a second scale.

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
-    NAMESPACE,
     checked_weight,
     define,
     expect,
-    library,
+    packed_of,
+    register,
+    split_weight,
     weight_args,
     weight_schema,
 )
@@ -30,8 +31,8 @@ def dequantize(packed: PackedFP4, dtype: torch.dtype) -> Tensor:
 
 
 def _checked(args: tuple[Any, ...]) -> tuple[PackedFP4, torch.dtype]:
-    *weight, name = args
-    packed = checked_weight("dequantize", weight[2], "n", tuple(weight))
+    weight, (name,) = split_weight(args)
+    packed = checked_weight("dequantize", packed_of(weight).multiplier, "n", weight)
     expect(name in _DTYPES, "dequantize", "dtype", repr(name), f"one of {tuple(_DTYPES)}")
     return packed, _DTYPES[name]
 
@@ -45,6 +46,4 @@ def _dense(*args: Any) -> Tensor:
     return blocks.dequantize(*_checked(args))
 
 
-library.impl("dequantize", _dense, "CPU")
-library.impl("dequantize", _dense, "CUDA")
-torch.library.register_fake(f"{NAMESPACE}::dequantize", _fake, lib=library)
+register("dequantize", _dense, _dense, _fake)

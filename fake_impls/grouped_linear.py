@@ -8,12 +8,15 @@ from torch import Tensor
 from marlin_w4a16.fake_impls.library import (
     AUTOCAST_KEYS,
     DTYPES,
-    NAMESPACE,
     autocast,
     checked_packed,
     define,
     expect,
-    library,
+    packed_of,
+    register,
+    save,
+    saved,
+    split_weight,
     weight_args,
     weight_schema,
 )
@@ -41,11 +44,12 @@ def grouped_linear(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
 
 
 def _checked(op: str, x: Tensor, columns: str, args: tuple[Any, ...]) -> tuple[PackedFP4, Tensor]:
-    *weight, offsets = args
+    weight, (offsets,) = split_weight(args)
     expect(x.dtype in DTYPES, op, "input", x.dtype, f"one of {DTYPES}")
-    expect(weight[0].ndim == 4, op, "words", f"shape {tuple(weight[0].shape)}", "[experts, ...]")
-    lead = tuple(weight[0].shape[:1])
-    packed = checked_packed(op, x.device, tuple(weight), lead=lead)
+    words = packed_of(weight).words
+    expect(words.ndim == 4, op, "words", f"shape {tuple(words.shape)}", "[experts, ...]")
+    lead = tuple(words.shape[:1])
+    packed = checked_packed(op, x.device, weight, lead=lead)
     width = packed.n if columns == "n" else packed.k
     expect(x.ndim == 2 and x.shape[1] == width, op, "input", f"shape {tuple(x.shape)}", f"[rows, {columns} = {width}]")
     expect(tuple(offsets.shape) == lead, op, "offsets", f"shape {tuple(offsets.shape)}", lead)
@@ -81,29 +85,21 @@ def _grad_input(grad: Tensor, *args: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:4], inputs[10])
-    ctx.format = inputs[4:10]
+    save(ctx, inputs[1:])  # x is not kept
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *weight, offsets = ctx.saved_tensors
-    wants = ctx.needs_input_grad[0]
-    found = torch.ops.marlin_w4a16.grouped_linear_grad_input(grad, *weight, *ctx.format, offsets) if wants else None
-    return (found, *(None,) * 10)
+    args = saved(ctx)
+    found = torch.ops.marlin_w4a16.grouped_linear_grad_input(grad, *args) if ctx.needs_input_grad[0] else None
+    return (found, *[None for _ in args])
 
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *weight, offsets = ctx.saved_tensors
-    return (torch.ops.marlin_w4a16.grouped_linear(grad, *weight, *ctx.format, offsets), *(None,) * 10)
+    args = saved(ctx)
+    return (torch.ops.marlin_w4a16.grouped_linear(grad, *args), *[None for _ in args])
 
 
-for _op, _forward, _gpu, _meta, _derivative in (
-    ("grouped_linear", _blocks, _cuda, _fake, _backward),
-    ("grouped_linear_grad_input", _grad_input, _grad_input, _fake_grad_input, _backward_grad_input),
-):
-    library.impl(_op, _forward, "CPU")
-    library.impl(_op, _gpu, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{_op}", _meta, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{_op}", _derivative, setup_context=_setup, lib=library)
+register("grouped_linear", _blocks, _cuda, _fake, _backward, _setup)
+register("grouped_linear_grad_input", _grad_input, _grad_input, _fake_grad_input, _backward_grad_input, _setup)
 for _device in AUTOCAST_KEYS:
     autocast("grouped_linear", _device)

@@ -1,12 +1,14 @@
 """What the ops of ``torch.ops.marlin_w4a16`` share: the library, the packed weight in a schema, the checks."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES
 from marlin_w4a16.kernels.layout import LAYOUTS, PackedFP4, packed_shapes
+from marlin_w4a16.kernels.scale_bytes import SCALE_KINDS
 
 NAMESPACE = "marlin_w4a16"
 # Part of every call: raise it when a schema, fake or layout changes its meaning, so that no compile cache of an older
@@ -39,9 +41,36 @@ def define(schema: str) -> None:
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 
+def register(
+    op: str,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup: Callable[..., None] | None = None,
+) -> None:
+    """Gives an op its implementations, and its gradient if it has one; ``setup`` keeps what that needs."""
+    library.impl(op, cpu, "CPU")
+    library.impl(op, cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup, lib=library)
+
+
 def weight_args(packed: PackedFP4) -> tuple[Any, ...]:
     """A packed weight as the arguments of `weight_schema`."""
     return (packed.words, packed.scales, packed.multiplier, *format_args(packed))
+
+
+def packed_of(weight: Sequence[Any]) -> PackedFP4:
+    """The inverse of `weight_args`."""
+    words, scales, multiplier, n, k, group, kind, layout, _ = weight
+    return PackedFP4(words, scales, multiplier, n, k, kind, group, layout)
+
+
+def split_weight(args: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of the packed weight with which some begin, and those behind it."""
+    return tuple(args[: len(_WEIGHT)]), tuple(args[len(_WEIGHT) :])
 
 
 def format_args(packed: PackedFP4) -> tuple[int, int, int, str, str, int]:
@@ -91,7 +120,22 @@ def checked_packed(
         expect(t.dtype == dtype, op, f"{name}{of}", t.dtype, dtype)
         expect(tuple(t.shape) == (*lead, *shape), op, f"{name}{of}", f"shape {tuple(t.shape)}", (*lead, *shape))
         expect(t.device == device, op, f"{name}{of}", f"device {t.device}", f"that of the input, {device}")
-    return PackedFP4(words, scales, multiplier, n, k, kind, group, layout)
+    return packed_of(weight)
+
+
+def save(ctx: Any, args: Sequence[Any]) -> None:
+    """Keeps arguments of an op, tensors or not, for its gradient."""
+    ctx.places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+    ctx.save_for_backward(*(args[i] for i in ctx.places))
+    ctx.rest = [None if isinstance(value, Tensor) else value for value in args]
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What `save` has kept."""
+    args = list(ctx.rest)
+    for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+        args[place] = tensor
+    return args
 
 
 def autocast(op: str, device_type: str) -> None:

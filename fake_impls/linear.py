@@ -8,12 +8,14 @@ from torch import Tensor
 from marlin_w4a16.fake_impls.library import (
     AUTOCAST_KEYS,
     DTYPES,
-    NAMESPACE,
     autocast,
     checked_weight,
     define,
     expect,
-    library,
+    register,
+    save,
+    saved,
+    split_weight,
     weight_args,
     weight_schema,
 )
@@ -49,22 +51,23 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" and (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)
 
 
-def _checked(x: Tensor, weight: tuple[Any, ...], bias: Tensor | None) -> PackedFP4:
+def _checked(x: Tensor, args: tuple[Any, ...]) -> tuple[PackedFP4, Tensor | None]:
+    weight, (bias,) = split_weight(args)
     packed = checked_weight("linear", x, "k", weight)
     if bias is not None:
         expect(tuple(bias.shape) == (packed.n,), "linear", "bias", f"shape {tuple(bias.shape)}", f"({packed.n},)")
         expect(bias.dtype in DTYPES, "linear", "bias", bias.dtype, f"one of {DTYPES}")
         expect(bias.device == x.device, "linear", "bias", f"device {bias.device}", f"that of the input, {x.device}")
-    return packed
+    return packed, bias
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
-    packed = _checked(x, args[:-1], args[-1])
+    packed, _ = _checked(x, args)
     return x.new_empty(output_shape(x.shape, packed.n))
 
 
 def _blocks(x: Tensor, *args: Any) -> Tensor:
-    packed, bias = _checked(x, args[:-1], args[-1]), args[-1]
+    packed, bias = _checked(x, args)
     out = linear_by_blocks(x.reshape(x.shape[:-1].numel(), packed.k), packed, bias)
     return out.view(output_shape(x.shape, packed.n))
 
@@ -74,7 +77,7 @@ def _cuda(x: Tensor, *args: Any) -> Tensor:
         return _blocks(x, *args)
     from marlin_w4a16.kernels.linear import linear as fused  # Triton is on Linux only
 
-    packed, bias = _checked(x, args[:-1], args[-1]), args[-1]
+    packed, bias = _checked(x, args)
     out = fused(x.reshape(x.shape[:-1].numel(), packed.k), packed, bias)
     return out.view(output_shape(x.shape, packed.n))
 
@@ -91,33 +94,26 @@ def _grad_input(grad: Tensor, *weight: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:4])
-    ctx.format = inputs[4:10]
-    bias = inputs[10] if len(inputs) > 10 else None
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    weight, bias = split_weight(inputs[1:])  # x is not kept
+    save(ctx, weight)
+    ctx.bias_dtype = bias[0].dtype if bias and bias[0] is not None else None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[10]
-    weight = (*ctx.saved_tensors, *ctx.format)
+    wants_x, *_, wants_bias = ctx.needs_input_grad
+    weight = saved(ctx)
     grad_x = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight) if wants_x else None
     rows = grad.reshape(-1, grad.shape[-1])
     grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
-    return (grad_x, *(None,) * 9, grad_bias)
+    return (grad_x, *[None for _ in weight], grad_bias)
 
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight = (*ctx.saved_tensors, *ctx.format)
-    return (torch.ops.marlin_w4a16.linear(grad, *weight, None), *(None,) * 9)
+    weight = saved(ctx)
+    return (torch.ops.marlin_w4a16.linear(grad, *weight, None), *[None for _ in weight])
 
 
-for _op, _forward, _gpu, _meta, _derivative in (
-    ("linear", _blocks, _cuda, _fake, _backward),
-    ("linear_grad_input", _grad_input, _grad_input, _fake_grad_input, _backward_grad_input),
-):
-    library.impl(_op, _forward, "CPU")
-    library.impl(_op, _gpu, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{_op}", _meta, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{_op}", _derivative, setup_context=_setup, lib=library)
+register("linear", _blocks, _cuda, _fake, _backward, _setup)
+register("linear_grad_input", _grad_input, _grad_input, _fake_grad_input, _backward_grad_input, _setup)
 for _device in AUTOCAST_KEYS:
     autocast("linear", _device)

@@ -1,5 +1,7 @@
 """``marlin_w4a16::moe``: a mixture of experts from packed FP4 weights, and its gradients."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,11 @@ from marlin_w4a16.fake_impls.library import (
     define,
     expect,
     library,
+    packed_of,
+    register,
+    save,
+    saved,
+    split_weight,
     weight_args,
     weight_schema,
 )
@@ -28,8 +35,6 @@ _ARGUMENTS = (
     "Tensor? bias2, str function, bool gated, float alpha, float? gate_limit, float? up_limit, float up_offset, "
     "bool weight_on_input, Tensor? expert_map"
 )
-_W13, _W2 = slice(3, 12), slice(12, 21)  # where the weights stand among them
-_BIASES, _ACTIVATION = slice(21, 23), slice(23, 29)
 
 define(f"moe({_ARGUMENTS}) -> Tensor")
 define(f"moe_grad(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -87,19 +92,48 @@ def activation_args(activation: Activation) -> tuple[str, bool, float, float | N
     return a.function, a.gated, a.alpha, a.gate_limit, a.up_limit, a.up_offset
 
 
-def _checked(op: str, args: tuple[Any, ...]) -> Experts:
-    x, topk_weights, topk_ids = args[:3]
-    bias13, bias2 = args[_BIASES]
-    function, *numbers = args[_ACTIVATION]
-    weight_on_input, expert_map = args[29:]
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The arguments of the op by name: values, or what stands for them, such as the nodes of a graph.
+
+    Attributes:
+        w13, w2: the arguments of `weight_schema`.
+        x, topk_weights, topk_ids, activation, bias13, bias2, weight_on_input, expert_map: see `moe`.
+    """
+
+    x: Any
+    topk_weights: Any
+    topk_ids: Any
+    w13: tuple[Any, ...]
+    w2: tuple[Any, ...]
+    bias13: Any
+    bias2: Any
+    activation: Activation
+    weight_on_input: Any
+    expert_map: Any
+
+
+def arguments_of(args: Sequence[Any]) -> Arguments:
+    """The arguments of a call, which stand in the order of the schema, by name."""
+    x, topk_weights, topk_ids, *others = args
+    w13, behind = split_weight(others)
+    w2, (bias13, bias2, *activation, weight_on_input, expert_map) = split_weight(behind)
+    return Arguments(
+        x, topk_weights, topk_ids, w13, w2, bias13, bias2, Activation(*activation), weight_on_input, expert_map
+    )
+
+
+def _checked(op: str, args: tuple[Any, ...]) -> tuple[Arguments, Experts]:
+    given = arguments_of(args)
+    x, topk_weights, topk_ids, expert_map = given.x, given.topk_weights, given.topk_ids, given.expert_map
+    bias13, bias2, activation, words = given.bias13, given.bias2, given.activation, packed_of(given.w13).words
     expect(x.dtype in DTYPES, op, "x", x.dtype, f"one of {DTYPES}")
     expect(x.ndim == 2, op, "x", f"shape {tuple(x.shape)}", "[tokens, hidden]")
-    expect(args[3].ndim == 4, op, "words13", f"shape {tuple(args[3].shape)}", "[experts, ...]")
-    lead = tuple(args[3].shape[:1])
-    w13 = checked_packed(op, x.device, args[_W13], "13", lead)
-    w2 = checked_packed(op, x.device, args[_W2], "2", lead)
-    expect(function in FUNCTIONS, op, "function", repr(function), f"one of {FUNCTIONS}")
-    activation = Activation(function, *numbers)
+    expect(words.ndim == 4, op, "words13", f"shape {tuple(words.shape)}", "[experts, ...]")
+    lead = tuple(words.shape[:1])
+    w13 = checked_packed(op, x.device, given.w13, "13", lead)
+    w2 = checked_packed(op, x.device, given.w2, "2", lead)
+    expect(activation.function in FUNCTIONS, op, "function", repr(activation.function), f"one of {FUNCTIONS}")
     rows = w2.k * (2 if activation.gated else 1)
     expect(w13.k == x.shape[1], op, "x", f"shape {tuple(x.shape)}", f"[tokens, {w13.k}]")
     expect(w13.n == rows, op, "n13", w13.n, f"{rows}, for {w2.k} columns of the second product")
@@ -115,57 +149,58 @@ def _checked(op: str, args: tuple[Any, ...]) -> Experts:
     if expert_map is not None:
         expect(expert_map.ndim == 1, op, "expert_map", f"shape {tuple(expert_map.shape)}", "[all experts]")
         expect(expert_map.dtype in _ID_DTYPES, op, "expert_map", expert_map.dtype, f"one of {_ID_DTYPES}")
-    given = {"topk_weights": topk_weights, "topk_ids": topk_ids, "bias13": bias13, "bias2": bias2, "map": expert_map}
-    for name, t in given.items():
+    tensors = {"topk_weights": topk_weights, "topk_ids": topk_ids, "bias13": bias13, "bias2": bias2, "map": expert_map}
+    for name, t in tensors.items():
         if t is not None:
             expect(t.device == x.device, op, name, f"device {t.device}", f"that of the input, {x.device}")
-    return Experts(w13, w2, activation, bias13, bias2, weight_on_input)
+    return given, Experts(w13, w2, activation, bias13, bias2, given.weight_on_input)
 
 
 def _fake(*args: Any) -> Tensor:
-    x: Tensor = args[0]
-    return x.new_empty(output_shape(x.shape, _checked("moe", args).w2.n))
+    given, experts = _checked("moe", args)
+    x: Tensor = given.x
+    return x.new_empty(output_shape(x.shape, experts.w2.n))
 
 
 def _blocks(*args: Any) -> Tensor:
-    return moe_by_blocks(args[0], _checked("moe", args), args[1], args[2], args[-1])
+    given, experts = _checked("moe", args)
+    return moe_by_blocks(given.x, experts, given.topk_weights, given.topk_ids, given.expert_map)
 
 
 def _cuda(*args: Any) -> Tensor:
-    x = args[0]
-    if not uses_triton(x.device) or x.dtype == torch.float32:
+    given, experts = _checked("moe", args)
+    if not uses_triton(given.x.device) or given.x.dtype == torch.float32:
         return _blocks(*args)
     from marlin_w4a16.kernels.moe import moe as fused  # Triton is on Linux only
 
-    return fused(x, _checked("moe", args), args[1], args[2], args[-1])
+    return fused(given.x, experts, given.topk_weights, given.topk_ids, given.expert_map)
 
 
 def _grad(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    experts = _checked("moe_grad", args)
-    wanted = output_shape(args[0].shape, experts.w2.n)
+    given, experts = _checked("moe_grad", args)
+    wanted = output_shape(given.x.shape, experts.w2.n)
     expect(tuple(grad.shape) == wanted, "moe_grad", "grad", f"shape {tuple(grad.shape)}", wanted)
-    return moe_gradients(grad, args[0], experts, args[1], args[2], args[-1])
+    return moe_gradients(grad, given.x, experts, given.topk_weights, given.topk_ids, given.expert_map)
 
 
 def _fake_grad(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    experts, x, weights = _checked("moe_grad", args), args[0], args[1]
+    given, experts = _checked("moe_grad", args)
+    x, weights = given.x, given.topk_weights
     biases = [x.new_empty(0) if b is None else b.new_empty(b.shape) for b in (experts.bias13, experts.bias2)]
     return x.new_empty(x.shape), weights.new_empty(weights.shape), *biases
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.places = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
-    ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
+    save(ctx, inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    args = list(ctx.rest)
-    for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-        args[place] = tensor
+    args = saved(ctx)
     found = torch.ops.marlin_w4a16.moe_grad(grad, *args)
     gradients: list[Tensor | None] = [None] * len(args)
-    for place, tensor in zip((0, 1, _BIASES.start, _BIASES.start + 1), found, strict=True):
+    places = arguments_of(range(len(args)))
+    differentiable = places.x, places.topk_weights, places.bias13, places.bias2
+    for place, tensor in zip(differentiable, found, strict=True):
         if ctx.needs_input_grad[place]:
             gradients[place] = tensor
     return tuple(gradients)
@@ -190,13 +225,7 @@ def _autocast(device_type: str) -> None:
     library.impl("moe", cast, AUTOCAST_KEYS[device_type])
 
 
-for _op, _forward, _gpu, _meta, _derivative, _context in (
-    ("moe", _blocks, _cuda, _fake, _backward, _setup),
-    ("moe_grad", _grad, _grad, _fake_grad, _no_backward, _setup_nothing),
-):
-    library.impl(_op, _forward, "CPU")
-    library.impl(_op, _gpu, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{_op}", _meta, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{_op}", _derivative, setup_context=_context, lib=library)
+register("moe", _blocks, _cuda, _fake, _backward, _setup)
+register("moe_grad", _grad, _grad, _fake_grad, _no_backward, _setup_nothing)
 for _device in AUTOCAST_KEYS:
     _autocast(_device)

@@ -38,7 +38,7 @@ class Experts:
 
 
 def pack_experts(
-    w13: FP4Weight | PackedFP4, w2: FP4Weight | PackedFP4, order: Order | None
+    w13: FP4Weight | PackedFP4, w2: FP4Weight | PackedFP4, order: Order | str | None
 ) -> tuple[PackedFP4, PackedFP4]:
     """Packs the weights of a mixture's experts, one expert at a time; what is packed already is returned as it is.
 
@@ -60,13 +60,13 @@ def pack_experts(
 
 
 def unpack_experts(
-    w13: PackedFP4, w2: PackedFP4, order: Order | None, intermediate: int, name: str = "experts"
+    w13: PackedFP4, w2: PackedFP4, order: Order | str | None, intermediate: int, name: str = "experts"
 ) -> tuple[FP4Weight, FP4Weight]:
     """The inverse of `pack_experts` for ``intermediate`` rows of each kind, bit for bit."""
     return unpack_first(w13, w2.k, order, intermediate, f"{name}.w13"), w2.unpack(f"{name}.w2")
 
 
-def unpack_first(w13: PackedFP4, width: int, order: Order | None, intermediate: int, name: str) -> FP4Weight:
+def unpack_first(w13: PackedFP4, width: int, order: Order | str | None, intermediate: int, name: str) -> FP4Weight:
     """The first product of one expert or of all, its rows in their own order.
 
     Args:
@@ -81,20 +81,22 @@ def unpack_first(w13: PackedFP4, width: int, order: Order | None, intermediate: 
     return paired.derived(paired.codes[at], paired.scales[at], paired.multiplier[at])
 
 
-def pack_bias(bias: Tensor, width: int, order: Order | None) -> Tensor:
+def pack_bias(bias: Tensor, width: int, order: Order | str | None) -> Tensor:
     """The biases ``[experts, rows]`` of the first product in packed order, zeros beside the rows of zeros."""
     intermediate = bias.shape[-1] // (1 if order is None else 2)
     rows = packed_rows(intermediate, width, order).to(bias.device)
     return torch.where(rows >= 0, bias[:, rows.clamp(min=0)], 0)
 
 
-def unpack_bias(bias: Tensor, intermediate: int, order: Order | None) -> Tensor:
+def unpack_bias(bias: Tensor, intermediate: int, order: Order | str | None) -> Tensor:
     """The inverse of `pack_bias` for ``intermediate`` rows of each kind."""
     width = bias.shape[-1] // (1 if order is None else 2)
     return bias[:, places(intermediate, width, order).to(bias.device)]
 
 
-def pack_first(parts: Iterable[FP4Weight], experts: int, width: int, order: Order | None) -> PackedFP4:
+def pack_first(
+    parts: Iterable[FP4Weight], experts: int, width: int, order: Order | str | None, into: PackedFP4 | None = None
+) -> PackedFP4:
     """Packs the first products of a mixture, one expert at a time: each may be let go before the next is made.
 
     Args:
@@ -102,21 +104,22 @@ def pack_first(parts: Iterable[FP4Weight], experts: int, width: int, order: Orde
         experts: how many there are.
         width: columns of the second product: i, padded to whole groups.
         order: see `pack_experts`.
+        into: what is packed over, at its addresses, or None for new tensors.
     """
 
     def placed(part: FP4Weight) -> FP4Weight:
         return _placed(part, packed_rows(part.n // (1 if order is None else 2), width, order))
 
-    return pack_each(map(placed, parts), experts)
+    return pack_each(map(placed, parts), experts, into)
 
 
-def pack_each(parts: Iterable[FP4Weight], experts: int) -> PackedFP4:
-    """Packs equal matrices into one stack, one at a time.
+def pack_each(parts: Iterable[FP4Weight], experts: int, packed: PackedFP4 | None = None) -> PackedFP4:
+    """Packs equal matrices into one stack, one at a time; over ``packed``, if it is given.
 
     Raises:
         ValueError: there are fewer than ``experts``, or they differ in shape or format.
     """
-    packed, count = None, 0
+    count = 0
     for part in parts:
         packed = packed or empty_packed(part, part.n, experts)
         pack_into(part, packed.matrix(count))
@@ -126,7 +129,7 @@ def pack_each(parts: Iterable[FP4Weight], experts: int) -> PackedFP4:
     return packed
 
 
-def _pack_first(w13: FP4Weight, width: int, order: Order | None) -> PackedFP4:
+def _pack_first(w13: FP4Weight, width: int, order: Order | str | None) -> PackedFP4:
     halves = 1 if order is None else 2
     intermediate = w13.n // halves
     if w13.codes.ndim != 3 or w13.n % halves or not 0 <= width - intermediate < 128:
@@ -135,11 +138,7 @@ def _pack_first(w13: FP4Weight, width: int, order: Order | None) -> PackedFP4:
             f"{w13.name}: found {found}, expected [experts, {'2 i' if halves == 2 else 'i'}] for a second product of "
             f"{width} columns, which are i, padded to whole groups"
         )
-    rows = packed_rows(intermediate, width, order)
-    packed = empty_packed(w13, len(rows))
-    for expert, part in enumerate(w13.matrices()):
-        pack_into(_placed(part, rows), packed.matrix(expert))
-    return packed
+    return pack_first(w13.matrices(), len(w13.codes), width, order, empty_packed(w13, halves * width))
 
 
 def _placed(part: FP4Weight, rows: Tensor) -> FP4Weight:

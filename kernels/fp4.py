@@ -6,20 +6,24 @@ Formats: E2M1 elements and E8M0 scales as in the OCP Microscaling specification 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-ScaleKind = Literal["e4m3", "e8m0"]
-SCALE_KINDS: tuple[ScaleKind, ...] = ("e4m3", "e8m0")
-SCALE_DTYPES: dict[torch.dtype, ScaleKind] = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
+from marlin_w4a16.kernels.scale_bytes import (
+    SCALE_DTYPES,
+    SCALE_KINDS,
+    ScaleKind,
+    e8m0_exponents,
+    e8m0_of,
+    first_nan,
+    scale_table,
+)
+
 GROUP_SIZES = (16, 32)
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
-E8M0_BIAS = 127
-E8M0_NAN = 255
+E2M1_MAX = 6.0
 # Exponents e for which every E2M1 code times 2**e is exact in the dtype, its subnormals included.
 EXACT_EXPONENTS = {torch.float16: (-23, 13), torch.bfloat16: (-127, 125), torch.float32: (-127, 125)}
 
@@ -91,9 +95,7 @@ class FP4Weight:
 
     def row_blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[slice, "FP4Weight"]]:
         """Walks the rows of a 2-D weight in blocks of about ``elements`` values, as views."""
-        rows = max(1, elements // max(1, self.k))
-        for start in range(0, self.n, rows):
-            at = slice(start, min(start + rows, self.n))
+        for at in row_slices(self.n, self.k, elements):
             yield at, self.derived(self.codes[at], self.scales[at], self.multiplier[at])
 
     def matrices(self) -> Iterator["FP4Weight"]:
@@ -222,14 +224,15 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return odd.view(torch.float32).to(dtype)
 
 
-def scale_table(kind: ScaleKind, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The values of the 256 scale bytes, ``[256]``."""
-    byte = torch.arange(256)
-    if kind == "e4m3":
-        values = byte.to(torch.uint8).view(torch.float8_e4m3fn).double()
-    else:
-        values = torch.where(byte == E8M0_NAN, torch.nan, torch.exp2((byte - E8M0_BIAS).double()))
-    return values.to(dtype).to(device)
+def block_rows(k: int, elements: int = BLOCK_ELEMENTS) -> int:
+    """How many rows of ``k`` values make a block of about ``elements``."""
+    return max(1, elements // max(1, k))
+
+
+def row_slices(n: int, k: int, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+    """The rows of ``[n, k]`` in blocks of about ``elements`` values."""
+    rows = block_rows(k, elements)
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
 def _pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -264,12 +267,10 @@ def _check_structure(w: FP4Weight) -> None:
 
 
 def _check_values(w: FP4Weight) -> None:
-    nan = (w.scales & 0x7F) == 0x7F if w.kind == "e4m3" else w.scales == E8M0_NAN
-    if bool(nan.any()):
-        at = tuple(nan.nonzero()[0].tolist())
-        raise ValueError(
-            f"{w.name}: scales: found NaN (byte {int(w.scales[at]):#x}) at {list(at)}, expected finite {w.kind} codes"
-        )
+    nan = first_nan(w.scales, w.kind)
+    if nan is not None:
+        byte = int(w.scales[tuple(nan)])
+        raise ValueError(f"{w.name}: scales: found NaN (byte {byte:#x}) at {nan}, expected finite {w.kind} codes")
     bad = ~w.multiplier.isfinite()
     if bool(bad.any()):
         at = tuple(bad.nonzero()[0].tolist())
@@ -279,18 +280,17 @@ def _check_values(w: FP4Weight) -> None:
 
 def _moved(part: FP4Weight, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
     """E8M0 scales between two exponents, the power of two that each row gives away for it, and the span of each row."""
-    used, exponent = _nonzero_groups(part), part.scales.int() - E8M0_BIAS
+    used, exponent = _nonzero_groups(part), e8m0_exponents(part.scales)
     top = exponent.masked_fill(~used, -1000).amax(-1, keepdim=True)
     bottom = exponent.masked_fill(~used, 1000).amin(-1, keepdim=True)
     shift = (top - high).clamp(min=0) + (bottom - low).clamp(max=0)  # one of them is 0, or the span too wide
-    moved = (exponent - shift).clamp(low, high)
-    return (moved + E8M0_BIAS).to(torch.uint8), shift[:, 0], (top - bottom)[:, 0]
+    return e8m0_of((exponent - shift).clamp(low, high)), shift[:, 0], (top - bottom)[:, 0]
 
 
 def _check_fits(part: FP4Weight, first: int, bad: Tensor, dtype: torch.dtype, low: int, high: int) -> None:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        used = part.scales[row][_nonzero_groups(part)[row]].int() - E8M0_BIAS
+        used = e8m0_exponents(part.scales[row][_nonzero_groups(part)[row]])
         raise ValueError(
             f"{part.name}: scales: row {first + row} holds powers of two from {int(used.min())} to {int(used.max())}, "
             f"expected a span of at most {high - low} for {dtype}"

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import E8M0_BIAS, ScaleKind
-from marlin_w4a16.kernels.quantize import E2M1_MAX, E4M3_MAX
+from marlin_w4a16.kernels.fp4 import E2M1_MAX
+from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, E8M0_BIAS, ScaleKind
 
 # How an E8M0 scale is rounded: compressed-tensors rounds amax to two bits ("near"), ModelOpt takes
 # 2 ** ceil(log2(amax / 6)) ("up").

@@ -27,7 +27,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind, format_name
+from marlin_w4a16.kernels.fp4 import FP4Weight, block_rows, format_name
+from marlin_w4a16.kernels.scale_bytes import E8M0_BIAS, ScaleKind
 
 TILE = 64
 TILE_WORDS = TILE * TILE // 8
@@ -35,7 +36,7 @@ LAYOUT = "tile64"
 LAYOUTS = (LAYOUT,)
 
 PAIR_MASK = 0x81C081C0
-PAD_SCALE = {"e4m3": 0x38, "e8m0": 127}
+PAD_SCALE = {"e4m3": 0x38, "e8m0": E8M0_BIAS}
 # Where bits 3..0 (sign, magnitude) of the code of register 2 h + r go in its half word.
 _BIT_OF = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
 
@@ -165,7 +166,7 @@ def pack_into(weight: FP4Weight, packed: PackedFP4) -> None:
 
 def block_tiles(k: int) -> int:
     """Rows of tiles that make a block of bounded size in a weight of ``k`` columns."""
-    return max(1, BLOCK_ELEMENTS // max(1, k * TILE))
+    return block_rows(k * TILE)
 
 
 def tile_pairs(words: Tensor) -> list[Tensor]:

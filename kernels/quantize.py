@@ -10,11 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, E8M0_BIAS, FP4Weight, ScaleKind, as_bytes, fp4_weight
+from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, E2M1_MAX, FP4Weight, as_bytes, fp4_weight, row_slices
+from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, E4M3_TINY, ScaleKind, e8m0_exponents, e8m0_of
 
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
-E4M3_TINY = 2.0**-9
 # Midpoints between neighbouring magnitudes; a tie goes to the even code, which is the upper one at odd positions.
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _TIES_UP = (0.75, 1.75, 3.5)
@@ -55,8 +53,8 @@ def quantize_mxfp4(weight: Tensor, group: int = 32, name: str = "weight") -> FP4
 def _mxfp4_rows(part: Tensor) -> tuple[Tensor, Tensor]:
     part = part.double()  # ldexp by an exponent below -126 would flush in float32
     _, exponent = torch.frexp(part.abs().amax(-1))  # amax = m * 2**exponent, m in [0.5, 1)
-    byte = (exponent - 3 + E8M0_BIAS).clamp(0, 254).to(torch.uint8)
-    return encode(torch.ldexp(part, (E8M0_BIAS - byte.int()).unsqueeze(-1))), byte
+    byte = e8m0_of(exponent - 3)
+    return encode(torch.ldexp(part, -e8m0_exponents(byte).unsqueeze(-1))), byte
 
 
 def _by_rows(
@@ -70,9 +68,7 @@ def _by_rows(
     n, groups, group = blocks.shape
     codes = torch.empty((n, groups * group // 2), dtype=torch.uint8, device=blocks.device)
     scales = torch.empty((n, groups), dtype=torch.uint8, device=blocks.device)
-    step = max(1, _ELEMENTS // max(1, groups * group))
-    for start in range(0, n, step):
-        at = slice(start, start + step)
+    for at in row_slices(n, groups * group, _ELEMENTS):
         part, scale = quantize(blocks[at])
         codes[at], scales[at] = pack_nibbles(part.flatten(1)), as_bytes(scale)
     return fp4_weight(codes, scales, multiplier, kind=kind, name=name)

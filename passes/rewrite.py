@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from marlin_w4a16.kernels.expert_order import Order
-from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import compute_dtype
 from marlin_w4a16.passes.fuse.stage import fuse
 from marlin_w4a16.passes.graph.traced import Traced
@@ -22,7 +22,7 @@ from marlin_w4a16.passes.live.binding import fit
 from marlin_w4a16.passes.live.call import Rewritten
 from marlin_w4a16.passes.live.copies import Copies
 from marlin_w4a16.passes.mixture.proof import Prover
-from marlin_w4a16.passes.mixture.stacks import arranged
+from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.mixture.units import Unit, find_units
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Row
 from marlin_w4a16.passes.replace.edit import Edit
@@ -63,7 +63,7 @@ def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAU
 
 
 def _packed(weight: Weight, found: Found, order: Order | None) -> PackedFP4:
-    return pack(arranged(found.weight, weight.decode.matrices.batch, order))
+    return pack_stack(found.weight, weight.decode.matrices.batch, order)
 
 
 class _Prove:

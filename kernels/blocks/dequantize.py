@@ -7,17 +7,10 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import round_once
 from marlin_w4a16.kernels.layout import TILE, PackedFP4, block_tiles, tile_pairs, untile_rows, untile_scales
+from marlin_w4a16.kernels.scale_bytes import ScaleKind, scale_values
 
 
-def scale_values(scales: Tensor, kind: str) -> Tensor:
-    """The float32 values of scale bytes, exact for every finite code, subnormals included."""
-    if kind == "e4m3":
-        return scales.view(torch.float8_e4m3fn).float()
-    bits = (scales.int() << 23).clamp(min=1 << 22)  # byte 0 is 2**-127, a float32 subnormal
-    return bits.view(torch.float32)
-
-
-def decode_tiles(words: Tensor, scales: Tensor, kind: str, group: int) -> Tensor:
+def decode_tiles(words: Tensor, scales: Tensor, kind: ScaleKind, group: int) -> Tensor:
     """Tiles ``[R, C, ...]`` of a packed weight as float32 ``code * scale`` of shape ``[64 R, 64 C]``, exact."""
     pairs = torch.stack(tile_pairs(words), -1).view(torch.bfloat16)
     codes = untile_rows(pairs).float() * 2.0**126

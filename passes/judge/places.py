@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_DTYPES
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES
+from marlin_w4a16.kernels.scale_bytes import SCALE_DTYPES
 from marlin_w4a16.passes.judge.decode import Decode, Window
 from marlin_w4a16.passes.judge.recipe import Factor, Source
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, E2M1_VALUES, FP4Weight, ScaleKind, as_bytes
+from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, as_bytes, block_rows
 from marlin_w4a16.kernels.quantize import encode, pack_nibbles, quantize_mxfp4
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode, Window
 from marlin_w4a16.passes.judge.scales import to_e4m3, to_e8m0
@@ -153,8 +154,7 @@ def read_codes(source: Source, decode: Decode, leaves: Leaves, window: Window, r
     matrix = matrix if rows is None else matrix[rows]
     if per_column == 2:
         return coding(matrix)
-    step = max(1, BLOCK_ELEMENTS // decode.matrices.k)
-    return torch.cat([coding(part) for part in torch.split(matrix, step)])
+    return torch.cat([coding(part) for part in torch.split(matrix, block_rows(decode.matrices.k))])
 
 
 def read_scales(
@@ -203,10 +203,7 @@ class FromValue:
     def read(self, decode: Decode, leaves: Leaves, name: str) -> tuple[FP4Weight, Tensor]:
         """See `FromSources.read`; the nearest MXFP4 weight, which need not be the same."""
         value = decode.weight(leaves).detach()
-        parts = [
-            quantize_mxfp4(part, self.group, name)
-            for part in torch.split(value, max(1, BLOCK_ELEMENTS // value.shape[1]))
-        ]
+        parts = [quantize_mxfp4(part, self.group, name) for part in torch.split(value, block_rows(value.shape[1]))]
         codes, scales = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scales"))
         one = torch.ones(decode.rows, device=value.device)
         return FP4Weight(codes, scales, one, self.kind, self.group, name), one

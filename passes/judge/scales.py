@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import E8M0_BIAS, E8M0_NAN
+from marlin_w4a16.kernels.scale_bytes import first_nan, scale_bytes
 
 # The largest E4M3 value of each of the eight significands.
 _TOPS = (256.0, 288.0, 320.0, 352.0, 384.0, 416.0, 448.0, 240.0)
@@ -19,13 +19,12 @@ def to_e8m0(scales: Tensor) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: they are no such scales.
     """
-    significand, exponent = torch.frexp(scales.double())
-    factor = 2 * significand[:, :1]
-    byte = exponent - 1 + E8M0_BIAS
-    wrong = (2 * significand != factor) | (factor <= 0) | (byte < 0) | (byte >= E8M0_NAN) | ~scales.isfinite()
-    if bool(wrong.any()):
+    significand, _ = torch.frexp(scales[:, :1].double())
+    factor = 2 * significand
+    byte = scale_bytes(scales.double() / factor, "e8m0")
+    if bool((factor <= 0).any()) or first_nan(byte, "e8m0") is not None:
         raise ValueError("not powers of two times one factor a row")
-    return byte.to(torch.uint8), None if bool((factor == 1).all()) else factor[:, 0].float()
+    return byte, None if bool((factor == 1).all()) else factor[:, 0].float()
 
 
 def to_e4m3(scales: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -40,9 +39,9 @@ def to_e4m3(scales: Tensor) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: there is no such factor.
     """
-    exact = scales.float().to(torch.float8_e4m3fn)
-    if torch.equal(exact.float(), scales.float()):
-        return exact.view(torch.uint8), None
+    exact = scale_bytes(scales.float(), "e4m3")
+    if first_nan(exact, "e4m3") is None:
+        return exact, None
     if bool((scales < 0).any()) or not bool(scales.isfinite().all()):
         raise ValueError("negative or not finite")
     for rows in (scales.reshape(1, -1), scales):

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, FP4Weight, ScaleKind, format_name
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES, FP4Weight, format_name
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.passes.graph.constants import example
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode, Window

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.kernels.fp4 import FP4Weight, as_bytes, fp4_weight
 from marlin_w4a16.passes.outcome import Rejected
 
 _NAMES = ("NVFP4Tensor", "MXTensor")
@@ -59,17 +59,13 @@ def swizzle(scales: Tensor, shape: torch.Size) -> Tensor:
     Within a tile, row ``32 a + b`` and column ``c`` lie at ``[b, a, c]``. The inverse is `unswizzle`.
     """
     rows, columns = scales.shape
-    padded = torch.nn.functional.pad(_bytes(scales), (0, -columns % 4, 0, -rows % 128))
+    padded = torch.nn.functional.pad(as_bytes(scales), (0, -columns % 4, 0, -rows % 128))
     tiles = padded.reshape(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)  # R a b C c
     return tiles.permute(0, 3, 2, 1, 4).reshape(shape).view(scales.dtype)
 
 
 def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of `swizzle`."""
-    tiles = _bytes(scales).reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # R C b a c
+    tiles = as_bytes(scales).reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # R C b a c
     padded = tiles.permute(0, 3, 2, 1, 4).reshape(tiles.shape[0] * 128, tiles.shape[1] * 4)
     return padded[:rows, :columns].contiguous().view(scales.dtype)
-
-
-def _bytes(scales: Tensor) -> Tensor:
-    return scales.view(torch.uint8)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
-from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
+from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.graph.torch_private import is_wrapper
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.search import recognise
 from marlin_w4a16.passes.judge.verdict import Found, judge_again
 from marlin_w4a16.passes.live.snapshot import Snapshot, State, state_of, watched
-from marlin_w4a16.passes.mixture.stacks import arranged
+from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.outcome import Rejected, raised
 from marlin_w4a16.passes.settings import Rules
 
@@ -125,11 +125,10 @@ class Binding:
             fitted = fit(weight, self._dtype)
             if isinstance(fitted, Rejected):
                 return fitted
-            stack = arranged(fitted, batch, order)
             if copy is None:
-                copy = _COPIES[key] = _Copy(pack(stack), Snapshot(sources, state))
+                copy = _COPIES[key] = _Copy(pack_stack(fitted, batch, order), Snapshot(sources, state))
             else:
-                pack_into(stack, copy.packed)
+                pack_stack(fitted, batch, order, copy.packed)
                 copy.sources = Snapshot(sources, state)
         self._held[ids] = (
             copy,

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
-from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.expert_order import Order, kinds
 from marlin_w4a16.passes.outcome import Rejected
 
 # Which is the gate, the first or the second column of a pair, where pairs lie in halves or side by side.
-_LAYOUTS: tuple[tuple[Order, Order], ...] = (("gate_up", "up_gate"), ("interleaved", "interleaved_up_gate"))
+_LAYOUTS = ((Order.GATE_UP, Order.UP_GATE), (Order.INTERLEAVED, Order.INTERLEAVED_UP_GATE))
 _LIMIT = 100.0  # of the grid of the proof; numbers, and what lies around them, may be beyond
 _LARGEST = 1e12  # larger numbers limit nothing, and float32 does not hold products of them
 _REFERENCE = 0.7  # the gate while ups vary, and the up while gates do
@@ -106,11 +106,7 @@ def _layout(run: Callable[[Tensor], Tensor | Rejected], rows: int) -> tuple[Orde
 
 def _columns(layout: tuple[Order, ...], rows: int) -> tuple[slice, ...]:
     """The first columns of all pairs and the second ones, or all columns if they are not paired."""
-    if not layout:
-        return (slice(None),)
-    if "interleaved" in layout:
-        return slice(0, None, 2), slice(1, None, 2)
-    return slice(0, rows // 2), slice(rows // 2, None)
+    return kinds(layout[0] if layout else None, rows)
 
 
 def _line(numbers: Sequence[float]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from marlin_w4a16.fake_impls.grouped_linear import grouped_linear
 from marlin_w4a16.fake_impls.moe import moe
 from marlin_w4a16.kernels.activation import Activation
-from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.expert_order import Order, kinds
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.find.routes import as_rows, from_rows, multiply, ordered, run
@@ -222,10 +222,7 @@ def _lead(product: Product) -> list[int]:
 
 def _reach(sums: Tensor, order: Order | None) -> float:
     """What a tenth of the gates, and of the ups, are beyond, on either side."""
-    parts = [sums]
-    if order is not None:
-        parts = [sums[..., ::2], sums[..., 1::2]] if order.startswith("interleaved") else list(sums.chunk(2, -1))
-    sorted_parts = [part.flatten()[: 1 << 20].sort().values for part in parts]
+    sorted_parts = [sums[..., at].flatten()[: 1 << 20].sort().values for at in kinds(order, sums.shape[-1])]
     tenths = [
         (part[int(_BEYOND * (len(part) - 1))], part[-1 - int(_BEYOND * (len(part) - 1))]) for part in sorted_parts
     ]

@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import fx
 
+from marlin_w4a16.fake_impls.library import packed_of, split_weight
+from marlin_w4a16.fake_impls.moe import Arguments, activation_args, arguments_of
 from marlin_w4a16.kernels.activation import Activation
-from marlin_w4a16.kernels.layout import PackedFP4, packed_nbytes
+from marlin_w4a16.kernels.layout import packed_nbytes
 from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.graph.constants import example
 from marlin_w4a16.passes.graph.names import module_path, producer_of
@@ -17,8 +19,6 @@ from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.mixture.trial import Proved
 from marlin_w4a16.passes.outcome import Excluded, Mixture, Owned, Rejected, Replaced, Row
 from marlin_w4a16.passes.replace import linear, moe
-
-_WEIGHT = 9  # arguments that are a packed weight
 
 
 def row_of(
@@ -68,27 +68,24 @@ def row_of(
 
 def owned(graph: fx.Graph) -> Iterator[Row]:
     """The weights that their modules own packed."""
-    for words, calls in linear.find_packed(graph).items():
-        yield _owned("linear", words, calls[0].args[1 : 1 + _WEIGHT], len(calls), None)
-    mixtures: dict[tuple[Any, ...], list[fx.Node]] = {}
-    for node in moe.find_packed(graph):
-        mixtures.setdefault((node.args[3], node.args[3 + _WEIGHT]), []).append(node)
-    for calls in mixtures.values():
-        args: tuple[Any, ...] = calls[0].args
-        first, second = args[3 : 3 + _WEIGHT], args[3 + _WEIGHT : 3 + 2 * _WEIGHT]
-        count, chosen = example(args[3]).shape[0], size_hint(example(args[2]).shape[1])
-        experts = Mixture(int(count), chosen, str(Activation(*map(number_hint, args[23:29]))))
-        for weight in (first, second):
-            yield _owned("moe", weight[0], weight, len(calls), experts)
+    for calls in linear.find_packed(graph).values():
+        yield _owned("linear", split_weight(calls[0].args[1:])[0], len(calls), None)
+    mixtures: dict[tuple[fx.Node, fx.Node], list[Arguments]] = {}
+    for call in map(arguments_of, (node.args for node in moe.find_packed(graph))):
+        mixtures.setdefault((call.w13[0], call.w2[0]), []).append(call)
+    for (words, _), same in mixtures.items():
+        count, chosen = example(words).shape[0], size_hint(example(same[0].topk_ids).shape[1])
+        activation = Activation(*map(number_hint, activation_args(same[0].activation)))
+        for weight in (same[0].w13, same[0].w2):
+            yield _owned("moe", weight, len(same), Mixture(int(count), chosen, str(activation)))
 
 
-def _owned(op: str, words: fx.Node, weight: tuple[Any, ...], uses: int, experts: Mixture | None) -> Row:
-    _, scales, multiplier, n, k, group, kind, layout, _ = weight
-    packed = PackedFP4(example(words), example(scales), example(multiplier), n, k, kind, group, layout)
-    module, _, name = module_path(source_name(words)).rpartition(".")
+def _owned(op: str, weight: tuple[Any, ...], uses: int, experts: Mixture | None) -> Row:
+    packed = packed_of(fx.map_arg(weight, example))
+    module, _, name = module_path(source_name(weight[0])).rpartition(".")
     path = f"{module}.w{name.removeprefix('words')}" if op == "moe" else module
     served = serves(packed.words.device)
     kernel = "blocks" if isinstance(served, Rejected) else served  # the op runs everywhere
-    shape = (*map(int, packed.multiplier.shape[:-1]), n, k)
+    shape = (*map(int, packed.multiplier.shape[:-1]), packed.n, packed.k)
     outcome = Owned(f"marlin_w4a16::{op}", kernel, packed.nbytes)
     return Row(path, "packed", shape, packed.format, outcome, 0, uses, experts=experts)

@@ -1,12 +1,16 @@
 """Tensors of a linear become its weight and come back, bit for bit."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints import compressed_tensors, deepseek, gpt_oss, modelopt, storage
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage, FP8Storage, Part, Storage, exponent_bytes
+from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage, FP8Storage, Part, Storage
+from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, row_slices
+from marlin_w4a16.kernels.scale_bytes import scale_bytes as bytes_of_floats
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
@@ -148,9 +152,9 @@ def test_aliases_name_the_tensors_that_are_there():
 
 def test_the_bytes_of_powers_of_two():
     every = torch.arange(255, dtype=torch.uint8)
-    assert torch.equal(exponent_bytes(encoded(every, torch.float32)), every)
+    assert torch.equal(bytes_of_floats(encoded(every, torch.float32), "e8m0"), every)
     odd = torch.tensor([0.0, -1.0, 3.0, 1 + 2**-23, 2.0**-128, torch.inf, -torch.inf, torch.nan])
-    assert exponent_bytes(odd).tolist() == [255] * len(odd)
+    assert bytes_of_floats(odd, "e8m0").tolist() == [255] * len(odd)
 
 
 def shapes(codes: tuple[int, ...], scales: tuple[int, ...], prefix: str = "weight") -> dict[str, Entry]:
@@ -261,9 +265,9 @@ def rounded(exact: Tensor, bits: int) -> Tensor:
     return torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent)
 
 
-@pytest.fixture(params=[storage.BLOCK_ELEMENTS, 600, 1], ids=lambda n: f"blocks of {n}")
+@pytest.fixture(params=[BLOCK_ELEMENTS, 600, 1], ids=lambda n: f"blocks of {n}")
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(storage, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(storage, "row_slices", partial(row_slices, elements=request.param))
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)

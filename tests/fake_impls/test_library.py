@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from marlin_w4a16.fake_impls.library import CONTRACT, DTYPES, weight_args
+from marlin_w4a16.fake_impls.library import CONTRACT, DTYPES, packed_of, split_weight, weight_args
 from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.kernels.quantize import quantize_nvfp4
 
@@ -85,6 +85,15 @@ def test_a_weight_is_told_in_full_and_last_the_contract(op, of):
     assert not any(a.has_default_value() for a in schema)
     assert arguments(op)[f"contract{of}"] == CONTRACT
     assert call(op).dtype in DTYPES
+
+
+def test_a_weight_is_the_inverse_of_its_arguments():
+    packed = pack(quantize_nvfp4(torch.randn(40, 96)))
+    args = weight_args(packed)
+    assert weight_args(packed_of(args)) == args and packed_of(args).layout == packed.layout
+    named = packed_of(WEIGHT)
+    assert all(getattr(named, name) == name for name in WEIGHT[:-1])
+    assert split_weight((*args, "behind", None)) == (args, ("behind", None)) and split_weight(args) == (args, ())
 
 
 def wrong(t: torch.Tensor, **changes: Any) -> torch.Tensor:

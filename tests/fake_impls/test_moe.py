@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from dataclasses import replace
+from dataclasses import astuple, fields, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from marlin_w4a16.fake_impls.library import weight_args
-from marlin_w4a16.fake_impls.moe import activation_args, moe
+from marlin_w4a16.fake_impls.moe import Arguments, activation_args, arguments_of, moe
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.experts import Experts
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing
@@ -42,6 +42,21 @@ def arguments(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_
     """Those of the op, in its order."""
     packed = (*weight_args(experts.w13), *weight_args(experts.w2), experts.bias13, experts.bias2)
     return (x, weights, ids, *packed, *activation_args(experts.activation), experts.weight_on_input, expert_map)
+
+
+@pytest.mark.parametrize("op, before", [("moe", 0), ("moe_grad", 1)])
+def test_every_argument_of_the_schema_is_found_by_its_name(op, before):
+    schema = getattr(OPS, op).default._schema.arguments[before:]
+    found = arguments_of([argument.name for argument in schema])
+    weight = ("words", "scales", "multiplier", "n", "k", "group", "kind", "layout", "contract")
+    for field in fields(Arguments):
+        expected: Any = field.name
+        if field.name in ("w13", "w2"):
+            expected = tuple(f"{name}{field.name[1:]}" for name in weight)
+        elif field.name == "activation":
+            expected = Activation(*(f.name for f in fields(Activation)))
+            assert activation_args(expected) == astuple(expected) == tuple(f.name for f in fields(Activation))
+        assert getattr(found, field.name) == expected
 
 
 def rounded(mixture: Mixture, dtype: torch.dtype) -> Mixture:

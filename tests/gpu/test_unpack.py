@@ -6,9 +6,9 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from marlin_w4a16.kernels.blocks.dequantize import scale_values  # noqa: E402
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, scale_pairs, unpack_words  # noqa: E402
 from marlin_w4a16.kernels.layout import tile_pairs  # noqa: E402
+from marlin_w4a16.kernels.scale_bytes import scale_values  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

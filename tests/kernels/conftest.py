@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind
+from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 
 # torch's threads spin while they wait: more of them than cores, in several workers, cost up to ten times the time
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin_w4a16.kernels.activation import Activation
-from marlin_w4a16.kernels.blocks.dequantize import scale_values
 from marlin_w4a16.kernels.expert_order import ORDERS, packed_rows
 from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_bias, unpack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.kernels.scale_bytes import scale_values
 from mixtures.oracle import ACTIVATIONS, activated
 
 EVERY_ORDER = pytest.mark.parametrize("order", [None, *ORDERS])

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16 import Activation, FP4Weight, PackedExperts
+from marlin_w4a16 import Activation, FP4Weight, PackedExperts, explain
+from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.passes import outcome
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing
 
 HIDDEN, EXPERTS = 64, 4
@@ -245,6 +247,25 @@ def test_its_repr(name, formats, text):
     assert repr(module_of(draw_mixture(name=name, formats=formats))).startswith(text)
 
 
+def test_they_are_explained_with_every_number_of_the_activation():
+    activation = Activation("silu", True, 1.5, 2.5, 3.5, 4.5)
+    mixture = replace(draw_mixture(biases=True, weight_on_input=True), activation=activation)
+    rows = explain(module_of(mixture), *inputs()).owned
+    assert [row.shape for row in rows] == [(w.codes.shape[0], w.n, w.k) for w in (mixture.w13, mixture.w2)]
+    assert [row.experts for row in rows] == [outcome.Mixture(EXPERTS, 2, str(activation))] * 2
+
+
+def test_an_order_may_be_given_and_held_as_its_string():
+    mixture, (x, ids, weights) = draw_mixture(), inputs()
+    module = module_of(mixture)
+    assert module.order is Order.GATE_UP and b'"order": "gate_up"' in bytes(module.get_extra_state().tolist())
+    module.order = "gate_up"  # as a module that was pickled with a string has it
+    again = copy.deepcopy(module)
+    assert all(map(equal, again.to_fp4(), (mixture.w13, mixture.w2)))
+    assert_right(again, mixture, x, ids, weights)
+    again.load_state_dict(module_of(mixture).state_dict())
+
+
 def test_what_does_not_belong_together_is_refused():
     m = draw_mixture()
 
@@ -254,6 +275,7 @@ def test_what_does_not_belong_together_is_refused():
 
     refused("PackedExperts: order: found None, expected an order of gates and ups for silu(gate) * up", order=None)
     refused("order: found 'gate_up', expected None for relu2(z)", activation=Activation("relu2", False))
+    refused("order: found 'gate-up', expected one of ('gate_up', 'up_gate', ", order="gate-up")
     refused("bias13: found shape [4, 96], expected [4, 192]", bias13=torch.ones(4, 96))
     refused("bias2: found shape [64], expected [4, 64]", bias2=torch.ones(64))
     refused("expected [experts, 2 i] for a second product of 256 columns", w2=draw_mixture(intermediate=256).w2)

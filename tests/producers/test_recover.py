@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from marlin_w4a16 import FP4Weight
-from marlin_w4a16.kernels.fp4 import ScaleKind
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.recover import FORMULAS, dense, recover
 

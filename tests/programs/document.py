@@ -18,7 +18,8 @@ import torch
 
 from hf import matrix as checkpoints
 from marlin_w4a16.fake_impls.library import DTYPES
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, SCALE_KINDS, format_name
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES, format_name
+from marlin_w4a16.kernels.scale_bytes import SCALE_KINDS
 from marlin_w4a16.options import Options
 from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.find.products import CONSUMERS

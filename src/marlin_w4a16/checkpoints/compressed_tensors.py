@@ -5,7 +5,7 @@ from typing import Any
 
 from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
 from marlin_w4a16.checkpoints.storage import SCALE_DTYPES, Activations, FP4Storage, Part
-from marlin_w4a16.kernels.fp4 import ScaleKind
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.passes.outcome import Rejected
 
 NVFP4 = (

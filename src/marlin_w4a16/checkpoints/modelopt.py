@@ -6,7 +6,8 @@ from typing import Any
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
 from marlin_w4a16.checkpoints.storage import FLOATS, SCALE_DTYPES, Activations, FP4Storage, FP8Storage, Part
-from marlin_w4a16.kernels.fp4 import GROUP_SIZES, ScaleKind
+from marlin_w4a16.kernels.fp4 import GROUP_SIZES
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.passes.outcome import Rejected
 
 PRE_QUANT_SCALE = Part("pre_quant_scale", "pre-quant scale", FLOATS, ("k",), optional=True)

@@ -1,7 +1,7 @@
 """How one quantised weight is stored: its tensors, their dtypes and shapes, and which way they decode."""
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight, ScaleKind, format_name, fp4_weight, round_once
+from marlin_w4a16.kernels.fp4 import FP4Weight, format_name, fp4_weight, round_once, row_slices
 from marlin_w4a16.kernels.inputs import Rounding
+from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, fp8_codes, scale_bytes, scale_table
 
 FLOATS = ("F32", "BF16", "F16")
 SCALE_DTYPES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
@@ -137,7 +138,7 @@ class FP4Storage:
         if self.stacked:  # one expert of them
             codes = codes.flatten(1)
         if scales.dtype == torch.float32:
-            scales = exponent_bytes(scales)
+            scales = scale_bytes(scales, self.kind)
         return fp4_weight(codes, scales, factor, kind=self.kind, name=name)
 
     def write(self, weight: FP4Weight, kept: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
@@ -145,7 +146,7 @@ class FP4Storage:
         code, scale = self.leaf("codes"), self.leaf("scales")
         codes = weight.codes.view(weight.n, -1, weight.group // 2) if self.stacked else weight.codes
         scales, dtype = weight.scales, DTYPES[entries[scale].dtype]
-        scales = torch.exp2(scales.double() - 127).float() if dtype == torch.float32 else scales.view(dtype)
+        scales = e8m0_values(scales).float() if dtype == torch.float32 else scales.view(dtype)
         made = {code: codes.view(DTYPES[entries[code].dtype]), scale: scales}
         return {part.leaf: t for part in self.parts if (t := {**kept, **made}.get(part.leaf)) is not None}
 
@@ -223,7 +224,7 @@ class FP8Storage:
         """The weight ``[n, k]``, rounded once to ``dtype``."""
         codes, scale = tensors["weight"], _per_row(tensors["weight_scale"])
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        for rows in _row_blocks(*codes.shape):
+        for rows in row_slices(*codes.shape):
             out[rows] = round_once(codes[rows].double() * (scale[rows] if scale.ndim else scale), dtype)
         return out
 
@@ -234,7 +235,7 @@ class FP8Storage:
             ValueError: the weight is not what was loaded: it changed, or its dtype cannot hold the codes.
         """
         scale = _per_row(kept["weight_scale"]).to(weight.device)
-        every = torch.arange(0x7F, dtype=torch.uint8, device=weight.device).view(torch.float8_e4m3fn).double()
+        every = scale_table("e4m3", weight.device, torch.float64)[:0x7F]  # the finite ones that are not negative
         held = round_once(every * scale, weight.dtype)
         if not bool(held.isfinite().all() and (held.diff() > 0).all()):
             raise ValueError(
@@ -242,32 +243,19 @@ class FP8Storage:
                 "load in bfloat16 or float32 to save"
             )
         codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-        for rows in _row_blocks(*weight.shape):
-            by = scale[rows] if scale.ndim else scale
-            codes[rows] = (weight[rows].double() / by).to(torch.float8_e4m3fn)
-            again = round_once(codes[rows].double() * by, weight.dtype)
-            if not torch.allclose(again, weight[rows], rtol=0, atol=0, equal_nan=True):
+        for rows in row_slices(*weight.shape):
+            found = fp8_codes(weight[rows], scale[rows] if scale.ndim else scale, round_once)
+            if found is None:
                 raise ValueError(
                     f"{name}.weight: found values that are no FP8 codes times weight_scale, expected those loaded: "
                     "save with dequantize() to store what the layer holds now"
                 )
+            codes[rows] = found
         return {"weight": codes, **kept}
 
 
 Storage = FP4Storage | FP8Storage
 
 
-def exponent_bytes(scales: Tensor) -> Tensor:
-    """The E8M0 bytes of float32 powers of two; 255, which is NaN, for all else."""
-    fraction, exponent = torch.frexp(scales)
-    byte = exponent.int() + 126
-    return torch.where((fraction == 0.5) & (byte >= 0) & (byte < 255), byte, 255).to(torch.uint8)
-
-
 def _per_row(scale: Tensor) -> Tensor:
     return scale.double().reshape(-1, 1) if scale.numel() > 1 else scale.double().reshape(())
-
-
-def _row_blocks(n: int, k: int) -> Iterator[slice]:
-    rows = max(1, BLOCK_ELEMENTS // max(1, k))
-    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer, Problem
-from marlin_w4a16.checkpoints.storage import FP4Storage, Part, exponent_bytes
-from marlin_w4a16.kernels.fp4 import E8M0_NAN, as_bytes
+from marlin_w4a16.checkpoints.storage import FP4Storage, Part
+from marlin_w4a16.kernels.fp4 import as_bytes
+from marlin_w4a16.kernels.scale_bytes import first_nan, scale_bytes
 
 _READ = ("scales", "multiplier", "divisor", "pre-quant scale", "input multiplier", "input divisor")
 
@@ -71,16 +72,14 @@ def bad_values(layers: Iterable[Layer]) -> Iterator[Problem]:
 
 def _wrong(tensor: Tensor, layer: Layer, part: Part) -> tuple[str, str] | None:
     if part.role == "scales" and isinstance(layer.storage, FP4Storage):
-        if tensor.dtype == torch.float32:
-            odd = (exponent_bytes(tensor) == E8M0_NAN).nonzero()
-            at = odd[0].tolist() if len(odd) else []
-            return (f"{float(tensor[tuple(at)])} at {at}", "powers of two, 2**-127 to 2**127") if at else None
-        scales = as_bytes(tensor)
-        nan = (scales & 0x7F) == 0x7F if layer.storage.kind == "e4m3" else scales == E8M0_NAN
-        if bool(nan.any()):
-            at = nan.nonzero()[0].tolist()
-            return f"NaN (byte {int(scales[tuple(at)]):#x}) at {at}", f"finite {layer.storage.kind} scales"
-        return None
+        kind, floats = layer.storage.kind, tensor.dtype == torch.float32
+        scales = scale_bytes(tensor, kind) if floats else as_bytes(tensor)
+        at = first_nan(scales, kind)
+        if at is None:
+            return None
+        if floats:
+            return f"{float(tensor[tuple(at)])} at {at}", "powers of two, 2**-127 to 2**127"
+        return f"NaN (byte {int(scales[tuple(at)]):#x}) at {at}", f"finite {kind} scales"
     values = tensor.float()
     bad = ~torch.isfinite(values)
     if part.role.endswith("divisor"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.checkpoints.values import read
+from marlin_w4a16.kernels.scale_bytes import e8m0_values, fp8_codes
 
 SCALES = ("scale", "weight_scale_inv", "weight_scale")
 
@@ -79,11 +80,11 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _codes(name: str, weight: Tensor, scale: Tensor) -> Tensor:
     """The E4M3 codes of a weight that was decoded with a scale for each block."""
     rows, columns = (-(-size // blocks) for size, blocks in zip(weight.shape, scale.shape, strict=True))
-    factor = scale.double() if scale.dtype != torch.uint8 else torch.exp2(scale.double() - 127)
+    factor = scale.double() if scale.dtype != torch.uint8 else e8m0_values(scale)
     factor = factor.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     factor = factor[: weight.shape[0], : weight.shape[1]].to(weight.device)
-    codes = (weight.double() / factor).to(torch.float8_e4m3fn)
-    if not torch.equal((codes.double() * factor).to(weight.dtype), weight):
+    codes = fp8_codes(weight, factor, Tensor.to)
+    if codes is None or bool(codes.float().isnan().any()):
         raise CheckpointError(
             f"{name}: found values that are no FP8 codes times their scales in {weight.dtype}, expected those loaded: "
             "load in bfloat16 or float32 to save, or save what dequantize() gives"

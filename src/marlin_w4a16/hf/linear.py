@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES, Activations, FP4Storage, FP8Storage
-from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind, round_once
+from marlin_w4a16.kernels.fp4 import FP4Weight, round_once
 from marlin_w4a16.kernels.inputs import fake_quantize
+from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind
 from marlin_w4a16.modules.packed_linear import PackedLinear
 
 
@@ -181,7 +182,7 @@ class FP8Linear(nn.Linear):
         """``x @ weight.T + bias``, the input quantised first where the checkpoint says so."""
         if self.quantize_input:
             scale = self._kept("input_scale").float()
-            x = ((x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+            x = ((x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
         return super().forward(x)
 
     def _kept(self, leaf: str) -> Tensor:

@@ -50,13 +50,14 @@ class PackedExperts(PackedState):
         w13: FP4Weight,
         w2: FP4Weight,
         activation: Activation,
-        order: Order | None,
+        order: Order | str | None,
         bias13: Tensor | None = None,
         bias2: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
         weight_on_input: bool = False,
     ) -> None:
         super().__init__()
+        order = None if order is None else Order(order)
         _check(w13, w2, activation, order, bias13, bias2)
         packed = pack_experts(w13.fit_first(torch.float16, dtype), w2.fit_first(torch.float16, dtype), order)
         intermediate = w13.n // (1 if order is None else 2)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.fake_impls.linear import linear
-from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind
+from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.report.table import size
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
+from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.kernels.scale_bytes import ScaleKind, first_nan, scale_bytes
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense
@@ -146,8 +147,8 @@ def _dense(module: nn.Module, scheme: Any, status: str) -> FoundLinear | Rejecte
     parameters = _parameters(module)
     weight, scale = parameters["weight"].detach(), parameters["weight_scale"].detach()
     group = scheme.weights.group_size
-    scales = _scale_bytes(scale, _KINDS[group])
-    if scales is None or scale.ndim != 2 or scale.shape[1] * group != weight.shape[1]:
+    scales = scale_bytes(scale, _KINDS[group])
+    if first_nan(scales, _KINDS[group]) is not None or scale.ndim != 2 or scale.shape[1] * group != weight.shape[1]:
         return Rejected(f"its scales {tuple(scale.shape)} of {scale.dtype} are no FP4 scales in groups of {group}")
     value = weight
     if status != "decompressed":
@@ -165,16 +166,6 @@ def _dense(module: nn.Module, scheme: Any, status: str) -> FoundLinear | Rejecte
     kept = {"names": ("weight",), "formula": found[1], "dtype": weight.dtype}
     kept["requires_grad"] = parameters["weight"].requires_grad
     return FoundLinear(found[0], weight.dtype, bytes_of(weight), kept)
-
-
-def _scale_bytes(scale: Tensor, kind: ScaleKind) -> Tensor | None:
-    """Scales that were widened to a float dtype as the bytes they came from."""
-    if kind == "e4m3":
-        narrow = scale.to(torch.float8_e4m3fn)
-        return narrow.view(torch.uint8) if torch.equal(narrow.to(scale.dtype), scale) else None
-    fraction, exponent = torch.frexp(scale.float())
-    byte = exponent - 1 + E8M0_BIAS
-    return byte.to(torch.uint8) if bool(((fraction == 0.5) & (byte >= 0) & (byte < 255)).all()) else None
 
 
 def _set_divisor(parameters: dict[str, Any], weight: FP4Weight) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
-from marlin_w4a16.kernels.quantize import E2M1_MAX, E4M3_MAX, nvfp4_scales
+from marlin_w4a16.kernels.fp4 import E2M1_MAX, FP4Weight, fp4_weight
+from marlin_w4a16.kernels.quantize import nvfp4_scales
+from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind, e8m0_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense
@@ -155,5 +156,4 @@ def _scales(weight: Tensor, kind: ScaleKind, group: int, factor: Tensor) -> Tens
     blocks = weight.reshape(weight.shape[0], -1, group)
     if kind == "e4m3":
         return nvfp4_scales(blocks, factor)
-    binades = torch.log2(blocks.float().abs().amax(-1) / E2M1_MAX).clamp(min=-E8M0_BIAS).ceil()
-    return (binades + E8M0_BIAS).to(torch.uint8)
+    return e8m0_of(torch.log2(blocks.float().abs().amax(-1) / E2M1_MAX).ceil())

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind, as_bytes, scale_table
+from marlin_w4a16.kernels.fp4 import FP4Weight, as_bytes
 from marlin_w4a16.kernels.layout import PAD_SCALE
 from marlin_w4a16.kernels.quantize import encode, pack_nibbles
+from marlin_w4a16.kernels.scale_bytes import ScaleKind, scale_table
 from marlin_w4a16.passes.outcome import Rejected
 
 # How producers multiply code, scale and factor, in float32.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.expert_order import kinds
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import packed_nbytes
 from marlin_w4a16.modules.packed_experts import PackedExperts
@@ -63,7 +63,7 @@ def packed(module: Any, quantise: Callable[..., FP4Weight], group: int) -> Packe
         raise ValueError(found.reason)
     first, second = (f"its {name}" for name in names_of(module))
     given = (
-        _stacked(w13, _parts(found[1], w13.shape[1]), quantise, group, first),
+        _stacked(w13, kinds(found[1], w13.shape[1]), quantise, group, first),
         _stacked(w2, (slice(None),), quantise, group, second),
     )
     made = pack_experts_of(module, *given, w13.dtype)
@@ -76,15 +76,6 @@ def _weights(module: Any) -> tuple[Tensor, Tensor]:
     """Both as ``[experts, n, k]``, in the memory of the module."""
     w13, w2 = (getattr(module, name).detach() for name in names_of(module))
     return (w13.mT, w2.mT) if module.is_transposed and w13.ndim == w2.ndim == 3 else (w13, w2)
-
-
-def _parts(order: Order | None, rows: int) -> tuple[slice, ...]:
-    """The rows of one kind each."""
-    if order is None:
-        return (slice(None),)
-    if order.startswith("interleaved"):
-        return slice(0, None, 2), slice(1, None, 2)
-    return slice(0, rows // 2), slice(rows // 2, None)
 
 
 def _stacked(

@@ -15,10 +15,10 @@ from marlin_w4a16.kernels.blocks.dequantize import (
     dequantize,
     linear_by_blocks,
     linear_grad_input,
-    scale_values,
 )
 from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.kernels.scale_bytes import scale_values
 
 EDGES = [(1, 16), (64, 64), (65, 80), (63, 32), (200, 1120), (96, 2880), (1000, 2880)]
 FORMATS = [(kind, group, n, k) for kind in ("e4m3", "e8m0") for group in (16, 32) for n, k in EDGES if not k % group]

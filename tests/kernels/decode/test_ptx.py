@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.blocks.dequantize import scale_values
 from marlin_w4a16.kernels.decode.unpack import CODES_PTX, SCALES_PTX, UNPACK_GAIN
 from marlin_w4a16.kernels.layout import tile_pairs
+from marlin_w4a16.kernels.scale_bytes import scale_values
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

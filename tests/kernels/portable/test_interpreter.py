@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.blocks.dequantize import scale_values
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack, tile_pairs
+from marlin_w4a16.kernels.scale_bytes import scale_values
 
 GATE = 2.3e-4
 FORMATS = list(product(["e4m3", "e8m0"], [16, 32]))

@@ -1,10 +1,13 @@
 """How codes, scales and factors stand in the tensors of a graph, and the weight that is read from them."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from marlin_w4a16 import E2M1_VALUES, FP4Weight, quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16.kernels.fp4 import block_rows
 from marlin_w4a16.passes.judge.decode import Window
 from marlin_w4a16.passes.judge.recipe import (
     CODINGS,
@@ -286,7 +289,7 @@ def test_codes_of_a_computed_value_are_those_of_the_window_itself(decode_of, cod
 
 
 def test_values_are_read_in_blocks_of_rows(decode_of, monkeypatch):
-    monkeypatch.setattr("marlin_w4a16.passes.judge.recipe.BLOCK_ELEMENTS", 7 * K)
+    monkeypatch.setattr("marlin_w4a16.passes.judge.recipe.block_rows", partial(block_rows, elements=7 * K))
     weight, live = checkpoint()
     decode = decode_of(lambda c, s, f: by_groups(elements(c), s.float() * f), *live)
     (node,) = (i for i, n in enumerate(decode.nodes) if n.target == "flatten" and decode.roots(i) == [0])
@@ -386,7 +389,7 @@ def test_joined_recipes_of_two_graphs_read_alike(decode_of):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_that_are_mxfp4(decode_of, dtype, monkeypatch):
-    monkeypatch.setattr("marlin_w4a16.passes.judge.recipe.BLOCK_ELEMENTS", 7 * K)
+    monkeypatch.setattr("marlin_w4a16.passes.judge.recipe.block_rows", partial(block_rows, elements=7 * K))
     dense = quantize_mxfp4(torch.randn(N, K)).decode(dtype)
     decode = decode_of(lambda w: w.clone(), dense)
     recipe = FromValue()

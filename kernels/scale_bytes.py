@@ -1,0 +1,83 @@
+"""The bytes of block scales: from floats, to floats, and which are no numbers.
+
+E8M0 as in the OCP Microscaling specification v1.0: byte b is ``2 ** (b - 127)``, 255 is NaN. E4M3 is
+``torch.float8_e4m3fn``, in which FP8 weights are stored too: 0x7F and 0xFF are NaN, and nothing is infinite.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScaleKind = Literal["e4m3", "e8m0"]
+SCALE_KINDS: tuple[ScaleKind, ...] = ("e4m3", "e8m0")
+SCALE_DTYPES: dict[torch.dtype, ScaleKind] = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
+
+E8M0_BIAS = 127
+E4M3_MAX = 448.0
+E4M3_TINY = 2.0**-9
+_NAN: dict[ScaleKind, int] = {"e4m3": 0x7F, "e8m0": 0xFF}
+
+
+def scale_bytes(scales: Tensor, kind: ScaleKind) -> Tensor:
+    """The bytes of scales that are held in any float dtype; NaN for all that are no such scale."""
+    if kind == "e4m3":
+        near = scales.to(torch.float8_e4m3fn)
+        return near.view(torch.uint8).where(near.to(scales.dtype) == scales, _NAN[kind])
+    fraction, exponent = torch.frexp(scales.double())
+    byte = exponent - 1 + E8M0_BIAS
+    return byte.where((fraction == 0.5) & (byte >= 0) & (byte < _NAN[kind]), _NAN[kind]).to(torch.uint8)
+
+
+def scale_values(scales: Tensor, kind: ScaleKind) -> Tensor:
+    """The float32 values of finite bytes, exact, subnormals included; no table, so CUDA graphs can capture it."""
+    if kind == "e4m3":
+        return scales.view(torch.float8_e4m3fn).float()
+    bits = (scales.int() << 23).clamp(min=1 << 22)  # byte 0 is 2**-127, a float32 subnormal
+    return bits.view(torch.float32)
+
+
+def scale_table(kind: ScaleKind, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The values of the 256 bytes, ``[256]``, NaN included."""
+    byte = torch.arange(256).to(torch.uint8)
+    values = byte.view(torch.float8_e4m3fn).double() if kind == "e4m3" else e8m0_values(byte)
+    return values.to(dtype).to(device)
+
+
+def first_nan(scales: Tensor, kind: ScaleKind) -> list[int] | None:
+    """Where the first byte stands that is NaN, or None: all are finite."""
+    nan = _is_nan(scales, kind)
+    return list(map(int, nan.nonzero()[0])) if bool(nan.any()) else None
+
+
+def e8m0_values(scales: Tensor) -> Tensor:
+    """The float64 values of E8M0 bytes, NaN included."""
+    return torch.exp2(e8m0_exponents(scales).double()).masked_fill(_is_nan(scales, "e8m0"), torch.nan)
+
+
+def e8m0_exponents(scales: Tensor) -> Tensor:
+    """The powers of two that E8M0 bytes are, int32."""
+    return scales.int() - E8M0_BIAS
+
+
+def e8m0_of(exponents: Tensor) -> Tensor:
+    """The inverse of `e8m0_exponents`; beyond the range its nearest end."""
+    return (exponents + E8M0_BIAS).clamp(0, _NAN["e8m0"] - 1).to(torch.uint8)
+
+
+def fp8_codes(values: Tensor, scale: Tensor, rounded: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor | None:
+    """The E4M3 codes that give values again when they are multiplied by float64 scales, or None: there are none.
+
+    Args:
+        values: any float dtype; NaN becomes a NaN, maybe of the other sign.
+        scale: float64, of the shape of the values or one that is broadcast to it.
+        rounded: how the products became values: from float64 to a dtype.
+    """
+    codes = (values.double() / scale).to(torch.float8_e4m3fn)
+    again = rounded(codes.double() * scale, values.dtype)
+    return codes if torch.allclose(again, values, rtol=0, atol=0, equal_nan=True) else None
+
+
+def _is_nan(scales: Tensor, kind: ScaleKind) -> Tensor:
+    return (scales & 0x7F) == _NAN[kind] if kind == "e4m3" else scales == _NAN[kind]
