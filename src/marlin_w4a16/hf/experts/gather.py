@@ -180,5 +180,5 @@ def _refused(mixture: Mixture, module: Any) -> Problem | None:
             return Problem(file, f"{path}.{name}", told, f"{experts} of {rows} x {columns}, as the model has")
     gating = gating_on_cpu(module, mixture.rows)
     if isinstance(gating, Rejected):
-        return Problem(file, path, gating.why, gating.detail or "experts that run as one op")
+        return Problem(file, path, f"experts that do not run as one op: {gating.reason}", "experts that do")
     return None
