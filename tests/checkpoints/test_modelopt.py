@@ -108,7 +108,7 @@ def test_mixed_precision(values):
     up, gate = found["model.layers.0.mlp.up_proj"], found["model.layers.0.mlp.gate_proj"]
     assert (up.label, up.groups, up.activations) == ("ModelOpt W4A16_NVFP4", (32,), None)
     assert (gate.label, gate.groups, gate.activations.told) == ("ModelOpt NVFP4", (16,), W4A4)
-    assert found["model.layers.0.self_attn.k_proj"].why == "ModelOpt's INT4_AWQ"
+    assert found["model.layers.0.self_attn.k_proj"].found == "ModelOpt's INT4_AWQ"
     assert not any(found[path] for path in (DOWN, "lm_head", "model.embed_tokens"))
     assert (scheme.algorithm, scheme.ignore) == ("MIXED_PRECISION", ())
 
