@@ -71,6 +71,10 @@ class Hook:
     owner: Callable[[], nn.Module | None]
     call: Callable[..., Any]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        owner = memo.get(id(self.owner()))  # None where only a part of its model is copied
+        return replace(self, owner=weakref.ref(owner) if owner is not None else lambda: None)
+
     def put_back(self, module: nn.Module, model: nn.Module) -> None:
         """Hangs it where it was, or on ``model`` if that is gone; if it ran meanwhile, decompresses ``module``."""
         owner: Any = self.owner() or model

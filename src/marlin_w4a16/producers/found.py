@@ -1,8 +1,8 @@
-"""What a producer's module holds."""
+"""What a producer's module holds, and what the file of a producer can do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,26 @@ class FoundExperts:
     nbytes: int
     kept: Mapping[str, Any]
     activations: str | None = None
+
+
+class Reader(Protocol):
+    """Reads the modules of a producer."""
+
+    def read(self, module: Any, recover: bool) -> FoundLinear | FoundExperts | Rejected | None:
+        """What a module holds; None: it is not of this producer.
+
+        ``recover`` allows a dense weight to be read back as the codes it was decoded from.
+        """
+
+
+class Producer(Reader, Protocol):
+    """Reads the modules of a producer, lets their weights go, and gives them back."""
+
+    def strip(self, module: Any, kept: Mapping[str, Any]) -> None:
+        """Lets the weights of a module go; the rest of it stays."""
+
+    def fill(self, module: Any, weight: Any, kept: Mapping[str, Any]) -> None:
+        """The inverse of `strip`, bit for bit, on the weight's device; experts take a pair of weights."""
 
 
 def is_of(package: str, value: object) -> bool:

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.modules.swaps import PACKED, Places, Swap, Swaps, held, place, places_of
 from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts
 from marlin_w4a16.options import Options, unknown
 from marlin_w4a16.passes.settings import Settings
-from marlin_w4a16.prepare import Origin
 from marlin_w4a16.producers.found import bytes_of, holds_values
 from marlin_w4a16.quantize import experts, linear
 from marlin_w4a16.quantize.dense import is_plain
