@@ -16,12 +16,12 @@ from marlin_w4a16.modules.swaps import HOOKS, PACKED, Places, Swap, Swaps, has_h
 from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers import compressed_tensors, modelopt, modelopt_experts, torchao, torchao_experts
-from marlin_w4a16.producers.found import FoundExperts, FoundLinear, Producer, Reader
+from marlin_w4a16.producers.found import FoundExperts, FoundLinear, ModuleReader, Producer
 from marlin_w4a16.report.progress import track
 
 LINEARS: dict[str, Producer] = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
 EXPERTS: dict[str, Producer] = {"torchao": torchao_experts}
-READERS_OF_EXPERTS: dict[str, Reader] = {"ModelOpt": modelopt_experts, **EXPERTS}
+READERS_OF_EXPERTS: dict[str, ModuleReader] = {"ModelOpt": modelopt_experts, **EXPERTS}
 
 
 def prepare(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import E8M0_BIAS, FP4Weight, ScaleKind, fp4_weight
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factors_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense
 from marlin_w4a16.producers.recover import recover as recover_codes
 
@@ -183,7 +183,7 @@ def _scale_bytes(scale: Tensor, kind: ScaleKind) -> Tensor | None:
 
 def _set_divisor(parameters: dict[str, Any], weight: FP4Weight) -> Tensor:
     """Sets the global scale to that of the weight; returns it as a divisor, or 1 where the format has none."""
-    factor, divisor = factor_of(weight), parameters.get("weight_global_scale")
+    factor, divisor = factors_of(weight), parameters.get("weight_global_scale")
     if divisor is None:
         if factor != 1:
             raise ValueError(

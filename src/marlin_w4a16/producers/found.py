@@ -50,7 +50,7 @@ class FoundExperts:
     activations: str | None = None
 
 
-class Reader(Protocol):
+class ModuleReader(Protocol):
     """Reads the modules of a producer."""
 
     def read(self, module: Any, recover: bool) -> FoundLinear | FoundExperts | Rejected | None:
@@ -60,7 +60,7 @@ class Reader(Protocol):
         """
 
 
-class Producer(Reader, Protocol):
+class Producer(ModuleReader, Protocol):
     """Reads the modules of a producer, lets their weights go, and gives them back."""
 
     def strip(self, module: Any, kept: Mapping[str, Any]) -> None:
@@ -88,15 +88,6 @@ def holds_values(*tensors: Tensor | None) -> bool:
 def bytes_of(*tensors: Tensor) -> int:
     """Bytes of some tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def factor_of(weight: FP4Weight) -> Tensor:
-    """The one factor of all rows as a float32 scalar.
-
-    Raises:
-        ValueError: rows have different ones, which no producer's linear can hold.
-    """
-    return factors_of(weight)
 
 
 def factors_of(weight: FP4Weight) -> Tensor:
