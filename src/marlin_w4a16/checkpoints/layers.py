@@ -1,5 +1,6 @@
 """What a checkpoint holds: its tensors held against its scheme, layer by layer."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_s
 STACK = "_proj_weight_scale"
 # Leaves that may stand beside them: a bias, and the scales of a quantised cache.
 BESIDE = {"bias", "k_scale", "v_scale", "q_scale"}
+# ModelOpt: self_attn.k_proj.k_scale, compressed-tensors: self_attn.k_scale
+CACHE_SCALE = re.compile(r"\.[qkv]_scale$")
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,8 +106,8 @@ def load(found: Inspection, work: Work, dequantize: bool) -> "PreTrainedModel":
     if found.config == HF_QUANT_CONFIG:
         choices["quantization_config"] = configs.ModelOptConfig.of(str(found.folder), dequantize=dequantize)
     elif dequantize:
-        (row,) = (row for row in registry.FORMATS if row.producer == found.producer)
-        choices["quantization_config"] = getattr(configs, row.options)(dequantize=True)
+        options = next(row.options for row in registry.FORMATS if row.producer == found.producer)
+        choices["quantization_config"] = getattr(configs, options)(dequantize=True)
     if work.device == "cuda":
         choices["device_map"] = "cuda"
     dtype = getattr(torch, work.dtype)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from marlin_w4a16.checkpoints import files
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.checkpoints.layers import QUANTISED, Contents, Layer, Problem, contents
+from marlin_w4a16.checkpoints.layers import CACHE_SCALE, QUANTISED, Contents, Layer, Problem, contents
 from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
@@ -21,7 +21,6 @@ from marlin_w4a16.report.table import collapse_paths
 
 Outcome = Literal["packed", "decoded", "dense", "unused", "left", "refused"]
 PACKED = {"U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}  # in which others keep quantised weights
-CACHE_SCALE = re.compile(r"\.[qkv]_scale$")  # as in hf/placing.py, which needs transformers
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST = 8

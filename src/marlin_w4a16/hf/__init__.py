@@ -14,9 +14,10 @@ from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.hf import configs, quantizer
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
-from marlin_w4a16.hf.experts.implementation import pack_experts_of
+from marlin_w4a16.hf.experts import implementation as implementation
 from marlin_w4a16.hf.generation import compile_blocks
 from marlin_w4a16.hf.loaded import Loaded
+from marlin_w4a16.modules.transformers_experts import pack_experts_of
 
 __all__ = [
     "CheckpointError",
