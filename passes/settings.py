@@ -1,5 +1,6 @@
 """What a user may choose about the pass; the front door's options say what each means."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -38,11 +39,22 @@ class Settings:
     grouped: bool = True
 
     def excluded(self, path: str) -> Excluded | None:
-        """Why a weight is to be left alone, or None. Globs match its path or that of its module."""
-        names = path, path.rpartition(".")[0]
-        for pattern in self.exclude:
-            if any(fnmatchcase(name, pattern) for name in names):
-                return Excluded(f"it matches exclude={pattern!r}")
-        if self.include is not None and not any(fnmatchcase(n, pattern) for pattern in self.include for n in names):
-            return Excluded(f"it matches none of include={', '.join(map(repr, self.include))}")
+        """Why a weight is to be left alone, or None."""
+        return excluded_by(path, self.exclude) or not_included(path, self.include)
+
+
+def excluded_by(path: str, exclude: Iterable[str]) -> Excluded | None:
+    """The first glob that a weight matches, or None."""
+    return next((Excluded(f"it matches exclude={glob!r}") for glob in exclude if _matches(path, glob)), None)
+
+
+def not_included(path: str, include: Iterable[str] | None) -> Excluded | None:
+    """The globs, where there are any, of which a weight matches none, or None."""
+    if include is None or any(_matches(path, glob) for glob in include):
         return None
+    return Excluded(f"it matches none of include={', '.join(map(repr, include))}")
+
+
+def _matches(path: str, glob: str) -> bool:
+    """Globs match the path of a weight or that of its module."""
+    return fnmatchcase(path, glob) or fnmatchcase(path.rpartition(".")[0], glob)

@@ -56,8 +56,7 @@ class Options:
         if not (0 <= self.tolerance < 1) or math.isnan(self.tolerance):
             raise ValueError(f"marlin_w4a16: option 'tolerance': found {self.tolerance}, expected from 0 to below 1")
         for name in ("include", "exclude"):
-            for glob in _globs(getattr(self, name)) or ():
-                _expect_type(name, glob, str)
+            globs(name, getattr(self, name))
         _expect_type("exclude", self.exclude, Sequence)
         if self.activation_quant not in get_args(ActivationQuant):
             raise ValueError(unknown("activation_quant", self.activation_quant, list(get_args(ActivationQuant))))
@@ -73,11 +72,10 @@ class Options:
     def settings(self) -> Settings:
         """The settings of the pass."""
         rules = Rules(float(self.tolerance), self.recover, self.activation_quant == "drop")
-        exclude = _globs(self.exclude) or ()
         return Settings(
             rules,
-            _globs(self.include),
-            exclude,
+            globs("include", self.include),
+            globs("exclude", self.exclude) or (),
             self.verify,
             self.activation_quant,
             self.linear,
@@ -103,11 +101,19 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     return Options(**given)
 
 
-def _globs(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+def globs(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """What was given as one glob or several.
+
+    Raises:
+        TypeError: something else was; ``name`` is that of the option.
+    """
     if value is None:
         return None
     _expect_type("include or exclude", value, Sequence)
-    return (value,) if isinstance(value, str) else tuple(value)
+    given = (value,) if isinstance(value, str) else tuple(value)
+    for glob in given:
+        _expect_type(name, glob, str)
+    return given
 
 
 def unknown(what: str, name: str, known: list[str]) -> str:

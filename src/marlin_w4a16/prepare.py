@@ -1,72 +1,27 @@
 """Swaps the FP4 linears and experts of a loaded model for modules that own their packed weights, and back."""
 
-import copy
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from marlin_w4a16.kernels.experts import unpack_bias
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import pack
+from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
-from marlin_w4a16.modules.swaps import HOOKS, PACKED, Swap, Swaps, has_hooks, held, place, places_of
+from marlin_w4a16.modules.swaps import HOOKS, PACKED, Places, Swap, Swaps, has_hooks, held, place, places_of
 from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers import compressed_tensors, modelopt, modelopt_experts, torchao, torchao_experts
-from marlin_w4a16.producers.found import FoundExperts, FoundLinear
+from marlin_w4a16.producers.found import FoundExperts, FoundLinear, ModuleReader, Producer
 from marlin_w4a16.report.progress import track
 
-PRODUCERS = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
-OF_EXPERTS = {"ModelOpt": modelopt_experts, "torchao": torchao_experts}
-
-
-@dataclass(slots=True)
-class Origin:
-    """What `restore` needs: the module that was swapped, without its weights; or why that is gone.
-
-    Attributes:
-        producer: who made it.
-        module: the module.
-        kept: see `marlin_w4a16.producers.found.FoundLinear`.
-        nbytes: bytes of its weights.
-        dtype: what its producer decodes it to.
-        device: where it was.
-        unfitted: scales and multiplier of a linear as they were, where packing changed them (see `FP4Weight.fit`).
-        hook: what decompresses it.
-        gone: why there is no module.
-    """
-
-    producer: str
-    module: nn.Module | None
-    kept: Mapping[str, Any]
-    nbytes: int
-    dtype: torch.dtype
-    device: torch.device
-    unfitted: tuple[Tensor, Tensor] | None = None
-    hook: compressed_tensors.Hook | None = None
-    gone: str = ""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
-        try:
-            module, hook = copy.deepcopy(self.module, memo), self.hook
-        except Exception as error:  # modules of ModelOpt 0.47 cannot be copied
-            return self._without(f"the original module could not be copied: {type(error).__name__}: {error}")
-        if hook is not None:
-            owner = memo.get(id(hook.owner()))  # None where only a part of its model is copied
-            hook = replace(hook, owner=weakref.ref(owner) if owner is not None else lambda: None)
-        return replace(self, module=module, hook=hook)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        gone = self._without("the original module is not saved with a packed one")
-        return Origin, tuple(getattr(gone, f.name) for f in fields(gone))
-
-    def _without(self, reason: str) -> "Origin":
-        return Origin(self.producer, None, {}, self.nbytes, self.dtype, self.device, gone=self.gone or reason)
+LINEARS: dict[str, Producer] = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
+EXPERTS: dict[str, Producer] = {"torchao": torchao_experts}
+READERS_OF_EXPERTS: dict[str, ModuleReader] = {"ModelOpt": modelopt_experts, **EXPERTS}
 
 
 def prepare(
@@ -108,21 +63,14 @@ def prepare(
         if found is None:
             continue
         if id(module) in outside:
-            found = Rejected("the hook that decompresses its model is outside of this part: prepare the whole model")
+            found = _OUTSIDE
         packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
-        stacked = not isinstance(module, nn.Linear)
-        if isinstance(packed, Rejected):
-            rows.append(Swap(path, producer or None, None, packed.reason, experts=stacked))
-        else:
-            _producer(packed.origin).strip(module, packed.origin.kept)
-            place(packed, places[id(module)])
-            format, after = held(packed)
-            rows.append(Swap(path, producer, format, None, packed.origin.nbytes, after, experts=stacked))
-        del found  # the original weight goes now, one at a time
+        rows.append(_swapped(path, producer, module, packed, places.get(id(module), [])))
+        del found, packed  # the original weight goes now, one at a time
     for hook in compressed_tensors.hooks_of(model):
         for part in (hook.owner() or model).modules():
             origin = part.origin if isinstance(part, PackedLinear) else None
-            if isinstance(origin, Origin) and compressed_tensors.is_in("compressed", origin.module):
+            if origin is not None and compressed_tensors.is_in("compressed", origin.module):
                 origin.hook = hook
     return Swaps(tuple(rows))
 
@@ -141,8 +89,8 @@ def restore(model: nn.Module) -> Swaps:
         packed: Any = model.get_submodule(path)  # no list of modules: each is freed when it has been restored
         origin, (format, nbytes), stacked = packed.origin, held(packed), isinstance(packed, PackedExperts)
         refusal = _refill(packed, path) if path else "it is the model itself: restore() swaps the modules in a model"
-        producer = origin.producer if isinstance(origin, Origin) else None
-        if refusal is not None or not isinstance(origin, Origin) or origin.module is None:
+        producer = origin.producer if origin is not None else None
+        if refusal is not None or origin is None or origin.module is None:
             rows.append(Swap(path, producer, format, refusal, experts=stacked))
             continue
         place(origin.module, places[id(packed)])
@@ -153,13 +101,14 @@ def restore(model: nn.Module) -> Swaps:
 
 
 _ROOT = Rejected("it is the model itself: prepare() swaps the modules in a model")
+_OUTSIDE = Rejected("the hook that decompresses its model is outside of this part: prepare the whole model")
 
 
 def _read(module: Any, recover: bool) -> tuple[str, FoundLinear | FoundExperts | Rejected | None]:
     stacked = is_experts(module)
     if isinstance(module, PackedLinear | PackedExperts):
         return "", PACKED
-    for name, producer in (OF_EXPERTS if stacked else PRODUCERS).items():
+    for name, producer in (READERS_OF_EXPERTS if stacked else LINEARS).items():
         try:
             found = producer.read(module, recover)
         except ValueError as error:
@@ -174,8 +123,8 @@ def _read(module: Any, recover: bool) -> tuple[str, FoundLinear | FoundExperts |
     return "", None
 
 
-def _producer(origin: Origin) -> Any:
-    return (PRODUCERS if isinstance(origin.module, nn.Linear) else OF_EXPERTS)[origin.producer]
+def _producer(origin: Origin) -> Producer:
+    return (LINEARS if isinstance(origin.module, nn.Linear) else EXPERTS)[origin.producer]
 
 
 def _packed(
@@ -205,10 +154,24 @@ def _packed(
     return packed
 
 
+def _swapped(
+    path: str, producer: str, module: nn.Module, packed: PackedLinear | PackedExperts | Rejected, places: Places
+) -> Swap:
+    """Puts what is packed in the place of a module, which is stripped of its weights."""
+    stacked = not isinstance(module, nn.Linear)
+    if isinstance(packed, Rejected):
+        return Swap(path, producer or None, None, packed.reason, experts=stacked)
+    origin: Any = packed.origin
+    _producer(origin).strip(module, origin.kept)
+    place(packed, places)
+    format, after = held(packed)
+    return Swap(path, producer, format, None, origin.nbytes, after, experts=stacked)
+
+
 def _refill(packed: PackedLinear | PackedExperts, path: str) -> str | None:
     """Gives the original module its weights back, or says why not."""
     origin = packed.origin
-    if not isinstance(origin, Origin):
+    if origin is None:
         return "prepare() did not make it"
     if origin.module is None:
         return origin.gone

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from marlin_w4a16.checkpoints import compressed_tensors
+from marlin_w4a16.checkpoints.scheme import Mismatch
 from marlin_w4a16.checkpoints.storage import Activations, FP4Storage
-from marlin_w4a16.passes.outcome import Rejected
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 NVFP4, MXFP4, FP8, MIXED = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "float-quantized", "mixed-precision"
@@ -107,7 +107,7 @@ def test_names_go_before_patterns_and_these_before_classes(order):
     paths = (Q, "model.self_attn.k_proj", "model.q_proj", "model.up_proj")
     found = [scheme.storage(path) for path in paths]
     assert isinstance(found[0], FP4Storage) and found[2] is None
-    assert [found[i].why for i in (1, 3)] == [f"{NVFP4} with group_size 32", f"{NVFP4} with group_size 64"]
+    assert [found[i].found for i in (1, 3)] == [f"{NVFP4} with group_size 32", f"{NVFP4} with group_size 64"]
 
 
 def test_order_is_that_of_compressed_tensors():
@@ -149,7 +149,7 @@ def test_targets_that_are_names_or_other_classes():
 @pytest.mark.parametrize("name, size", [(NVFP4, 32), (NVFP4, None), (MXFP4, 16), (MXFP4, 128)])
 def test_a_group_size_that_does_not_belong(name, size):
     found = storage(config(name, group(name, args(size))))
-    assert found == Rejected(f"{name} with group_size {size}", f"group_size {32 if name == MXFP4 else 16}")
+    assert found == Mismatch(f"{name} with group_size {size}", f"group_size {32 if name == MXFP4 else 16}")
 
 
 def test_a_group_size_that_is_not_said():
@@ -159,7 +159,7 @@ def test_a_group_size_that_is_not_said():
 
 def test_quantised_outputs():
     found = storage(config(NVFP4, group(NVFP4, args(16), output_activations=args(16))))
-    assert found == Rejected(f"{NVFP4} with quantised outputs", "none")
+    assert found == Mismatch(f"{NVFP4} with quantised outputs", "none")
 
 
 def test_a_quantised_cache_is_noted():

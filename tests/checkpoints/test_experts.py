@@ -7,7 +7,7 @@ from torch import Tensor
 
 from checkpoints.formats import FORMATS, written
 from marlin_w4a16.checkpoints import deepseek, files, gpt_oss, modelopt
-from marlin_w4a16.checkpoints.experts import Mixture, Stack
+from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
 from marlin_w4a16.checkpoints.layers import Layer, contents
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.values import Reader
@@ -101,7 +101,7 @@ def test_too_few_experts_are_no_stack(stacks):
 def test_a_mixture():
     layers = layers_of("deepseek-v4", deepseek.scheme())
     gate, up, down = (each(layers, DEEPSEEK, name) for name in ("w1", "w3", "w2"))
-    mixture = Mixture("model.layers.1.mlp.experts", (gate, up), down)
+    mixture = StoredMixture("model.layers.1.mlp.experts", (gate, up), down)
     assert mixture.stacks == (gate, up, down) and mixture.rows == 2 * 96
     assert [layer.path for layer in mixture.layers] == [
         f"{DEEPSEEK}.{i}.{name}" for name in ("w1", "w3", "w2") for i in range(4)
@@ -110,7 +110,7 @@ def test_a_mixture():
 
 
 def test_the_formats_of_a_mixture_are_told_once(stacks):
-    mixture = Mixture("x", (stacks["modelopt-nemotron"], stacks["deepseek-v4"]), stacks["gpt-oss"])
+    mixture = StoredMixture("x", (stacks["modelopt-nemotron"], stacks["deepseek-v4"]), stacks["gpt-oss"])
     assert mixture.format == "NVFP4 group 16 and MXFP4 group 32" and mixture.rows == 96 + 96
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from marlin_w4a16.checkpoints import modelopt
 from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.scheme import Mismatch
 from marlin_w4a16.checkpoints.storage import Activations, FP4Storage, FP8Storage
-from marlin_w4a16.passes.outcome import Rejected
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 PRODUCER = {"producer": {"name": "modelopt", "version": "0.47.0"}}
@@ -108,7 +108,7 @@ def test_mixed_precision(values):
     up, gate = found["model.layers.0.mlp.up_proj"], found["model.layers.0.mlp.gate_proj"]
     assert (up.label, up.groups, up.activations) == ("ModelOpt W4A16_NVFP4", (32,), None)
     assert (gate.label, gate.groups, gate.activations.told) == ("ModelOpt NVFP4", (16,), W4A4)
-    assert found["model.layers.0.self_attn.k_proj"].why == "ModelOpt's INT4_AWQ"
+    assert found["model.layers.0.self_attn.k_proj"].found == "ModelOpt's INT4_AWQ"
     assert not any(found[path] for path in (DOWN, "lm_head", "model.embed_tokens"))
     assert (scheme.algorithm, scheme.ignore) == ("MIXED_PRECISION", ())
 
@@ -143,14 +143,14 @@ def test_a_quantised_cache_is_noted(values):
 def test_an_algorithm_that_is_not_supported(algorithm):
     values = config(algorithm, 16, **AWQ)
     known = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN"
-    assert modelopt.scheme(values).storage(Q) == Rejected(f"ModelOpt's {algorithm.upper()}", f"one of {known}")
+    assert modelopt.scheme(values).storage(Q) == Mismatch(f"ModelOpt's {algorithm.upper()}", f"one of {known}")
     assert not modelopt.is_fp4(values)
 
 
 @pytest.mark.parametrize("group", [8, 64, 128, "16"])
 @pytest.mark.parametrize("algorithm", ["NVFP4", "MXFP4"])
 def test_a_group_size_that_is_not_supported(algorithm, group):
-    expected = Rejected(f"ModelOpt's {algorithm} with group_size {group!r}", "one of (16, 32)")
+    expected = Mismatch(f"ModelOpt's {algorithm} with group_size {group!r}", "one of (16, 32)")
     assert modelopt.scheme(config(algorithm, group)).storage(Q) == expected
     assert modelopt.scheme(other(algorithm, group_size=group)).storage(Q) == expected
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
-from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
 
-FIRST, SECOND, THIRD = Rejected("first"), Rejected("second"), Rejected("third")
+FIRST, SECOND, THIRD = (Mismatch(found, "another") for found in ("first", "second", "third"))
 Q, UP = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
 

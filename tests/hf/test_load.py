@@ -166,6 +166,11 @@ def test_loading_is_told_once(name, caplog):
     assert bool(warnings) == bool(notes) and all(note in warnings for note in notes)
 
 
+def test_experts_alone_are_told_alone():
+    told = report(load("gpt-oss", "gptoss")).summary()
+    assert told.startswith("OpenAI MXFP4: 2 mixtures of experts (2 MXFP4 group 32), ")
+
+
 def test_loading_tells_of_inputs_that_are_kept(caplog):
     model = load("ct-nvfp4", quantization_config=choosing("ct-nvfp4", activation_quant="keep"))
     told = "quantises the inputs to 4 bit float (W4A4); this is run (activation_quant='keep') (14 linears)"

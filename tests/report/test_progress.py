@@ -54,11 +54,10 @@ def test_a_bar_that_is_asked_for_needs_no_terminal(capsys):
     assert "packing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("total, shown", [(None, "3/?"), (5, "3/5")])
-def test_items_that_cannot_be_counted(look, total, shown):
+def test_items_that_cannot_be_counted(look):
     terminal = look()
-    assert list(track((i for i in range(3)), "packing", total)) == [0, 1, 2]
-    assert shown in terminal.getvalue()
+    assert list(track((i for i in range(3)), "packing")) == [0, 1, 2]
+    assert "3/?" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("show", [None, True])

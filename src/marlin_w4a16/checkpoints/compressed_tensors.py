@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
+from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import SCALE_DTYPES, Activations, FP4Storage, Part
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
-from marlin_w4a16.passes.outcome import Rejected
 
 NVFP4 = (
     Part("weight_packed", "codes", ("U8",), ("n", "k/2")),
@@ -60,16 +59,16 @@ def _format(config: Mapping[str, Any], group: Mapping[str, Any]) -> str | None:
     return name
 
 
-def _storage(config: Mapping[str, Any], group: Mapping[str, Any]) -> FP4Storage | Rejected | None:
+def _storage(config: Mapping[str, Any], group: Mapping[str, Any]) -> FP4Storage | Mismatch | None:
     name = _format(config, group)
     if name not in FORMATS:
         return None
     parts, kind, size = FORMATS[name]
     weights = group.get("weights") or {}
     if weights.get("group_size", size) != size:
-        return Rejected(f"{name} with group_size {weights['group_size']}", f"group_size {size}")
+        return Mismatch(f"{name} with group_size {weights['group_size']}", f"group_size {size}")
     if group.get("output_activations"):
-        return Rejected(f"{name} with quantised outputs", "none")
+        return Mismatch(f"{name} with quantised outputs", "none")
     return FP4Storage(f"compressed-tensors {name}", kind, (size,), parts, _activations(group.get("input_activations")))
 
 

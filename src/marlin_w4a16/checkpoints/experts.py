@@ -76,8 +76,8 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
-    """The experts of one module.
+class StoredMixture:
+    """The experts of one module, as files hold them.
 
     Attributes:
         path: of the module.

@@ -1,12 +1,12 @@
 """What a checkpoint holds: its tensors held against its scheme, layer by layer."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from marlin_w4a16.checkpoints.files import Entry
-from marlin_w4a16.checkpoints.scheme import Scheme
+from marlin_w4a16.checkpoints.scheme import Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage, Storage
-from marlin_w4a16.passes.outcome import Rejected
 
 # Leaves that only a quantised weight has, of any producer.
 QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
@@ -14,6 +14,8 @@ QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_s
 STACK = "_proj_weight_scale"
 # Leaves that may stand beside them: a bias, and the scales of a quantised cache.
 BESIDE = {"bias", "k_scale", "v_scale", "q_scale"}
+# ModelOpt: self_attn.k_proj.k_scale, compressed-tensors: self_attn.k_scale
+CACHE_SCALE = re.compile(r"\.[qkv]_scale$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +102,24 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
     layers: dict[str, Layer] = {}
     others: dict[str, Entry] = {}
     problems: list[Problem] = []
-    refused: dict[Rejected, list[str]] = {}
+    refused: dict[Mismatch, list[str]] = {}
     for path, tensors in modules.items():
         found = _judge(path, tensors, scheme)
         if isinstance(found, Layer):
             layers[path] = found
         elif isinstance(found, Problem):
             problems.append(found)
-        elif isinstance(found, Rejected):
+        elif isinstance(found, Mismatch):
             refused.setdefault(found, []).append(path)
         mine = found.entries if isinstance(found, Layer) else {}
         others |= {scheme.name(path, leaf): e for leaf, e in tensors.items() if leaf not in mine}
     for why, paths in refused.items():  # once, not for each of hundreds of layers
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        problems.append(Problem(None, f"{paths[0]}{more}", why.why, why.detail or "linears"))
+        problems.append(Problem(None, f"{paths[0]}{more}", why.found, why.expected))
     return Contents(layers, others, tuple(problems))
 
 
-def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | Problem | Rejected | None:
+def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | Problem | Mismatch | None:
     """What the tensors of a module are; None: not quantised here, or no linear."""
     stack = next((leaf for leaf in tensors if leaf.endswith(STACK)), None)
     if stack is not None:
@@ -128,7 +130,7 @@ def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | P
         return _stray(path, tensors, scheme)
     if not _is_quantised(storage, tensors):
         return None
-    if isinstance(storage, Rejected):
+    if isinstance(storage, Mismatch):
         return storage
     storage = storage.named(tensors)
     for part in storage.parts:
@@ -173,7 +175,7 @@ def _stray(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Problem |
     return _problem(path, tensors, leaf, str(tensors[leaf]), f"a dense weight: the config says it is {why}")
 
 
-def _is_quantised(storage: Storage | Rejected, tensors: Mapping[str, Entry]) -> bool:
+def _is_quantised(storage: Storage | Mismatch, tensors: Mapping[str, Entry]) -> bool:
     """Whether a module is quantised at all: it holds scales, or packed bytes for its weight."""
     known = {part.leaf for part in storage.parts} if isinstance(storage, Storage) else set()
     return bool((QUANTISED | known - {"weight"}) & set(tensors)) or _packed(tensors.get("weight"))

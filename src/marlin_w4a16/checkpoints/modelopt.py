@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
+from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import FLOATS, SCALE_DTYPES, Activations, FP4Storage, FP8Storage, Part
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
-from marlin_w4a16.passes.outcome import Rejected
 
 PRE_QUANT_SCALE = Part("pre_quant_scale", "pre-quant scale", FLOATS, ("k",), optional=True)
 INPUT_SCALE = Part("input_scale", "input multiplier", ("F32",), optional=True)
@@ -87,18 +86,18 @@ def _values(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def _storage(layer: Mapping[str, Any]) -> FP4Storage | FP8Storage | Rejected:
+def _storage(layer: Mapping[str, Any]) -> FP4Storage | FP8Storage | Mismatch:
     algorithm = str(layer.get("quant_algo")).upper()
     if algorithm in FP8_ALGORITHMS:
         return FP8Storage(f"ModelOpt {algorithm}", FP8)
     if algorithm not in FP4_ALGORITHMS:
         known = ", ".join([*FP4_ALGORITHMS, *FP8_ALGORITHMS])
-        return Rejected(f"ModelOpt's {algorithm}", f"one of {known}")
+        return Mismatch(f"ModelOpt's {algorithm}", f"one of {known}")
     parts, kind, inputs = FP4_ALGORITHMS[algorithm]
     group = layer.get("group_size") or _group_of(layer)
     groups = (group,) if group else SIZES[kind]  # config.json of NVFP4_AWQ and all of MXFP4 do not say it
     if groups[0] not in GROUP_SIZES:
-        return Rejected(f"ModelOpt's {algorithm} with group_size {group!r}", f"one of {GROUP_SIZES}")
+        return Mismatch(f"ModelOpt's {algorithm} with group_size {group!r}", f"one of {GROUP_SIZES}")
     activations = None
     if inputs == "FP4":
         activations = Activations("ModelOpt quantises the inputs to FP4 (W4A4)", kind, group or 0, "up")

@@ -7,9 +7,16 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from marlin_w4a16.checkpoints.storage import Storage
-from marlin_w4a16.passes.outcome import Rejected
 
 LINEAR = "Linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Why linears cannot be loaded, whatever their tensors are: what the config says of them, and what it may say."""
+
+    found: str
+    expected: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,7 @@ class Scheme:
 
     producer: str
     algorithm: str
-    targets: Mapping[str, Storage | Rejected | None]
+    targets: Mapping[str, Storage | Mismatch | None]
     ignore: tuple[str, ...] = ()
     patterns: Literal["glob", "re"] = "glob"
     notes: tuple[str, ...] = ()
@@ -45,7 +52,7 @@ class Scheme:
         """The inverse of `split`."""
         return f"{path}{'_' if leaf in self.joined else '.'}{leaf}" if path else leaf
 
-    def storage(self, path: str) -> Storage | Rejected | None:
+    def storage(self, path: str) -> Storage | Mismatch | None:
         """How the linear at a path is stored; None: it is dense, or someone else's."""
         if self.ignored_by(path) is not None:
             return None

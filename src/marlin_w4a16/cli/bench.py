@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError
 from marlin_w4a16.cli.inspection import Inspection, inspect, local
 from marlin_w4a16.cli.measure import Result, Work, measure
@@ -99,15 +100,14 @@ def load(found: Inspection, work: Work, dequantize: bool) -> "PreTrainedModel":
     """The model of a checkpoint by from_pretrained."""
     from transformers import AutoModelForCausalLM
 
-    from marlin_w4a16.hf.configs import CompressedTensorsConfig, FineGrainedFP8Config, ModelOptConfig, Mxfp4Config
+    from marlin_w4a16.hf import configs
 
-    kinds = {"ModelOpt": ModelOptConfig, "OpenAI": Mxfp4Config, "DeepSeek": FineGrainedFP8Config}
     choices: dict[str, Any] = {}
     if found.config == HF_QUANT_CONFIG:
-        choices["quantization_config"] = ModelOptConfig.of(str(found.folder), dequantize=dequantize)
+        choices["quantization_config"] = configs.ModelOptConfig.of(str(found.folder), dequantize=dequantize)
     elif dequantize:
-        kind: Any = kinds.get(found.producer or "", CompressedTensorsConfig)
-        choices["quantization_config"] = kind(dequantize=True)
+        options = next(row.options for row in registry.FORMATS if row.producer == found.producer)
+        choices["quantization_config"] = getattr(configs, options)(dequantize=True)
     if work.device == "cuda":
         choices["device_map"] = "cuda"
     dtype = getattr(torch, work.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.layers import Problem
 from marlin_w4a16.cli.inspection import Inspection, Line, Outcome, inspect, local
 from marlin_w4a16.cli.show import Cells, show_table
@@ -118,5 +119,6 @@ def _not_fp4(found: Inspection) -> str:
     if found.layers:
         return "nothing here is FP4"
     if any(line.outcome == "left" for line in found.lines):
-        return f"nothing here is FP4 of ModelOpt or compressed-tensors: {found.producer} is left to transformers"
+        *known, last = (row.producer for row in registry.FORMATS)
+        return f"nothing here is FP4 of {', '.join(known)} or {last}: {found.producer} is left to transformers"
     return "nothing here is FP4: no tensor is quantised"

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
+from marlin_w4a16.checkpoints import files
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.checkpoints.layers import QUANTISED, Contents, Layer, Problem, contents
+from marlin_w4a16.checkpoints.layers import CACHE_SCALE, QUANTISED, Contents, Layer, Problem, contents
+from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.checkpoints.values import bad_values
@@ -20,7 +21,6 @@ from marlin_w4a16.report.table import collapse_paths
 
 Outcome = Literal["packed", "decoded", "dense", "unused", "left", "refused"]
 PACKED = {"U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}  # in which others keep quantised weights
-CACHE_SCALE = re.compile(r"\.[qkv]_scale$")  # as in hf/placing.py, which needs transformers
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST = 8
@@ -150,25 +150,6 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
         tuple(_notes(held, scheme, found)),
         (*held.problems, *(bad_values(held.layers.values()) if values else ())),
     )
-
-
-def scheme_of(config: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Scheme | None:
-    """How this project reads a quantisation config; None: it leaves everything to transformers.
-
-    Args:
-        config: the quantisation config.
-        beside: the config of the model.
-    """
-    method = config.get("quant_method")
-    if method == "modelopt":
-        return modelopt.scheme(config)
-    if method == "compressed-tensors" and compressed_tensors.is_fp4(config):
-        return compressed_tensors.scheme(config)
-    if method == "mxfp4":
-        return gpt_oss.scheme()
-    if method == "fp8" and deepseek.is_fp4(config, beside or {}):
-        return deepseek.scheme()
-    return None
 
 
 def collapsed(lines: Iterable[Line]) -> list[Line]:

@@ -10,12 +10,14 @@ experts of a module of transformers, for which ``model.set_experts_implementatio
 from transformers import PreTrainedModel
 from transformers.quantizers import auto
 
+from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.hf import configs, quantizer
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
-from marlin_w4a16.hf.experts.implementation import pack_experts_of
+from marlin_w4a16.hf.experts import implementation as implementation
 from marlin_w4a16.hf.generation import compile_blocks
 from marlin_w4a16.hf.loaded import Loaded
-from marlin_w4a16.hf.quantizer import CompressedTensorsQuantizer, FP8Quantizer, ModelOptQuantizer, Mxfp4Quantizer
+from marlin_w4a16.modules.transformers_experts import pack_experts_of
 
 __all__ = [
     "CheckpointError",
@@ -35,13 +37,10 @@ def report(model: PreTrainedModel) -> Loaded | None:
 
 
 def _register() -> None:
-    if "modelopt" not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config("modelopt")(ModelOptConfig)
-        auto.register_quantizer("modelopt")(ModelOptQuantizer)
-    # What of transformers is replaced: these names are taken. What is not FP4 goes to the classes they replace.
-    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsQuantizer
-    auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = Mxfp4Quantizer
-    auto.AUTO_QUANTIZER_MAPPING["fp8"] = FP8Quantizer
+    """Of formats that transformers knows, its quantizers are replaced; what is not FP4 goes on to those."""
+    for row in registry.FORMATS:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(row.method, getattr(configs, row.options))
+        auto.AUTO_QUANTIZER_MAPPING[row.method] = getattr(quantizer, row.quantizer)
 
 
 _register()

@@ -14,7 +14,7 @@ from marlin_w4a16.passes.settings import ActivationQuant
 
 
 class ModelOptConfig(of_transformers.Mxfp4Config):
-    """How an FP4 checkpoint of NVIDIA ModelOpt is loaded.
+    """How a checkpoint of NVIDIA ModelOpt is loaded, and of others whose ``quant_method`` transformers does not know.
 
     Args:
         dequantize: load dense weights instead.
@@ -27,8 +27,8 @@ class ModelOptConfig(of_transformers.Mxfp4Config):
     # A subclass of Mxfp4Config, since transformers takes options over from a fixed tuple of classes only
     # (LOADING_ATTRIBUTES_CONFIG_TYPES in quantizers/auto.py, 5.17 to 5.23).
     def __init__(self, dequantize: bool = False, activation_quant: ActivationQuant = "drop", **values: Any) -> None:
-        self.quant_method = "modelopt"  # type: ignore[assignment]
-        self.values = {**values, "quant_method": "modelopt"} if values else {}
+        self.quant_method = values.get("quant_method", "modelopt")
+        self.values = {**values, "quant_method": self.quant_method}
         self.dequantize = dequantize
         self.activation_quant = checked(activation_quant)
 
@@ -47,7 +47,7 @@ class ModelOptConfig(of_transformers.Mxfp4Config):
         if found is None:
             raise CheckpointError(f"{path}: found no hf_quant_config.json, expected one")
 
-        return cls(**options, **files.read_json(Path(found)))
+        return cls(**options, **{**files.read_json(Path(found)), "quant_method": "modelopt"})
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What goes over a checkpoint's own config."""
@@ -55,7 +55,7 @@ class ModelOptConfig(of_transformers.Mxfp4Config):
 
     def to_dict(self) -> dict[str, Any]:
         """The checkpoint's config as it was."""
-        return copy.deepcopy(self.values) or {"quant_method": "modelopt"}
+        return copy.deepcopy(self.values)
 
 
 class _AsStored:

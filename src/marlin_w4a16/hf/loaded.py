@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from marlin_w4a16.checkpoints.experts import Mixture
+from marlin_w4a16.checkpoints.experts import StoredMixture
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.scheme import Scheme
@@ -54,16 +54,13 @@ class Loaded:
 
     def summary(self) -> str:
         """One line: how many linears and experts of which format."""
-        counts = Counter((bool(layer.experts), layer.format) for layer in self.layers)
         told = []
         for experts, what in ((False, "linears"), (True, "mixtures of experts")):
-            parts = ", ".join(
-                f"{count} {name}" for (is_experts, name), count in counts.items() if is_experts == experts
-            )
-            number = sum(bool(layer.experts) == experts for layer in self.layers)
-            told += [f"{number} {what} ({parts or 'none'})"] if number or not experts else []
+            counts = Counter(layer.format for layer in self.layers if bool(layer.experts) == experts)
+            parts = ", ".join(f"{count} {name}" for name, count in counts.items())
+            told += [f"{counts.total()} {what} ({parts})"] if counts else []
         stored = size(sum(layer.stored for layer in self.layers))
-        return f"{self.scheme.producer} {self.scheme.algorithm}: {', '.join(told)}, {stored}"
+        return f"{self.scheme.producer} {self.scheme.algorithm}: {', '.join(told) or 'no FP4 weights'}, {stored}"
 
     def log(self, log: logging.Logger, seconds: float) -> None:
         """One INFO line with the time that packing took, and a WARNING for each note."""
@@ -83,7 +80,7 @@ class Loaded:
 def loaded(
     scheme: Scheme,
     layers: Mapping[str, Layer],
-    mixtures: Iterable[Mixture],
+    mixtures: Iterable[StoredMixture],
     policy: ActivationQuant,
     dequantize: bool,
 ) -> Loaded:

@@ -10,19 +10,15 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from marlin_w4a16.checkpoints.experts import Mixture
+from marlin_w4a16.checkpoints.experts import StoredMixture
 from marlin_w4a16.checkpoints.files import Entry
-from marlin_w4a16.checkpoints.layers import BESIDE, Contents, Layer, Problem
+from marlin_w4a16.checkpoints.layers import BESIDE, CACHE_SCALE, Contents, Layer, Problem
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
-from marlin_w4a16.hf.experts.gather import Experts, Target, gating_on_cpu
+from marlin_w4a16.hf.experts.gather import ExpertLayers, Gathered, Target
 from marlin_w4a16.hf.experts.modules import StoredExperts
 from marlin_w4a16.hf.linear import StoredLinear
-from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import is_linear
-
-# ModelOpt: self_attn.k_proj.k_scale, compressed-tensors: self_attn.k_scale
-CACHE_SCALE = re.compile(r"\.[qkv]_scale$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +27,29 @@ class Placement:
 
     Attributes:
         layers: of linears, by module path in the model.
-        mixtures: experts that go into one module.
+        experts: those of each module.
         others: the names in the model of all other tensors, by those in the checkpoint.
         cache_scales: those of a quantised key/value cache by the name they would have in the model.
         problems: why some have no place, or places no layer.
     """
 
     layers: Mapping[str, Layer]
-    mixtures: tuple[Mixture, ...]
+    experts: tuple[Gathered, ...]
     others: Mapping[str, str]
     cache_scales: Mapping[str, Entry]
     problems: tuple[Problem, ...]
+
+    @property
+    def mixtures(self) -> tuple[StoredMixture, ...]:
+        """All experts, as files hold them."""
+        return tuple(found.mixture for found in self.experts)
 
 
 def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placement:
     """Finds the module of each layer, by the names under which transformers would load it."""
     renamed = _Renaming(model)
     layers: dict[str, Layer] = {}
-    experts = Experts(model)
+    experts = ExpertLayers(model)
     problems: list[Problem] = []
     stored: set[str] = set()  # module paths of which the checkpoint holds a weight, be it right or wrong
     for layer in contents.layers.values():
@@ -68,10 +69,10 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     others = {name: renamed(name) for name in contents.others}
     held = {others[name]: entry for name, entry in contents.others.items()}
     stored |= {path for path, _, leaf in (name.rpartition(".") for name in held) if leaf not in BESIDE}
-    mixtures, wrong = experts.mixtures(held)
+    gathered, wrong = experts.gathered(held)
     problems += [*wrong, *_without_weight(model, stored, scheme), *_biases(model, layers, held)]
     cache_scales = {name: entry for name, entry in held.items() if CACHE_SCALE.search(name)}
-    return Placement(layers, mixtures, others, cache_scales, tuple(problems))
+    return Placement(layers, gathered, others, cache_scales, tuple(problems))
 
 
 def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, keep: bool) -> None:
@@ -79,12 +80,11 @@ def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, ke
     for path, layer in placement.layers.items():
         linear = model.get_submodule(path)
         put(model, path, StoredLinear(layer, linear.bias, dtype, keep).train(linear.training))  # type: ignore[arg-type]
-    for mixture in placement.mixtures:
-        experts = model.get_submodule(mixture.path)
-        gating = gating_on_cpu(experts, mixture.rows)
-        if isinstance(gating, Rejected):
-            raise TypeError(f"{mixture.path}: {gating.reason}")
-        put(model, mixture.path, StoredExperts(mixture, experts, *gating, dtype).train(experts.training))
+    for found in placement.experts:
+        path = found.mixture.path
+        experts = model.get_submodule(path)
+        stored = StoredExperts(found.mixture, experts, found.activation, found.order, dtype)
+        put(model, path, stored.train(experts.training))
     for name, source in list(model.all_tied_weights_keys.items()):
         # a head with FP4 tensors of its own beside a dense embedding, under a config that ties them (both producers)
         if name.rpartition(".")[0] in placement.layers or source.rpartition(".")[0] in placement.layers:

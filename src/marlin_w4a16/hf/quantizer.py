@@ -14,8 +14,9 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils.import_utils import is_kernels_available
 
-from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
+from marlin_w4a16.checkpoints import compressed_tensors, files
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 from marlin_w4a16.hf.experts.modules import StoredExperts
 from marlin_w4a16.hf.fp8_blocks import FP8Blocks, fp8_blocks
@@ -28,13 +29,13 @@ from marlin_w4a16.passes.outcome import Rejected
 log = logging.getLogger("marlin_w4a16")
 
 
-class ModelOptQuantizer(FP4Loading):
-    """Checkpoints of NVIDIA ModelOpt with FP4 layers."""
+class OwnQuantizer(FP4Loading):
+    """Checkpoints of formats that transformers does not know, such as those of NVIDIA ModelOpt."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = True  # also where config.json does not say so: see ModelOptConfig.of
-        self.scheme = modelopt.scheme(quantization_config.values)
+        self.scheme = scheme_of(quantization_config.to_dict(), {})
 
 
 class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
@@ -46,9 +47,9 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
         super().__init__(quantization_config, **kwargs)
         config = quantization_config.quantization_config
         values = config.model_dump() if config is not None else {}
-        if not compressed_tensors.is_fp4(values):
+        self.scheme = scheme_of(values, {})
+        if self.scheme is None:
             return
-        self.scheme = compressed_tensors.scheme(values)
         mine = compressed_tensors.fp4_groups(values)
         rest = copy.deepcopy(config)
         rest.config_groups = {name: group for name, group in config.config_groups.items() if name not in mine}
@@ -90,7 +91,7 @@ class Mxfp4Quantizer(FP4Loading, Mxfp4HfQuantizer):  # type: ignore[misc]  # it 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized and not left_to_transformers():
-            self.scheme = gpt_oss.scheme()
+            self.scheme = scheme_of(quantization_config.to_dict(), {})
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is needed that transformers' own class needs."""
@@ -117,8 +118,9 @@ class FP8Quantizer(FP4Loading, FineGrainedFP8HfQuantizer):
         shards = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         found = files.quantization_of(shards[0].parent) if shards else None
         says = found[1] if found is not None else {}  # transformers 5.17 drops what it does not know
-        if self.pre_quantized and deepseek.is_fp4(says, vars(model.config)) and not left_to_transformers():
-            self.scheme = deepseek.scheme()
+        if self.pre_quantized and not left_to_transformers():
+            self.scheme = scheme_of({**says, "quant_method": "fp8"}, vars(model.config))
+        if self.scheme is not None:
             vars(model.config).pop("base_model_ep_plan", None)  # 5.17 writes FP8 experts into it, and would save that
             if not self.quantization_config.dequantize and not is_kernels_available():
                 log.warning("FP8 linears are decoded to %s: their kernels need `pip install kernels`", self.model_dtype)

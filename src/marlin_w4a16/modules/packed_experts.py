@@ -12,6 +12,7 @@ from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.report.table import size
 
@@ -86,7 +87,7 @@ class PackedExperts(PackedState):
         if bias2 is not None and not isinstance(bias2, nn.Parameter):
             bias2 = nn.Parameter(bias2, requires_grad=False)
         self.register_parameter("bias2", bias2)
-        self.origin: Any = None  # what restore() needs
+        self.origin: Origin | None = None
 
     @property
     def w13(self) -> PackedFP4:

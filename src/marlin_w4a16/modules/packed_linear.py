@@ -9,6 +9,7 @@ from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
+from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.report.table import size
 
@@ -50,7 +51,7 @@ class PackedLinear(PackedState, nn.Linear):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
         self.register_parameter("weight", None)
-        self.origin: Any = None  # what restore() needs
+        self.origin: Origin | None = None
 
     _multipliers = ("multiplier",)
     words: nn.Parameter

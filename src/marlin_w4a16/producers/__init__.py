@@ -1,9 +1,5 @@
-"""The producers of FP4 modules that `prepare` knows: one file each for linears and for experts, with three functions.
+"""The producers of FP4 modules that `prepare` knows: one file each for linears and for experts.
 
-    read(module, recover) -> FoundLinear | FoundExperts | Rejected | None    None: not a module of this producer
-    strip(module, kept)                                                lets the weights go; the rest of the module stays
-    fill(module, weight, kept)                                         the inverse, bit for bit, on the weight's device
-
-``recover`` allows a dense weight to be read back as the codes it was decoded from. ``fill`` of experts takes both
-weights as a pair. compressed-tensors has no file for experts, since transformers decompresses them while it loads.
+Each file is a `Producer` (see `found`). That of ModelOpt's experts is a `ModuleReader` only, which says why none can be
+swapped; compressed-tensors has no file for experts, since transformers decompresses them while it loads.
 """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
 from marlin_w4a16.kernels.scale_bytes import ScaleKind, first_nan, scale_bytes
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factors_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense
 from marlin_w4a16.producers.recover import recover as recover_codes
 
@@ -71,6 +71,10 @@ class Hook:
 
     owner: Callable[[], nn.Module | None]
     call: Callable[..., Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        owner = memo.get(id(self.owner()))  # None where only a part of its model is copied
+        return replace(self, owner=weakref.ref(owner) if owner is not None else lambda: None)
 
     def put_back(self, module: nn.Module, model: nn.Module) -> None:
         """Hangs it where it was, or on ``model`` if that is gone; if it ran meanwhile, decompresses ``module``."""
@@ -170,7 +174,7 @@ def _dense(module: nn.Module, scheme: Any, status: str) -> FoundLinear | Rejecte
 
 def _set_divisor(parameters: dict[str, Any], weight: FP4Weight) -> Tensor:
     """Sets the global scale to that of the weight; returns it as a divisor, or 1 where the format has none."""
-    factor, divisor = factor_of(weight), parameters.get("weight_global_scale")
+    factor, divisor = factors_of(weight), parameters.get("weight_global_scale")
     if divisor is None:
         if factor != 1:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""What a producer's module holds."""
+"""What a producer's module holds, and what the file of a producer can do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,26 @@ class FoundExperts:
     activations: str | None = None
 
 
+class ModuleReader(Protocol):
+    """Reads the modules of a producer."""
+
+    def read(self, module: Any, recover: bool) -> FoundLinear | FoundExperts | Rejected | None:
+        """What a module holds; None: it is not of this producer.
+
+        ``recover`` allows a dense weight to be read back as the codes it was decoded from.
+        """
+
+
+class Producer(ModuleReader, Protocol):
+    """Reads the modules of a producer, lets their weights go, and gives them back."""
+
+    def strip(self, module: Any, kept: Mapping[str, Any]) -> None:
+        """Lets the weights of a module go; the rest of it stays."""
+
+    def fill(self, module: Any, weight: Any, kept: Mapping[str, Any]) -> None:
+        """The inverse of `strip`, bit for bit, on the weight's device; experts take a pair of weights."""
+
+
 def is_of(package: str, value: object) -> bool:
     """Whether a value's class comes from a package, which need not be installed."""
     return type(value).__module__.partition(".")[0] == package
@@ -68,15 +88,6 @@ def holds_values(*tensors: Tensor | None) -> bool:
 def bytes_of(*tensors: Tensor) -> int:
     """Bytes of some tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def factor_of(weight: FP4Weight) -> Tensor:
-    """The one factor of all rows as a float32 scalar.
-
-    Raises:
-        ValueError: rows have different ones, which no producer's linear can hold.
-    """
-    return factors_of(weight)
 
 
 def factors_of(weight: FP4Weight) -> Tensor:

@@ -11,7 +11,7 @@ from marlin_w4a16.kernels.fp4 import E2M1_MAX, FP4Weight, fp4_weight
 from marlin_w4a16.kernels.quantize import nvfp4_scales
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind, e8m0_of
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factors_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense
 from marlin_w4a16.producers.recover import recover as recover_codes
 
@@ -49,7 +49,7 @@ def strip(module: Any, kept: Mapping[str, Any]) -> None:
 
 def fill(module: Any, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
     """See `marlin_w4a16.producers`."""
-    factor = factor_of(weight)
+    factor = factors_of(weight)
     if "scale" not in kept:
         value = dense(weight, factor, kept["formula"], kept["dtype"])
         dict.__setitem__(module._parameters, "weight", nn.Parameter(value, requires_grad=kept["requires_grad"]))

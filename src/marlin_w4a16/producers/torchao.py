@@ -1,15 +1,16 @@
 """Linears whose weight torchao made an ``NVFP4Tensor`` (``NVFP4WeightOnlyConfig``); read in torchao 0.18."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.kernels.fp4 import FP4Weight, as_bytes, fp4_weight
 from marlin_w4a16.passes.judge.tensors import swizzle, unswizzle
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factor_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factors_of, holds_values, is_linear, is_of
 
 
 def read(module: nn.Module, recover: bool) -> FoundLinear | Rejected | None:
@@ -26,20 +27,14 @@ def read(module: nn.Module, recover: bool) -> FoundLinear | Rejected | None:
     n, k = weight.shape
     if weight.qdata.shape != (n, k // 2) or not weight.qdata.is_contiguous():
         return Rejected(f"its codes have shape {tuple(weight.qdata.shape)}, expected rows [{n}, {k // 2}]")
-    scales = weight.scale
-    if weight.is_swizzled_scales:
-        scales = unswizzle(weight.scale, n, k // weight.block_size)
-        if not torch.equal(swizzle(scales, weight.scale.shape).view(torch.uint8), weight.scale.view(torch.uint8)):
-            return Rejected("its swizzled scales are not padded with zeros")
-    factor = 1.0 if weight.per_tensor_scale is None else weight.per_tensor_scale
-    names, context = weight.__tensor_flatten__()
-    small = {name: getattr(weight, name) for name in names if name not in ("qdata", "scale")}
-    kept = {"class": type(weight), "context": context, "small": small, "scales": weight.scale.shape}
+    found = weight_of(weight, "weight")
+    if isinstance(found, Rejected):
+        return found
     return FoundLinear(
-        fp4_weight(weight.qdata.view(torch.uint8), scales, factor),
+        found,
         weight.orig_dtype,
         bytes_of(weight.qdata, weight.scale),
-        kept,
+        kept_of(weight),
         None if weight.act_quant_kwargs is None else f"its inputs are quantised ({weight.act_quant_kwargs})",
     )
 
@@ -51,15 +46,42 @@ def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:
 
 def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
     """See `marlin_w4a16.producers`."""
-    context, factor = kept["context"], factor_of(weight)
-    scales = weight.scales.view(torch.float8_e4m3fn)
-    if context["is_swizzled_scales"]:
-        scales = swizzle(scales, kept["scales"])
-    inner = {name: value.to(weight.codes.device) for name, value in kept["small"].items()}
-    if "per_tensor_scale" in inner:
-        inner["per_tensor_scale"] = factor
-    elif factor != 1:
+    factor, scaled = factors_of(weight), "per_tensor_scale" in kept["small"]
+    if not scaled and factor != 1:
         raise ValueError(f"{weight.name}: found a multiplier of {float(factor)}, expected 1: there is no tensor scale")
-    inner |= {"qdata": weight.codes, "scale": scales}
-    tensor = kept["class"].__tensor_unflatten__(inner, context, (weight.n, weight.k), (weight.k, 1))
+    tensor = tensor_of(weight, factor if scaled else None, kept)
     module._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
+
+
+def weight_of(tensor: Any, name: str) -> FP4Weight | Rejected:
+    """The weight of an ``NVFP4Tensor`` ``[..., n, k]`` whose codes lie in rows."""
+    *rows, k = tensor.shape
+    scales, factor = tensor.scale, 1.0 if tensor.per_tensor_scale is None else tensor.per_tensor_scale
+    if tensor.is_swizzled_scales:
+        columns = k // tensor.block_size
+        scales = unswizzle(tensor.scale, math.prod(rows), columns)
+        if not torch.equal(as_bytes(swizzle(scales, tensor.scale.shape)), as_bytes(tensor.scale)):
+            return Rejected("its swizzled scales are not padded with zeros")
+        scales = scales.view(*rows, columns)
+    if len(rows) > 1 and isinstance(factor, Tensor) and factor.numel() > 1:  # one for each matrix
+        factor = factor.reshape(-1, 1).expand(rows)
+    return fp4_weight(as_bytes(tensor.qdata), scales, factor, name=name)
+
+
+def kept_of(tensor: Any) -> dict[str, Any]:
+    """What `tensor_of` needs of an ``NVFP4Tensor`` beside its weight."""
+    names, context = tensor.__tensor_flatten__()
+    small = {name: getattr(tensor, name) for name in names if name not in ("qdata", "scale")}
+    return {"class": type(tensor), "context": context, "small": small, "scales": tensor.scale.shape}
+
+
+def tensor_of(weight: FP4Weight, factor: Tensor | None, kept: Mapping[str, Any]) -> Tensor:
+    """The inverse of `weight_of`; ``factor`` is the scale of the tensor, if it has one."""
+    scales = weight.scales.view(torch.float8_e4m3fn)
+    if kept["context"]["is_swizzled_scales"]:
+        scales = swizzle(scales.flatten(0, -2), kept["scales"])
+    inner = {name: value.to(weight.codes.device) for name, value in kept["small"].items()}
+    inner |= {"qdata": weight.codes, "scale": scales} | ({} if factor is None else {"per_tensor_scale": factor})
+    shape = torch.Size((*weight.codes.shape[:-1], weight.k))
+    made: Tensor = kept["class"].__tensor_unflatten__(inner, kept["context"], shape, None)
+    return made

@@ -8,16 +8,13 @@ were set by hand run with ``experts_implementation="eager"``. Where a module hol
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.transformers_experts import names_of
-from marlin_w4a16.passes.judge.tensors import swizzle, unswizzle
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import NO_VALUES, FoundExperts, bytes_of, factors_of, holds_values, is_of
-
-_GROUP = 16
+from marlin_w4a16.producers.torchao import kept_of, tensor_of, weight_of
 
 
 def read(module: Any, recover: bool) -> FoundExperts | Rejected | None:
@@ -43,7 +40,7 @@ def read(module: Any, recover: bool) -> FoundExperts | Rejected | None:
         w2,  # type: ignore[arg-type]
         tensors[0].orig_dtype,
         bytes_of(*(part for t in tensors for part in (t.qdata, t.scale))),
-        dict(zip(names, map(_kept, tensors), strict=True)),
+        dict(zip(names, map(kept_of, tensors), strict=True)),
         None if quantised is None else f"its inputs are quantised ({quantised})",
     )
 
@@ -65,43 +62,16 @@ def _weight(name: str, tensor: Any) -> FP4Weight | Rejected:
     experts, n, k = tensor.shape if tensor.ndim == 3 else (0, 0, 0)
     if not experts or tensor.qdata.shape != (experts, n, k // 2) or not tensor.qdata.is_contiguous():
         return Rejected(f"{name}: its codes do not lie in rows of what a product sums over, [experts, n, k / 2]")
-    scales = tensor.scale
-    if tensor.is_swizzled_scales:
-        scales = unswizzle(tensor.scale, experts * n, k // _GROUP)
-        if not torch.equal(_swizzled(scales, tensor.scale.shape), tensor.scale.view(torch.uint8)):
-            return Rejected(f"{name}: its swizzled scales are not padded with zeros")
-        scales = scales.view(experts, n, k // _GROUP)
-    factor = torch.ones((), device=scales.device) if tensor.per_tensor_scale is None else tensor.per_tensor_scale
-    rows = factor.float().reshape(-1, 1).expand(experts, n)
-    return fp4_weight(tensor.qdata.view(torch.uint8), scales, rows, name=name)
-
-
-def _swizzled(scales: Tensor, shape: torch.Size) -> Tensor:
-    return swizzle(scales.flatten(0, -2), shape).view(torch.uint8)
-
-
-def _kept(tensor: Any) -> dict[str, Any]:
-    names, context = tensor.__tensor_flatten__()
-    small = {name: getattr(tensor, name) for name in names if name not in ("qdata", "scale")}
-    return {"class": type(tensor), "context": context, "small": small, "scales": tensor.scale.shape}
+    found = weight_of(tensor, name)
+    return Rejected(f"{name}: {found.reason}") if isinstance(found, Rejected) else found
 
 
 def _tensor(weight: FP4Weight, kept: Mapping[str, Any]) -> Tensor:
-    scales = weight.scales.view(torch.float8_e4m3fn)
-    if kept["context"]["is_swizzled_scales"]:
-        scales = _swizzled(scales, kept["scales"]).view(torch.float8_e4m3fn)
-    inner = {name: value.to(weight.codes.device) for name, value in kept["small"].items()}
-    factors, scale = factors_of(weight), inner.get("per_tensor_scale")
+    factors, scale = factors_of(weight), kept["small"].get("per_tensor_scale")
     if scale is not None and scale.ndim:
-        inner["per_tensor_scale"] = factors.view(scale.shape)
-    else:
-        if bool((factors != factors[0]).any()):
-            raise ValueError(f"{weight.name}: found a multiplier per expert, expected one for all")
-        if scale is None and factors[0] != 1:
-            raise ValueError(f"{weight.name}: found a multiplier of {float(factors[0])}, expected 1: there is no scale")
-        if scale is not None:
-            inner["per_tensor_scale"] = factors[0].clone()
-    inner |= {"qdata": weight.codes, "scale": scales}
-    shape = torch.Size((*weight.codes.shape[:-1], weight.k))
-    made: Tensor = kept["class"].__tensor_unflatten__(inner, kept["context"], shape, None)
-    return made
+        return tensor_of(weight, factors.view(scale.shape), kept)
+    if bool((factors != factors[0]).any()):
+        raise ValueError(f"{weight.name}: found a multiplier per expert, expected one for all")
+    if scale is None and factors[0] != 1:
+        raise ValueError(f"{weight.name}: found a multiplier of {float(factors[0])}, expected 1: there is no scale")
+    return tensor_of(weight, None if scale is None else factors[0].clone(), kept)

@@ -1,6 +1,6 @@
 """One dense linear quantised: what refuses it, and the `PackedLinear` that takes its place.
 
-What `quantize` calls of this file and of quantize_experts.py:
+What `quantize` calls of this file and of experts.py:
 
     names(module)                            of its weights
     refusal(module, places, group, named)    why it is left as it is, values apart, or None

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.modules.swaps import PACKED, Places, Swap, Swaps, held, place, places_of
 from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts
-from marlin_w4a16.options import Options, unknown
-from marlin_w4a16.passes.settings import Settings
-from marlin_w4a16.prepare import Origin
+from marlin_w4a16.options import globs, unknown
+from marlin_w4a16.passes.settings import excluded_by, not_included
 from marlin_w4a16.producers.found import bytes_of, holds_values
 from marlin_w4a16.quantize import experts, linear
 from marlin_w4a16.quantize.dense import is_plain
@@ -81,23 +81,22 @@ class _Choice:
     """What the user chose by paths; a module has one or several, and at each its weights have theirs."""
 
     def __init__(self, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> None:
-        options = Options(include=include, exclude=USUALLY_DENSE if exclude is None else exclude)
         self._usual = exclude is None
-        self._named = {include} if isinstance(include, str) else set(include or ())
-        self._include = Settings(include=options.settings.include)
-        self._exclude = Settings(exclude=options.settings.exclude)
+        self._include = globs("include", include)
+        self._exclude = USUALLY_DENSE if exclude is None else globs("exclude", exclude) or ()
 
     def names(self, paths: list[str], weights: Sequence[str]) -> bool:
         """Whether one of these paths is given as it is, not as a glob."""
-        return not self._named.isdisjoint((*paths, *(f"{path}.{name}" for path in paths for name in weights)))
+        named = {*paths, *(f"{path}.{name}" for path in paths for name in weights)}
+        return not named.isdisjoint(self._include or ())
 
     def leaves(self, paths: list[str], weights: Sequence[str]) -> str | None:
         """Why a module with these paths and weights is not to be looked at, or None."""
-        missed = [[self._include.excluded(f"{path}.{name}") for name in weights] for path in paths]
+        missed = [[not_included(f"{path}.{name}", self._include) for name in weights] for path in paths]
         if all(any(of) for of in missed):
             name, reason = next((name, miss.reason) for name, miss in zip(weights, missed[0], strict=True) if miss)
             return reason if all(missed[0]) else f"{name}: {reason}"
-        hits = (self._exclude.excluded(f"{path}.{name}") for path in paths for name in weights)
+        hits = (excluded_by(f"{path}.{name}", self._exclude) for path in paths for name in weights)
         hit = next(filter(None, hits), None)
         if hit is None or (self._usual and self.names(paths, weights)):
             return None

@@ -15,8 +15,8 @@ _WIDTH = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """Rows that are told as one: they differ in the numbers of their paths, and in the error found, only.
+class EqualRows:
+    """Rows that are told as one line: they differ in the numbers of their paths, and in the error found, only.
 
     Attributes:
         path: all their paths, such as ``layers.{0..31}.mlp.up_proj``.
@@ -82,11 +82,11 @@ def packed_bytes(row: Row) -> int:
     return 0 if isinstance(row.outcome, Rejected | Excluded) else row.outcome.nbytes
 
 
-def collapse(rows: Iterable[Row]) -> list[Line]:
+def collapse(rows: Iterable[Row]) -> list[EqualRows]:
     """One line for rows that are equal but for numbers in their paths, if those numbers make a full product."""
     held = list(rows)
     groups = collapse_paths((row.path, _look(row)) for row in held)
-    return [Line(path, tuple(held[place] for place in places)) for path, places in groups]
+    return [EqualRows(path, tuple(held[place] for place in places)) for path, places in groups]
 
 
 def collapse_paths(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, tuple[int, ...]]]:

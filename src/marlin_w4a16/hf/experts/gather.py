@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from marlin_w4a16.checkpoints.experts import Mixture, Stack
+from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer, Problem
 from marlin_w4a16.checkpoints.storage import FP4Storage
@@ -36,45 +36,60 @@ class Target:
     operations: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The experts of one module: what files hold of them, and what the module computes with that.
+
+    Attributes:
+        mixture: in the files.
+        activation, order: see `marlin_w4a16.PackedExperts`.
+    """
+
+    mixture: StoredMixture
+    activation: Activation
+    order: Order | None
+
+
 @dataclass(slots=True)
-class _Found:
+class _Layers:
     """What a checkpoint has for one Experts module: layers by parameter, place in it, and number of the expert."""
 
     targets: dict[str, Target] = field(default_factory=dict)
     layers: dict[str, dict[int, dict[int, Layer]]] = field(default_factory=dict)
 
 
-class Experts:
+class ExpertLayers:
     """Gathers the layers of experts, module by module."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: dict[str, Any] = {path: m for path, m in model.named_modules() if is_experts(m)}
-        self._found: dict[str, _Found] = {}
+        self._found: dict[str, _Layers] = {}
 
     def take(self, layer: Layer, target: Target) -> bool:
         """Whether a layer belongs to experts; it is remembered then."""
         path, _, name = target.name.rpartition(".")
         if path not in self._modules:
             return False
-        found = self._found.setdefault(path, _Found())
+        found = self._found.setdefault(path, _Layers())
         found.targets[name] = target
         found.layers.setdefault(name, {}).setdefault(target.place, {})[_number(layer)] = layer
         return True
 
-    def mixtures(self, others: Mapping[str, Entry]) -> tuple[tuple[Mixture, ...], list[Problem]]:
-        """The mixtures that were found, and what is wrong with others.
+    def gathered(self, others: Mapping[str, Entry]) -> tuple[tuple[Gathered, ...], list[Problem]]:
+        """The experts of all modules, and what is wrong with others.
 
         Args:
             others: the checkpoint's other tensors, by their names in the model.
         """
-        made = [(module := self._modules[path], _mixture(path, module, found)) for path, found in self._found.items()]
-        mixtures = tuple(mixture for _, mixture in made if isinstance(mixture, Mixture))
-        problems = [problem for _, problem in made if isinstance(problem, Problem)]
-        problems += [p for module, m in made if isinstance(m, Mixture) for p in _biases(m, module, others)]
-        return mixtures, problems
+        made = [_gathered(path, self._modules[path], found) for path, found in self._found.items()]
+        gathered = tuple(found for found in made if isinstance(found, Gathered))
+        problems = [problem for problem in made if isinstance(problem, Problem)]
+        for mixture in (found.mixture for found in gathered):
+            problems += _biases(mixture, self._modules[mixture.path], others)
+        return gathered, problems
 
 
-def gating_on_cpu(module: Any, rows: int) -> tuple[Activation, Order | None] | Rejected:
+def _gating(module: Any, rows: int) -> tuple[Activation, Order | None] | Rejected:
     """See `gating_of`: while a model is loaded, new tensors are on the meta device and of the model's dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -90,7 +105,7 @@ def _number(layer: Layer) -> int:
     return 0 if layer.experts else int([part for part in layer.path.split(".") if part.isdigit()][-1])
 
 
-def _mixture(path: str, module: Any, found: _Found) -> Mixture | Problem:
+def _gathered(path: str, module: Any, found: _Layers) -> Gathered | Problem:
     stacks: dict[str, tuple[Stack, ...]] = {}
     for name in names_of(module):
         made = list(_stacks(path, module, name, found))
@@ -99,11 +114,18 @@ def _mixture(path: str, module: Any, found: _Found) -> Mixture | Problem:
             return wrong
         stacks[name] = tuple(stack for stack in made if isinstance(stack, Stack))
     first, second = (stacks[name] for name in names_of(module))
-    mixture = Mixture(path, first, second[0])
-    return _refused(mixture, module) or mixture
+    mixture = StoredMixture(path, first, second[0])
+    refused = _refused(mixture, module)
+    if refused is not None:
+        return refused
+    gating = _gating(module, mixture.rows)
+    if isinstance(gating, Rejected):
+        why = f"experts that do not run as one op: {gating.reason}"
+        return Problem(_file(mixture.second.like), path, why, "experts that do")
+    return Gathered(mixture, *gating)
 
 
-def _stacks(path: str, module: Any, name: str, found: _Found) -> Iterator[Stack | Problem]:
+def _stacks(path: str, module: Any, name: str, found: _Layers) -> Iterator[Stack | Problem]:
     """The projections that make one parameter of an Experts module."""
     target, places = found.targets.get(name), found.layers.get(name, {})
     if target is None:
@@ -132,7 +154,7 @@ def _stacks(path: str, module: Any, name: str, found: _Found) -> Iterator[Stack 
             yield Stack(layers[0].path.rpartition(".")[2], tuple(layers[e] for e in sorted(layers)))
 
 
-def _biases(mixture: Mixture, module: Any, others: Mapping[str, Entry]) -> Iterator[Problem]:
+def _biases(mixture: StoredMixture, module: Any, others: Mapping[str, Entry]) -> Iterator[Problem]:
     """What is wrong with the biases of experts, which transformers loads."""
     for name in names_of(module) if module.has_bias else ():
         bias, shape = f"{mixture.path}.{name}_bias", tuple(module._parameters[f"{name}_bias"].shape)
@@ -156,8 +178,8 @@ def _file(layer: Layer) -> str:
     return next(iter(layer.entries.values())).file.name
 
 
-def _refused(mixture: Mixture, module: Any) -> Problem | None:
-    """Why experts cannot run as one op."""
+def _refused(mixture: StoredMixture, module: Any) -> Problem | None:
+    """Why the weights of experts are not those that a module runs as one op."""
     path, like = mixture.path, mixture.second.like
     file = _file(like)
     for stack in mixture.stacks:
@@ -178,7 +200,4 @@ def _refused(mixture: Mixture, module: Any) -> Problem | None:
         if (stack.experts, found, stack.like.k) != (experts, rows, filled):
             told = f"{stack.experts} experts of {found} x {stack.like.k}"
             return Problem(file, f"{path}.{name}", told, f"{experts} of {rows} x {columns}, as the model has")
-    gating = gating_on_cpu(module, mixture.rows)
-    if isinstance(gating, Rejected):
-        return Problem(file, path, gating.why, gating.detail or "experts that run as one op")
     return None

@@ -9,9 +9,6 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from marlin_w4a16.modules.packed_experts import PackedExperts
-from marlin_w4a16.modules.transformers_experts import pack_experts_of
-
-__all__ = ["IMPLEMENTATION", "experts_forward", "pack_experts_of"]
 
 IMPLEMENTATION = "marlin_w4a16"
 

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from marlin_w4a16.checkpoints.experts import Mixture
+from marlin_w4a16.checkpoints.experts import StoredMixture
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.values import Reader
 from marlin_w4a16.hf.placing import put
 
 
-def own_names(model: PreTrainedModel, mixtures: Iterable[Mixture]) -> list[str]:
+def own_names(model: PreTrainedModel, mixtures: Iterable[StoredMixture]) -> list[str]:
     """A pattern of the names of tensors that transformers need not load, if there are any."""
     paths = [mixture.path.removeprefix(f"{model.base_model_prefix}.") for mixture in mixtures]
     return [rf"(?:^|\.)(?:{'|'.join(map(re.escape, paths))})\."] if paths else []
 
 
-def bytes_beside(model: PreTrainedModel, mixtures: Iterable[Mixture], itemsize: int | None) -> dict[str, int]:
+def bytes_beside(model: PreTrainedModel, mixtures: Iterable[StoredMixture], itemsize: int | None) -> dict[str, int]:
     """Bytes of experts by the name of a parameter beside them, with which device maps count them.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.checkpoints.experts import Mixture, Stack
+from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
 from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.checkpoints.values import Reader
 from marlin_w4a16.hf.linear import decoded
@@ -30,7 +30,12 @@ class StoredExperts(nn.Module):
     """
 
     def __init__(
-        self, mixture: Mixture, experts: nn.Module, activation: Activation, order: Order | None, dtype: torch.dtype
+        self,
+        mixture: StoredMixture,
+        experts: nn.Module,
+        activation: Activation,
+        order: Order | None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.mixture, self.activation, self.order, self.dtype = mixture, activation, order, dtype
