@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
+from kernels.plans import launches
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
-from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, launches
+from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.portable.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
+from marlin_w4a16.kernels.target import SHARED_MEMORY
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
 FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))

@@ -11,9 +11,10 @@ from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.activate import activation_constants
 from marlin_w4a16.kernels.decode.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel, _offset_kernel
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
-from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, plan_experts
+from marlin_w4a16.kernels.launch import Launch, plan_experts
 from marlin_w4a16.kernels.moe import _sum_kernel
 from marlin_w4a16.kernels.portable.grouped import FEW, _grouped_kernel
+from marlin_w4a16.kernels.target import SHARED_MEMORY
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
 FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
@@ -74,7 +75,7 @@ def compiled_product(
 def planned(capability: tuple[int, int]) -> list[Launch]:
     """Every launch that a mixture or a grouped linear can have."""
     sizes = product((1, 33, 100, 300, 1000, 5000, 100000), (1, 8, 32, 128, 512))
-    found = [plan_experts(capability, *size) or FEW for size in sizes]
+    found = [plan_experts(*size) or FEW for size in sizes]
     return list(dict.fromkeys(found))
 
 
