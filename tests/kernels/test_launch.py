@@ -141,9 +141,11 @@ def test_every_call_on_hopper_has_a_launch_its_kernels_can_run(processors, m, n,
         assert launch.num_warps * 16 <= launch.rows, "warps without rows"
         assert launch.wgmma or not launch.overlap
         assert launch.tiles % 2 == 0 or not launch.overlap, "operands do not take turns in two sets of registers"
-        tiles, units = -(-n // launch.rows) * -(-m // launch.block_m), -(-k // (64 * launch.tiles))
-        assert 1 <= launch.programs <= min(tiles * units, processors), "a program without a unit, or one that waits"
-        rest, sharers, programs = division(launch, tiles, units)
+        tiles, k_blocks = -(-n // launch.rows) * -(-m // launch.block_m), -(-k // (64 * launch.tiles))
+        assert 1 <= launch.programs <= min(tiles * k_blocks, processors), (
+            "a program without a k-block, or one that waits"
+        )
+        rest, sharers, programs = division(launch, tiles, k_blocks)
         assert programs == launch.programs and (rest > 0) == (launch.sharers > 1)
         assert 2 * sharers * launch.rows * launch.block_m * 4 <= 64 << 20, "too much scratch"
 
