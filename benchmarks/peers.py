@@ -24,6 +24,7 @@ from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.linear import linear
 from marlin_w4a16.kernels.portable import linear as kernels
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
+from marlin_w4a16.kernels.target import Target
 
 FORMATS: dict[str, tuple[ScaleKind, int]] = {"nvfp4": ("e4m3", 16), "mxfp4": ("e8m0", 32)}
 # Scale bytes to draw from: E4M3 normals, and powers of two that float16 holds without a second scale.
@@ -101,7 +102,7 @@ class Portable(Always):
 
         def call(i: int, x: Tensor) -> Tensor:
             out = x.new_empty(x.shape[0], packed.n)
-            launch = plan_linear((8, 0), properties.multi_processor_count, x.shape[0], packed.n, packed.k)
+            launch = plan_linear(Target((8, 0), properties.multi_processor_count), x.shape[0], packed.n, packed.k)
             with (
                 patch.object(nvidia, "sm_arch_from_capability", lambda capability: here),
                 patch.object(kernels, "_linear_kernel", ForSM80(kernels._linear_kernel)),

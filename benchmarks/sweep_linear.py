@@ -15,8 +15,9 @@ from dense import copies_of, random_packed
 from roofline import floor_us
 from timing import copies_for, time_graph
 
-from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, Rows, Stream, plan_hopper, plan_linear
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_hopper, plan_linear
 from marlin_w4a16.kernels.linear import linear
+from marlin_w4a16.kernels.target import SHARED_MEMORY, Target
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336))
 
@@ -143,7 +144,11 @@ def main() -> None:
             for us, err, la in results[: args.top]:
                 print(f"   {us:8.2f} us  x{base / us:.2f}  err {err:.2e}  {la}", flush=True)
             try:
-                plan = plan_linear((9, 0), PROCESSORS, m, n, k) if args.portable else plan_hopper(PROCESSORS, m, n, k)
+                plan = (
+                    plan_linear(Target((9, 0), PROCESSORS), m, n, k)
+                    if args.portable
+                    else plan_hopper(PROCESSORS, m, n, k)
+                )
                 us = time_graph(lambda i: linear(x, weights[i], None, plan), copies, reps)  # noqa: B023
                 print(f"   plan {us:8.2f} us  x{base / us:.2f} {plan}", flush=True)
             except Exception as error:

@@ -20,9 +20,10 @@ from marlin_w4a16.fake_impls.library import (
     weight_args,
     weight_schema,
 )
-from marlin_w4a16.fake_impls.linear import output_shape, uses_triton
+from marlin_w4a16.fake_impls.linear import output_shape
 from marlin_w4a16.kernels.blocks.experts import grouped_linear_by_blocks, grouped_linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.target import supports
 
 define(f"grouped_linear(Tensor x, {weight_schema()}, Tensor offsets) -> Tensor")
 define(f"grouped_linear_grad_input(Tensor grad, {weight_schema()}, Tensor offsets) -> Tensor")
@@ -68,7 +69,7 @@ def _blocks(x: Tensor, *args: Any) -> Tensor:
 
 
 def _cuda(x: Tensor, *args: Any) -> Tensor:
-    if not uses_triton(x.device) or x.dtype == torch.float32:
+    if not supports(x.device) or x.dtype == torch.float32:
         return _blocks(x, *args)
     from marlin_w4a16.kernels.grouped_linear import grouped_linear as fused  # Triton is on Linux only
 

@@ -21,6 +21,7 @@ from marlin_w4a16.fake_impls.library import (
 )
 from marlin_w4a16.kernels.blocks.dequantize import linear_by_blocks, linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.target import supports
 
 define(f"linear(Tensor x, {weight_schema()}, Tensor? bias) -> Tensor")
 define(f"linear_grad_input(Tensor grad, {weight_schema()}) -> Tensor")
@@ -46,11 +47,6 @@ def output_shape(shape: torch.Size, width: int) -> tuple[int, ...]:
     return (*shape[:-1], width)
 
 
-def uses_triton(device: torch.device) -> bool:
-    """Whether linears on this device go to the Triton kernels: capability 8.0 up to, not with, 10.0."""
-    return device.type == "cuda" and (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)
-
-
 def _checked(x: Tensor, args: tuple[Any, ...]) -> tuple[PackedFP4, Tensor | None]:
     weight, (bias,) = split_weight(args)
     packed = checked_weight("linear", x, "k", weight)
@@ -73,7 +69,7 @@ def _blocks(x: Tensor, *args: Any) -> Tensor:
 
 
 def _cuda(x: Tensor, *args: Any) -> Tensor:
-    if not uses_triton(x.device):
+    if not supports(x.device):
         return _blocks(x, *args)
     from marlin_w4a16.kernels.linear import linear as fused  # Triton is on Linux only
 

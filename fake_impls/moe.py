@@ -23,11 +23,12 @@ from marlin_w4a16.fake_impls.library import (
     weight_args,
     weight_schema,
 )
-from marlin_w4a16.fake_impls.linear import output_shape, uses_triton
+from marlin_w4a16.fake_impls.linear import output_shape
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.blocks.experts import moe_by_blocks, moe_gradients
 from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.target import supports
 
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _ARGUMENTS = (
@@ -169,7 +170,7 @@ def _blocks(*args: Any) -> Tensor:
 
 def _cuda(*args: Any) -> Tensor:
     given, experts = _checked("moe", args)
-    if not uses_triton(given.x.device) or given.x.dtype == torch.float32:
+    if not supports(given.x.device) or given.x.dtype == torch.float32:
         return _blocks(*args)
     from marlin_w4a16.kernels.moe import moe as fused  # Triton is on Linux only
 

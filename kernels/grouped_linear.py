@@ -6,8 +6,8 @@ from torch import Tensor
 from marlin_w4a16.kernels.decode.route import tiles_of_offsets
 from marlin_w4a16.kernels.launch import Launch, plan_experts, plan_hopper_experts
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.kernels.linear import GLUON
 from marlin_w4a16.kernels.portable.grouped import FEW, grouped_product
+from marlin_w4a16.kernels.target import Target
 
 
 def grouped_linear(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
@@ -16,18 +16,17 @@ def grouped_linear(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     with torch.cuda.device(x.device):
-        properties = torch.cuda.get_device_properties(x.device)
-        capability = (properties.major, properties.minor)
-        if GLUON and capability == (9, 0):
+        target = Target.of(x.device)
+        if target.gluon:
             from marlin_w4a16.kernels.hopper.experts import stream_experts
 
-            (form,) = plan_hopper_experts(properties.multi_processor_count, x.shape[0], len(offsets), packed.n)
+            (hopper,) = plan_hopper_experts(target.processors, x.shape[0], len(offsets), packed.n)
             if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # what the copy engine asks for
                 x = x.clone(memory_format=torch.contiguous_format)
-            stream_experts(x, packed.contiguous(), None, out, tiles_of_offsets(offsets, len(x), form.block_m), form)
+            stream_experts(x, packed.contiguous(), None, out, tiles_of_offsets(offsets, len(x), hopper.block_m), hopper)
             return out
-        launch = plan_experts(capability, x.shape[0], len(offsets)) or FEW
-        grouped(x, packed, offsets, out, launch, ptx=True, wgmma=capability >= (9, 0))
+        launch = plan_experts(x.shape[0], len(offsets)) or FEW
+        grouped(x, packed, offsets, out, launch, ptx=True, wgmma=target.hopper)
     return out
 
 

@@ -6,8 +6,10 @@ Measured on an H200 (docs/performance.md); the rows of SM80 to SM89 are held by 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
-SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
+from marlin_w4a16.kernels.target import SHARED_MEMORY, Target
+
 DENSE_TOKENS = 2048
 
 
@@ -66,13 +68,13 @@ class Stream:
 
     Attributes:
         rows, block_m: weight rows and tokens of a tile of the output.
-        tiles: 64-column tiles of a unit; an even number where products overlap.
-        stages: units in shared memory.
+        tiles: 64-column tiles of a k-block; an even number where products overlap.
+        stages: k-blocks in shared memory.
         num_warps: warps that decode and multiply, beside one that copies.
         overlap: leave a product of wgmma in flight while the next operand is decoded. It takes registers: where they
             are too few, ptxas waits for every single instruction (advisory C7511).
         programs: programs, which take the tiles of the output in turn.
-        sharers: programs among which the units of a last wave that is too small for all are shared out; 1: it is not.
+        sharers: programs that share out the k-blocks of a last wave that is too small for all; 1: it is not shared.
         registers: of a lane, all warps together, so that several programs fit on a multiprocessor; None: one does.
     """
 
@@ -125,18 +127,18 @@ _AMPERE = (
 )
 
 
-def plan_linear(capability: tuple[int, int], processors: int, m: int, n: int, k: int) -> Launch:
+def plan_linear(target: Target, m: int, n: int, k: int) -> Launch:
     """Chooses the launch for ``m`` tokens and a weight of ``n`` rows and ``k`` columns.
 
     Pure: depends on nothing but its arguments, so a captured graph and a later call agree.
     """
-    table = _HOPPER if capability >= (9, 0) else _AMPERE
+    table = _HOPPER if target.hopper else _AMPERE
     regime = next(r for r in table if m <= r.tokens and n >= r.rows)
     launch = regime.launch
     tiles = -(-n // launch.block_n) * -(-m // launch.block_m)
     steps = -(-k // launch.block_k)
     split = 1
-    while tiles * split * 2 <= processors * regime.programs and steps >= split * 2 * regime.steps:
+    while tiles * split * 2 <= target.processors * regime.programs and steps >= split * 2 * regime.steps:
         split *= 2
     return replace(launch, split_k=split)
 
@@ -146,7 +148,7 @@ _EXPERTS = {16: Launch(64, 16, 128, 1, 4, 4), 32: Launch(64, 32, 128, 1, 4, 4), 
 _EXPERTS_MANY = Launch(128, 128, 64, 1, 8, 3)
 
 
-def plan_experts(capability: tuple[int, int], pairs: int, experts: int) -> Launch | None:
+def plan_experts(pairs: int, experts: int) -> Launch | None:
     """The launch of the products of a mixture; None for so few pairs that none need share a tile."""
     if pairs <= FEW_PAIRS:
         return None
@@ -154,19 +156,24 @@ def plan_experts(capability: tuple[int, int], pairs: int, experts: int) -> Launc
     return next((launch for block_m, launch in _EXPERTS.items() if each <= block_m), _EXPERTS_MANY)
 
 
-# Programs of a form that a multiprocessor holds.
-_Form = tuple[Stream, int]
-_BY_FEW: _Form = (Stream(64, 8, 4, 3, 4, False, registers=64), 4)
-_BY_8: _Form = (Stream(128, 8, 4, 2, 4, False, registers=80), 3)
-_BY_16: _Form = (Stream(128, 16, 4, 2, 4, False, registers=80), 3)
-_BY_32: _Form = (Stream(128, 32, 4, 2, 8, False, registers=80), 2)
-_BY_64: tuple[_Form, _Form] = (
-    (Stream(256, 64, 4, 2, 16, False), 1),
-    (Stream(128, 64, 2, 3, 4, False, registers=128), 2),
+class _Resident(NamedTuple):
+    """A launch on Hopper, and how many of its programs a multiprocessor holds."""
+
+    launch: Stream
+    programs: int
+
+
+_BY_FEW = _Resident(Stream(64, 8, 4, 3, 4, False, registers=64), 4)
+_BY_8 = _Resident(Stream(128, 8, 4, 2, 4, False, registers=80), 3)
+_BY_16 = _Resident(Stream(128, 16, 4, 2, 4, False, registers=80), 3)
+_BY_32 = _Resident(Stream(128, 32, 4, 2, 8, False, registers=80), 2)
+_BY_64 = (
+    _Resident(Stream(256, 64, 4, 2, 16, False), 1),
+    _Resident(Stream(128, 64, 2, 3, 4, False, registers=128), 2),
 )
-_BY_128: _Form = (Stream(128, 128, 2, 4, 8, True), 1)
-# Up to so many pairs of an expert that is chosen: the forms of the first and the second product of a mixture on Hopper.
-_BY_EXPERT: tuple[tuple[int, tuple[_Form, _Form]], ...] = (
+_BY_128 = _Resident(Stream(128, 128, 2, 4, 8, True), 1)
+# Up to so many pairs of an expert that is chosen: the first and the second product of a mixture.
+_BY_EXPERT = (
     (4, (_BY_8, _BY_8)),
     (12, (_BY_16, _BY_16)),
     (24, (_BY_32, _BY_32)),
@@ -179,18 +186,13 @@ _BY_EXPERT: tuple[tuple[int, tuple[_Form, _Form]], ...] = (
 def plan_hopper_experts(processors: int, pairs: int, experts: int, *rows: int) -> tuple[Stream, ...]:
     """The launches of the products of a mixture, of so many ``rows`` each; their tiles have one size. As pure."""
     chosen = min(pairs, experts)
-    forms = next(forms for each, forms in _BY_EXPERT if pairs <= each * chosen)
+    products = next(products for each, products in _BY_EXPERT if pairs <= each * chosen)
     found = []
-    for n, (form, per) in zip(rows, forms, strict=False):
-        if form.block_m == 8 and -(-n // form.rows) * chosen < per * processors:
-            form, per = _BY_FEW
-        found.append(replace(form, programs=per * processors))
+    for n, (launch, programs) in zip(rows, products, strict=False):
+        if launch.block_m == 8 and -(-n // launch.rows) * chosen < programs * processors:
+            launch, programs = _BY_FEW
+        found.append(replace(launch, programs=programs * processors))
     return tuple(found)
-
-
-def hopper_expert_forms() -> dict[Stream, int]:
-    """Every form of the products of a mixture, and how many programs of it a multiprocessor holds."""
-    return dict((_BY_FEW, *(form for _, forms in _BY_EXPERT for form in forms)))
 
 
 # Shared memory of a multiprocessor that two programs of the kernel for few tokens can have each.
@@ -233,12 +235,12 @@ def _plan_rows(processors: int, m: int, n: int, k: int) -> Rows:
 
 
 def _plan_stream(processors: int, m: int, n: int, k: int) -> Stream:
-    forms = (_few_tokens(processors, m, n, k),) if m <= 128 else _MANY
-    return min((_planned(form, processors, m, n, -(-k // 64)) for form in forms), key=lambda pair: pair[0])[1]
+    choices = (_few_tokens(processors, m, n, k),) if m <= 128 else _MANY
+    return min((_planned(choice, processors, m, n, -(-k // 64)) for choice in choices), key=lambda pair: pair[0])[1]
 
 
 def _few_tokens(processors: int, m: int, n: int, k: int) -> Stream:
-    """The form for up to 128 tokens, all in one block."""
+    """The launch for up to 128 tokens, all in one block, before its programs are counted."""
     if m <= _FEW:
         return Stream(256, 16, 4, 3, 8, False)
     block_m = 32 if m <= 32 else 64 if m <= 64 else 128
@@ -250,39 +252,39 @@ def _few_tokens(processors: int, m: int, n: int, k: int) -> Stream:
     return Stream(128, block_m, 4, 3, 8, True) if block_m < 128 else Stream(128, 128, 2, 4, 8, True)
 
 
-def _planned(form: Stream, processors: int, m: int, n: int, k_tiles: int) -> tuple[float, Stream]:
-    """The cycles that a form takes, and its launch."""
-    out_tiles = -(-n // form.rows) * -(-m // form.block_m)
+def _planned(choice: Stream, processors: int, m: int, n: int, k_tiles: int) -> tuple[float, Stream]:
+    """The cycles that a choice takes, and it with its programs."""
+    out_tiles = -(-n // choice.rows) * -(-m // choice.block_m)
     waves, rest = divmod(out_tiles, processors)
-    last, sharers = _last_wave(processors, rest, m, k_tiles, form.tiles)
-    each, ends = _CYCLES.get((form.rows, form.block_m), (1, 0))
+    last, sharers = _last_wave(processors, rest, m, k_tiles, choice.tiles)
+    each, ends = _CYCLES.get((choice.rows, choice.block_m), (1, 0))
     cycles = (waves * k_tiles + last) * each + (waves + (rest > 0)) * ends
-    return cycles, replace(form, programs=processors if waves else max(sharers, out_tiles), sharers=sharers)
+    return cycles, replace(choice, programs=processors if waves else max(sharers, out_tiles), sharers=sharers)
 
 
-def _last_wave(processors: int, rest: int, m: int, k_tiles: int, unit: int) -> tuple[float, int]:
-    """How many column tiles the ``rest`` of the tiles takes, and the programs that share its units; 1: they do not."""
+def _last_wave(processors: int, rest: int, m: int, k_tiles: int, tiles: int) -> tuple[float, int]:
+    """How many column tiles the ``rest`` of the output takes, and the programs that share its k-blocks; 1: none do."""
     if rest == 0:
         return 0, 1
-    units = -(-k_tiles // unit)
-    options: list[tuple[float, int]] = [(units * unit, 1)]
-    for each in range(2, min(processors // rest, units) + 1):
+    k_blocks = -(-k_tiles // tiles)
+    options: list[tuple[float, int]] = [(k_blocks * tiles, 1)]
+    for each in range(2, min(processors // rest, k_blocks) + 1):
         # parts are written and read, and each is waited for when they are summed
         parts = 4 + 16 * rest * each / processors + 0.7 * each
-        options.append((-(-units // each) * unit + parts, rest * each))
-    if m <= 128 and rest * units > processors:
+        options.append((-(-k_blocks // each) * tiles + parts, rest * each))
+    if m <= 128 and rest * k_blocks > processors:
         # two parts a program; and no two programs are at the same columns, so each reads x by itself
         options.append((k_tiles * rest / processors + 30, processors))
     return min(options)
 
 
-def division(launch: Stream, out_tiles: int, units: int) -> tuple[int, int, int]:
+def division(launch: Stream, out_tiles: int, k_blocks: int) -> tuple[int, int, int]:
     """How a launch divides the tiles of an output: how many are shared, among how many programs, and of how many.
 
     The others are taken in turn, whole; a program has its share after them.
     """
     rest = out_tiles % launch.programs
-    shared = min(launch.sharers, launch.programs, rest * units)
+    shared = min(launch.sharers, launch.programs, rest * k_blocks)
     if shared <= rest:
         return 0, 1, min(launch.programs, out_tiles)
     return rest, shared, launch.programs if out_tiles >= launch.programs else shared
@@ -291,10 +293,3 @@ def division(launch: Stream, out_tiles: int, units: int) -> tuple[int, int, int]
 def plan_dense(m: int) -> bool:
     """Whether ``m`` tokens pay for writing the weight out in 16 bits and calling cuBLAS."""
     return m >= DENSE_TOKENS
-
-
-def launches(capability: tuple[int, int]) -> tuple[Launch, ...]:
-    """Every launch of a capability's table, without and with a split."""
-    table = _HOPPER if capability >= (9, 0) else _AMPERE
-    splits = (1, 4)
-    return tuple(replace(r.launch, split_k=s) for r in table for s in splits if s == 1 or r.steps < _ANY)

@@ -1,15 +1,12 @@
 """The FP4 linear for SM80 to SM90: which kernel runs it, with which launch."""
 
 import torch
-import triton
 from torch import Tensor
 
 from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_hopper, plan_linear
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import fused, through_dense
-
-# Gluon has no stable interface: its kernels are used with the releases they are compiled under in the tests.
-GLUON = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 10)
+from marlin_w4a16.kernels.target import Target
 
 
 def linear(
@@ -34,16 +31,15 @@ def linear(
     if packed.k == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     with torch.cuda.device(x.device):
-        properties = torch.cuda.get_device_properties(x.device)
-        capability = (properties.major, properties.minor)
-        if launch is None and GLUON and capability == (9, 0) and x.dtype != torch.float32:
-            launch = plan_hopper(properties.multi_processor_count, m, packed.n, packed.k)
+        target = Target.of(x.device)
+        if launch is None and target.gluon and x.dtype != torch.float32:
+            launch = plan_hopper(target.processors, m, packed.n, packed.k)
         if launch is None and (plan_dense(m) or x.dtype == torch.float32):
             through_dense(x, packed, bias, out)
             return out
-        launch = launch or plan_linear(capability, properties.multi_processor_count, m, packed.n, packed.k)
+        launch = launch or plan_linear(target, m, packed.n, packed.k)
         if isinstance(launch, Launch):
-            fused(x, packed, bias, out, launch, ptx=True, wgmma=capability >= (9, 0))
+            fused(x, packed, bias, out, launch, ptx=True, wgmma=target.hopper)
         else:
             _on_hopper(x, packed, bias, out, launch)
     return out

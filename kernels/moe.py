@@ -11,8 +11,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from marlin_w4a16.kernels.decode.route import early_launch, local_expert, sorted_tokens, tiles_of_experts
 from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.launch import Launch, Stream, plan_experts, plan_hopper_experts
-from marlin_w4a16.kernels.linear import GLUON
 from marlin_w4a16.kernels.portable.grouped import FEW, grouped_product
+from marlin_w4a16.kernels.target import Target
 
 _SUM_BLOCK = 512
 
@@ -63,16 +63,13 @@ def moe(x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, exp
     if topk_ids.numel() == 0:
         return out.zero_()
     with torch.cuda.device(x.device):
-        properties = torch.cuda.get_device_properties(x.device)
-        capability = (properties.major, properties.minor)
-        if GLUON and capability == (9, 0):
-            forms = plan_hopper_experts(
-                properties.multi_processor_count, topk_ids.numel(), experts.count, experts.w13.n, experts.w2.n
-            )
-            _on_hopper(x, experts, topk_weights, topk_ids, expert_map, out, *forms)
+        target, pairs = Target.of(x.device), topk_ids.numel()
+        if target.gluon:
+            launches = plan_hopper_experts(target.processors, pairs, experts.count, experts.w13.n, experts.w2.n)
+            _on_hopper(x, experts, topk_weights, topk_ids, expert_map, out, *launches)
             return out
-        launch = plan_experts(capability, topk_ids.numel(), experts.count)
-        fused(x, experts, topk_weights, topk_ids, expert_map, out, launch, ptx=True, wgmma=capability >= (9, 0))
+        launch = plan_experts(pairs, experts.count)
+        fused(x, experts, topk_weights, topk_ids, expert_map, out, launch, ptx=True, wgmma=target.hopper)
     return out
 
 

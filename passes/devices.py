@@ -2,7 +2,7 @@
 
 import torch
 
-from marlin_w4a16.fake_impls.linear import uses_triton
+from marlin_w4a16.kernels.target import Target
 from marlin_w4a16.passes.outcome import Rejected
 
 
@@ -12,8 +12,5 @@ def serves(device: torch.device) -> Rejected | str:
         return "CPU blocks"
     if device.type != "cuda":
         return Rejected(f"device {device.type}: expected cuda or cpu")
-    if uses_triton(device):
-        return "Triton"
-    major, minor = torch.cuda.get_device_capability(device)
-    why = "it has FP4 tensor cores of its own" if major >= 10 else "the kernels need 8.0"
-    return Rejected(f"device of capability {major}.{minor}: {why}")
+    why_not = Target.of(device).why_not
+    return Rejected(why_not) if why_not else "Triton"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16 import E2M1_VALUES, FP4Weight, quantize_nvfp4
+from marlin_w4a16.kernels.target import Target
 
 
 @functools.cache
@@ -14,10 +15,7 @@ def missing_gpu() -> str | None:
     """Why tests marked ``gpu`` cannot run here, or None if they can."""
     if not torch.cuda.is_available():
         return "needs a CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if (8, 0) <= capability < (10, 0):
-        return None
-    return f"needs a compute capability from 8.0 to below 10.0, this device has {capability[0]}.{capability[1]}"
+    return Target.of(torch.device("cuda")).why_not
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "marlin_w4a16"
-_NUMERICS = ("scale_bytes", "fp4", "quantize", "inputs", "layout", "launch", "activation", "expert_order", "experts")
+_NUMERICS = (
+    "target",
+    "scale_bytes",
+    "fp4",
+    "quantize",
+    "inputs",
+    "layout",
+    "launch",
+    "activation",
+    "expert_order",
+    "experts",
+)
 ROOMS = ("kernels", "fake_impls", "passes")  # from the bottom up; the front door is above them
 # The storeys from the bottom up. A file may import what stands on lower storeys, or with it on one line; lines of one
 # storey stand apart. The longest name that fits tells where a file is.

@@ -7,7 +7,8 @@ kernel, and equal bits on every run.
 """
 
 import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,36 +24,75 @@ from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.launch import Rows
 from marlin_w4a16.kernels.layout import PackedFP4
 
-X_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+_X_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _REGISTERS = 128  # a lane: 16 warps fill a multiprocessor, of one program or of two
 
 
+@dataclass(frozen=True)
+class Loop:
+    """What a launch is compiled for. Triton's caches tell one from another by its fields: it has nothing else.
+
+    Attributes:
+        kind, group: of the weight.
+        rows, block_m, warps, steps, stages, resident: of the launch, see `Rows`.
+        even: whether every warp has a tile of its own in every step.
+        words, scales: flat layouts of what a step loads.
+        sums: the layout in which the sums of the warps meet.
+        x: that of tokens in shared memory.
+    """
+
+    kind: str
+    group: int
+    rows: int
+    block_m: int
+    warps: int
+    steps: int
+    stages: int
+    resident: bool
+    even: bool
+    words: gl.DistributedLinearLayout
+    scales: gl.DistributedLinearLayout
+    sums: gl.BlockedLayout
+    x: gl.NVMMASharedLayout
+
+
+class _Weight(NamedTuple):
+    """The weight, and what a lane loads of a tile: which of the warps' tiles, and where in it."""
+
+    words: Any
+    scales: Any
+    word_warp: Any
+    word_at: Any
+    scale_warp: Any
+    scale_at: Any
+    k_tiles: Any
+
+
 @gluon.jit
-def _load(
-    words, scales, word_at, scale_at, word_warp, scale_warp, row, step, k_tiles,
-    W: gl.constexpr, WORDS: gl.constexpr, EVEN: gl.constexpr,
-):  # fmt: skip
+def _load(weight, row, step, loop: gl.constexpr):
     """The words and scale words of one tile a warp; warps past the last column repeat it: they meet zeros of x."""
-    tile_row = (row // 64).to(gl.int64) * k_tiles
-    word_tile = step * W + word_warp
-    scale_tile = step * W + scale_warp
-    if not EVEN:
-        word_tile = gl.minimum(word_tile, k_tiles - 1)
-        scale_tile = gl.minimum(scale_tile, k_tiles - 1)
-    word_to = gl.max_contiguous(gl.multiple_of(word_tile * 512 + word_at, 4), 4)
-    scale_to = gl.max_contiguous(gl.multiple_of(scale_tile * (32 * WORDS) + scale_at, WORDS), WORDS)
-    q = gl.load(words + tile_row * 512 + row % 64 * 8 + word_to)
-    s = gl.load(scales + tile_row * (32 * WORDS) + row % 64 // 2 * WORDS + scale_to)
+    W: gl.constexpr = loop.warps
+    WORDS: gl.constexpr = 32 // loop.group
+    tile_row = (row // 64).to(gl.int64) * weight.k_tiles
+    word_tile = step * W + weight.word_warp
+    scale_tile = step * W + weight.scale_warp
+    if not loop.even:
+        word_tile = gl.minimum(word_tile, weight.k_tiles - 1)
+        scale_tile = gl.minimum(scale_tile, weight.k_tiles - 1)
+    word_to = gl.max_contiguous(gl.multiple_of(word_tile * 512 + weight.word_at, 4), 4)
+    scale_to = gl.max_contiguous(gl.multiple_of(scale_tile * (32 * WORDS) + weight.scale_at, WORDS), WORDS)
+    q = gl.load(weight.words + tile_row * 512 + row % 64 * 8 + word_to)
+    s = gl.load(weight.scales + tile_row * (32 * WORDS) + row % 64 // 2 * WORDS + scale_to)
     return q, s
 
 
 @gluon.jit
-def _decode(
-    q, s, W: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, kind: gl.constexpr, dtype: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """The operand ``[W, ROWS, 64]``: codes times block scales."""
-    p = scale_pairs(s, kind, dtype, GROUP).reshape((W * ROWS * 8,))
+def _decode(q, s, dtype: gl.constexpr, layout: gl.constexpr, loop: gl.constexpr):
+    """The operand ``[warps, rows, 64]``: codes times block scales."""
+    W: gl.constexpr = loop.warps
+    ROWS: gl.constexpr = loop.rows
+    kind: gl.constexpr = loop.kind
+    p = scale_pairs(s, kind, dtype, loop.group).reshape((W * ROWS * 8,))
     p = gl.convert_layout(p, q.type.layout, assert_trivial=True)
     a = unpack_words(q, p, kind, dtype).reshape((W, ROWS // 16, 8, 4, 4, 2, 2, 2))
     # W n g t s p r h -> W (n r g) (s h t p)
@@ -61,14 +101,16 @@ def _decode(
 
 
 @gluon.jit
-def _fill(x, ring, m, k, stride_xm, TURNS: gl.constexpr, W: gl.constexpr, BLOCK_M: gl.constexpr):
+def _fill(x, ring, m, k, stride_xm, loop: gl.constexpr):
     """Puts all of x into the ring, zeros past its end.
 
     By plain loads: the copy engines of all multiprocessors, asking for the same few lines at once, take longer.
     """
+    W: gl.constexpr = loop.warps
+    TURNS: gl.constexpr = loop.stages * loop.steps
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [W, 1, 1], [2, 1, 0])
     tile = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None][:, :, None]
-    row = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :][:, :, None]
+    row = gl.arange(0, loop.block_m, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :][:, :, None]
     column = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(0, layout)))[None, :][None, :, :]
     for i in gl.static_range(TURNS):
         at = (i * W + tile) * 64 + column
@@ -77,9 +119,11 @@ def _fill(x, ring, m, k, stride_xm, TURNS: gl.constexpr, W: gl.constexpr, BLOCK_
 
 
 @gluon.jit
-def _fetch(x_desc, ring, full, turn, slot, pred, W: gl.constexpr, STEPS: gl.constexpr, BLOCK_M: gl.constexpr):
+def _fetch(x_desc, ring, full, turn, slot, pred, loop: gl.constexpr):
     """Starts the copy of the tokens that the steps of a turn meet."""
-    mbarrier.expect(full.index(slot), STEPS * W * BLOCK_M * 128, pred=pred)
+    W: gl.constexpr = loop.warps
+    STEPS: gl.constexpr = loop.steps
+    mbarrier.expect(full.index(slot), STEPS * W * loop.block_m * 128, pred=pred)
     for i in gl.static_range(STEPS):
         copy_to_shared(
             x_desc, [(turn * STEPS + i) * W, 0, 0], full.index(slot), ring.index(slot * STEPS + i), pred=pred
@@ -101,55 +145,46 @@ def _rows_kernel(
     blocks,
     k_tiles,
     turns,
-    kind: gl.constexpr,
-    GROUP: gl.constexpr,
+    loop: gl.constexpr,
     GAIN: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    W: gl.constexpr,
-    STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    RESIDENT: gl.constexpr,
-    EVEN: gl.constexpr,
-    WORD_LAYOUT: gl.constexpr,
-    SCALE_LAYOUT: gl.constexpr,
-    SUM_LAYOUT: gl.constexpr,
-    X_SHARED: gl.constexpr,
 ):
     dtype: gl.constexpr = out.dtype.element_ty
-    WORDS: gl.constexpr = 32 // GROUP
+    ROWS: gl.constexpr = loop.rows
+    BLOCK_M: gl.constexpr = loop.block_m
+    W: gl.constexpr = loop.warps
+    STEPS: gl.constexpr = loop.steps
+    STAGES: gl.constexpr = loop.stages
+    WORDS: gl.constexpr = 32 // loop.group
+    sum_layout: gl.constexpr = loop.sums
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 2)
 
     # word [W, rows / 16, 8 g, 4 t, 4 s]; scale word [W, rows / 16, 8 g, 4 t, WORDS], the same for all t
-    word = gl.arange(0, W * ROWS * 8, WORD_LAYOUT)
+    word = gl.arange(0, W * ROWS * 8, loop.words)
     word_warp = word // (ROWS * 8)
     word_at = word % (ROWS * 8)
-    scale = gl.arange(0, W * ROWS * 2 * WORDS, SCALE_LAYOUT)
+    scale = gl.arange(0, W * ROWS * 2 * WORDS, loop.scales)
     scale_warp = scale // (ROWS * 2 * WORDS)
     scale_at = scale % (ROWS * 2 * WORDS) // (4 * WORDS) * WORDS + scale % WORDS
 
     # the weights do not depend on the kernel before: their first loads are under way before it ends
     first = gl.program_id(0)
     programs = gl.num_programs(0)
-    queue = _load(
-        words, scales, word_at, scale_at, word_warp, scale_warp, first * ROWS, 0, k_tiles, W, WORDS, EVEN
-    )  # fmt: skip
+    weight = _Weight(words, scales, word_warp, word_at, scale_warp, scale_at, k_tiles)
+    queue = _load(weight, first * ROWS, 0, loop)
     for i in gl.static_range(1, STEPS):
-        queue = queue + _load(
-            words, scales, word_at, scale_at, word_warp, scale_warp, first * ROWS, i, k_tiles, W, WORDS, EVEN
-        )
+        queue = queue + _load(weight, first * ROWS, i, loop)
 
-    ring = gl.allocate_shared_memory(dtype, [STAGES * STEPS, W, BLOCK_M, 64], X_SHARED)
+    ring = gl.allocate_shared_memory(dtype, [STAGES * STEPS, W, BLOCK_M, 64], loop.x)
     slot = 0
     phase = 0
     done = 0
-    if RESIDENT:
+    if loop.resident:
         gdc_wait()
         gdc_launch_dependents()
-        _fill(x, ring, m, k, stride_xm, STAGES * STEPS, W, BLOCK_M)
+        _fill(x, ring, m, k, stride_xm, loop)
     else:
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
@@ -158,44 +193,37 @@ def _rows_kernel(
         gdc_launch_dependents()
         total = turns * ((blocks - first + programs - 1) // programs)
         for i in gl.static_range(STAGES - 1):
-            _fetch(x, ring, full, i % turns, i, i < total, W, STEPS, BLOCK_M)
+            _fetch(x, ring, full, i % turns, i, i < total, loop)
 
     for block in range(first, blocks, programs):
         acc = gl.zeros((W, ROWS, BLOCK_M), gl.float32, acc_layout)
         after = gl.minimum(block + programs, blocks - 1)
-        if RESIDENT:
+        if loop.resident:
             # unrolled: the columns are constants of the addresses, and the steps overlap
             for i in gl.static_range(STEPS * STAGES):
-                a = _decode(queue[0], queue[1], W, ROWS, GROUP, kind, dtype, a_layout)
+                a = _decode(queue[0], queue[1], dtype, a_layout, loop)
                 row = (block if i + STEPS < STEPS * STAGES else after) * ROWS
-                queue = queue[2:] + _load(
-                    words, scales, word_at, scale_at, word_warp, scale_warp, row, (i + STEPS) % (STEPS * STAGES),
-                    k_tiles, W, WORDS, EVEN,
-                )  # fmt: skip
+                queue = queue[2:] + _load(weight, row, (i + STEPS) % (STEPS * STAGES), loop)
                 acc = mma_v2(a, ring.index(i).permute((0, 2, 1)).load(b_layout), acc)
         else:
             for turn in range(turns):
                 mbarrier.wait(full.index(slot), phase)
                 free = gl.where(slot == 0, STAGES - 1, slot - 1)
-                _fetch(
-                    x, ring, full, (turn + STAGES - 1) % turns, free, done + STAGES - 1 < total, W, STEPS, BLOCK_M
-                )  # fmt: skip
+                _fetch(x, ring, full, (turn + STAGES - 1) % turns, free, done + STAGES - 1 < total, loop)
                 done += 1
                 ends = turn == turns - 1
                 row = gl.where(ends, after, block) * ROWS
                 step = gl.where(ends, 0, (turn + 1) * STEPS)
                 for i in gl.static_range(STEPS):
-                    a = _decode(queue[0], queue[1], W, ROWS, GROUP, kind, dtype, a_layout)
-                    queue = queue[2:] + _load(
-                        words, scales, word_at, scale_at, word_warp, scale_warp, row, step + i, k_tiles, W, WORDS, EVEN
-                    )
+                    a = _decode(queue[0], queue[1], dtype, a_layout, loop)
+                    queue = queue[2:] + _load(weight, row, step + i, loop)
                     acc = mma_v2(a, ring.index(slot * STEPS + i).permute((0, 2, 1)).load(b_layout), acc)
                 slot += 1
                 if slot == STAGES:
                     slot = 0
                     phase ^= 1
-        y = gl.sum(gl.convert_layout(acc, SUM_LAYOUT), 0)
-        write_tile(y, multiplier, bias, out, block * ROWS, 0, m, n, GAIN, HAS_BIAS, gl.SliceLayout(0, SUM_LAYOUT))
+        y = gl.sum(gl.convert_layout(acc, sum_layout), 0)
+        write_tile(y, multiplier, bias, out, block * ROWS, 0, m, n, GAIN, HAS_BIAS, gl.SliceLayout(0, sum_layout))
 
 
 def _flat(warps: int, registers: tuple[int, ...], lanes: tuple[int, ...], width: int) -> gl.DistributedLinearLayout:
@@ -211,31 +239,30 @@ def _flat(warps: int, registers: tuple[int, ...], lanes: tuple[int, ...], width:
 
 
 @functools.cache
-def rows_constants(launch: Rows, group: int, k_tiles: int) -> dict[str, Any]:
-    """The compile-time parameters of a launch that follow from it; kept, for they take 30 us to make."""
-    rows, warps, words = launch.rows, launch.num_warps, 32 // group
+def _loop(launch: Rows, kind: str, group: int, even: bool) -> Loop:
+    """The loop of a launch; kept, for its layouts take 30 us to make."""
+    rows, block_m, warps, words = launch.rows, launch.block_m, launch.num_warps, 32 // group
     sixteens = range((rows // 16).bit_length() - 1)
-    return {
-        "GROUP": group,
-        "ROWS": rows,
-        "BLOCK_M": launch.block_m,
-        "W": warps,
-        "STEPS": launch.steps,
-        "STAGES": launch.stages,
-        "RESIDENT": launch.resident,
-        "EVEN": k_tiles % (warps * launch.steps) == 0,
-        "WORD_LAYOUT": _flat(warps, (1, 2, *(128 << b for b in sixteens)), (4, 8, 16, 32, 64), rows * 8),
-        "SCALE_LAYOUT": _flat(
+    return Loop(
+        kind,
+        group,
+        rows,
+        block_m,
+        warps,
+        launch.steps,
+        launch.stages,
+        launch.resident,
+        even,
+        _flat(warps, (1, 2, *(128 << b for b in sixteens)), (4, 8, 16, 32, 64), rows * 8),
+        _flat(
             warps,
             (1,) * (words - 1) + tuple(32 * words << b for b in sixteens),
             tuple(words << b for b in range(5)),
             rows * 2 * words,
         ),
-        "SUM_LAYOUT": gl.BlockedLayout(
-            [warps, 1, 1], [1, 32 // launch.block_m, launch.block_m], [1, warps, 1], [2, 1, 0]
-        ),
-        "X_SHARED": X_SHARED,
-    }
+        gl.BlockedLayout([warps, 1, 1], [1, 32 // block_m, block_m], [1, warps, 1], [2, 1, 0]),
+        _X_SHARED,
+    )
 
 
 def by_rows(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Rows) -> None:
@@ -256,10 +283,9 @@ def by_rows(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, laun
         triton.cdiv(n, launch.rows),
         k_tiles,
         triton.cdiv(k_tiles, launch.num_warps * launch.steps),
-        kind=packed.kind,
+        loop=_loop(launch, packed.kind, packed.group, k_tiles % (launch.num_warps * launch.steps) == 0),
         GAIN=UNPACK_GAIN[packed.kind],
         HAS_BIAS=bias is not None,
-        **rows_constants(launch, packed.group, k_tiles),
         num_warps=launch.num_warps,
         maxnreg=_REGISTERS,
         launch_pdl=True,
@@ -271,4 +297,4 @@ def _tiles(x: Tensor, launch: Rows) -> TensorDescriptor:
     if x.shape[1] % 64:
         x = torch.nn.functional.pad(x, (0, -x.shape[1] % 64))
     shape, strides = [x.shape[1] // 64, x.shape[0], 64], [64, x.stride(0), 1]
-    return TensorDescriptor(x, shape, strides, [launch.num_warps, launch.block_m, 64], X_SHARED)
+    return TensorDescriptor(x, shape, strides, [launch.num_warps, launch.block_m, 64], _X_SHARED)

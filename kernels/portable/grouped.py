@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from marlin_w4a16.kernels.activation import Activation
-from marlin_w4a16.kernels.decode.activate import activate, activation_constants
+from marlin_w4a16.kernels.decode.activate import activate
 from marlin_w4a16.kernels.decode.route import Tiles, local_expert
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_operand
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.portable.linear import wait_for_products
 
 FEW = Launch(64, 16, 128, 1, 4, 4)  # where every pair has a tile of its own
 _SIZES = ["n", "row_blocks", "row_tiles", "k_tiles", "experts", "known"]
@@ -52,21 +53,15 @@ def _grouped_kernel(
     HAS_MAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    FUNCTION: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    GATE_LIMIT: tl.constexpr,
-    UP_LIMIT: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    activation: tl.constexpr,
+    launch: tl.constexpr,
     PTX: tl.constexpr,
     WGMMA: tl.constexpr,
 ):
+    BLOCK_N: tl.constexpr = launch.block_n
+    BLOCK_M: tl.constexpr = launch.block_m
     R: tl.constexpr = BLOCK_N // 64
-    C: tl.constexpr = BLOCK_K // 64
+    C: tl.constexpr = launch.block_k // 64
     SCALES: tl.constexpr = 32 // GROUP  # scale words of a lane in a tile
     pid = tl.program_id(0)
     tile = pid // row_blocks
@@ -94,16 +89,16 @@ def _grouped_kernel(
 
     x_rows = x + (pair // CHOICES)[None, :].to(tl.int64) * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(0, last, C, num_stages=STAGES):
+    for step in tl.range(0, last, C, num_stages=launch.num_stages):
         for c in tl.static_range(C):
-            col = step + c
-            at = tile_row + (col if C == 1 else tl.minimum(col, k_tiles - 1))
+            tile = step + c
+            at = tile_row + (tile if C == 1 else tl.minimum(tile, k_tiles - 1))
             a = load_operand(words, scales, at, word_at, scale_at, kind, x.dtype.element_ty, GROUP, PTX, WGMMA)
-            at_k = col * 64 + tl.arange(0, 64)
+            at_k = tile * 64 + tl.arange(0, 64)
             b = tl.load(x_rows + at_k[:, None], mask=in_m & (at_k[:, None] < k), other=0.0)
             acc = tl.dot(a, b, acc)
-        if WGMMA:  # as in linear.py
-            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1)
+        if WGMMA:
+            acc = wait_for_products(acc)
 
     rows_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = rows_n < n
@@ -117,8 +112,7 @@ def _grouped_kernel(
         y += tl.load(bias + at_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
     if WEIGHTED == "output":
         y *= weight
-    if FUNCTION is not None:
-        y = activate(y, FUNCTION, GATED, ALPHA, GATE_LIMIT, UP_LIMIT, UP_OFFSET)
+    y = activate(y, activation)
     width = n * y.shape[0] // BLOCK_N
     rows_y = block_n * y.shape[0] + tl.arange(0, y.shape[0])
     to = out + pair[None, :].to(tl.int64) * width
@@ -178,11 +172,8 @@ def grouped_product(
         HAS_MAP=direct and expert_map is not None,
         HAS_BIAS=bias is not None,
         WEIGHTED=None if weights is None else weighted,
-        **activation_constants(activation),
-        BLOCK_N=launch.block_n,
-        BLOCK_M=launch.block_m,
-        BLOCK_K=launch.block_k,
-        STAGES=launch.num_stages,
+        activation=activation,
+        launch=launch,
         PTX=ptx,
         WGMMA=wgmma,
         num_warps=launch.num_warps,

@@ -19,6 +19,17 @@ _WEIGHT_BYTES = 32 << 20
 _PARTS_BYTES = 32 << 20
 
 
+@triton.jit
+def wait_for_products(acc):
+    """Sums of wgmma, after which nothing of it is in flight.
+
+    It reads its register operand after it was issued. Triton leaves some in flight across the iterations of a loop,
+    while the next one already decodes into the same registers; any use of the sums makes it wait (seen with Triton 3.6
+    on an H200: wrong results with 128 tokens a block).
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit(do_not_specialize=["m", "row_tiles", "k_tiles"])
 def _linear_kernel(
     x,
@@ -38,22 +49,20 @@ def _linear_kernel(
     GROUP: tl.constexpr,
     GAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    launch: tl.constexpr,
     PTX: tl.constexpr,
     WGMMA: tl.constexpr,
 ):
+    BLOCK_N: tl.constexpr = launch.block_n
+    BLOCK_M: tl.constexpr = launch.block_m
     R: tl.constexpr = BLOCK_N // 64
-    C: tl.constexpr = BLOCK_K // 64
+    C: tl.constexpr = launch.block_k // 64
     token_blocks = tl.cdiv(m, BLOCK_M)
     pid = tl.program_id(0)
     block_n = pid // token_blocks
     block_m = pid % token_blocks
     part = tl.program_id(1)
-    part_tiles = tl.cdiv(tl.cdiv(k_tiles, C), SPLIT_K) * C
+    part_tiles = tl.cdiv(tl.cdiv(k_tiles, C), launch.split_k) * C
     first = part * part_tiles
     last = tl.minimum(first + part_tiles, k_tiles)
 
@@ -65,7 +74,7 @@ def _linear_kernel(
     x_rows = x + rows_m[None, :].to(tl.int64) * stride_xm
     in_m = rows_m[None, :] < m
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(first, last, C, num_stages=STAGES):
+    for step in tl.range(first, last, C, num_stages=launch.num_stages):
         for c in tl.static_range(C):
             tile = step + c
             at = tile_row + (tile if C == 1 else tl.minimum(tile, k_tiles - 1))
@@ -74,15 +83,12 @@ def _linear_kernel(
             b = tl.load(x_rows + at_k[:, None] * stride_xk, mask=in_m & (at_k[:, None] < k), other=0.0)
             acc = tl.dot(a, b, acc)
         if WGMMA:
-            # wgmma reads its register operand after it was issued. Triton leaves some in flight across iterations,
-            # while the next one already decodes into the same registers; any use of the sum makes it wait
-            # (seen with Triton 3.6 on an H200: wrong results with 128 tokens a block)
-            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1)
+            acc = wait_for_products(acc)
 
     rows_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = rows_n < n
     mask = in_m & in_n[:, None]
-    if SPLIT_K == 1:
+    if launch.split_k == 1:
         acc *= (tl.load(multiplier + rows_n, mask=in_n, other=0.0) * GAIN)[:, None]
         if HAS_BIAS:
             acc += tl.load(bias + rows_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
@@ -164,11 +170,7 @@ def fused(
         GROUP=packed.group,
         GAIN=UNPACK_GAIN[packed.kind],
         HAS_BIAS=bias is not None,
-        BLOCK_N=launch.block_n,
-        BLOCK_M=launch.block_m,
-        BLOCK_K=launch.block_k,
-        SPLIT_K=launch.split_k,
-        STAGES=launch.num_stages,
+        launch=launch,
         PTX=ptx,
         WGMMA=wgmma,
         num_warps=launch.num_warps,

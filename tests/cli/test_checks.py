@@ -8,7 +8,7 @@ import torch
 
 from marlin_w4a16.cli import checks
 from marlin_w4a16.cli.checks import Check, Device, Machine, check_backend, check_error, check_machine, older
-from marlin_w4a16.fake_impls.linear import uses_triton
+from marlin_w4a16.kernels.target import Target, supports
 
 H200 = Device(0, "NVIDIA H200", (9, 0), 140 << 30)
 VERSIONS = {"triton": "3.7.1", **{package.name: "99" for package in checks.OPTIONAL}}
@@ -106,8 +106,8 @@ def test_a_gpu_by_its_capability(capability, status, words, monkeypatch):
     assert check.status == status and words in check.advice and bool(words) == bool(check.advice)
     sm = "capability {}.{}".format(*capability)
     assert check.found == f"NVIDIA H200, {sm}, 140.00 GiB, driver for CUDA 13.1, torch for CUDA 13.0"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert uses_triton(torch.device("cuda")) is (status == "ok") is bool(machine.supported)
+    monkeypatch.setattr(Target, "of", lambda device: Target(capability, 1))
+    assert supports(torch.device("cuda")) is (status == "ok") is bool(machine.supported)
 
 
 DRIVER = replace(BARE, driver="12.2")

@@ -235,10 +235,11 @@ def test_a_training_step_has_the_gradients_of_eager():
 
 
 def test_other_capabilities_are_left_alone(monkeypatch):
+    from marlin_w4a16.kernels.target import Target
     from marlin_w4a16.passes.devices import serves
     from marlin_w4a16.passes.outcome import Rejected
 
     for capability, word in (((10, 0), "FP4 tensor cores"), ((12, 0), "FP4 tensor cores"), ((7, 5), "need 8.0")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None, c=capability: c)
+        monkeypatch.setattr(Target, "of", lambda _, c=capability: Target(c, 1))
         served = serves(torch.device("cuda"))
         assert isinstance(served, Rejected) and word in served.reason

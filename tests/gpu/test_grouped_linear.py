@@ -9,6 +9,7 @@ from marlin_w4a16.fake_impls.library import weight_args
 from marlin_w4a16.kernels.grouped_linear import grouped, grouped_linear
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack
+from marlin_w4a16.kernels.target import Target
 from mixtures.exact import exact_groups
 from mixtures.oracle import draw_stack
 
@@ -68,7 +69,7 @@ def test_is_the_rounded_exact_product_for_all_numbers_of_rows(n, k, format, dtyp
 @pytest.mark.parametrize("wgmma", [True, False], ids=["wgmma", "mma"])
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
 def test_every_launch_of_the_portable_kernel_is_right_many_times(launch, wgmma, dtype, poisoned):
-    if wgmma and torch.cuda.get_device_capability() < (9, 0):
+    if wgmma and not Target.of(torch.device("cuda")).hopper:
         pytest.skip("needs capability 9.0")
     weight = draw_stack(5, 328, 1120)
     packed, offsets, x = pack(weight), draw_offsets(400, 5, 30), torch.randn(400, 1120, dtype=dtype)

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.plans import hopper_launches, named
+from kernels.plans import hopper_launches, launches, named
 from marlin_w4a16.fake_impls.library import weight_args
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
-from marlin_w4a16.kernels.launch import Launch, Rows, Stream, launches, plan_dense, plan_linear
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_linear
 from marlin_w4a16.kernels.layout import PackedFP4, pack
-from marlin_w4a16.kernels.linear import GLUON
 from marlin_w4a16.kernels.linear import linear as kernel
+from marlin_w4a16.kernels.target import Target
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +21,7 @@ TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129
 SHAPES = ((1, 32), (64, 64), (70, 160), (96, 2880), (200, 1120), (1000, 4064), (2880, 2880), (4640, 512))
 FORMATS = (("e4m3", 16), ("e8m0", 32), ("e4m3", 32), ("e8m0", 16))
 GATES = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and GLUON
+HOPPER = torch.cuda.is_available() and Target.of(torch.device("cuda")).gluon
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs capability 9.0 and a Triton whose Gluon is known")
 
 
@@ -142,8 +142,8 @@ def test_a_ring_longer_than_a_block_is_right(launch, k, poisoned):
 @pytest.mark.parametrize("kind, group", FORMATS[:2])
 @pytest.mark.parametrize("dtype", GATES)
 def test_the_portable_kernel_stays_right_where_gluon_has_its_place(m, n, k, kind, group, dtype, poisoned):
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    assert_right_many_times(random_weight(n, k, kind, group), m, dtype, plan_linear((8, 0), processors, m, n, k))
+    launch = plan_linear(replace(Target.of(torch.device("cuda")), capability=(8, 0)), m, n, k)
+    assert_right_many_times(random_weight(n, k, kind, group), m, dtype, launch)
 
 
 def strided(x: torch.Tensor, how: str) -> torch.Tensor:

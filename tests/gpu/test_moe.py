@@ -13,6 +13,7 @@ from marlin_w4a16.kernels.blocks.experts import moe_by_blocks
 from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.moe import fused, moe
+from marlin_w4a16.kernels.target import Target
 from mixtures.exact import drawn, exact_mixture
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_routing
 
@@ -103,7 +104,7 @@ def test_every_activation_and_weights_on_either_side(number, name, weight_on_inp
 @pytest.mark.parametrize("wgmma", [True, False], ids=["wgmma", "mma"])
 @pytest.mark.parametrize("dtype, formats", list(zip(GATES, FORMATS, strict=False)), ids=str)
 def test_every_launch_of_the_portable_kernel_is_right_many_times(launch, wgmma, dtype, formats, poisoned):
-    if wgmma and torch.cuda.get_device_capability() < (9, 0):
+    if wgmma and not Target.of(torch.device("cuda")).hopper:
         pytest.skip("needs capability 9.0")
     mixture, experts = drawn(dtype, 5, 352, 1056, "gpt-oss", formats, biases=True)
     x, (weights, ids) = torch.randn(90, 352, dtype=dtype), draw_routing(90, 2, 5)
@@ -244,7 +245,7 @@ def test_a_token_alone_equals_the_token_in_a_batch_of_the_same_launch(launch):
 
     def call(some: slice) -> Tensor:
         out = torch.empty_like(x[some])
-        wgmma = torch.cuda.get_device_capability() >= (9, 0)
+        wgmma = Target.of(torch.device("cuda")).hopper
         fused(x[some], experts, weights[some], ids[some], None, out, launch, ptx=True, wgmma=wgmma)
         return out
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from marlin_w4a16.kernels.linear import GLUON
+from marlin_w4a16.kernels.target import gluon_is_known
 
 pytestmark = pytest.mark.gpu
 
@@ -73,7 +73,7 @@ def sanitized(tool: str, shapes: tuple, tokens: tuple, program: str = PROGRAM) -
 
 def hand_over() -> set[tuple[str, int]]:
     """The lines of the kernels that stand for what Triton adds to it to hand work to the warp that copies."""
-    if not GLUON:
+    if not gluon_is_known():
         return set()
     from marlin_w4a16.kernels.hopper import experts, stream
 

@@ -14,6 +14,7 @@ from checkpoints.formats import FORMATS, written
 from hf.dense import tensors_of
 from hf.loading import read, same
 from marlin_w4a16.hf.experts.modules import CheckpointExperts
+from marlin_w4a16.kernels.target import Target
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_gpus_that_this_project_leaves_are_left_to_transformers(monkeypatch):
     assert marlin_w4a16.hf.quantizer.Mxfp4Quantizer(config, pre_quantized=True).scheme is not None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, left in (((8, 0), False), ((9, 0), False), ((7, 5), True), ((10, 0), True), ((12, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        monkeypatch.setattr(Target, "of", lambda _, found=capability: Target(found, 1))
         assert marlin_w4a16.hf.quantizer.left_to_transformers() == left
         scheme = marlin_w4a16.hf.quantizer.Mxfp4Quantizer(config, pre_quantized=True).scheme
         assert (scheme is None) == left

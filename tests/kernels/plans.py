@@ -3,7 +3,9 @@
 from dataclasses import replace
 from itertools import product
 
-from marlin_w4a16.kernels.launch import Rows, Stream, plan_hopper
+from marlin_w4a16.kernels import launch as tables
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_hopper
+from marlin_w4a16.kernels.target import Target
 
 PROCESSORS = 132  # multiprocessors of an H200
 TOKENS = [
@@ -22,6 +24,17 @@ TOKENS = [
     4096,
 ]
 SIZES = [1, 16, 64, 65, 96, 200, 1120, 2048, 2880, 4096, 5120, 8192, 14336, 25599, 25600, 28672, 57344, 151936]
+
+
+def launches(capability: tuple[int, int]) -> tuple[Launch, ...]:
+    """Every launch of the portable kernel in a capability's table, without and with a split."""
+    table = tables._HOPPER if Target(capability, PROCESSORS).hopper else tables._AMPERE
+    return tuple(replace(r.launch, split_k=s) for r in table for s in (1, 4) if s == 1 or r.steps < tables._ANY)
+
+
+def hopper_expert_launches() -> dict[Stream, int]:
+    """Every launch of the products of a mixture, and how many programs of it a multiprocessor holds."""
+    return dict((tables._BY_FEW, *(product for _, products in tables._BY_EXPERT for product in products)))
 
 
 def hopper_plans() -> dict[tuple[int, int, int], Rows | Stream]:

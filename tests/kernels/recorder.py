@@ -1,4 +1,4 @@
-"""Stands in for a Gluon kernel: keeps what it is launched with, and compiles it for that."""
+"""Stands in for a kernel: keeps what it is launched with, and compiles it for that."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,25 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.machine import Compiled, compiled
+from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
 
 CAPABILITY = (9, 0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {torch.float32: "fp32", torch.int32: "i32", **{dtype: name for name, dtype in DTYPES.items()}}
+NAMES = {
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    **{dtype: name for name, dtype in DTYPES.items()},
+}
+RUNTIME = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+
+
+def weight_without_memory(n: int, k: int, kind: str, group: int, *lead: int) -> PackedFP4:
+    """A packed weight, or a stack of them, that is nothing but shapes."""
+    dtypes = (torch.int32, torch.uint8, torch.float32)
+    shapes = zip(packed_shapes(n, k, group), dtypes, strict=True)
+    tensors = (torch.empty((*lead, *shape), dtype=dtype, device="meta") for shape, dtype in shapes)
+    return PackedFP4(*tensors, n, k, kind, group)
 
 
 class Recorder:
@@ -26,7 +41,7 @@ class Recorder:
     def launch(self, *arguments: Any, **options: Any) -> None:
         self.arguments, self.options = arguments, options
 
-    def compiled(self, directory: Path) -> Compiled:
+    def compiled(self, directory: Path, capability: tuple[int, int] = CAPABILITY) -> Compiled:
         """The kernel as the runtime compiles it for these arguments."""
         types, constants, divisible = {}, {}, []
         for parameter, value in zip(self.kernel.params, self.arguments, strict=False):
@@ -41,5 +56,5 @@ class Recorder:
             elif value % 16 == 0 and specialised:
                 divisible.append(parameter.name)
         options = dict(self.options)
-        runtime = {name: options.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl") if name in options}
-        return compiled(directory, CAPABILITY, self.kernel, types, constants | options, tuple(divisible), **runtime)
+        runtime = {name: options.pop(name) for name in RUNTIME if name in options}
+        return compiled(directory, capability, self.kernel, types, constants | options, tuple(divisible), **runtime)

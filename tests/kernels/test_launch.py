@@ -7,19 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.plans import PROCESSORS, SIZES, TOKENS, hopper_plans
+from kernels.plans import PROCESSORS, SIZES, TOKENS, hopper_plans, launches
 from marlin_w4a16.kernels.launch import (
     DENSE_TOKENS,
-    SHARED_MEMORY,
     Launch,
     Rows,
     Stream,
     division,
-    launches,
     plan_dense,
     plan_hopper,
     plan_linear,
 )
+from marlin_w4a16.kernels.target import SHARED_MEMORY, Target
 
 # Multiprocessors of A100, RTX 3090, Jetson Orin, L40S, H200.
 CHIPS = {(8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 142, (9, 0): 132}
@@ -37,7 +36,8 @@ def unsplit(launch: Launch) -> Launch:
 
 
 def plans(capability: tuple[int, int]) -> dict[tuple[int, int, int], Launch]:
-    return {(m, n, k): plan_linear(capability, CHIPS[capability], m, n, k) for n, k, m in product(SIZES, SIZES, TOKENS)}
+    target = Target(capability, CHIPS[capability])
+    return {(m, n, k): plan_linear(target, m, n, k) for n, k, m in product(SIZES, SIZES, TOKENS)}
 
 
 @given(
@@ -49,7 +49,7 @@ def plans(capability: tuple[int, int]) -> dict[tuple[int, int, int], Launch]:
 )
 @settings(max_examples=1000)
 def test_every_call_has_a_launch_the_kernel_can_run(capability, processors, m, n, k):
-    launch = plan_linear(capability, processors, m, n, k)
+    launch = plan_linear(Target(capability, processors), m, n, k)
     assert launch.block_n in (64, 128)
     assert launch.block_k in (64, 128)
     assert is_power_of_two(launch.block_m) and 16 <= launch.block_m <= 256
@@ -94,13 +94,13 @@ def test_up_to_128_tokens_the_weight_is_read_once(capability):
 @pytest.mark.parametrize("n", [1024, 4096, 8192])
 def test_one_token_splits_k_to_fill_the_chip(capability, n):
     """At least every other multiprocessor works, as long as k is long enough to be shared out."""
-    launch = plan_linear(capability, CHIPS[capability], 1, n, 1 << 20)
+    launch = plan_linear(Target(capability, CHIPS[capability]), 1, n, 1 << 20)
     assert -(-n // launch.block_n) * launch.split_k * 2 > CHIPS[capability]
 
 
 @every_chip
 def test_a_short_k_is_not_split(capability):
-    assert all(plan_linear(capability, CHIPS[capability], m, 64, 512).split_k == 1 for m in TOKENS)
+    assert all(plan_linear(Target(capability, CHIPS[capability]), m, 64, 512).split_k == 1 for m in TOKENS)
 
 
 @every_chip
@@ -141,9 +141,11 @@ def test_every_call_on_hopper_has_a_launch_its_kernels_can_run(processors, m, n,
         assert launch.num_warps * 16 <= launch.rows, "warps without rows"
         assert launch.wgmma or not launch.overlap
         assert launch.tiles % 2 == 0 or not launch.overlap, "operands do not take turns in two sets of registers"
-        tiles, units = -(-n // launch.rows) * -(-m // launch.block_m), -(-k // (64 * launch.tiles))
-        assert 1 <= launch.programs <= min(tiles * units, processors), "a program without a unit, or one that waits"
-        rest, sharers, programs = division(launch, tiles, units)
+        tiles, k_blocks = -(-n // launch.rows) * -(-m // launch.block_m), -(-k // (64 * launch.tiles))
+        assert 1 <= launch.programs <= min(tiles * k_blocks, processors), (
+            "a program without a k-block, or one that waits"
+        )
+        rest, sharers, programs = division(launch, tiles, k_blocks)
         assert programs == launch.programs and (rest > 0) == (launch.sharers > 1)
         assert 2 * sharers * launch.rows * launch.block_m * 4 <= 64 << 20, "too much scratch"
 

@@ -20,6 +20,7 @@ from hf import matrix as checkpoints
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, format_name
 from marlin_w4a16.kernels.scale_bytes import SCALE_KINDS
+from marlin_w4a16.kernels.target import Target
 from marlin_w4a16.options import Options
 from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.find.products import CONSUMERS
@@ -136,7 +137,7 @@ def devices() -> list[tuple[str, str]]:
     """Kernels or refusals, as the pass decides on them."""
     found = [("CPU", served(torch.device("cpu")))]
     for capability in CAPABILITIES:
-        with patch("torch.cuda.get_device_capability", lambda *_, of=capability: of):
+        with patch.object(Target, "of", lambda _, of=capability: Target(of, 1)):
             found.append(("CUDA, capability {}.{}".format(*capability), served(torch.device("cuda"))))
     return [*found, ("another, such as xpu", served(torch.device("xpu")))]
 

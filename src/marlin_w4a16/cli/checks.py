@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from marlin_w4a16.kernels.target import Target
 from marlin_w4a16.report.table import size
 
 Status = Literal["ok", "warning", "problem", "skipped"]
@@ -92,7 +93,7 @@ class Device:
     @property
     def supported(self) -> bool:
         """Whether the Triton kernels are for it."""
-        return (8, 0) <= self.capability < (10, 0)
+        return Target(self.capability, processors=0).supported
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16.kernels.target import Target
 from marlin_w4a16.report.table import size
 
 Linear = Callable[[Tensor, PackedFP4, Tensor | None], Tensor]
@@ -123,12 +124,13 @@ def try_triton(capability: tuple[int, int]) -> Check:
     from marlin_w4a16.kernels.launch import plan_linear
     from marlin_w4a16.kernels.portable.linear import _linear_kernel
 
-    launch = plan_linear(capability, 132, 16, 4096, 4096)
+    aimed = Target(capability, 132)
+    launch = plan_linear(aimed, 16, 4096, 4096)
     pointers = {"words": "*i32", "scales": "*i32", "multiplier": "*fp32"}
     pointers |= dict.fromkeys(("x", "bias"), "*bf16") | {"out": "*bf16" if launch.split_k == 1 else "*fp32"}
     constants = {"kind": "e4m3", "GROUP": 16, "GAIN": UNPACK_GAIN["e4m3"], "HAS_BIAS": True, "stride_xk": 1}
     constants |= {"BLOCK_N": launch.block_n, "BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k}
-    constants |= {"SPLIT_K": launch.split_k, "STAGES": launch.num_stages, "PTX": True, "WGMMA": capability >= (9, 0)}
+    constants |= {"SPLIT_K": launch.split_k, "STAGES": launch.num_stages, "PTX": True, "WGMMA": aimed.hopper}
     names = _linear_kernel.arg_names
     signature = {name: pointers.get(name) or ("constexpr" if name in constants else "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "n", "k", "stride_xm")}

@@ -23,8 +23,7 @@ from marlin_w4a16.hf.fp8_blocks import FP8Blocks, fp8_blocks
 from marlin_w4a16.hf.linear import plain_linear
 from marlin_w4a16.hf.loading import FP4Loading
 from marlin_w4a16.hf.placing import put
-from marlin_w4a16.passes.devices import serves
-from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.kernels.target import Target
 
 log = logging.getLogger("marlin_w4a16")
 
@@ -163,7 +162,7 @@ class FP8Quantizer(FP4Loading, FineGrainedFP8HfQuantizer):
 
 def left_to_transformers() -> bool:
     """Whether formats that transformers has kernels for are left to it: on GPUs that this project leaves."""
-    return torch.cuda.is_available() and isinstance(serves(torch.device("cuda")), Rejected)
+    return torch.cuda.is_available() and not Target.of(torch.device("cuda")).supported
 
 
 def _compressed(module: Any, path: str) -> dict[str, Tensor]:

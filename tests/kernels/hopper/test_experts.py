@@ -8,21 +8,21 @@ import torch
 import triton
 
 from kernels.machine import Compiled, assert_no_spills, overwritten_operands
-from kernels.plans import named
+from kernels.plans import hopper_expert_launches, named
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.route import Tiles
-from marlin_w4a16.kernels.launch import SHARED_MEMORY, Stream, hopper_expert_forms, plan_hopper_experts
+from marlin_w4a16.kernels.launch import Stream, plan_hopper_experts
 from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
-from marlin_w4a16.kernels.linear import GLUON
+from marlin_w4a16.kernels.target import SHARED_MEMORY, gluon_is_known
 
-if not GLUON:
+if not gluon_is_known():
     pytest.skip(f"the Gluon kernels are not used with Triton {triton.__version__}", allow_module_level=True)
 
 from kernels.recorder import CAPABILITY, DTYPES, Recorder
 from marlin_w4a16.kernels.hopper import experts as kernels
 
 FORMATS = list(product(["bf16", "fp16"], [("e4m3", 16), ("e8m0", 32)]))
-FORMS = hopper_expert_forms()
+FORMS = hopper_expert_launches()
 SWIGLU = Activation("silu", True, 1.702, 7.0, 7.0, 1.0)
 PROCESSORS = 132
 

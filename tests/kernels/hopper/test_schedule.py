@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlin_w4a16.kernels.launch import Stream, division, plan_hopper
-from marlin_w4a16.kernels.linear import GLUON
+from marlin_w4a16.kernels.target import gluon_is_known
 
-if not GLUON:
+if not gluon_is_known():
     pytest.skip(f"the Gluon kernels are not used with Triton {triton.__version__}", allow_module_level=True)
 
 from marlin_w4a16.kernels.hopper import schedule
@@ -37,7 +37,7 @@ LANGUAGE = SimpleNamespace(
     int32=None,
     int64=None,
 )
-SIZE, UNITS = st.integers(1, 12), st.integers(1, 30)
+SIZE, K_BLOCKS = st.integers(1, 12), st.integers(1, 30)
 
 
 @pytest.fixture(scope="module")
@@ -45,33 +45,34 @@ def kernel():
     """The device functions of the module as Python functions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "gl", LANGUAGE)
-        for name in ("share", "place", "unit"):
+        for name in ("share", "place", "k_block"):
             patch.setattr(schedule, name, getattr(schedule, name).fn)
         yield schedule
 
 
-def consumed(kernel, pid: int, units: int, whole: int, rest: int, sharers: int, programs: int, blocks: tuple):
-    """What `_consume` does with its counters: the units it multiplies, and what it writes."""
-    own, first, last = kernel.share(Scalar(pid), units, whole, Scalar(rest), sharers, programs)
-    steps = own * units + last - first
-    tile, at = (pid, 0) if own > 0 else (whole + first // units, first % units)
+def consumed(kernel, pid: int, work: schedule.Work):
+    """What `_consume` does with its counters: the k-blocks it multiplies, and what it writes."""
+    k_blocks, whole, programs, blocks = work.k_blocks, work.whole, work.programs, work[:2]
+    own, first, last = kernel.share(Scalar(pid), work)
+    steps = own * k_blocks + last - first
+    tile, at = (pid, 0) if own > 0 else (whole + first // k_blocks, first % k_blocks)
     begun, met, written = at, [], []
     for step in range(steps):
         met.append((*kernel.place(Scalar(tile), *blocks), at))
         at += 1
-        if at == units or step == steps - 1:
-            slab = None if begun == 0 and at == units else 2 * pid + (own < 0)
+        if at == k_blocks or step == steps - 1:
+            slab = None if begun == 0 and at == k_blocks else 2 * pid + (own < 0)
             written.append((tile, slab))
             own -= 1
-            tile = tile + programs if own > 0 else whole + first // units if own == 0 else tile + 1
-            begun = at = first % units if own == 0 else 0
+            tile = tile + programs if own > 0 else whole + first // k_blocks if own == 0 else tile + 1
+            begun = at = first % k_blocks if own == 0 else 0
     return met, written
 
 
-def summed(tile: int, units: int, rest: int, sharers: int) -> list[int]:
+def summed(tile: int, k_blocks: int, rest: int, sharers: int) -> list[int]:
     """The parts that `_sum_kernel` adds for a tile of the rest; none where one program has all of it."""
-    begin, total = tile * units, rest * units
-    low, high = ((begin + 1) * sharers - 1) // total, ((begin + units) * sharers - 1) // total
+    begin, total = tile * k_blocks, rest * k_blocks
+    low, high = ((begin + 1) * sharers - 1) // total, ((begin + k_blocks) * sharers - 1) // total
     return [2 * p + (p * total // sharers < begin) for p in range(low, high + 1)] if low < high else []
 
 
@@ -81,26 +82,27 @@ def test_every_tile_of_the_output_has_its_place(kernel, tiles_n, tiles_m):
     assert places == {(n, m) for n in range(tiles_n) for m in range(tiles_m)}
 
 
-@given(programs=st.integers(1, 40), shared=st.integers(1, 40), tiles_n=SIZE, tiles_m=SIZE, units=UNITS)
-def test_every_unit_is_met_once_and_every_part_summed(kernel, programs, shared, tiles_n, tiles_m, units):
+@given(programs=st.integers(1, 40), shared=st.integers(1, 40), tiles_n=SIZE, tiles_m=SIZE, k_blocks=K_BLOCKS)
+def test_every_k_block_is_met_once_and_every_part_summed(kernel, programs, shared, tiles_n, tiles_m, k_blocks):
     tiles, blocks = tiles_n * tiles_m, (tiles_n, tiles_m)
-    rest, sharers, programs = division(Stream(64, 64, 4, 3, 4, True, programs, shared), tiles, units)
+    rest, sharers, programs = division(Stream(64, 64, 4, 3, 4, True, programs, shared), tiles, k_blocks)
     whole = tiles - rest
+    work = schedule.Work(*blocks, k_blocks, whole, Scalar(rest), sharers, programs)
     met, finished, parts = [], [], {}
     for pid in range(programs):
-        own, first, last = kernel.share(Scalar(pid), units, whole, Scalar(rest), sharers, programs)
-        steps = own * units + last - first
-        assert steps > 0, "a program that waits for a unit it never gets"
-        copied = [kernel.unit(Scalar(step), pid, own, first, *blocks, units, whole, programs) for step in range(steps)]
-        used, written = consumed(kernel, pid, units, whole, rest, sharers, programs, blocks)
+        own, first, last = kernel.share(Scalar(pid), work)
+        steps = own * k_blocks + last - first
+        assert steps > 0, "a program that waits for a k-block it never gets"
+        copied = [kernel.k_block(Scalar(step), pid, own, first, work) for step in range(steps)]
+        used, written = consumed(kernel, pid, work)
         assert copied == used
         met += used
         for tile, slab in written:
             finished += [tile] * (slab is None)
             parts.setdefault(tile, []).extend([] if slab is None else [slab])
-    assert sorted(met) == sorted((n, m, u) for n in range(tiles_n) for m in range(tiles_m) for u in range(units))
+    assert sorted(met) == sorted((n, m, u) for n in range(tiles_n) for m in range(tiles_m) for u in range(k_blocks))
     for tile in range(tiles):
-        assert parts[tile] == (summed(tile - whole, units, rest, sharers) if tile >= whole else [])
+        assert parts[tile] == (summed(tile - whole, k_blocks, rest, sharers) if tile >= whole else [])
         assert finished.count(tile) == (not parts[tile])
     slabs = [slab for some in parts.values() for slab in some]
     assert len(slabs) == len(set(slabs)) and all(slab < 2 * sharers for slab in slabs)

@@ -3,13 +3,18 @@
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
-from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
-from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, launches
+from kernels.plans import launches
+from kernels.recorder import DTYPES, Recorder, weight_without_memory
+from marlin_w4a16.kernels.launch import Launch
+from marlin_w4a16.kernels.portable import linear as kernels
 from marlin_w4a16.kernels.portable.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
+from marlin_w4a16.kernels.target import SHARED_MEMORY
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
 FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
@@ -35,31 +40,15 @@ def compiled_linear(
     group: int,
     aligned: bool = True,
 ) -> Compiled:
-    words = {"words": "*i32", "scales": "*i32", "multiplier": "*fp32"}
-    values = {"x": f"*{dtype}", "bias": f"*{dtype}", "out": f"*{dtype}" if launch.split_k == 1 else "*fp32"}
-    constants = dict(
-        kind=kind,
-        GROUP=group,
-        GAIN=UNPACK_GAIN[kind],
-        HAS_BIAS=True,
-        BLOCK_N=launch.block_n,
-        BLOCK_M=launch.block_m,
-        BLOCK_K=launch.block_k,
-        SPLIT_K=launch.split_k,
-        STAGES=launch.num_stages,
-        PTX=True,
-        WGMMA=capability >= (9, 0),
-    )
-    return compiled(
-        directory,
-        capability,
-        _linear_kernel,
-        words | values,
-        constants | ({"stride_xk": 1} if aligned else {}),
-        ("n", "k", "stride_xm") if aligned else ("k",),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    m, (n, k) = 32, (4096, 4096) if aligned else (4095, 4096)
+    strides = (k, 1) if aligned else (3 * k + 1, 3)
+    x = torch.empty_strided((m, k), strides, dtype=DTYPES[dtype], device="meta")
+    bias, out = torch.empty(n, dtype=x.dtype, device="meta"), torch.empty((m, n), dtype=x.dtype, device="meta")
+    recorder, sums = Recorder(_linear_kernel), Recorder(_epilogue_kernel)
+    with patch.multiple(kernels, _linear_kernel=recorder, _epilogue_kernel=sums):
+        wgmma = capability >= (9, 0)
+        kernels.fused(x, weight_without_memory(n, k, kind, group), bias, out, launch, ptx=True, wgmma=wgmma)
+    return recorder.compiled(directory, capability)
 
 
 def named(capability: tuple[int, int], launch: Launch, *form: Any) -> Any:

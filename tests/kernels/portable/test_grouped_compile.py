@@ -1,19 +1,30 @@
 """The portable kernels of mixtures compiled ahead of time: what each launch takes, read from its machine code."""
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
+from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
-from marlin_w4a16.kernels.decode.activate import activation_constants
-from marlin_w4a16.kernels.decode.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel, _offset_kernel
-from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
-from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, plan_experts
+from marlin_w4a16.kernels.decode.route import (
+    Tiles,
+    _count_kernel,
+    _expert_kernel,
+    _few_kernel,
+    _gather_kernel,
+    _offset_kernel,
+)
+from marlin_w4a16.kernels.launch import Launch, plan_experts
 from marlin_w4a16.kernels.moe import _sum_kernel
+from marlin_w4a16.kernels.portable import grouped as kernels
 from marlin_w4a16.kernels.portable.grouped import FEW, _grouped_kernel
+from marlin_w4a16.kernels.target import SHARED_MEMORY
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
 FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
@@ -38,43 +49,37 @@ def compiled_product(
     aligned: bool = True,
 ) -> Compiled:
     which, direct = what.split()[0], what.endswith("direct")
-    values = {"x": f"*{dtype}", "bias": f"*{dtype}", "out": "*fp32" if which == "second" else f"*{dtype}"}
-    tables = dict.fromkeys(("tile_starts", "tile_stops", "order", "expert_map"), "*i32")
-    pointers = {"words": "*i32", "scales": "*i32", "multiplier": "*fp32", "topk_weights": f"*{dtype}"}
-    constants = dict(
-        kind=kind,
-        GROUP=group,
-        GAIN=UNPACK_GAIN[kind],
-        CHOICES=8 if which == "first" else 1,
-        DIRECT=direct,
-        ORDERED=which != "grouped" and not direct,
-        HAS_MAP=direct,
-        HAS_BIAS=which != "grouped",
-        WEIGHTED="output" if which == "second" else None,
-        BLOCK_N=launch.block_n,
-        BLOCK_M=launch.block_m,
-        BLOCK_K=launch.block_k,
-        STAGES=launch.num_stages,
-        PTX=True,
-        WGMMA=capability >= (9, 0),
-        **activation_constants(activation if which == "first" else None),
-    )
-    return compiled(
-        directory,
-        capability,
-        _grouped_kernel,
-        pointers | values | tables | {"tile_experts": "*i64" if direct else "*i32"},
-        constants,
-        ("k", "stride_xm") if aligned else ("k",),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    pairs, experts, n, k = 64, 4, 4096, 4096
+    make = partial(torch.empty, device="meta")
+    table, ids = make(pairs, dtype=torch.int32), make((pairs, 1), dtype=torch.int64)
+    tiles = Tiles(table, table, table, table, None if which == "grouped" else table, None, launch.block_m)
+    x = torch.empty_strided((pairs, k), (k if aligned else k + 1, 1), dtype=DTYPES[dtype], device="meta")
+    bias = None if which == "grouped" else make((experts, n), dtype=x.dtype)
+    out = make((pairs, n), dtype=torch.float32 if which == "second" else x.dtype)
+    recorder = Recorder(_grouped_kernel)
+    with patch.object(kernels, "_grouped_kernel", recorder):
+        kernels.grouped_product(
+            x,
+            weight_without_memory(n, k, kind, group, experts),
+            bias,
+            out,
+            ids if direct else tiles,
+            launch,
+            choices=8 if which == "first" else 1,
+            ptx=True,
+            wgmma=capability >= (9, 0),
+            activation=activation if which == "first" else None,
+            weights=make(pairs, dtype=x.dtype) if which == "second" else None,
+            weighted="output",
+            expert_map=make(experts, dtype=torch.int32),
+        )
+    return recorder.compiled(directory, capability)
 
 
 def planned(capability: tuple[int, int]) -> list[Launch]:
     """Every launch that a mixture or a grouped linear can have."""
     sizes = product((1, 33, 100, 300, 1000, 5000, 100000), (1, 8, 32, 128, 512))
-    found = [plan_experts(capability, *size) or FEW for size in sizes]
+    found = [plan_experts(*size) or FEW for size in sizes]
     return list(dict.fromkeys(found))
 
 

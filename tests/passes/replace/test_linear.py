@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 
 from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
+from marlin_w4a16.kernels.target import Target
 from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.graph.torch_private import source_name
 from marlin_w4a16.passes.live import binding
@@ -231,7 +232,7 @@ CAPABILITIES = {
 
 @pytest.mark.parametrize("capability, reason", CAPABILITIES.items())
 def test_triton_serves_capabilities_from_8_to_below_10(monkeypatch, capability, reason):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(Target, "of", lambda device: Target(capability, 1))
     served = serves(torch.device("cuda", 1))
     if reason is None:
         assert served == "Triton"
