@@ -1,4 +1,5 @@
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and (reason := missing_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: garbage is looked for among what comes after it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

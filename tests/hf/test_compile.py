@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from hf.dense import relative
 from hf.loading import choosing, kinds, load, loaded, logits, reference
-from hf.matrix import COMPILE, TRACE, params
+from hf.matrix import COMPILE, FEW_ON_LLAMA, MIXTURES, TRACE, params
 
 
 BY_INDUCTOR = [
@@ -39,7 +39,7 @@ def compiled_once(model, expected: list[str], caplog) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name, family", params(TRACE.cases))
+@pytest.mark.parametrize("name, family", params(TRACE.cases, [*FEW_ON_LLAMA, *MIXTURES, ("modelopt-head", "llama")]))
 def test_one_graph(name, family):
     model = loaded(name, family, torch.float32)
     expected = logits(model)
