@@ -159,8 +159,7 @@ PUBLISHED = [
 ]  # fmt: skip
 
 FORMATS: dict[str, Format] = {made.name: made for made in [*MODELOPT, *COMPRESSED, *MODELOPT_EXPERTS, *PUBLISHED]}
-# Where checkpoints lie: conftest.py says it.
-store: Path
+store = Path()  # where checkpoints lie: conftest.py says it
 # For parametrised tests: every format of one family, and the main formats of every family without experts.
 DENSE_FAMILIES = [name for name in FAMILIES if name not in MIXTURES]
 MAIN = ["modelopt-nvfp4", "modelopt-w4a16", "modelopt-awq", "ct-nvfp4a16", "ct-nvfp4", "ct-mxfp4a16"]

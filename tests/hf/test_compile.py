@@ -10,7 +10,6 @@ from hf.dense import relative
 from hf.loading import choosing, kinds, load, loaded, logits, reference
 from hf.matrix import COMPILE, FEW_ON_LLAMA, MIXTURES, TRACE, params
 
-
 BY_INDUCTOR = [
     ("ct-nvfp4a16", "llama"),
     ("ct-nvfp4a16", "gemma3-tied"),

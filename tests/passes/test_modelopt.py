@@ -31,6 +31,9 @@ def compressed(model: nn.Module, config: str, x: torch.Tensor) -> nn.Module:
     return model
 
 
+PATHS = ("up", "down")
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -59,7 +62,7 @@ def test_compressed_linears_are_replaced(config, dtype, caplog, assert_near):
     x = torch.randn(2, 3, 64, dtype=dtype)
     model = compressed(Layer().to(dtype), config, x)
     with torch.no_grad():
-        assert [(row.path, row.format) for row in explain(model, x).replaced] == [(path, CONFIGS[config]) for path in ("up", "down")]
+        assert {row.path: row.format for row in explain(model, x).replaced} == {path: CONFIGS[config] for path in PATHS}
         found = torch.compile(model, backend="marlin_w4a16", fullgraph=True)(x)
         assert_near(found, model(x))
     assert "replaced 2 of 2 FP4 linears" in caplog.text

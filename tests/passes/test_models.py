@@ -19,8 +19,8 @@ def each(few: tuple[str, ...]) -> pytest.MarkDecorator:
     cases = []
     for family in FAMILIES:
         for how in family.implementations:
-            wide = family.name in few and how != family.implementations[0]
-            cases.append(pytest.param(family, how, id=f"{family}-{how or 'bmm'}", marks=pytest.mark.wide if wide else ()))
+            marks = pytest.mark.wide if family.name in few and how != family.implementations[0] else ()
+            cases.append(pytest.param(family, how, id=f"{family}-{how or 'bmm'}", marks=marks))
     return pytest.mark.parametrize("family, how", cases)
 
 

@@ -61,7 +61,7 @@ def compiled(function, **options):
 
 def each(forms, wide=()):
     def marks(form) -> list[pytest.MarkDecorator]:
-        return [MARKS[form.section]] * (form.section in MARKS) + [pytest.mark.wide] * (form in wide)
+        return [mark for mark in (MARKS.get(form.section), pytest.mark.wide if form in wide else None) if mark]
 
     return pytest.mark.parametrize("form", [pytest.param(f, marks=marks(f), id=str(f)) for f in forms])
 
