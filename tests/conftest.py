@@ -1,4 +1,6 @@
 import functools
+import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from checkpoints import formats
 from marlin_w4a16 import E2M1_VALUES, FP4Weight, quantize_nvfp4
 from marlin_w4a16.kernels.target import Target
 
@@ -30,6 +33,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and (reason := missing_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: garbage is looked for among what comes after it."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Workers of a run share them."""
+    folder = tmp_path_factory.getbasetemp()
+    formats.store = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(autouse=True)

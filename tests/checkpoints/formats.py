@@ -1,10 +1,9 @@
-"""The formats by name, and checkpoints of them written once per process."""
+"""The formats by name, and checkpoints of them, each written once in a run of the tests."""
 
 from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from filelock import FileLock
 
 from checkpoints import compressed, modelopt, published
 from checkpoints.compressed import LINEARS
@@ -159,17 +159,12 @@ PUBLISHED = [
 ]  # fmt: skip
 
 FORMATS: dict[str, Format] = {made.name: made for made in [*MODELOPT, *COMPRESSED, *MODELOPT_EXPERTS, *PUBLISHED]}
+store = Path()  # where checkpoints lie: conftest.py says it
 # For parametrised tests: every format of one family, and the main formats of every family without experts.
 DENSE_FAMILIES = [name for name in FAMILIES if name not in MIXTURES]
 MAIN = ["modelopt-nvfp4", "modelopt-w4a16", "modelopt-awq", "ct-nvfp4a16", "ct-nvfp4", "ct-mxfp4a16"]
 CASES = [(made.name, "llama") for made in [*MODELOPT, *COMPRESSED]]
 CASES += [(name, family) for name in MAIN for family in DENSE_FAMILIES[1:]]
-
-
-@functools.cache
-def store() -> tempfile.TemporaryDirectory:
-    """Where checkpoints of this process lie until it ends."""
-    return tempfile.TemporaryDirectory(prefix="fp4-checkpoints-")
 
 
 @contextmanager
@@ -189,14 +184,17 @@ def undisturbed() -> Iterator[None]:
 def export(name: str, family: str, shards: bool, dtype: torch.dtype) -> Path:
     packages = {"ModelOpt": "modelopt", "compressed-tensors": "compressed_tensors", "published": "transformers"}
     pytest.importorskip(packages[FORMATS[name].producer])
-    folder = Path(store().name, f"{name}-{family}-{str(dtype)[6:]}{'-shards' * shards}")
-    with undisturbed():
-        FORMATS[name].write(FAMILIES[family](dtype=dtype), folder, max_shard_size="60KB" if shards else "5GB")
+    folder = store / f"{name}-{family}-{str(dtype)[6:]}{'-shards' * shards}"
+    with FileLock(f"{folder}.lock"), undisturbed():
+        if not folder.exists():
+            unfinished = Path(f"{folder}.unfinished")
+            FORMATS[name].write(FAMILIES[family](dtype=dtype), unfinished, max_shard_size="60KB" if shards else "5GB")
+            unfinished.rename(folder)
     return folder
 
 
 def written(name: str, family: str, shards: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """The folder of a checkpoint, written at the first call: for all to read, for none to change."""
+    """The folder of a checkpoint, written at the first call of any worker: for all to read, for none to change."""
     return export(name, family, shards, dtype)
 
 

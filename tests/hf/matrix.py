@@ -4,8 +4,11 @@ says. Nothing here imports transformers or a producer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import pytest
 
 from checkpoints.formats import CASES, DENSE_FAMILIES, FORMATS
 
@@ -63,8 +66,25 @@ LEFT = "ct-fp8"
 LOADED: list[Case] = [case for case in [*CASES, *OWN_HEADS] if case not in REFUSED]
 OWN = [case for case in LOADED if case[0] != LEFT]
 ON_LLAMA = [case for case in OWN if case[1] == "llama"]
+# What runs without --wide: every format, most classes, each kind of mixture, tied heads and heads of their own.
+NARROW: set[Case] = {
+    *((made.name, made.family) for made in FORMATS.values()),
+    *MIXTURES,
+    ("modelopt-awq", "gemma3-tied"),
+    ("modelopt-nvfp4", "llama-zeros"),
+    ("modelopt-nvfp4", "mistral"),
+    ("modelopt-w4a16", "qwen2"),
+    ("ct-nvfp4a16", "llama-tied"),
+    ("ct-nvfp4", "qwen3"),
+    ("ct-mxfp4a16", "llama-bias"),
+    ("modelopt-head", "gemma3-tied"),
+    ("ct-head", "llama-tied"),
+}
 KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-mxfp4", "modelopt-fp8",
         "ct-nvfp4", "ct-mxfp4", "ct-two-groups"]  # fmt: skip
+# Formats that differ most, for what is alike for all others.
+FEW = ["modelopt-mixed", "modelopt-kv-fp8", "modelopt-awq", "ct-nvfp4", "ct-mxfp4a16", "ct-kv", "ct-nvfp4-fp8"]
+FEW_ON_LLAMA = [(name, "llama") for name in FEW]
 FULLY = [*OWN, *MIXTURES]
 LARGELY = [*FULLY, *MORE_MIXTURES]
 # Classes whose attention has caches of its own, none of them static.
@@ -78,6 +98,11 @@ COMPILED: list[Case] = [
     ("modelopt-nemotron", "nemotronh"),
     ("gpt-oss", "gptoss"),
 ]
+
+
+def params(cases: Iterable[tuple[Any, ...]], narrow: Container[Case] = NARROW) -> list[Any]:
+    """Cases for parametrize, each of a format, a family and more: those that are not in the narrow set are wide."""
+    return [pytest.param(*case, marks=() if case[:2] in narrow else pytest.mark.wide) for case in cases]
 
 
 @dataclass(frozen=True, slots=True)

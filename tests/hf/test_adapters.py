@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from checkpoints.formats import written
 from hf.dense import dense, relative, tensors_of
 from hf.loading import kinds, load, loaded, logits, prompts, same, stored
-from hf.matrix import ADAPTERS, MIXTURES
+from hf.matrix import ADAPTERS, MIXTURES, params
 from marlin_w4a16.hf import report
 
 NAME = "ct-nvfp4a16"
@@ -58,7 +58,7 @@ def beside_experts(model) -> list[str]:
     return [path for path in plain if not path.endswith(NOT_BESIDE_EXPERTS)]
 
 
-@pytest.mark.parametrize("name, family", ADAPTERS.cases)
+@pytest.mark.parametrize("name, family", params(ADAPTERS.cases))
 def test_gradients_are_those_of_the_dense_model(name, family):
     plain = dense(written(name, family), torch.float32)
     targets = "all-linear" if "lm_head" not in kinds(name, family) else [*SOME, "lm_head"]

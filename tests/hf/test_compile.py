@@ -8,7 +8,16 @@ from torch._dynamo.utils import counters
 
 from hf.dense import relative
 from hf.loading import choosing, kinds, load, loaded, logits, reference
-from hf.matrix import COMPILE, TRACE
+from hf.matrix import COMPILE, FEW_ON_LLAMA, MIXTURES, TRACE, params
+
+BY_INDUCTOR = [
+    ("ct-nvfp4a16", "llama"),
+    ("ct-nvfp4a16", "gemma3-tied"),
+    ("modelopt-awq", "llama"),
+    ("modelopt-w4a16", "qwen3moe"),
+    ("modelopt-nemotron", "nemotronh"),
+    ("gpt-oss", "gptoss"),
+]
 
 
 def told(linears: int, experts: int) -> list[str]:
@@ -29,7 +38,7 @@ def compiled_once(model, expected: list[str], caplog) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name, family", TRACE.cases)
+@pytest.mark.parametrize("name, family", params(TRACE.cases, [*FEW_ON_LLAMA, *MIXTURES, ("modelopt-head", "llama")]))
 def test_one_graph(name, family):
     model = loaded(name, family, torch.float32)
     expected = logits(model)
@@ -40,7 +49,7 @@ def test_one_graph(name, family):
     assert relative(found, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("name, family", COMPILE.cases)
+@pytest.mark.parametrize("name, family", params(COMPILE.cases, BY_INDUCTOR))
 def test_one_graph_gives_the_logits_of_eager(name, family, caplog):
     model = loaded(name, family, torch.float32)
     kind = list(kinds(name, family).values())

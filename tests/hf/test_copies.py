@@ -9,7 +9,7 @@ import torch
 
 from hf.dense import tensors_of
 from hf.loading import kinds, load, loaded, logits, same, stored
-from hf.matrix import ON_LLAMA
+from hf.matrix import FEW_ON_LLAMA, ON_LLAMA, params
 from marlin_w4a16 import refresh
 from marlin_w4a16.hf import report
 
@@ -38,7 +38,10 @@ def expect_the_quantised_tensors(folder, name):
 @pytest.mark.parametrize(
     "name, family, way",
     # a hook of compressed-tensors on its FP8 layers cannot be pickled
-    [(*case, way) for case in ON_LLAMA for way in COPIES if case[0] != "ct-nvfp4-fp8" or way == "deepcopy"],
+    params(
+        ((*case, way) for case in ON_LLAMA for way in COPIES if case[0] != "ct-nvfp4-fp8" or way == "deepcopy"),
+        FEW_ON_LLAMA,
+    ),
 )
 def test_a_copy_runs_and_is_saved_alike(name, family, way, tmp_path):
     model = load(name)
@@ -57,7 +60,7 @@ def test_a_deepcopy_shares_nothing():
     assert not torch.equal(logits(other), logits(model))
 
 
-@pytest.mark.parametrize("name, family", ON_LLAMA)
+@pytest.mark.parametrize("name, family", params(ON_LLAMA, FEW_ON_LLAMA))
 def test_state_dicts(name, family, tmp_path):
     model, other = load(name), load(name)
     state = {key: t.clone() for key, t in model.state_dict().items()}

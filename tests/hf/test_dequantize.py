@@ -8,7 +8,7 @@ from checkpoints.names import renamed
 from hf import loading
 from hf.dense import codes_of, exact, pre_quant_scale, relative, rounded, tensors_of
 from hf.loading import DTYPES, choosing, experts_of, load, loaded, logits, model_type, read, reference, same, stored
-from hf.matrix import DENSE, ON_LLAMA
+from hf.matrix import DENSE, FEW_ON_LLAMA, ON_LLAMA, params
 from marlin_w4a16.hf import report
 
 UPSTREAM = "ct-nvfp4-fp8"  # whose FP8 layers transformers dequantises
@@ -42,14 +42,14 @@ def expect_dense(model, name, family, dtype):
     assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
 
 
-@pytest.mark.parametrize("name, family", DENSE.cases)
+@pytest.mark.parametrize("name, family", params(DENSE.cases))
 def test_at_loading(name, family):
     model, info = load(name, family, output_loading_info=True, quantization_config=choosing(name, dequantize=True))
     assert not any(info.values()) and report(model) is None
     expect_dense(model, name, family, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name, family", DENSE.cases)
+@pytest.mark.parametrize("name, family", params(DENSE.cases))
 def test_afterwards(name, family):
     model = load(name, family)
     assert model.dequantize() is model
@@ -57,7 +57,7 @@ def test_afterwards(name, family):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("name, family", ON_LLAMA)
+@pytest.mark.parametrize("name, family", params(ON_LLAMA, FEW_ON_LLAMA))
 def test_other_dtypes(name, family, dtype):
     expect_dense(load(name, dtype=dtype, quantization_config=choosing(name, dequantize=True)), name, family, dtype)
     expect_dense(load(name, dtype=dtype).dequantize(), name, family, dtype)

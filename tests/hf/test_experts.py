@@ -18,6 +18,7 @@ from mixtures.models import COMMON, FAMILIES, Family
 
 IDS = torch.arange(1, 19).view(2, 9)
 SAME = [family for family in FAMILIES if family.name != "Llama4"]  # its experts have no router's arguments
+FEW = [pytest.param(f, marks=() if f.name in ("Qwen3Moe", "GptOss") else pytest.mark.wide) for f in SAME]
 every_family = pytest.mark.parametrize("family", SAME, ids=str)
 
 
@@ -82,8 +83,14 @@ def test_logits_are_those_of_the_exactly_decoded_model(family):
         assert (logits(packed) - expected).norm() > 1e-3 * expected.norm()
 
 
-@every_family
-@pytest.mark.parametrize("backend", ["aot_eager", "marlin_w4a16"])
+@pytest.mark.parametrize(
+    "family, backend",
+    [
+        *((family, "aot_eager") for family in SAME),
+        *(pytest.param(f, "marlin_w4a16", marks=() if f.name == "GptOss" else pytest.mark.wide) for f in SAME),
+    ],
+    ids=str,
+)
 def test_they_compile_in_one_graph(family, backend):
     dense, packed = models(family)
     compiled = torch.compile(logits, backend=backend, fullgraph=True)
@@ -108,7 +115,7 @@ def test_gradients_go_through_them_to_the_router(family):
     assert any(expected[name].grad.abs().sum() > 0 for name in routers)
 
 
-@every_family
+@pytest.mark.parametrize("family", FEW, ids=str)
 def test_a_state_goes_into_a_second_instance_and_copies_stand_alone(family):
     dense, first = models(family)
     other_dense, second = models(family, seed=7)

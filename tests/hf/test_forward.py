@@ -9,14 +9,14 @@ from torch.nn.functional import linear
 from checkpoints.formats import written
 from hf.dense import exact, relative
 from hf.loading import choosing, linears, load, loaded, logits, prompts, reference, routed, routing, stored
-from hf.matrix import BFLOAT16, FLOAT32, KEEP, ON_LLAMA
+from hf.matrix import BFLOAT16, FLOAT32, KEEP, ON_LLAMA, params
 from hf.producers import quantised_input
 from marlin_w4a16.hf import CheckpointError
 
 FP8_INPUTS = ["modelopt-w4a8-nvfp4", "modelopt-w4a8-mxfp4", "ct-mxfp4-fp8"]
 
 
-@pytest.mark.parametrize("name, family", FLOAT32.cases)
+@pytest.mark.parametrize("name, family", params(FLOAT32.cases))
 def test_logits_and_tokens_in_float32(name, family):
     found, expected = (logits(of(name, family, torch.float32)) for of in (loaded, reference))
     assert relative(found, expected) <= 1e-5
@@ -31,7 +31,7 @@ def test_logits_in_float16(name, family):
     assert relative(found, truth) <= 1.02 * relative(plain, truth) and relative(found, plain) <= 2e-3
 
 
-@pytest.mark.parametrize("name, family", BFLOAT16.cases)
+@pytest.mark.parametrize("name, family", params(BFLOAT16.cases))
 def test_teacher_forced_steps_in_bfloat16(name, family):
     truth = logits(reference(name, family, torch.float32))
     found, plain = (of(name, family, torch.bfloat16) for of in (loaded, reference))
@@ -49,7 +49,7 @@ def test_teacher_forced_steps_in_bfloat16(name, family):
     assert compared.numel() == 8 * 32 and compared.sum() >= least * 8 * 32 and equal.float().mean() >= 0.95
 
 
-@pytest.mark.parametrize("name, family", KEEP.cases)
+@pytest.mark.parametrize("name, family", params(KEEP.cases))
 def test_kept_inputs_are_the_producers(name, family):
     model = load(name, family, dtype=torch.float32, quantization_config=choosing(name, activation_quant="keep"))
     tensors, config = stored(name, family), json.loads((written(name, family) / "config.json").read_text())

@@ -144,9 +144,8 @@ def test_a_whole_checkpoint_passes(case):
     assert error(loaded(*case, torch.float32), case) <= GATE
 
 
-@pytest.mark.parametrize("bug", IN_FILES)
-def test_a_bug_in_reading_fails(bug, tmp_path):
-    case, change = IN_FILES[bug]
+@pytest.mark.parametrize("case, change", IN_FILES.values(), ids=IN_FILES)
+def test_a_bug_in_reading_fails(case, change, tmp_path):
     folder = rewritten(case, tmp_path, change)
     assert error(read(folder, dtype=torch.float32), case) > 10 * GATE
 

@@ -23,7 +23,7 @@ from hf.loading import (
     stored,
     upstream_keeps,
 )
-from hf.matrix import LEFT, LOAD, MIXTURES, OWN_HEADS, REFUSED
+from hf.matrix import LEFT, LOAD, MIXTURES, OWN_HEADS, REFUSED, params
 from marlin_w4a16 import PackedExperts, PackedLinear
 from marlin_w4a16.hf import CheckpointError, report
 
@@ -31,7 +31,7 @@ CODES_AND_SCALES = ("weight", "weight_packed", "weight_scale", "weight_scale_inv
 BIASES = {"bias", "bias13", "bias2", "gate_up_proj_bias", "down_proj_bias"}
 
 
-@pytest.mark.parametrize("name, family", LOAD.cases)
+@pytest.mark.parametrize("name, family", params(LOAD.cases))
 def test_layers_are_what_the_files_hold(name, family):
     model, info = load(name, family, output_loading_info=True)
     assert not any(info.values())
@@ -61,7 +61,7 @@ def not_linear(expected, dense) -> dict:
 
 @pytest.mark.parametrize(
     "name, family, dtype",
-    [(*case, dtype) for case in LOAD.cases for dtype in DTYPES if dtype != torch.float16 or case[1] == "llama"],
+    params((*case, dtype) for case in LOAD.cases for dtype in DTYPES if dtype != torch.float16 or case[1] == "llama"),
 )
 def test_small_tensors_are_kept_and_dense_ones_are_the_models(name, family, dtype):
     model, plain = loaded(name, family, dtype), reference(name, family, dtype).state_dict()

@@ -52,6 +52,7 @@ def test_decode_with_a_static_cache_is_compiled(name, as_traced, caplog):
     assert not counters["graph_break"]
 
 
+@pytest.mark.wide
 def test_a_hybrid_compiled_by_inductor():
     """The states of its Mamba layers are written in the same graph that runs the experts."""
     packed, dense = pair("NemotronH", blocks=("mamba", "moe", "full_attention"))

@@ -32,6 +32,7 @@ def test_requests_get_their_own_tokens(name, prompts):
     assert batch(packed, prompts) == alone(dense, prompts)
 
 
+@pytest.mark.wide
 def test_layers_share_compiled_graphs(prompts, as_traced, caplog):
     """Paged attention breaks the graph in each layer, so a graph serves all layers: its weights are those it is
     called with."""

@@ -26,10 +26,8 @@ from hf.loading import (
     stored,
     upstream_keeps,
 )
-from hf.matrix import MIXTURES, ON_LLAMA, OWN_HEADS, SAVE
+from hf.matrix import FEW, FEW_ON_LLAMA, MIXTURES, ON_LLAMA, OWN_HEADS, SAVE, params
 from marlin_w4a16.hf import CheckpointError, ModelOptConfig
-
-FEW = ["modelopt-mixed", "modelopt-kv-fp8", "modelopt-awq", "ct-nvfp4", "ct-mxfp4a16", "ct-kv", "ct-nvfp4-fp8"]
 
 
 def config(folder) -> dict:
@@ -60,7 +58,7 @@ def dtype_of(key, tensor, name, family, dtype) -> torch.dtype:
     return tensor.dtype
 
 
-@pytest.mark.parametrize("name, family", SAVE.cases)
+@pytest.mark.parametrize("name, family", params(SAVE.cases))
 def test_what_is_saved_is_what_was_loaded(name, family, tmp_path):
     model = load(name, family)
     model.save_pretrained(tmp_path)
@@ -70,7 +68,7 @@ def test_what_is_saved_is_what_was_loaded(name, family, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("name, family", ON_LLAMA)
+@pytest.mark.parametrize("name, family", params(ON_LLAMA, FEW_ON_LLAMA))
 def test_a_model_of_another_dtype(name, family, dtype, tmp_path):
     model = load(name, dtype=dtype)
     model.save_pretrained(tmp_path)

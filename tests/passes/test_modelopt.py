@@ -31,6 +31,9 @@ def compressed(model: nn.Module, config: str, x: torch.Tensor) -> nn.Module:
     return model
 
 
+PATHS = ("up", "down")
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -40,16 +43,26 @@ class Layer(nn.Module):
         return self.down(self.up(x).relu())
 
 
-@pytest.mark.parametrize("config, name", CONFIGS.items(), ids=CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "config, dtype",
+    [
+        ("W4A16_NVFP4_CFG", torch.float32),
+        ("MXFP4_DEFAULT_CFG", torch.bfloat16),
+        pytest.param("W4A16_NVFP4_CFG", torch.bfloat16, marks=pytest.mark.wide),
+        pytest.param("MXFP4_DEFAULT_CFG", torch.float32, marks=pytest.mark.wide),
+        pytest.param("NVFP4_DEFAULT_CFG", torch.float32, marks=pytest.mark.wide),
+        pytest.param("NVFP4_DEFAULT_CFG", torch.bfloat16, marks=pytest.mark.wide),
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore:Real quantization has been applied:UserWarning")
 @pytest.mark.filterwarnings("ignore:Accessing the 'model_fields' attribute")
-def test_compressed_linears_are_replaced(config, name, dtype, caplog, assert_near):
+def test_compressed_linears_are_replaced(config, dtype, caplog, assert_near):
     caplog.set_level("INFO", "marlin_w4a16")
     x = torch.randn(2, 3, 64, dtype=dtype)
     model = compressed(Layer().to(dtype), config, x)
     with torch.no_grad():
-        assert [(row.path, row.format) for row in explain(model, x).replaced] == [("up", name), ("down", name)]
+        assert {row.path: row.format for row in explain(model, x).replaced} == {path: CONFIGS[config] for path in PATHS}
         found = torch.compile(model, backend="marlin_w4a16", fullgraph=True)(x)
         assert_near(found, model(x))
     assert "replaced 2 of 2 FP4 linears" in caplog.text

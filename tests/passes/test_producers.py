@@ -59,15 +59,18 @@ def compiled(function, **options):
     return torch.compile(function, backend="marlin_w4a16", fullgraph=True, options=options or None)
 
 
-def each(forms):
-    return pytest.mark.parametrize("form", [pytest.param(f, marks=MARKS.get(f.section, ()), id=str(f)) for f in forms])
+def each(forms, wide=()):
+    def marks(form) -> list[pytest.MarkDecorator]:
+        return [mark for mark in (MARKS.get(form.section), pytest.mark.wide if form in wide else None) if mark]
+
+    return pytest.mark.parametrize("form", [pytest.param(f, marks=marks(f), id=str(f)) for f in forms])
 
 
 def test_names_are_unique():
     assert len({str(form) for form in FORMS}) == len(FORMS)
 
 
-@each(FORMS)
+@each(FORMS, wide=[form for at, form in enumerate(FORMS) if at % 4 in (1, 2)])  # one dtype of each, in turn
 @EAGERLY
 def test_a_producers_form_has_its_outcome(form, compiler, logged, assert_near):
     model, inputs = form.build()

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Container
 
 import pytest
 import torch
@@ -19,10 +20,14 @@ OF = {
     outcome: [f for f in FORMS if f.outcome == outcome]
     for outcome in ("replaced", "tolerance", "refused", "no candidate")
 }
+FIRST = [section.FORMS[0] for section in SECTIONS]
 
 
-def each(forms: list[Program]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("form", forms, ids=str)
+def each(forms: list[Program], narrow: Container[Program] | None = None) -> pytest.MarkDecorator:
+    """Every form; those outside the narrow set, if there is one, are wide."""
+    wide = [] if narrow is None else [form for form in forms if form not in narrow]
+    marked = [pytest.param(form, marks=pytest.mark.wide if form in wide else ()) for form in forms]
+    return pytest.mark.parametrize("form", marked, ids=str)
 
 
 def product_of_the_exact(module: nn.Module, inputs: tuple) -> Tensor:
@@ -86,14 +91,14 @@ def test_it_is_replaced_and_computes_the_product_of_the_exact_weight(form, asser
     assert_near(found, product_of_the_exact(module, inputs).to(found.dtype))
 
 
-@each([section.FORMS[0] for section in SECTIONS])
+@each(FIRST)
 def test_it_runs_through_inductor(form, assert_near):
     module, inputs = form.build()
     found, _ = through_backend(module, inputs, inductor=True)
     assert_near(found, module(*inputs))
 
 
-@each(OF["replaced"])
+@each(OF["replaced"], [form for form in OF["replaced"] if form in FIRST or form.weights > 1])
 def test_explain_says_so(form):
     module, inputs = form.build()
     report = explain(module, *inputs)

@@ -1,11 +1,14 @@
 """The backend, run as a user runs it, with what it logged."""
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+
+from marlin_w4a16.report.data import Report
 
 
 class _Lines(logging.Handler):
@@ -38,3 +41,13 @@ def through_backend(
         log.setLevel(level)
     (line,) = handler.lines
     return output, line
+
+
+def reported(module: Callable[..., Tensor], inputs: tuple[Tensor, ...], **options: object) -> tuple[Tensor, Report]:
+    """The output of a module through the backend, without Inductor, and the report of its graph."""
+    torch._dynamo.reset()
+    eagerly = patch("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward)
+    with eagerly, patch("marlin_w4a16.backend.publish") as published:
+        output = torch.compile(module, backend="marlin_w4a16", fullgraph=True, options=options or None)(*inputs)
+    (call,) = published.call_args_list
+    return output, call.args[0]

@@ -330,7 +330,9 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("dtype, format", [(torch.bfloat16, "nvfp4"), (torch.float32, "mxfp4")], ids=str)
+@pytest.mark.parametrize(
+    "dtype, format", [pytest.param(torch.bfloat16, "nvfp4", marks=pytest.mark.wide), (torch.float32, "mxfp4")], ids=str
+)
 def test_no_more_is_held_than_the_weights_of_one_module_and_what_is_packed(dtype, format):
     quantize(built(), format)  # fills tables that stay
     config = transformers.Qwen3MoeConfig(**COMMON | QWEN.settings)

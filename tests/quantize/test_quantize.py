@@ -104,7 +104,10 @@ def test_it_generates_what_its_dequantised_twin_does(model, format):
     assert found.shape == (1, 20) and torch.equal(found, expected)
 
 
-def test_it_compiles(format, caplog):
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.wide)])
+def test_it_compiles(format, inductor, caplog, monkeypatch):
+    if not inductor:
+        monkeypatch.setattr("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward)
     caplog.set_level("INFO", "marlin_w4a16")
     model = causal_lm("Llama")
     quantize(model, format)
@@ -222,7 +225,16 @@ def test_an_unknown_format_raises(format):
 # Memory
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype, format",
+    [
+        (torch.bfloat16, "nvfp4"),
+        pytest.param(torch.float32, "nvfp4", marks=pytest.mark.wide),
+        pytest.param(torch.bfloat16, "mxfp4", marks=pytest.mark.wide),
+        pytest.param(torch.float32, "mxfp4", marks=pytest.mark.wide),
+    ],
+    ids=str,
+)
 def test_no_more_is_held_than_one_dense_weight_and_its_packed_copy(dtype, format):
     """The gate is 64 MB above packed and largest; nothing else but codes in both orders and blocks is needed."""
     quantize(MLP(), format)  # fills tables that stay

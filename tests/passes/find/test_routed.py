@@ -106,7 +106,7 @@ def test_sorted_rows(multiply, transposed):
 
 
 @pytest.mark.parametrize("multiply, transposed, shape", GATHERED.values(), ids=GATHERED)
-@pytest.mark.parametrize("quantize", [quantize_nvfp4, quantize_mxfp4])
+@pytest.mark.parametrize("quantize", [quantize_nvfp4, pytest.param(quantize_mxfp4, marks=pytest.mark.wide)])
 def test_gathered_matrices(multiply, transposed, shape, quantize):
     assert_one_op(Stack(multiply, transposed, quantize), (torch.randn(X), ids(*shape)))
 

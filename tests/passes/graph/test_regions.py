@@ -214,8 +214,17 @@ def test_what_was_edited_in_regions_trains_alike(layers, name):
         assert all(n.users for n in body.graph.find_nodes(op="placeholder"))
 
 
-@pytest.mark.parametrize("name", ["nested", "one body of several", "a weight and more out of a region"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "name, dynamic",
+    [
+        ("nested", True),
+        ("a weight and more out of a region", False),
+        pytest.param("nested", False, marks=pytest.mark.wide),
+        pytest.param("one body of several", False, marks=pytest.mark.wide),
+        pytest.param("one body of several", True, marks=pytest.mark.wide),
+        pytest.param("a weight and more out of a region", True, marks=pytest.mark.wide),
+    ],
+)
 def test_inductor_compiles_what_was_edited(layers, name, dynamic):
     backend = Backend(lambda gm, inputs: compile_graph(gm, inputs, {}))
     compiled = torch.compile(CASES[name], backend=backend, fullgraph=True)

@@ -195,9 +195,7 @@ def columns(dtype: torch.dtype) -> tuple[Tensor]:
     return (torch.eye(SIZE, dtype=dtype),)
 
 
-@settings(RUN, max_examples=60)
-@given(COMPOSED, SEEDS)
-def test_every_composition_is_replaced_and_right(composition, seed):
+def assert_replaced_and_right(composition, seed):
     module = composition.build(seed)
     inputs = columns(composition.dtype)
     found, line = through_backend(module, inputs)
@@ -206,11 +204,36 @@ def test_every_composition_is_replaced_and_right(composition, seed):
     assert_elements_near(found, module.exact().t())
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-@settings(RUN, max_examples=5)
-@given(composition=COMPOSED, seed=SEEDS)
-def test_a_mutation_is_refused_or_still_right(mutation, composition, seed):
+def assert_refused_or_right(mutation, composition, seed):
     module = replace(composition, mutation=mutation).build(seed)
     inputs = columns(composition.dtype)
     found, _ = through_backend(module, inputs)
     assert_elements_near(found, module(*inputs))
+
+
+@settings(RUN, max_examples=20)
+@given(COMPOSED, SEEDS)
+def test_every_composition_is_replaced_and_right(composition, seed):
+    assert_replaced_and_right(composition, seed)
+
+
+@pytest.mark.wide
+@settings(RUN, max_examples=60)
+@given(COMPOSED, SEEDS)
+def test_more_compositions_are_replaced_and_right(composition, seed):
+    assert_replaced_and_right(composition, seed)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@settings(RUN, max_examples=2)
+@given(composition=COMPOSED, seed=SEEDS)
+def test_a_mutation_is_refused_or_still_right(mutation, composition, seed):
+    assert_refused_or_right(mutation, composition, seed)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@settings(RUN, max_examples=5)
+@given(composition=COMPOSED, seed=SEEDS)
+def test_more_mutations_are_refused_or_still_right(mutation, composition, seed):
+    assert_refused_or_right(mutation, composition, seed)
