@@ -105,11 +105,18 @@ class FP4Weight:
 
     def derived(self, codes: Tensor, scales: Tensor, multiplier: Tensor) -> "FP4Weight":
         """A weight of this format and name from rows that were checked once: values are not looked at again."""
-        part = object.__new__(FP4Weight)
-        values = codes, scales, multiplier, self.kind, self.group, self.name
+        return FP4Weight.unchecked(codes, scales, multiplier, self.kind, self.group, self.name)
+
+    @classmethod
+    def unchecked(
+        cls, codes: Tensor, scales: Tensor, multiplier: Tensor, kind: ScaleKind, group: int, name: str = "weight"
+    ) -> "FP4Weight":
+        """A weight of which nothing is looked at: its parts are known to fit, or it is only tried."""
+        weight = object.__new__(cls)
+        values = codes, scales, multiplier, kind, group, name
         for field, value in zip(("codes", "scales", "multiplier", "kind", "group", "name"), values, strict=True):
-            object.__setattr__(part, field, value)
-        return part
+            object.__setattr__(weight, field, value)
+        return weight
 
     def fit(self, dtype: torch.dtype) -> "FP4Weight":
         """The same values, with ``code * scale`` exact in ``dtype`` for every element.

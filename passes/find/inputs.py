@@ -7,8 +7,8 @@ from torch import Tensor, fx
 
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES
-from marlin_w4a16.passes.graph.constants import Constants, example, value_of_constant, written_by
-from marlin_w4a16.passes.graph.nodes import evaluate
+from marlin_w4a16.passes.graph.constants import Constants, value_of_constant, written_by
+from marlin_w4a16.passes.graph.nodes import evaluate, example
 from marlin_w4a16.passes.graph.torch_private import size_hint
 
 # NVIDIA ModelOpt's fake quantisers are operators of their own, which run on GPUs only.

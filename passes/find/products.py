@@ -13,7 +13,8 @@ from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.passes.find import equation
 from marlin_w4a16.passes.find.equation import Equation, Matrices, matrices
 from marlin_w4a16.passes.find.routes import Route, gathered, gathered_matrices, grouped_matrices
-from marlin_w4a16.passes.graph.constants import Constants, example
+from marlin_w4a16.passes.graph.constants import Constants
+from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import GROUPED_MM
 
 

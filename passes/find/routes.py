@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from marlin_w4a16.passes.find.equation import Equation, Matrices
-from marlin_w4a16.passes.graph.constants import Constants, example
+from marlin_w4a16.passes.graph.constants import Constants
+from marlin_w4a16.passes.graph.nodes import example
 
 Call = Callable[..., Any]  # computes, or adds to a graph, what a function gives
 

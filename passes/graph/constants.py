@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from marlin_w4a16.passes.graph.nodes import value_of
-from marlin_w4a16.passes.graph.regions import storage
+from marlin_w4a16.passes.graph.nodes import example, storage, value_of
 from marlin_w4a16.passes.graph.torch_private import is_higher_order, is_weight_like, may_write
 
 _RANDOM = frozenset(
@@ -71,11 +70,6 @@ def find_constants(graph: fx.Graph) -> Constants:
         leaves = {n for n in leaves if storage(n) not in written}
         if len(written) == before:
             return Constants(frozenset(leaves), frozenset(nodes))
-
-
-def example(node: fx.Node) -> Any:
-    """The fake value Dynamo traced for a node."""
-    return node.meta.get("example_value")
 
 
 def needed_by(roots: Iterable[fx.Node], constants: Constants, user: fx.Node | None = None) -> set[fx.Node]:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Hashable, Iterable, Iterator
 import torch
 from torch import Tensor, fx
 
-from marlin_w4a16.passes.graph.constants import Constants, example, written_by
-from marlin_w4a16.passes.graph.regions import storage
+from marlin_w4a16.passes.graph.constants import Constants, written_by
+from marlin_w4a16.passes.graph.nodes import example, storage
 
 # What makes a tensor of the shape of its first argument, whose values do not matter.
 _LIKE = frozenset(

@@ -1,13 +1,26 @@
-"""What the nodes of a graph compute, run one by one."""
+"""The nodes of a graph: the values they were traced with, and what they compute, run one by one."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from marlin_w4a16.passes.graph.torch_private import size_hint
+from marlin_w4a16.passes.graph.torch_private import size_hint, storage_key
+
+
+def example(node: object) -> Any:
+    """The fake value that Dynamo traced for a node; None of what is no node."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def storage(node: fx.Node) -> Hashable | None:
+    """What two nodes of a flat graph share when the tensor of one is a view of the other's.
+
+    Calls that were traced with one body have its example values in common, so theirs do not tell the calls apart.
+    """
+    return cast(Hashable | None, node.meta.get("storage", storage_key(example(node))))
 
 
 def run(node: fx.Node, values: Mapping[fx.Node, Any], change: Callable[[Any], Any] | None = None) -> Any:
@@ -19,7 +32,7 @@ def run(node: fx.Node, values: Mapping[fx.Node, Any], change: Callable[[Any], An
         change: what becomes of each of its arguments, at any depth; None: nothing.
     """
     if node.op == "placeholder":
-        return size_hint(node.meta.get("example_value"))
+        return size_hint(example(node))
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     if change is not None:
         args, kwargs = tree_map(change, (args, kwargs))

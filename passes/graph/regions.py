@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
+from marlin_w4a16.passes.graph.nodes import example, storage
 from marlin_w4a16.passes.graph.torch_private import copy_source, graph_copy, region_operands, storage_key
 
 
@@ -21,14 +22,6 @@ class Flat:
 
     graph: fx.Graph
     origin: dict[fx.Node, fx.Node]
-
-
-def storage(node: fx.Node) -> Hashable | None:
-    """What two nodes of a flat graph share when the tensor of one is a view of the other's.
-
-    Calls that were traced with one body have its example values in common, so theirs do not tell the calls apart.
-    """
-    return cast(Hashable | None, node.meta.get("storage", storage_key(_example(node))))
 
 
 class Regions:
@@ -67,7 +60,7 @@ class Regions:
             return placeholders[operands.index(outer)]
         with graph.inserting_after(placeholders[-1] if placeholders else None):
             inner = graph.placeholder(f"operand_{len(operands)}")
-        inner.meta["example_value"] = _example(outer)
+        inner.meta["example_value"] = example(outer)
         _set_operands(call, [*operands, outer])
         return inner
 
@@ -111,15 +104,15 @@ class Regions:
             if node in self._bodies:
                 body = self._bodies[node].graph
                 inner = dict(zip(_placeholders(body), fx.map_arg(_operands(node), values.__getitem__), strict=True))
-                entered = {storage_key(_example(p)): storage(v) for p, v in inner.items() if isinstance(v, fx.Node)}
-                left = zip(map(_example, _outputs(body)), _example(node), strict=True)
+                entered = {storage_key(example(p)): storage(v) for p, v in inner.items() if isinstance(v, fx.Node)}
+                left = zip(map(example, _outputs(body)), example(node), strict=True)
                 self._expand(body, flat, inner, {storage_key(v): stored(w) for v, w in left} | entered)
                 values[node] = fx.map_arg(_outputs(body), inner.__getitem__)
             elif self._is_item(node):
                 values[node] = values[node.args[0]][node.args[1]]
             elif node not in values and not self._is_frame(node):
                 copy = values[node] = flat.graph.node_copy(node, values.__getitem__)
-                copy.meta["storage"] = stored(_example(node))
+                copy.meta["storage"] = stored(example(node))
                 flat.origin[copy] = node
                 if node.op == "placeholder":
                     copy_source(copy, node)
@@ -140,7 +133,7 @@ class Regions:
         if all(self._is_item(user) for user in call.users):
             used = sorted({cast(int, user.args[1]) for user in call.users})
             body.output_node().args = (tuple(_outputs(body)[i] for i in used),)
-            call.meta["example_value"] = tuple(_example(call)[i] for i in used)
+            call.meta["example_value"] = tuple(example(call)[i] for i in used)
             for user in list(call.users):
                 user.args = (call, used.index(cast(int, user.args[1])))
         self._prune(body, dead)
@@ -155,7 +148,7 @@ class Regions:
         alike: dict[Any, fx.Node] = {}
         for call in reversed(self._bodies):
             body = self._bodies[call].graph
-            examples = [_layout(_example(placeholder)) for placeholder in _placeholders(body)]
+            examples = [_layout(example(placeholder)) for placeholder in _placeholders(body)]
             first = alike.setdefault((self._traced[call], str(body), *examples), call)
             if first is not call:
                 self._bodies[call] = self._bodies[first]
@@ -176,7 +169,7 @@ def _is_region(call: fx.Node) -> bool:
     """Whether a node calls a region in the way Dynamo writes it; all else stays what it is."""
     if region_operands(call.target) is None or len(_attribute(call).users) > 1:
         return False
-    body, value = _body(call).graph, _example(call)
+    body, value = _body(call).graph, example(call)
     layout = len(_placeholders(body)), len(_outputs(body))
     return isinstance(value, tuple) and layout == (len(_operands(call)), len(value))
 
@@ -215,10 +208,6 @@ def _placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 def _outputs(body: fx.Graph) -> Any:
     return body.output_node().args[0]
-
-
-def _example(node: object) -> Any:
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
 def _layout(value: object) -> str:

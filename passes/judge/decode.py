@@ -10,9 +10,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from marlin_w4a16.passes.find.equation import Matrices
-from marlin_w4a16.passes.graph.constants import Constants, example, needed_by, slice_of, written_by
-from marlin_w4a16.passes.graph.nodes import value_of
-from marlin_w4a16.passes.graph.regions import storage
+from marlin_w4a16.passes.graph.constants import Constants, needed_by, slice_of, written_by
+from marlin_w4a16.passes.graph.nodes import example, storage, value_of
 from marlin_w4a16.passes.judge.tensors import dense
 
 _JOINS: dict[Any, int] = {torch.cat: 0, torch.concat: 0, torch.stack: 0, torch.vstack: 0, torch.hstack: 1}

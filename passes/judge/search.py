@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, FP4Weight, format_name
-from marlin_w4a16.kernels.scale_bytes import ScaleKind
-from marlin_w4a16.passes.graph.constants import example
+from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode, Window
 from marlin_w4a16.passes.judge.places import codes_in, factors_in, is_bytes, scales_in
@@ -136,8 +135,8 @@ class _Search:
                 tried = True
                 shown = window.rows(self.decode.rows)
                 own = read[1][shown][rows] if read[1] is not None else torch.ones(len(rows), device=few.device)
-                part = _unchecked(few, read[0][shown][rows], own, scales, group)
                 base = FromSources(codes, scales, Factor(), window, group)
+                part = FP4Weight.unchecked(few, read[0][shown][rows], own, base.kind, group)
                 for recipe, roundings in self._fitting(part, sample, rows, base, exact):
                     found = self._judge(recipe, roundings, value)
                     if isinstance(found, TooFar):
@@ -169,7 +168,7 @@ class _Search:
         for factor, values in factors:
             own = values * part.multiplier
             scaled = (values.reciprocal() if factor.divides else values) * part.multiplier
-            few = _unchecked(part.codes, part.scales, scaled, base.scales, part.group)
+            few = part.derived(part.codes, part.scales, scaled)
             ways = roundings_of(sample.dtype, self._computed_in(sample.dtype), factor.divides)
             for roundings in (way for way in ways if way.exact == exact):
                 difference = first_difference(roundings, few, own, sample)
@@ -237,13 +236,3 @@ class _Search:
             if value.numel() * group == rows * k and 4 <= group <= 1024 and group not in GROUP_SIZES and k % group == 0:
                 return f"its scales would belong to groups of {group}, expected {' or '.join(map(str, GROUP_SIZES))}"
         return f"no tensor has the size of block scales of [{rows}, {k}] in groups of 16 or 32 along its columns"
-
-
-def _unchecked(codes: Tensor, scales: Tensor, multiplier: Tensor, source: Source, group: int) -> FP4Weight:
-    """A few rows of a hypothesis, right or wrong."""
-    part = object.__new__(FP4Weight)
-    kind: ScaleKind = "e4m3" if source.coding.startswith("e4m3") else "e8m0"
-    fields = {"codes": codes, "scales": scales, "multiplier": multiplier, "kind": kind, "group": group, "name": ""}
-    for field, value in fields.items():
-        object.__setattr__(part, field, value)
-    return part

@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.find.inputs import quantised
 from marlin_w4a16.passes.find.products import Product, find_products
-from marlin_w4a16.passes.graph.constants import example
 from marlin_w4a16.passes.graph.names import module_path
+from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, is_fake, source_name
 from marlin_w4a16.passes.graph.traced import Traced
 from marlin_w4a16.passes.judge import tensors

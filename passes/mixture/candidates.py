@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map
 
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.passes.find.products import Product
-from marlin_w4a16.passes.graph.constants import Constants, example, needed_by
+from marlin_w4a16.passes.graph.constants import Constants, needed_by
 from marlin_w4a16.passes.graph.flow import Flow
 from marlin_w4a16.passes.graph.names import module_path
-from marlin_w4a16.passes.graph.regions import storage
+from marlin_w4a16.passes.graph.nodes import example, storage
 from marlin_w4a16.passes.graph.torch_private import size_hint, source_name
 from marlin_w4a16.passes.outcome import Rejected
 

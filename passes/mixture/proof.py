@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.passes.graph.constants import Constants, example
+from marlin_w4a16.passes.graph.constants import Constants
+from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import size_hint
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.trial import Proved, Trial

@@ -15,8 +15,8 @@ from marlin_w4a16.kernels.expert_order import Order, kinds
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.find.routes import as_rows, from_rows, multiply, ordered, run
-from marlin_w4a16.passes.graph.constants import Constants, example, value_of_constant
-from marlin_w4a16.passes.graph.nodes import evaluate
+from marlin_w4a16.passes.graph.constants import Constants, value_of_constant
+from marlin_w4a16.passes.graph.nodes import evaluate, example
 from marlin_w4a16.passes.graph.nodes import run as run_node
 from marlin_w4a16.passes.graph.torch_private import size_hint
 from marlin_w4a16.passes.mixture.activation import recognise_activation

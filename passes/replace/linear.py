@@ -14,7 +14,7 @@ from marlin_w4a16.fake_impls.library import format_args
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product, arguments_of, is_bias
 from marlin_w4a16.passes.find.routes import Call, as_rows, from_rows, multiply, ordered
-from marlin_w4a16.passes.graph.constants import example
+from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import fake_result
 
 _OP = torch.ops.marlin_w4a16.linear.default
@@ -53,29 +53,12 @@ def replace(
     def by_op(op: Callable[..., Any], x: fx.Node, last: fx.Node | None) -> Any:
         return call(op, x, *inputs, *format_args(packed), last)
 
-    operands, axes = arguments_of(node, product.spelling), product.equation
+    operands = arguments_of(node, product.spelling)
     for axis in reversed(product.x_first):
         x = call(torch.select, x, axis, 0)
     added = operands.get(product.spelling.added) if product.spelling.added else None
     bias = added if is_bias(product, operands) else None
-    if product.routed:
-        batch = len(axes.batch)
-        rows, lead = as_rows(call, axes, x)
-        each: Any = 1
-        for size in lead[batch:]:
-            each = size if isinstance(each, int) and each == 1 else call(operator.mul, each, size)
-        experts = product.matrices.batch
-        linear = functools.partial(by_op, _GROUPED_OP)
-        y = multiply(call, linear, product.route, rows, routing, experts, each)
-        y = from_rows(call, axes, product.matrices.sizes[1 if product.route else batch :], lead, y)
-    else:
-        x = ordered(call, x, axes.x, axes.free + axes.columns)
-        if len(axes.columns) > 1:
-            x = call(torch.flatten, x, -len(axes.columns))
-        y = by_op(_OP, x, bias)
-        if len(axes.rows) > 1:
-            y = call(torch.unflatten, y, -1, product.matrices.sizes)
-        y = ordered(call, y, axes.free + axes.rows, axes.out)
+    y = _grouped(call, by_op, product, x, routing) if product.routed else _single(call, by_op, product, x, bias)
     if added is not None and bias is None:
         alpha, beta = operands.get("alpha", 1), operands.get("beta", 1)
         y = y if alpha == 1 else call(torch.mul, y, alpha)
@@ -86,6 +69,31 @@ def replace(
     node.replace_all_uses_with(y)
     node.graph.erase_node(node)
     return written
+
+
+def _single(call: Call, by_op: Callable[..., Any], product: Product, x: Any, bias: Any) -> Any:
+    """The product with one matrix."""
+    axes = product.equation
+    x = ordered(call, x, axes.x, axes.free + axes.columns)
+    if len(axes.columns) > 1:
+        x = call(torch.flatten, x, -len(axes.columns))
+    y = by_op(_OP, x, bias)
+    if len(axes.rows) > 1:
+        y = call(torch.unflatten, y, -1, product.matrices.sizes)
+    return ordered(call, y, axes.free + axes.rows, axes.out)
+
+
+def _grouped(call: Call, by_op: Callable[..., Any], product: Product, x: Any, routing: Any) -> Any:
+    """The product with a stack, each matrix for some of the rows of x."""
+    axes, matrices = product.equation, product.matrices
+    batch = len(axes.batch)
+    rows, lead = as_rows(call, axes, x)
+    each: Any = 1
+    for size in lead[batch:]:
+        each = size if isinstance(each, int) and each == 1 else call(operator.mul, each, size)
+    linear = functools.partial(by_op, _GROUPED_OP)
+    y = multiply(call, linear, product.route, rows, routing, matrices.batch, each)
+    return from_rows(call, axes, matrices.sizes[1 if product.route else batch :], lead, y)
 
 
 def writer(node: fx.Node, written: list[fx.Node]) -> Call:

@@ -8,7 +8,7 @@ from torch import fx
 from marlin_w4a16.fake_impls.library import format_args
 from marlin_w4a16.fake_impls.moe import activation_args
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.passes.graph.constants import example
+from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.mixture.stacks import paired
 from marlin_w4a16.passes.mixture.trial import Proved
 from marlin_w4a16.passes.replace.linear import writer

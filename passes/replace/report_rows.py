@@ -10,8 +10,8 @@ from marlin_w4a16.fake_impls.moe import Arguments, activation_args, arguments_of
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.layout import packed_nbytes
 from marlin_w4a16.passes.devices import serves
-from marlin_w4a16.passes.graph.constants import example
 from marlin_w4a16.passes.graph.names import module_path, producer_of
+from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, number_hint, size_hint, source_name
 from marlin_w4a16.passes.judge.recipe import FromSources
 from marlin_w4a16.passes.judge.verdict import Found

@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find import products
-from marlin_w4a16.passes.graph.constants import example, value_of_constant
-from marlin_w4a16.passes.graph.nodes import evaluate, run
+from marlin_w4a16.passes.graph.constants import value_of_constant
+from marlin_w4a16.passes.graph.nodes import evaluate, example, run
 from marlin_w4a16.passes.graph.torch_private import size_hint
 from marlin_w4a16.passes.graph.traced import Traced
 from marlin_w4a16.passes.judge.decode import Decode

@@ -11,8 +11,8 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from marlin_w4a16.passes.graph.constants import find_constants, needed_by, slice_of
-from marlin_w4a16.passes.graph.nodes import value_of
-from marlin_w4a16.passes.graph.regions import Regions, storage
+from marlin_w4a16.passes.graph.nodes import storage, value_of
+from marlin_w4a16.passes.graph.regions import Regions
 from marlin_w4a16.passes.graph.torch_private import add_static_input, compile_graph, is_higher_order, source_name
 
 wrap = torch.ops.higher_order.wrap

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from marlin_w4a16.passes.graph.constants import example
+from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.judge.decode import Window
 
 N, K = 6, 32
