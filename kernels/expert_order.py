@@ -76,8 +76,8 @@ def packed_rows(intermediate: int, width: int, order: Order | str | None) -> Ten
         order: see `pack_experts`.
     """
     rows = torch.arange(intermediate if order is None else 2 * intermediate)
-    parts = (pad(rows[at], (0, width - intermediate), value=-1) for at in kinds(order, len(rows)))
-    return torch.stack([part.view(-1, PAIR) for part in parts], 1).flatten()
+    parts = [pad(rows[at], (0, width - intermediate), value=-1) for at in kinds(order, len(rows))]
+    return parts[0] if order is None else torch.stack([part.view(-1, PAIR) for part in parts], 1).flatten()
 
 
 def places(intermediate: int, width: int, order: Order | str | None) -> Tensor:
