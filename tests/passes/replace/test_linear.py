@@ -10,8 +10,8 @@ from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.kernels.target import Target
 from marlin_w4a16.passes.devices import serves
 from marlin_w4a16.passes.graph.torch_private import source_name
-from marlin_w4a16.passes.live import binding
 from marlin_w4a16.passes.live.call import LiveCall, Rewritten
+from marlin_w4a16.passes.mixture import stacks
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.rewrite import rewrite, survey
 
@@ -172,8 +172,8 @@ def test_a_weight_changed_between_two_products_is_judged_at_each(trace, fp4_line
 def test_a_survey_says_the_same_and_packs_nothing(trace, block, monkeypatch):
     gm, inputs = trace(block, torch.randn(3, 64))
     done = rewrite(gm, inputs).rows
-    monkeypatch.setattr(binding, "pack", None)
-    monkeypatch.setattr(binding, "pack_into", None)
+    monkeypatch.setattr(stacks, "pack", None)
+    monkeypatch.setattr(stacks, "pack_into", None)
     assert survey(gm, inputs) == done
     assert [(r.path, r.shape, r.format) for r in done] == [
         ("up.codes", (96, 64), "NVFP4 group 16"),
