@@ -3,6 +3,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and (reason := missing_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of one format of checkpoints run on one worker, which loads each model once.
+
+    Not by ``xdist_group``: pytest-xdist 3.8 does not see that mark under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFormat(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            given = nodeid.partition("[")[2] if nodeid.startswith("tests/hf/") else ""
+            return max((name for name in formats.FORMATS if name in given), key=len, default=nodeid)
+
+    return ByFormat(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -26,6 +26,9 @@ NEMOTRON, GPT_OSS, DEEPSEEK = (
 )
 
 
+of = "-".join  # a case, in the name of its test
+
+
 def error(model, case: tuple[str, str]) -> float:
     """How far a model is from the exact one of a checkpoint."""
     return relative(logits(model), logits(reference(*case, torch.float32)))
@@ -139,12 +142,14 @@ IN_FILES: dict[str, tuple[tuple[str, str], Change]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", list(dict.fromkeys(case for case, _ in IN_FILES.values())))
+@pytest.mark.parametrize("case", list(dict.fromkeys(case for case, _ in IN_FILES.values())), ids=of)
 def test_a_whole_checkpoint_passes(case):
     assert error(loaded(*case, torch.float32), case) <= GATE
 
 
-@pytest.mark.parametrize("case, change", IN_FILES.values(), ids=IN_FILES)
+@pytest.mark.parametrize(
+    "case, change", IN_FILES.values(), ids=[f"{bug}, {of(case)}" for bug, (case, _) in IN_FILES.items()]
+)
 def test_a_bug_in_reading_fails(case, change, tmp_path):
     folder = rewritten(case, tmp_path, change)
     assert error(read(folder, dtype=torch.float32), case) > 10 * GATE
@@ -156,7 +161,7 @@ FACTORS = [("ct-nvfp4a16", "glm4moe"), ("ct-mxfp4a16", "deepseekv3"), NEMOTRON, 
 
 
 @pytest.mark.parametrize("times", [0, 2])
-@pytest.mark.parametrize("case", FACTORS)
+@pytest.mark.parametrize("case", FACTORS, ids=of)
 def test_a_factor_of_the_router_applied_so_often_fails(case, times):
     """The router has it in its weights already: experts must not apply it, nor drop it."""
     model = load(*case, dtype=torch.float32)
@@ -168,7 +173,7 @@ def test_a_factor_of_the_router_applied_so_often_fails(case, times):
     assert error(model, case) > 10 * GATE
 
 
-@pytest.mark.parametrize("case", [GPT_OSS, DEEPSEEK])
+@pytest.mark.parametrize("case", [GPT_OSS, DEEPSEEK], ids=of)
 def test_a_dropped_clamp_fails(case, tmp_path):
     folder = write(*case, tmp_path)
     damage.configure_model(folder, swiglu_limit=1e6)
