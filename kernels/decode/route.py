@@ -1,11 +1,7 @@
 """From the experts that tokens choose to tiles of tokens that share one: no synchronisation, no atomics.
 
-A *pair* is one choice of one token: ``token * k + choice``. Pairs are put in the order of their experts, and a tile is
-up to ``block_m`` of them that share one. How many tiles there are is known on the GPU only; the tables have room for
-the most there can be.
+A *pair* is one choice of one token: ``token * k + choice``. Pairs are put in the order of their experts.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,36 +9,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from marlin_w4a16.kernels.decode.tiles import Tiles, bins_for, empty_tiles, end_tiles, most_tiles, write_tiles
+
 FEW = 128  # pairs up to which each is compared with all others
 _BLOCK = 4096  # pairs looked at at a time
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tiles:
-    """Tiles of pairs.
-
-    Attributes:
-        experts: int32 ``[most]``, the expert of each tile; -1 beyond the last.
-        starts, stops: int32 ``[most]``, the first place of each tile in the order, and the end of its expert's places.
-        count: int32 ``[1]``, how many there are.
-        order: int32 ``[pairs]``, the pair at each place, -1 beyond the last; None where pairs stand in order already.
-        places: int32 ``[pairs]``, the inverse: the place of each pair, -1 where it has none; None where not needed.
-        block_m: places of a tile.
-    """
-
-    experts: Tensor
-    starts: Tensor
-    stops: Tensor
-    count: Tensor
-    order: Tensor | None
-    places: Tensor | None
-    block_m: int
-
-
-def most_tiles(pairs: int, experts: int, block_m: int) -> int:
-    """The most tiles that so many pairs can take: every expert that is chosen may have one that is not full."""
-    chosen = min(pairs, experts)
-    return (pairs + chosen * (block_m - 1)) // block_m
 
 
 @triton.jit
@@ -54,23 +24,6 @@ def local_expert(ids, expert_map, at, in_range, known, experts, HAS_MAP: tl.cons
         expert = tl.where(mapped, tl.load(expert_map + expert, mask=in_range & mapped, other=0).to(tl.int64), -1)
     # what a mask leaves out cannot be -1 where ids are unsigned: it says so itself
     return tl.where(in_range & (expert >= 0) & (expert < experts), expert, -1).to(tl.int32)
-
-
-@triton.jit
-def _write_tiles(mine, first, last, start, stop, tile_experts, tile_starts, tile_stops, BLOCK_M: tl.constexpr):
-    for tile in range(first, last, 128):
-        at = tile + tl.arange(0, 128)
-        tl.store(tile_experts + at, mine, mask=at < last)
-        tl.store(tile_starts + at, start + (at - first) * BLOCK_M, mask=at < last)
-        tl.store(tile_stops + at, stop, mask=at < last)
-
-
-@triton.jit
-def _end_tiles(last, most, tile_experts, count):
-    tl.store(count, last)
-    for tile in range(last, most, 128):
-        at = tile + tl.arange(0, 128)
-        tl.store(tile_experts + at, -1, mask=at < most)
 
 
 @triton.jit(do_not_specialize=["pairs", "known", "experts"])
@@ -130,7 +83,7 @@ def _expert_kernel(
     own = tl.sum(tl.where(bins == mine, taken, 0))
     last = first + tl.cdiv(own, BLOCK_M)
     if own > 0:
-        _write_tiles(mine, first, last, start, start + own, tile_experts, tile_starts, tile_stops, BLOCK_M)
+        write_tiles(mine, first, last, start, start + own, tile_experts, tile_starts, tile_stops, BLOCK_M)
         place = start
         for begin in range(0, pairs, BLOCK):
             at = begin + tl.arange(0, BLOCK)
@@ -140,7 +93,7 @@ def _expert_kernel(
             tl.store(places + at, to, mask=hit > 0)
             place += tl.sum(hit)
     if mine == experts - 1:
-        _end_tiles(last, most, tile_experts, count)
+        end_tiles(last, most, tile_experts, count)
         if start + own < pairs:  # some chose none of these experts
             for begin in range(0, pairs, BLOCK):
                 at = begin + tl.arange(0, BLOCK)
@@ -149,35 +102,9 @@ def _expert_kernel(
                 tl.store(places + at, -1, mask=(at < pairs) & ~local)
 
 
-@triton.jit(do_not_specialize=["rows", "experts", "most"])
-def _offset_kernel(
-    offsets,
-    tile_experts,
-    tile_starts,
-    tile_stops,
-    count,
-    rows,
-    experts,
-    most,
-    BINS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """One program an expert, and one for the rows after the last of them, whose expert is called ``experts``."""
-    mine = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    # an end never lies before the one before it, nor past the rows
-    ends = tl.load(offsets + bins, mask=bins < experts, other=0).to(tl.int32)
-    ends = tl.minimum(tl.where(bins < experts, ends, rows), rows)
-    starts = tl.load(offsets + bins - 1, mask=(bins > 0) & (bins <= experts), other=0).to(tl.int32)
-    starts = tl.minimum(starts, rows)
-    tiles = tl.where(bins <= experts, tl.cdiv(tl.maximum(ends - starts, 0), BLOCK_M), 0)
-    first = tl.sum(tl.where(bins < mine, tiles, 0))
-    last = first + tl.sum(tl.where(bins == mine, tiles, 0))
-    start = tl.sum(tl.where(bins == mine, starts, 0))
-    stop = tl.sum(tl.where(bins == mine, ends, 0))
-    _write_tiles(mine, first, last, start, stop, tile_experts, tile_starts, tile_stops, BLOCK_M)
-    if mine == experts:
-        _end_tiles(last, most, tile_experts, count)
+def early_launch(pdl: bool) -> dict[str, bool]:
+    """How a kernel is compiled and launched that may begin before the one before it has ended."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def tiles_of_experts(
@@ -187,7 +114,7 @@ def tiles_of_experts(
     ids = topk_ids.contiguous()
     order = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
     counts = torch.empty(experts, dtype=torch.int32, device=ids.device)
-    tiles = _empty(ids, most_tiles(ids.numel(), experts, block_m), order, torch.empty_like(order), block_m)
+    tiles = empty_tiles(ids, most_tiles(ids.numel(), experts, block_m), order, torch.empty_like(order), block_m)
     known = 0 if expert_map is None else len(expert_map)
     of = (ids, ids if expert_map is None else expert_map.contiguous())
     how = {"HAS_MAP": expert_map is not None, "BLOCK": _BLOCK, "num_warps": 16, **early_launch(pdl)}
@@ -205,46 +132,11 @@ def tiles_of_experts(
         known,
         experts,
         len(tiles.experts),
-        BINS=_bins(experts),
+        BINS=bins_for(experts),
         BLOCK_M=block_m,
         **how,
     )
     return tiles
-
-
-def tiles_of_offsets(offsets: Tensor, rows: int, block_m: int) -> Tiles:
-    """The tiles of rows that are sorted by expert; those past the last offset belong to one more, the last."""
-    experts = len(offsets)
-    tiles = _empty(offsets, most_tiles(rows, experts + 1, block_m), None, None, block_m)
-    _offset_kernel[(experts + 1,)](
-        offsets.contiguous(),
-        tiles.experts,
-        tiles.starts,
-        tiles.stops,
-        tiles.count,
-        rows,
-        experts,
-        len(tiles.experts),
-        BINS=_bins(experts + 1),
-        BLOCK_M=block_m,
-    )
-    return tiles
-
-
-def _empty(like: Tensor, most: int, order: Tensor | None, places: Tensor | None, block_m: int) -> Tiles:
-    experts, starts, stops = (torch.empty(most, dtype=torch.int32, device=like.device) for _ in range(3))
-    count = torch.empty(1, dtype=torch.int32, device=like.device)
-    return Tiles(experts, starts, stops, count, order, places, block_m)
-
-
-def early_launch(pdl: bool) -> dict[str, bool]:
-    """How a kernel is compiled and launched that may begin before the one before it has ended."""
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
-
-
-def _bins(experts: int) -> int:
-    """A power of two for the experts."""
-    return max(16, 1 << (experts - 1).bit_length())
 
 
 @triton.jit
@@ -338,7 +230,7 @@ def sorted_tokens(
         )
         return tiles, out
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
-    tiles = _empty(x, most_tiles(pairs, experts, block_m), order, None, block_m)
+    tiles = empty_tiles(x, most_tiles(pairs, experts, block_m), order, None, block_m)
     ids = topk_ids.contiguous()
     _few_kernel[(pairs,)](
         ids,

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.decode import activate as in_triton
-from marlin_w4a16.kernels.decode.route import Tiles
+from marlin_w4a16.kernels.decode.tiles import Tiles
 from marlin_w4a16.kernels.hopper.rings import (
     PRODUCER_REGISTERS,
     Boxes,

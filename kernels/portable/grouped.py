@@ -12,7 +12,8 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.decode.activate import activate
-from marlin_w4a16.kernels.decode.route import Tiles, local_expert
+from marlin_w4a16.kernels.decode.route import local_expert
+from marlin_w4a16.kernels.decode.tiles import Tiles
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_operand
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4

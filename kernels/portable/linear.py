@@ -8,10 +8,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_operand, scale_pairs, unpack_words
-from marlin_w4a16.kernels.launch import Launch
+from marlin_w4a16.kernels.launch import Launch, plan_linear
 from marlin_w4a16.kernels.layout import TILE, PackedFP4
+from marlin_w4a16.kernels.target import Target
 
 _EPILOGUE_BLOCK = 1024
 # Bytes of the scratch tensors when a weight is written out for cuBLAS: of the weight, and of float32 products.
@@ -178,6 +181,22 @@ def fused(
     )
     if split:
         _epilogue(target, packed, bias, out, rows=slice(0, n))
+
+
+def compile_ahead(target: Target) -> bytes:
+    """The machine code of the fused kernel for 16 tokens in bfloat16 and NVFP4; no GPU needed."""
+    launch = plan_linear(target, 16, 4096, 4096)
+    pointers = {"words": "*i32", "scales": "*i32", "multiplier": "*fp32", "x": "*bf16", "bias": "*bf16"}
+    pointers["out"] = "*bf16" if launch.split_k == 1 else "*fp32"
+    constants = {"kind": "e4m3", "GROUP": 16, "GAIN": UNPACK_GAIN["e4m3"], "HAS_BIAS": True, "stride_xk": 1}
+    constants |= {"launch": launch, "PTX": True, "WGMMA": target.hopper}
+    names = _linear_kernel.arg_names
+    signature = {name: pointers.get(name) or ("constexpr" if name in constants else "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "n", "k", "stride_xm")}
+    chip = GPUTarget("cuda", 10 * target.capability[0] + target.capability[1], 32)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    code: bytes = triton.compile(ASTSource(_linear_kernel, signature, constants, aligned), chip, options).asm["cubin"]
+    return code
 
 
 def _epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, rows: slice) -> None:

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from marlin_w4a16.kernels import grouped_linear, moe
-from marlin_w4a16.kernels.decode import route
-from marlin_w4a16.kernels.decode.route import Tiles
+from marlin_w4a16.kernels.decode import route, tiles
+from marlin_w4a16.kernels.decode.tiles import Tiles
 from marlin_w4a16.kernels.decode.unpack import scale_pairs, unpack_words
 from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.launch import Launch
@@ -89,7 +89,7 @@ def sorted_tokens(
 
 
 def tiles_of_offsets(offsets: Tensor, rows: int, block_m: int) -> Tiles:
-    return route.tiles_of_offsets(offsets, rows, block_m)
+    return tiles.tiles_of_offsets(offsets, rows, block_m)
 
 
 if __name__ == "__main__":

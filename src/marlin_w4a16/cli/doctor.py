@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from marlin_w4a16.cli.checks import OPTIONAL, Check, Device, Machine, check_backend, check_error, check_machine
-from marlin_w4a16.cli.trials import try_compiled, try_graph, try_linears, try_triton
+from marlin_w4a16.cli.smoke import try_compiled, try_graph, try_linears, try_triton
 from marlin_w4a16.report.data import Report
 from marlin_w4a16.report.table import table
 

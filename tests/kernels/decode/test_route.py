@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.blocks.experts import local_experts
-from marlin_w4a16.kernels.decode.route import Tiles, most_tiles
+from marlin_w4a16.kernels.decode.tiles import Tiles, most_tiles
 
 BLOCKS = (16, 32, 64)
 

@@ -12,14 +12,8 @@ import torch
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
 from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
-from marlin_w4a16.kernels.decode.route import (
-    Tiles,
-    _count_kernel,
-    _expert_kernel,
-    _few_kernel,
-    _gather_kernel,
-    _offset_kernel,
-)
+from marlin_w4a16.kernels.decode.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel
+from marlin_w4a16.kernels.decode.tiles import Tiles, _offset_kernel
 from marlin_w4a16.kernels.launch import Launch, plan_experts
 from marlin_w4a16.kernels.moe import _sum_kernel
 from marlin_w4a16.kernels.portable import grouped as kernels

@@ -115,30 +115,12 @@ def try_graph(device: torch.device, op: Linear = linear) -> Check:
 
 
 def try_triton(capability: tuple[int, int]) -> Check:
-    """Triton compiles the fused kernel to machine code for a GPU that need not be there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """Triton compiles the portable kernel to machine code for a GPU that need not be there."""
+    from marlin_w4a16.kernels.portable.linear import compile_ahead  # Triton is on Linux only
 
-    from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
-    from marlin_w4a16.kernels.launch import plan_linear
-    from marlin_w4a16.kernels.portable.linear import _linear_kernel
-
-    aimed = Target(capability, 132)
-    launch = plan_linear(aimed, 16, 4096, 4096)
-    pointers = {"words": "*i32", "scales": "*i32", "multiplier": "*fp32"}
-    pointers |= dict.fromkeys(("x", "bias"), "*bf16") | {"out": "*bf16" if launch.split_k == 1 else "*fp32"}
-    constants = {"kind": "e4m3", "GROUP": 16, "GAIN": UNPACK_GAIN["e4m3"], "HAS_BIAS": True, "stride_xk": 1}
-    constants |= {"BLOCK_N": launch.block_n, "BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k}
-    constants |= {"SPLIT_K": launch.split_k, "STAGES": launch.num_stages, "PTX": True, "WGMMA": aimed.hopper}
-    names = _linear_kernel.arg_names
-    signature = {name: pointers.get(name) or ("constexpr" if name in constants else "i32") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "n", "k", "stride_xm")}
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    built = triton.compile(ASTSource(_linear_kernel, signature, constants, aligned), target, options)
-    found = f"compiled to {size(len(built.asm['cubin']))} of machine code"
-    return Check(f"Triton for sm_{target.arch}", "ok", found, "machine code, no GPU needed")
+    code = compile_ahead(Target(capability, processors=132))
+    name = "Triton for sm_{}{}".format(*capability)
+    return Check(name, "ok", f"compiled to {size(len(code))} of machine code", "machine code, no GPU needed")
 
 
 class _Lines(logging.Handler):
