@@ -7,8 +7,8 @@ import torch
 import transformers.integrations.moe  # noqa: F401, it defines grouped_mm_fallback
 from torch import Tensor, nn
 
-from marlin_w4a16.kernels.layout import pack_into
 from marlin_w4a16.passes.live import binding
+from marlin_w4a16.passes.mixture.stacks import pack_stack
 from mixtures.written import Mixture, Parts, batched, grouped, inputs, interleaved
 
 PARTS = {
@@ -88,14 +88,14 @@ def test_changed_weights_are_packed_at_the_same_addresses(parts):
     module, other, args = Mixture(parts), Mixture(parts), inputs()
     packed: list[int] = []
 
-    def watched(weight, copy):
+    def watched(weight, batch, order, copy):
         packed.append(copy.words.data_ptr())
-        pack_into(weight, copy)
+        return pack_stack(weight, batch, order, copy)
 
     run = compiled(module)
     run(*args)
     held = {copy.packed.words.data_ptr() for copy in binding._COPIES.values()}
-    with patch.object(binding, "pack_into", watched):
+    with patch.object(binding, "pack_stack", watched):
         load_state_dict(module, other)
         assert_right(run(*args), module(*args))
     assert set(packed) <= held and len(packed) == 2

@@ -171,8 +171,7 @@ def test_a_weight_changed_between_two_products_is_judged_at_each(trace, fp4_line
 def test_a_survey_says_the_same_and_packs_nothing(trace, block, monkeypatch):
     gm, inputs = trace(block, torch.randn(3, 64))
     done = rewrite(gm, inputs).rows
-    monkeypatch.setattr(binding, "pack", None)
-    monkeypatch.setattr(binding, "pack_into", None)
+    monkeypatch.setattr(binding, "pack_stack", None)
     assert survey(gm, inputs) == done
     assert [(r.path, r.shape, r.format) for r in done] == [
         ("up.codes", (96, 64), "NVFP4 group 16"),
