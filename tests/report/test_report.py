@@ -363,7 +363,7 @@ def test_bytes_before_are_those_of_the_tensors_of_a_weight(model):
 
 def test_it_packs_and_compiles_nothing(model, monkeypatch, caplog):
     caplog.set_level("DEBUG", "marlin_w4a16")
-    for name in ("marlin_w4a16.passes.live.binding.pack", "torch._inductor.compile_fx.compile_fx"):
+    for name in ("marlin_w4a16.passes.live.binding.pack_stack", "torch._inductor.compile_fx.compile_fx"):
         monkeypatch.setattr(name, None)
     with torch.profiler.profile() as profile:
         assert len(explain(model, X).replaced) == 2

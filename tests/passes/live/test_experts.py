@@ -88,9 +88,9 @@ def test_changed_weights_are_packed_at_the_same_addresses(parts):
     module, other, args = Mixture(parts), Mixture(parts), inputs()
     packed: list[int] = []
 
-    def watched(weight, batch, order, into):
-        packed.append(into.words.data_ptr())
-        return pack_stack(weight, batch, order, into)
+    def watched(weight, batch, order, copy):
+        packed.append(copy.words.data_ptr())
+        return pack_stack(weight, batch, order, copy)
 
     run = compiled(module)
     run(*args)

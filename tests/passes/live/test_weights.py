@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4, refresh
-from marlin_w4a16.kernels.layout import pack_into
 from marlin_w4a16.passes.live import binding
-from marlin_w4a16.passes.mixture import stacks
+from marlin_w4a16.passes.mixture.stacks import pack_stack
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 
@@ -189,7 +188,7 @@ def test_refresh_of_one_part_packs_that_part_again(fp4_linear, monkeypatch):
     run = compiled(model)
     run(X)
     packed = []
-    monkeypatch.setattr(stacks, "pack_into", lambda weight, into: packed.append(weight.name))
+    monkeypatch.setattr(binding, "pack_stack", lambda weight, batch, order, into: packed.append(weight.name))
     refresh(model[1])
     run(X)
     assert packed == ["1.codes"]
@@ -273,7 +272,7 @@ def test_the_graphs_of_a_model_share_its_packed_weights(fp4_linear, assert_near,
     assert_near(turned(X), X @ model[0].weight().T)
     assert len(logged()) == 5 and copies() == 2
     packed = []
-    monkeypatch.setattr(stacks, "pack_into", lambda *args: (packed.append(1), pack_into(*args)))
+    monkeypatch.setattr(binding, "pack_stack", lambda *args: packed.append(1) or pack_stack(*args))
     model[0].codes.copy_(fp4_linear(64, 64).codes)
     assert_near(run(X[:1].expand(5, 64)), model(X[:1].expand(5, 64)))
     assert_near(turned(X), X @ model[0].weight().T)
@@ -285,8 +284,7 @@ def test_another_table_of_the_same_values_is_verified_and_nothing_is_packed(fp4_
     module = fp4_linear()
     run = compiled(module)
     before = run(X)
-    for name in ("pack", "pack_into"):
-        monkeypatch.setattr(stacks, name, None)
+    monkeypatch.setattr(binding, "pack_stack", None)
     module.table = module.table.clone()
     assert torch.equal(run(X), before) and copies() == 1
 
