@@ -13,6 +13,11 @@ of bfloat16 ``value * 2**-126`` (sign at bit 15, magnitude at 8..6):
     register 0  w & M          register 1  (w << 3) & M          register 2  (w << 6) & M          M = 0x81C081C0
     register 3  (w << 1) & 0x80008000 | (w >> 3) & 0x01800180 | (w >> 7) & 0x00400040
 
+The bits of a half, and so these shifts and masks, are those of `HopperMXValueLayout` (triton_kernels in
+triton-lang/triton, hopper_value.py), which also has four k-steps of a lane side by side. Weights in the order of
+fragments, interleaved for shifts and masks, go back to Marlin (Frantar et al., 2024), whose conversion follows
+FasterTransformer's interleaved_numeric_conversion.h. The order of a tile and of its scales is this project's.
+
 Scale bytes follow the words: ``[w, g, c / 2, r, c % 2]`` with ``c`` the group within the tile, so that a 32-bit word
 holds both rows of a lane for two groups: one shift and one mask give the pair (r = 0, 1) of either group. E4M3 scales
 keep their sign bit there, but the sign itself is folded into the codes of the group. The multiplier stays ``[n]``.

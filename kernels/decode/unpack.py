@@ -9,6 +9,9 @@ included. A register holds a pair of codes as ``value * 2**-126`` in bfloat16 or
 layout.py); a scale byte becomes ``scale * 2**119`` or ``scale * 2**7`` for E4M3. E8M0 first undoes the codes' offset,
 since ``2**126 * scale`` would overflow. bfloat16 products are written as fma with -0: SM80 has no bf16x2 multiply.
 
+For bfloat16 the shifts and masks of a word, and the fma in the place of a multiply, are those of `HopperMXValueLayout`
+in triton_kernels (layout.py names it).
+
 A scale word holds two groups of two rows (layout.py). It becomes two registers, each the pair of rows of one group;
 the halves are spread over a register of their own with moves, which ptxas turns into operand selectors for free.
 """

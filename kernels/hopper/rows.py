@@ -226,12 +226,12 @@ def _rows_kernel(
         write_tile(y, multiplier, bias, out, block * ROWS, 0, m, n, GAIN, HAS_BIAS, gl.SliceLayout(0, sum_layout))
 
 
-def _flat(warps: int, registers: tuple[int, ...], lanes: tuple[int, ...], width: int) -> gl.DistributedLinearLayout:
-    """A flat layout of ``width`` elements a warp: which weight of the index each register and lane bit has."""
+def _flat(warps: int, registers: tuple[int, ...], lane: int, width: int) -> gl.DistributedLinearLayout:
+    """A flat layout of ``width`` elements a warp: what each register bit and the first lane bit are worth."""
     bits = warps.bit_length() - 1
     return gl.DistributedLinearLayout(
         reg_bases=[[r] for r in registers],
-        lane_bases=[[t] for t in lanes],
+        lane_bases=[[lane << b] for b in range(5)],
         warp_bases=[[width << b] for b in range(bits)],
         block_bases=[],
         shape=[warps * width],
@@ -239,7 +239,7 @@ def _flat(warps: int, registers: tuple[int, ...], lanes: tuple[int, ...], width:
 
 
 @functools.cache
-def _loop(launch: Rows, kind: str, group: int, even: bool) -> Loop:
+def _loop_of(launch: Rows, kind: str, group: int, even: bool) -> Loop:
     """The loop of a launch; kept, for its layouts take 30 us to make."""
     rows, block_m, warps, words = launch.rows, launch.block_m, launch.num_warps, 32 // group
     sixteens = range((rows // 16).bit_length() - 1)
@@ -253,13 +253,8 @@ def _loop(launch: Rows, kind: str, group: int, even: bool) -> Loop:
         launch.stages,
         launch.resident,
         even,
-        _flat(warps, (1, 2, *(128 << b for b in sixteens)), (4, 8, 16, 32, 64), rows * 8),
-        _flat(
-            warps,
-            (1,) * (words - 1) + tuple(32 * words << b for b in sixteens),
-            tuple(words << b for b in range(5)),
-            rows * 2 * words,
-        ),
+        _flat(warps, (1, 2, *(128 << b for b in sixteens)), 4, rows * 8),
+        _flat(warps, (*[1] * (words - 1), *(32 * words << b for b in sixteens)), words, rows * 2 * words),
         gl.BlockedLayout([warps, 1, 1], [1, 32 // block_m, block_m], [1, warps, 1], [2, 1, 0]),
         _X_SHARED,
     )
@@ -283,7 +278,7 @@ def by_rows(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, laun
         triton.cdiv(n, launch.rows),
         k_tiles,
         triton.cdiv(k_tiles, launch.num_warps * launch.steps),
-        loop=_loop(launch, packed.kind, packed.group, k_tiles % (launch.num_warps * launch.steps) == 0),
+        loop=_loop_of(launch, packed.kind, packed.group, k_tiles % (launch.num_warps * launch.steps) == 0),
         GAIN=UNPACK_GAIN[packed.kind],
         HAS_BIAS=bias is not None,
         num_warps=launch.num_warps,

@@ -107,8 +107,9 @@ def _consume(
             acc = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
             own -= 1
             # the next whole tile; or the first of the rest, in its middle; or the one after it
-            later = gl.where(own == 0, work.whole + first // work.k_blocks, tile + 1)
-            tile = gl.where(own > 0, tile + work.programs, later)
+            tile = gl.where(
+                own > 0, tile + work.programs, gl.where(own == 0, work.whole + first // work.k_blocks, tile + 1)
+            )
             at = gl.where(own == 0, first % work.k_blocks, 0)
             begun = at
 
