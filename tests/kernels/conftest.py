@@ -1,13 +1,11 @@
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from kernels.interpreter import Interpreter
 from marlin_w4a16.kernels.fp4 import FP4Weight, ScaleKind
 
 # torch's threads spin while they wait: more of them than cores, in several workers, cost up to ten times the time
@@ -58,16 +56,14 @@ def random_weight() -> Callable[..., FP4Weight]:
     return draw_weight
 
 
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
 @pytest.fixture
-def interpret(tmp_path: Path) -> Callable[..., list[Any]]:
+def interpret(interpreter: Interpreter) -> Callable[..., list[Any]]:
     """Runs functions of interpreted.py in Triton's interpreter: pairs of a name and arguments."""
-
-    def run(*calls: tuple[str, tuple[Any, ...]]) -> list[Any]:
-        torch.save(calls, tmp_path / "calls")
-        command = [sys.executable, Path(__file__).with_name("interpreted.py"), tmp_path / "calls", tmp_path / "results"]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(tmp_path / "results", weights_only=False)
-
-    return run
+    return interpreter.run
