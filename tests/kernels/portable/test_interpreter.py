@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.matrix import case
 from marlin_w4a16.kernels.blocks.dequantize import scale_values
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.fp4 import FP4Weight
@@ -51,16 +52,19 @@ LINEARS = [
 ]
 
 
-@pytest.mark.parametrize("kind, group", FORMATS)
-def test_the_fused_linear_rounds_once(kind, group, interpret, random_weight):
-    calls, checks = [], []
-    for m, n, k, make_x, with_bias, launch in LINEARS:
-        weight, x = random_weight(n, k, kind, group), make_x(m, k)
-        bias = torch.randn(2 * n).half()[::2] if with_bias else None
-        calls.append(("fused", (x, pack(weight), bias, launch)))
-        checks.append((x, weight, bias))
-    for out, check in zip(interpret(*calls), checks, strict=True):
-        assert_rounded_once(out, *check)
+ROUNDED = [
+    # half of the linears a format, with and without a split, in one and two rows of tiles
+    case(*form, *linear, id="{}-{}-{}".format(*form, j), narrow=(i + i // 2 + j + j // 2) % 2 == 0)
+    for (i, form), (j, linear) in product(enumerate(FORMATS), enumerate(LINEARS))
+]
+
+
+@pytest.mark.parametrize("kind, group, m, n, k, make_x, with_bias, launch", ROUNDED)
+def test_the_fused_linear_rounds_once(kind, group, m, n, k, make_x, with_bias, launch, interpret, random_weight):
+    weight, x = random_weight(n, k, kind, group), make_x(m, k)
+    bias = torch.randn(2 * n).half()[::2] if with_bias else None
+    (out,) = interpret(("fused", (x, pack(weight), bias, launch)))
+    assert_rounded_once(out, x, weight, bias)
 
 
 def test_the_decode_kernel_is_exact(interpret, random_weight, every_product):
