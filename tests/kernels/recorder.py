@@ -1,6 +1,5 @@
 """Stands in for a Gluon kernel: keeps what it is launched with, and compiles it for that."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ class Recorder:
     def launch(self, *arguments: Any, **options: Any) -> None:
         self.arguments, self.options = arguments, options
 
-    def compiled(self, directory: Path) -> Compiled:
+    def compiled(self) -> Compiled:
         """The kernel as the runtime compiles it for these arguments."""
         types, constants, divisible = {}, {}, []
         for parameter, value in zip(self.kernel.params, self.arguments, strict=False):
@@ -42,4 +41,4 @@ class Recorder:
                 divisible.append(parameter.name)
         options = dict(self.options)
         runtime = {name: options.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl") if name in options}
-        return compiled(directory, CAPABILITY, self.kernel, types, constants | options, tuple(divisible), **runtime)
+        return compiled(CAPABILITY, self.kernel, types, constants | options, tuple(divisible), **runtime)

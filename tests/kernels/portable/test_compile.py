@@ -1,18 +1,19 @@
 """The kernels compiled ahead of time for every supported chip: what each launch takes, read from its machine code."""
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
+from kernels.matrix import case
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, launches
 from marlin_w4a16.kernels.portable.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
 FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
+HEAVIEST = ("fp16", "e8m0", 16)  # the longest loop of all formats, whatever the launch
 # Registers by (rows, tokens, warps) of a program: 9, 6, 4 and 1 of them fit on a multiprocessor, ...
 AMPERE_REGISTERS = {(64, 16, 4): 56, (64, 32, 4): 80, (64, 64, 4): 128, (128, 128, 8): 176}
 # ... or 8, 7, 6, 3, 2 and 2.
@@ -27,7 +28,6 @@ HOPPER_REGISTERS = {
 
 
 def compiled_linear(
-    directory: Path,
     capability: tuple[int, int],
     launch: Launch,
     dtype: str,
@@ -51,7 +51,6 @@ def compiled_linear(
         WGMMA=capability >= (9, 0),
     )
     return compiled(
-        directory,
         capability,
         _linear_kernel,
         words | values,
@@ -62,25 +61,34 @@ def compiled_linear(
     )
 
 
-def named(capability: tuple[int, int], launch: Launch, *form: Any) -> Any:
+def named(capability: tuple[int, int], launch: Launch, *form: Any, narrow: bool) -> Any:
     tile = "x".join(map(str, (launch.block_n, launch.block_m, launch.block_k, launch.split_k)))
     name = "-".join(map(str, ("sm{}{}".format(*capability), tile, f"{launch.num_warps}warps", *form)))
-    return pytest.param(capability, launch, *form, id=name)
+    return case(capability, launch, *form, id=name, narrow=narrow)
 
 
 def variants() -> list[Any]:
-    """Every launch in every format; two formats where the machine code is all but that of SM80."""
+    """Every launch in every format; two formats where the machine code is all but that of SM80.
+
+    Of these are narrow: the first launch in all formats, any other in one and, without a split, in the heaviest; half
+    of the launches of SM86 and SM89.
+    """
     found = []
-    for capability in CHIPS:
+    for chip, capability in enumerate(CHIPS):
         for number, launch in enumerate(launches(capability)):
-            formats = FORMATS if capability in ((8, 0), (9, 0)) else [FORMATS[number % 8], FORMATS[-1 - number % 8]]
-            found += [named(capability, launch, *form) for form in formats]
+            one = FORMATS[(number + number // 2) % 8]
+            if capability in ((8, 0), (9, 0)):
+                kept = FORMATS if number == 0 else [one, HEAVIEST] if launch.split_k == 1 else [one]
+                found += [named(capability, launch, *form, narrow=form in kept) for form in FORMATS]
+            else:
+                found.append(named(capability, launch, *one, narrow=(number + chip) % 2 == 0))
+                found.append(named(capability, launch, *FORMATS[-1 - FORMATS.index(one)], narrow=False))
     return found
 
 
 @pytest.mark.parametrize("capability, launch, dtype, kind, group", variants())
-def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtype, kind, group, tmp_path):
-    code = compiled_linear(tmp_path, capability, launch, dtype, kind, group)
+def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtype, kind, group):
+    code = compiled_linear(capability, launch, dtype, kind, group)
     assert_no_spills(code)
     limits = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
     assert code.registers <= limits[launch.block_n, launch.block_m, launch.num_warps]
@@ -97,9 +105,16 @@ def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtyp
         assert code.has("HMMA")
 
 
-@pytest.mark.parametrize("capability, launch", [named(c, la) for c in ((8, 0), (9, 0)) for la in launches(c)])
-def test_a_strided_x_and_odd_rows_compile_too(capability, launch, tmp_path):
-    code = compiled_linear(tmp_path, capability, launch, "bf16", "e4m3", 16, aligned=False)
+UNALIGNED = [
+    named(chip, launch, narrow=number % 4 == 2 * i)
+    for i, chip in enumerate([(8, 0), (9, 0)])
+    for number, launch in enumerate(launches(chip))
+]
+
+
+@pytest.mark.parametrize("capability, launch", UNALIGNED)
+def test_a_strided_x_and_odd_rows_compile_too(capability, launch):
+    code = compiled_linear(capability, launch, "bf16", "e4m3", 16, aligned=False)
     assert code.shared <= SHARED_MEMORY[capability]
     if capability >= (9, 0):
         assert_wgmma_is_awaited(code)
@@ -107,24 +122,37 @@ def test_a_strided_x_and_odd_rows_compile_too(capability, launch, tmp_path):
         assert_no_spills(code)
 
 
-@pytest.mark.parametrize("parts, block", [(1, 1024), (4, 1024), (64, 16)])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
-def test_the_epilogue_is_small(capability, dtype, parts, block, tmp_path):
+EPILOGUES = [
+    case(chip, dtype, *parts, id=f"{chip}-{dtype}-{parts[0]}", narrow=(h + i + j) % 3 == 0)
+    for (h, chip), (i, dtype), (j, parts) in product(
+        enumerate([(8, 0), (9, 0)]), enumerate(["bf16", "fp16", "fp32"]), enumerate([(1, 1024), (4, 1024), (64, 16)])
+    )
+]
+
+
+@pytest.mark.parametrize("capability, dtype, parts, block", EPILOGUES)
+def test_the_epilogue_is_small(capability, dtype, parts, block):
     pointers = {"parts": "*fp32", "multiplier": "*fp32", "bias": f"*{dtype}", "out": f"*{dtype}"}
     constants = {"GAIN": 2.0**7, "HAS_BIAS": True, "PARTS": parts, "BLOCK": block}
-    code = compiled(tmp_path, capability, _epilogue_kernel, pointers, constants, ("n", "stride_out"))
+    code = compiled(capability, _epilogue_kernel, pointers, constants, ("n", "stride_out"))
     assert_no_spills(code)
     assert code.registers <= 64
     assert code.shared == 0
 
 
-@pytest.mark.parametrize("dtype, kind, group", [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
-def test_the_decode_kernel_is_small(capability, dtype, kind, group, tmp_path):
+DECODES = [
+    case(chip, *form, id="{}-{}-{}-{}".format(chip, *form), narrow=(h + i + i // 2) % 2 == 0)
+    for (h, chip), (i, form) in product(
+        enumerate([(8, 0), (9, 0)]), enumerate([*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)])
+    )
+]
+
+
+@pytest.mark.parametrize("capability, dtype, kind, group", DECODES)
+def test_the_decode_kernel_is_small(capability, dtype, kind, group):
     pointers = {"words": "*i32", "scales": "*i32", "out": f"*{dtype}"}
     constants = {"kind": kind, "GROUP": group, "PTX": True}
-    code = compiled(tmp_path, capability, _decode_kernel, pointers, constants)
+    code = compiled(capability, _decode_kernel, pointers, constants)
     assert_no_spills(code)
     assert code.registers <= 40
     assert code.shared <= 8 << 10
