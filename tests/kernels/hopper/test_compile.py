@@ -64,12 +64,8 @@ def variants(kernel: type) -> list:
     """Every launch in one format, and some in all. Narrow: of launches that only differ in stages the one with most,
     and what spills; one format in turn, and all for the first."""
     of_kernel = [(*key, *value) for key, value in LAUNCHES.items() if isinstance(key[0], kernel)]
-    most = {
-        replace(launch, stages=0): (launch, even) for launch, even in sorted(LAUNCHES, key=lambda key: key[0].stages)
-    }
-    found = [
-        (*call, *FORMS[0], call[0] in SPILLS or most[replace(call[0], stages=0)] == call[:2]) for call in of_kernel
-    ]
+    of_most = {replace(call[0], stages=0): call for call in sorted(of_kernel, key=lambda call: call[0].stages)}
+    found = [(*call, *FORMS[0], call[0] in SPILLS or call in of_most.values()) for call in of_kernel]
     found += [
         (*call, *form, i == 0 or i % 3 == j)
         for (i, call), (j, form) in product(enumerate(of_kernel[::6]), enumerate(FORMS[1:]))
