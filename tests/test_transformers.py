@@ -9,7 +9,7 @@ from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4
 SEEDS, STEPS, VOCABULARY = 8, 32, 128
 
 
-@pytest.fixture(params=[quantize_mxfp4, quantize_nvfp4])
+@pytest.fixture(params=[quantize_nvfp4, pytest.param(quantize_mxfp4, marks=pytest.mark.wide)])
 def llama(request, fp4_linear) -> nn.Module:
     """Two tiny layers, all of whose linears were swapped."""
     from transformers import LlamaConfig, LlamaForCausalLM
