@@ -19,13 +19,7 @@ def run(*names: str, arguments: tuple[str, ...] = (), before: str = "", **enviro
     for name in names:
         path = str(EXAMPLES / f"{name}.py")
         code += f"\nsys.argv = {[path, *arguments]}; runpy.run_path({path!r}, run_name='__main__')"
-    # with one thread: those of several workers would wait for each other
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join((str(EXAMPLES), *sys.path)),
-        **environment,
-    }
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(EXAMPLES), *sys.path)), **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from kernels.machine import Compiled, assert_no_spills, overwritten_operands
-from kernels.matrix import case
+from kernels.matrix import case, matrix
 from kernels.plans import named
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.route import Tiles
@@ -94,13 +94,7 @@ def test_a_launch_keeps_its_limits(launch, what, dtype, kind, group):
     assert_limits(code, launch, FORMS[launch])
 
 
-ACTIVATIONS = [
-    case(function, gated, id=f"{function}-{gated}", narrow=(i + gated) % 2 == 0)
-    for (i, function), gated in product(enumerate(FUNCTIONS), [True, False])
-]
-
-
-@pytest.mark.parametrize("function, gated", ACTIVATIONS)
+@pytest.mark.parametrize("function, gated", matrix(lambda *places: sum(places) % 2 == 0, FUNCTIONS, [True, False]))
 def test_every_activation_keeps_the_limits(function, gated):
     launch = list(FORMS)[1]
     code = launched(launch, "first", "bf16", "e4m3", 16, Activation(function, gated)).compiled()

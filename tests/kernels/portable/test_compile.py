@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
-from kernels.matrix import case
+from kernels.matrix import case, matrix
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.launch import SHARED_MEMORY, Launch, launches
 from marlin_w4a16.kernels.portable.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
+OWN = [(8, 0), (9, 0)]  # the others have all but the machine code of SM80
 FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
 HEAVIEST = ("fp16", "e8m0", 16)  # the longest loop of all formats, whatever the launch
 # Registers by (rows, tokens, warps) of a program: 9, 6, 4 and 1 of them fit on a multiprocessor, ...
@@ -77,7 +78,7 @@ def variants() -> list[Any]:
     for chip, capability in enumerate(CHIPS):
         for number, launch in enumerate(launches(capability)):
             one = FORMATS[(number + number // 2) % 8]
-            if capability in ((8, 0), (9, 0)):
+            if capability in OWN:
                 kept = FORMATS if number == 0 else [one, HEAVIEST] if launch.split_k == 1 else [one]
                 found += [named(capability, launch, *form, narrow=form in kept) for form in FORMATS]
             else:
@@ -107,7 +108,7 @@ def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtyp
 
 UNALIGNED = [
     named(chip, launch, narrow=number % 4 == 2 * i)
-    for i, chip in enumerate([(8, 0), (9, 0)])
+    for i, chip in enumerate(OWN)
     for number, launch in enumerate(launches(chip))
 ]
 
@@ -122,34 +123,27 @@ def test_a_strided_x_and_odd_rows_compile_too(capability, launch):
         assert_no_spills(code)
 
 
-EPILOGUES = [
-    case(chip, dtype, *parts, id=f"{chip}-{dtype}-{parts[0]}", narrow=(h + i + j) % 3 == 0)
-    for (h, chip), (i, dtype), (j, parts) in product(
-        enumerate([(8, 0), (9, 0)]), enumerate(["bf16", "fp16", "fp32"]), enumerate([(1, 1024), (4, 1024), (64, 16)])
-    )
-]
+EPILOGUES = matrix(
+    lambda *places: sum(places) % 3 == 0, OWN, ["bf16", "fp16", "fp32"], [(1, 1024), (4, 1024), (64, 16)]
+)
 
 
-@pytest.mark.parametrize("capability, dtype, parts, block", EPILOGUES)
-def test_the_epilogue_is_small(capability, dtype, parts, block):
+@pytest.mark.parametrize("capability, dtype, parts", EPILOGUES)
+def test_the_epilogue_is_small(capability, dtype, parts):
     pointers = {"parts": "*fp32", "multiplier": "*fp32", "bias": f"*{dtype}", "out": f"*{dtype}"}
-    constants = {"GAIN": 2.0**7, "HAS_BIAS": True, "PARTS": parts, "BLOCK": block}
+    constants = {"GAIN": 2.0**7, "HAS_BIAS": True, "PARTS": parts[0], "BLOCK": parts[1]}
     code = compiled(capability, _epilogue_kernel, pointers, constants, ("n", "stride_out"))
     assert_no_spills(code)
     assert code.registers <= 64
     assert code.shared == 0
 
 
-DECODES = [
-    case(chip, *form, id="{}-{}-{}-{}".format(chip, *form), narrow=(h + i + i // 2) % 2 == 0)
-    for (h, chip), (i, form) in product(
-        enumerate([(8, 0), (9, 0)]), enumerate([*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)])
-    )
-]
+DECODED = [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)]
 
 
-@pytest.mark.parametrize("capability, dtype, kind, group", DECODES)
-def test_the_decode_kernel_is_small(capability, dtype, kind, group):
+@pytest.mark.parametrize("capability, form", matrix(lambda h, i: (h + i + i // 2) % 2 == 0, OWN, DECODED))
+def test_the_decode_kernel_is_small(capability, form):
+    dtype, kind, group = form
     pointers = {"words": "*i32", "scales": "*i32", "out": f"*{dtype}"}
     constants = {"kind": kind, "GROUP": group, "PTX": True}
     code = compiled(capability, _decode_kernel, pointers, constants)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
-from kernels.matrix import case
+from kernels.matrix import case, matrix
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.activate import activation_constants
 from marlin_w4a16.kernels.decode.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel, _offset_kernel
@@ -124,13 +124,9 @@ def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, what
         assert code.has("HMMA")
 
 
-ACTIVATIONS = [
-    case(chip, function, gated, id=f"{chip}-{function}-{gated}", narrow=(h + i + gated) % 2 == 0)
-    for (h, chip), (i, function), gated in product(enumerate(OWN), enumerate(FUNCTIONS), [False, True])
-]
-
-
-@pytest.mark.parametrize("capability, function, gated", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "capability, function, gated", matrix(lambda *places: sum(places) % 2 == 0, OWN, FUNCTIONS, [False, True])
+)
 def test_every_activation_is_computed_where_the_sums_are(capability, function, gated):
     code = compiled_product(
         capability, FEW, "first direct", "bf16", "e4m3", 16, Activation(function, gated, 1.5, 7.0, 7.0, 1.0)
@@ -166,16 +162,12 @@ ROUTES = {
 }
 
 
-MADE = [
-    case(chip, ids, *kernel, id=f"{chip}-{ids}-{name}", narrow=(h + i + j) % 3 == 0)
-    for (h, chip), (i, ids), (j, (name, kernel)) in product(
-        enumerate(OWN), enumerate(["i64", "i32", "u8"]), enumerate(ROUTES.items())
-    )
-]
+MADE = matrix(lambda *places: sum(places) % 3 == 0, OWN, ["i64", "i32", "u8"], ROUTES)
 
 
-@pytest.mark.parametrize("capability, ids, kernel, constants, warps, most", MADE)
-def test_what_makes_tiles_is_small(capability, ids, kernel, constants, warps, most):
+@pytest.mark.parametrize("capability, ids, made", MADE)
+def test_what_makes_tiles_is_small(capability, ids, made):
+    kernel, constants, warps, most = made
     pointers = {"ids": f"*{ids}", "offsets": f"*{ids}", "x": "*bf16", "out": "*bf16"} | dict.fromkeys(TABLES, "*i32")
     early = {"PDL": capability >= (9, 0)} if "PDL" in kernel.arg_names else {}
     code = compiled(capability, kernel, pointers, constants | early, ("k",), num_warps=warps)
@@ -184,14 +176,12 @@ def test_what_makes_tiles_is_small(capability, ids, kernel, constants, warps, mo
     assert code.shared <= 8 << 10
 
 
-SUMS = [
-    case(chip, dtype, choices, id=f"{chip}-{dtype}-{choices}", narrow=(h + i) % 2 == 1)
-    for (h, chip), (i, (dtype, choices)) in product(enumerate(OWN), enumerate([("bf16", 1), ("bf16", 8), ("fp16", 22)]))
-]
+SUMS = matrix(lambda h, i: (h + i) % 2 == 1, OWN, [("bf16", 1), ("bf16", 8), ("fp16", 22)])
 
 
-@pytest.mark.parametrize("capability, dtype, choices", SUMS)
-def test_the_sum_is_small(capability, dtype, choices):
+@pytest.mark.parametrize("capability, summed", SUMS)
+def test_the_sum_is_small(capability, summed):
+    dtype, choices = summed
     pointers = {"parts": "*fp32", "topk_ids": "*i64", "expert_map": "*i32", "out": f"*{dtype}"}
     constants = {"CHOICES": choices, "HAS_MAP": True, "BLOCK": 512, "PDL": capability >= (9, 0)}
     code = compiled(capability, _sum_kernel, pointers, constants, ("n",))

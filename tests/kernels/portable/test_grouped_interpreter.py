@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.matrix import case
+from kernels.matrix import case, matrix
 from marlin_w4a16.kernels.blocks.experts import grouped_linear_by_blocks, moe_by_blocks
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack
@@ -21,6 +21,7 @@ LAUNCHES = {
     "32": Launch(64, 32, 128, 1, 4, 4),
     "64": Launch(128, 64, 64, 1, 4, 4),
 }
+SOME = ("direct", "16")
 GATE = 2.3e-4  # the rounding of the output
 Call = tuple[Mixture, Tensor, Tensor, Tensor, Tensor | None, Launch | None]
 
@@ -76,11 +77,8 @@ def test_every_activation_in_every_tile(name, launch, formats, check):
     check((mixture, tokens_of(tokens, 96), *draw_routing(tokens, 2, 3), None, LAUNCHES[launch]))
 
 
-SIDES = [
-    # any two of the three together
-    case(biases, on_input, launch, id=f"{biases}-{on_input}-{launch}", narrow=biases ^ on_input ^ (launch == "16"))
-    for biases, on_input, launch in product([False, True], [False, True], ["direct", "16"])
-]
+# any two of the three together
+SIDES = matrix(lambda biases, on_input, tiled: biases ^ on_input ^ tiled, [False, True], [False, True], SOME)
 
 
 @pytest.mark.parametrize("biases, weight_on_input, launch", SIDES)
@@ -90,19 +88,13 @@ def test_biases_and_weights_on_either_side(biases, weight_on_input, launch, chec
     check((mixture, tokens_of(4), *draw_routing(4, 2, 3, dtype), None, LAUNCHES[launch]))
 
 
-SIZES = [
-    case(name, size, launch, formats, id=f"{name}-{size}-{launch}", narrow=(h + i + j) % 3 == 0)
-    for (h, name), (i, size), (j, (launch, formats)) in product(
-        enumerate(["Qwen3", "NemotronH"]),
-        enumerate([64, 96, 100, 176, 192]),
-        enumerate({"direct": FORMATS[0], "16": FORMATS[1], "64": FORMATS[3]}.items()),
-    )
-]
+OF_SIZES = {"direct": FORMATS[0], "16": FORMATS[1], "64": FORMATS[3]}
+SIZES = matrix(lambda *places: sum(places) % 3 == 0, ["Qwen3", "NemotronH"], [64, 96, 100, 176, 192], [*OF_SIZES])
 
 
-@pytest.mark.parametrize("name, intermediate, launch, formats", SIZES)
-def test_intermediate_sizes_that_no_tile_divides(name, intermediate, launch, formats, check):
-    mixture = draw_mixture(2, 96, intermediate, name, formats, biases=True)
+@pytest.mark.parametrize("name, intermediate, launch", SIZES)
+def test_intermediate_sizes_that_no_tile_divides(name, intermediate, launch, check):
+    mixture = draw_mixture(2, 96, intermediate, name, OF_SIZES[launch], biases=True)
     check((mixture, tokens_of(3, 96), *draw_routing(3, 1, 2), None, LAUNCHES[launch]))
 
 
@@ -116,13 +108,7 @@ IDS = {
 }
 
 
-CHOICES = [
-    case(ids, short, id=f"{name}-{'direct' if short else 'tiled'} int64", narrow=(i + short) % 2 == 0)
-    for (i, (name, ids)), short in product(enumerate(IDS.items()), [False, True])
-]
-
-
-@pytest.mark.parametrize("ids, short", CHOICES)
+@pytest.mark.parametrize("ids, short", matrix(lambda i, short: (i + short) % 2 == 0, IDS, [False, True]))
 def test_any_choice_and_what_is_not_local_is_not_read(ids, short, check):
     mixture, ids = draw_mixture(4, 64, 64, "gpt-oss", biases=True), torch.tensor(ids)
     elsewhere = (ids < 0) | (ids >= 4)
@@ -137,10 +123,7 @@ def test_any_choice_and_what_is_not_local_is_not_read(ids, short, check):
 
 
 MAPS = [[-1, 2, 0, -1, 1, 3, -1], [4, 0, 99, 1], [-1, -1]]
-MAPPED = [
-    case(MAPS[i], on_input, launch, id=f"{i}-{on_input}-{launch}", narrow=(i + on_input + (launch == "16")) % 2 == 0)
-    for i, on_input, launch in product(range(3), [False, True], ["direct", "16"])
-]
+MAPPED = matrix(lambda *places: sum(places) % 2 == 0, dict(enumerate(MAPS)), [False, True], SOME)
 
 
 @pytest.mark.parametrize("expert_map, on_input, launch", MAPPED)
@@ -164,13 +147,9 @@ STRIDES = {
     "sliced": lambda: torch.randn(8, 192).half()[::2, 64:128],
     "expanded": lambda: tokens_of(1).expand(4, 64),
 }
-STRIDED = [
-    case(x, launch, id=f"{name}-{launch}", narrow=(i + j) % 2 == 0)
-    for (i, (name, x)), (j, launch) in product(enumerate(STRIDES.items()), enumerate(["direct", "16"]))
-]
 
 
-@pytest.mark.parametrize("x, launch", STRIDED)
+@pytest.mark.parametrize("x, launch", matrix(lambda *places: sum(places) % 2 == 0, STRIDES, SOME))
 def test_any_strides(x, launch, check):
     mixture, routing = draw_mixture(3, 64, 64, biases=True), draw_routing(4, 2, 3)
     check((mixture, x(), *(t.T.contiguous().T for t in routing), None, LAUNCHES[launch]))
@@ -185,17 +164,13 @@ OFFSETS = {
 }
 
 
-GROUPED = [
-    case(*given, launch, form, id=f"{name}-{launch}", narrow=(i - j) % 3 == 0)
-    for (i, (name, given)), (j, (launch, form)) in product(
-        enumerate(OFFSETS.items()), enumerate({"16": "nvfp4", "32": "mxfp4", "64": "e4m3 group 32"}.items())
-    )
-]
+OF_GROUPED = {"16": "nvfp4", "32": "mxfp4", "64": "e4m3 group 32"}
 
 
-@pytest.mark.parametrize("offsets, rows, launch, form", GROUPED)
-def test_grouped_linear(offsets, rows, launch, form, interpret):
-    weight = draw_stack(3, 100, 160, form)
+@pytest.mark.parametrize("given, launch", matrix(lambda i, j: (i - j) % 3 == 0, OFFSETS, [*OF_GROUPED]))
+def test_grouped_linear(given, launch, interpret):
+    offsets, rows = given
+    weight = draw_stack(3, 100, 160, OF_GROUPED[launch])
     x = torch.randn(160, rows).half().T if launch == "32" else torch.randn(rows, 320).half()[:, :160]
     of = torch.tensor(offsets, dtype=torch.int64 if launch == "32" else torch.int32)
     (out,) = interpret(("grouped", (x, pack(weight), of, LAUNCHES[launch])))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.matrix import case
+from kernels.matrix import matrix
 from marlin_w4a16.kernels.blocks.dequantize import scale_values
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.fp4 import FP4Weight
@@ -52,16 +52,14 @@ LINEARS = [
 ]
 
 
-ROUNDED = [
-    # half of the linears a format, with and without a split, in one and two rows of tiles
-    case(*form, *linear, id="{}-{}-{}".format(*form, j), narrow=(i + i // 2 + j + j // 2) % 2 == 0)
-    for (i, form), (j, linear) in product(enumerate(FORMATS), enumerate(LINEARS))
-]
+# half of the linears a format, with and without a split, in one and two rows of tiles
+ROUNDED = matrix(lambda i, j: (i + i // 2 + j + j // 2) % 2 == 0, FORMATS, dict(enumerate(LINEARS)))
 
 
-@pytest.mark.parametrize("kind, group, m, n, k, make_x, with_bias, launch", ROUNDED)
-def test_the_fused_linear_rounds_once(kind, group, m, n, k, make_x, with_bias, launch, interpret, random_weight):
-    weight, x = random_weight(n, k, kind, group), make_x(m, k)
+@pytest.mark.parametrize("form, linear", ROUNDED)
+def test_the_fused_linear_rounds_once(form, linear, interpret, random_weight):
+    m, n, k, make_x, with_bias, launch = linear
+    weight, x = random_weight(n, k, *form), make_x(m, k)
     bias = torch.randn(2 * n).half()[::2] if with_bias else None
     (out,) = interpret(("fused", (x, pack(weight), bias, launch)))
     assert_rounded_once(out, x, weight, bias)
