@@ -1,19 +1,18 @@
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from kernels.interpreter import Interpreter
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 
 # torch's threads spin while they wait: more of them than cores, in several workers, cost up to ten times the time
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and in the processes that tests start
 
 
 def draw_weight(
@@ -59,16 +58,14 @@ def random_weight() -> Callable[..., FP4Weight]:
     return draw_weight
 
 
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
 @pytest.fixture
-def interpret(tmp_path: Path) -> Callable[..., list[Any]]:
+def interpret(interpreter: Interpreter) -> Callable[..., list[Any]]:
     """Runs functions of interpreted.py in Triton's interpreter: pairs of a name and arguments."""
-
-    def run(*calls: tuple[str, tuple[Any, ...]]) -> list[Any]:
-        torch.save(calls, tmp_path / "calls")
-        command = [sys.executable, Path(__file__).with_name("interpreted.py"), tmp_path / "calls", tmp_path / "results"]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(tmp_path / "results", weights_only=False)
-
-    return run
+    return interpreter.run

@@ -1,10 +1,4 @@
-"""Runs kernels in Triton's interpreter: ``TRITON_INTERPRET=1 python interpreted.py CALLS RESULTS``.
-
-The interpreter has to be chosen before triton is imported, so it gets a process of its own. CALLS is a saved list of
-(name of a function below, its arguments), RESULTS the list of what they returned.
-"""
-
-import sys
+"""What tests run in Triton's interpreter (interpreter.py)."""
 
 import torch
 import triton
@@ -90,11 +84,3 @@ def sorted_tokens(
 
 def tiles_of_offsets(offsets: Tensor, rows: int, block_m: int) -> Tiles:
     return tiles.tiles_of_offsets(offsets, rows, block_m)
-
-
-if __name__ == "__main__":
-    # every torch.empty comes filled with NaN
-    torch.use_deterministic_algorithms(True)
-    calls, results = sys.argv[1:]
-    done = [globals()[name](*arguments) for name, arguments in torch.load(calls, weights_only=False)]
-    torch.save(done, results)

@@ -1,8 +1,10 @@
 """Kernels compiled ahead of time, and what is read from their machine code."""
 
+import functools
 import os
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,6 @@ def multiplying_loop(lines: list[tuple[str, str]]) -> list[str]:
 
 
 def compiled(
-    directory: Path,
     capability: tuple[int, int],
     kernel: Any,
     types: dict[str, str],
@@ -77,14 +78,21 @@ def compiled(
     major, minor = capability
     target = GPUTarget("cuda", 10 * major + minor, 32)
     built = triton.compile(source(kernel, signature, constants, attributes), target, options)
-    cubin = directory / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    usage = tool("cuobjdump", "-res-usage", cubin)
-    line = r"^(?:\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z].*?);?|(\.L_x_\d+):)\s*$"
-    lines = re.findall(line, tool("nvdisasm", cubin), re.MULTILINE)
+    registers, stack, lines = machine_code(built.asm["cubin"])
     code = [instruction for instruction, _ in lines if instruction]
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
     return Compiled(registers, stack, built.metadata.shared, code, multiplying_loop(lines), built.asm["ttgir"])
+
+
+@functools.cache  # several tests compile to the same
+def machine_code(cubin: bytes) -> tuple[int, int, list[tuple[str, str]]]:
+    """Registers, bytes of the stack, and lines, each an instruction or a label."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage, listing = tool("cuobjdump", "-res-usage", path), tool("nvdisasm", "-ndf", path)
+    line = r"^(?:\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z].*?);?|(\.L_x_\d+):)\s*$"
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return registers, stack, re.findall(line, listing, re.MULTILINE)
 
 
 def written(instruction: str) -> range:

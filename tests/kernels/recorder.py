@@ -1,6 +1,5 @@
 """Stands in for a kernel: keeps what it is launched with, and compiles it for that."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class Recorder:
     def launch(self, *arguments: Any, **options: Any) -> None:
         self.arguments, self.options = arguments, options
 
-    def compiled(self, directory: Path, capability: tuple[int, int] = CAPABILITY) -> Compiled:
+    def compiled(self, capability: tuple[int, int] = CAPABILITY) -> Compiled:
         """The kernel as the runtime compiles it for these arguments."""
         types, constants, divisible = {}, {}, []
         for parameter, value in zip(self.kernel.params, self.arguments, strict=False):
@@ -57,4 +56,4 @@ class Recorder:
                 divisible.append(parameter.name)
         options = dict(self.options)
         runtime = {name: options.pop(name) for name in RUNTIME if name in options}
-        return compiled(directory, capability, self.kernel, types, constants | options, tuple(divisible), **runtime)
+        return compiled(capability, self.kernel, types, constants | options, tuple(divisible), **runtime)

@@ -1,7 +1,6 @@
 """The kernels compiled ahead of time for every supported chip: what each launch takes, read from its machine code."""
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
+from kernels.matrix import case, matrix
 from kernels.plans import launches
 from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.launch import Launch
@@ -17,7 +17,9 @@ from marlin_w4a16.kernels.portable.linear import _decode_kernel, _epilogue_kerne
 from marlin_w4a16.kernels.target import SHARED_MEMORY
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
+OWN = [(8, 0), (9, 0)]  # the others have all but the machine code of SM80
 FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
+HEAVIEST = ("fp16", "e8m0", 16)  # the longest loop of all formats, whatever the launch
 # Registers by (rows, tokens, warps) of a program: 9, 6, 4 and 1 of them fit on a multiprocessor, ...
 AMPERE_REGISTERS = {(64, 16, 4): 56, (64, 32, 4): 80, (64, 64, 4): 128, (128, 128, 8): 176}
 # ... or 8, 7, 6, 3, 2 and 2.
@@ -32,7 +34,6 @@ HOPPER_REGISTERS = {
 
 
 def compiled_linear(
-    directory: Path,
     capability: tuple[int, int],
     launch: Launch,
     dtype: str,
@@ -48,28 +49,37 @@ def compiled_linear(
     with patch.multiple(kernels, _linear_kernel=recorder, _epilogue_kernel=sums):
         wgmma = capability >= (9, 0)
         kernels.fused(x, weight_without_memory(n, k, kind, group), bias, out, launch, ptx=True, wgmma=wgmma)
-    return recorder.compiled(directory, capability)
+    return recorder.compiled(capability)
 
 
-def named(capability: tuple[int, int], launch: Launch, *form: Any) -> Any:
+def named(capability: tuple[int, int], launch: Launch, *form: Any, narrow: bool) -> Any:
     tile = "x".join(map(str, (launch.block_n, launch.block_m, launch.block_k, launch.split_k)))
     name = "-".join(map(str, ("sm{}{}".format(*capability), tile, f"{launch.num_warps}warps", *form)))
-    return pytest.param(capability, launch, *form, id=name)
+    return case(capability, launch, *form, id=name, narrow=narrow)
 
 
 def variants() -> list[Any]:
-    """Every launch in every format; two formats where the machine code is all but that of SM80."""
+    """Every launch in every format; two formats where the machine code is all but that of SM80.
+
+    Of these are narrow: the first launch in all formats, any other in one and, without a split, in the heaviest; half
+    of the launches of SM86 and SM89.
+    """
     found = []
-    for capability in CHIPS:
+    for chip, capability in enumerate(CHIPS):
         for number, launch in enumerate(launches(capability)):
-            formats = FORMATS if capability in ((8, 0), (9, 0)) else [FORMATS[number % 8], FORMATS[-1 - number % 8]]
-            found += [named(capability, launch, *form) for form in formats]
+            one = FORMATS[(number + number // 2) % 8]
+            if capability in OWN:
+                kept = FORMATS if number == 0 else [one, HEAVIEST] if launch.split_k == 1 else [one]
+                found += [named(capability, launch, *form, narrow=form in kept) for form in FORMATS]
+            else:
+                found.append(named(capability, launch, *one, narrow=(number + chip) % 2 == 0))
+                found.append(named(capability, launch, *FORMATS[-1 - FORMATS.index(one)], narrow=False))
     return found
 
 
 @pytest.mark.parametrize("capability, launch, dtype, kind, group", variants())
-def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtype, kind, group, tmp_path):
-    code = compiled_linear(tmp_path, capability, launch, dtype, kind, group)
+def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtype, kind, group):
+    code = compiled_linear(capability, launch, dtype, kind, group)
     assert_no_spills(code)
     limits = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
     assert code.registers <= limits[launch.block_n, launch.block_m, launch.num_warps]
@@ -86,9 +96,16 @@ def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtyp
         assert code.has("HMMA")
 
 
-@pytest.mark.parametrize("capability, launch", [named(c, la) for c in ((8, 0), (9, 0)) for la in launches(c)])
-def test_a_strided_x_and_odd_rows_compile_too(capability, launch, tmp_path):
-    code = compiled_linear(tmp_path, capability, launch, "bf16", "e4m3", 16, aligned=False)
+UNALIGNED = [
+    named(chip, launch, narrow=number % 4 == 2 * i)
+    for i, chip in enumerate(OWN)
+    for number, launch in enumerate(launches(chip))
+]
+
+
+@pytest.mark.parametrize("capability, launch", UNALIGNED)
+def test_a_strided_x_and_odd_rows_compile_too(capability, launch):
+    code = compiled_linear(capability, launch, "bf16", "e4m3", 16, aligned=False)
     assert code.shared <= SHARED_MEMORY[capability]
     if capability >= (9, 0):
         assert_wgmma_is_awaited(code)
@@ -96,24 +113,30 @@ def test_a_strided_x_and_odd_rows_compile_too(capability, launch, tmp_path):
         assert_no_spills(code)
 
 
-@pytest.mark.parametrize("parts, block", [(1, 1024), (4, 1024), (64, 16)])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
-def test_the_epilogue_is_small(capability, dtype, parts, block, tmp_path):
+EPILOGUES = matrix(
+    lambda *places: sum(places) % 3 == 0, OWN, ["bf16", "fp16", "fp32"], [(1, 1024), (4, 1024), (64, 16)]
+)
+
+
+@pytest.mark.parametrize("capability, dtype, parts", EPILOGUES)
+def test_the_epilogue_is_small(capability, dtype, parts):
     pointers = {"parts": "*fp32", "multiplier": "*fp32", "bias": f"*{dtype}", "out": f"*{dtype}"}
-    constants = {"GAIN": 2.0**7, "HAS_BIAS": True, "PARTS": parts, "BLOCK": block}
-    code = compiled(tmp_path, capability, _epilogue_kernel, pointers, constants, ("n", "stride_out"))
+    constants = {"GAIN": 2.0**7, "HAS_BIAS": True, "PARTS": parts[0], "BLOCK": parts[1]}
+    code = compiled(capability, _epilogue_kernel, pointers, constants, ("n", "stride_out"))
     assert_no_spills(code)
     assert code.registers <= 64
     assert code.shared == 0
 
 
-@pytest.mark.parametrize("dtype, kind, group", [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
-def test_the_decode_kernel_is_small(capability, dtype, kind, group, tmp_path):
+DECODED = [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)]
+
+
+@pytest.mark.parametrize("capability, form", matrix(lambda h, i: (h + i + i // 2) % 2 == 0, OWN, DECODED))
+def test_the_decode_kernel_is_small(capability, form):
+    dtype, kind, group = form
     pointers = {"words": "*i32", "scales": "*i32", "out": f"*{dtype}"}
     constants = {"kind": kind, "GROUP": group, "PTX": True}
-    code = compiled(tmp_path, capability, _decode_kernel, pointers, constants)
+    code = compiled(capability, _decode_kernel, pointers, constants)
     assert_no_spills(code)
     assert code.registers <= 40
     assert code.shared <= 8 << 10

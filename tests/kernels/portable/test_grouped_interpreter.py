@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.matrix import case, matrix
 from marlin_w4a16.kernels.blocks.experts import grouped_linear_by_blocks, moe_by_blocks
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack
@@ -20,6 +21,7 @@ LAUNCHES = {
     "32": Launch(64, 32, 128, 1, 4, 4),
     "64": Launch(128, 64, 64, 1, 4, 4),
 }
+SOME = ("direct", "16")
 GATE = 2.3e-4  # the rounding of the output
 Call = tuple[Mixture, Tensor, Tensor, Tensor, Tensor | None, Launch | None]
 
@@ -60,41 +62,40 @@ def tokens_of(count: int, hidden: int = 64) -> Tensor:
 
 
 FORMATS = [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "mxfp4"), ("mxfp4", "e4m3 group 32")]
+EVERY = [
+    # two launches an activation, every format in every launch
+    case(name, launch, FORMATS[(i + j) % 4], id=f"{name}-{launch}", narrow=(j - i - i // 4 * 2) % 4 < 2)
+    for (i, name), (j, launch) in product(enumerate(ACTIVATIONS), enumerate(LAUNCHES))
+]
 
 
-@pytest.mark.parametrize("number, name", list(enumerate(ACTIVATIONS)), ids=ACTIVATIONS)
-def test_every_activation_in_every_tile(number, name, check):
+@pytest.mark.parametrize("name, launch, formats", EVERY)
+def test_every_activation_in_every_tile(name, launch, formats, check):
     """Tiles that are full, cut and left out; a format is another one for every activation and tile."""
-    calls = []
-    for at, launch in enumerate(LAUNCHES.values()):
-        mixture = draw_mixture(3, 96, 96, name, FORMATS[(number + at) % 4], biases=True)
-        tokens = 35 if launch else 4
-        calls.append((mixture, tokens_of(tokens, 96), *draw_routing(tokens, 2, 3), None, launch))
-    check(*calls)
+    mixture = draw_mixture(3, 96, 96, name, formats, biases=True)
+    tokens = 4 if launch == "direct" else 35
+    check((mixture, tokens_of(tokens, 96), *draw_routing(tokens, 2, 3), None, LAUNCHES[launch]))
 
 
-@pytest.mark.parametrize("biases, weight_on_input", list(product([False, True], repeat=2)))
-def test_biases_and_weights_on_either_side(biases, weight_on_input, check):
+# any two of the three together
+SIDES = matrix(lambda biases, on_input, tiled: biases ^ on_input ^ tiled, [False, True], [False, True], SOME)
+
+
+@pytest.mark.parametrize("biases, weight_on_input, launch", SIDES)
+def test_biases_and_weights_on_either_side(biases, weight_on_input, launch, check):
     mixture = draw_mixture(3, 64, 64, "gpt-oss", biases=biases, weight_on_input=weight_on_input)
-    dtypes = (torch.float16, torch.float32)
-    check(*(
-        (mixture, tokens_of(4), *draw_routing(4, 2, 3, dtype), None, launch)
-        for dtype, launch in zip(dtypes, list(LAUNCHES.values())[:2], strict=True)
-    ))  # fmt: skip
+    dtype = torch.float16 if launch == "direct" else torch.float32
+    check((mixture, tokens_of(4), *draw_routing(4, 2, 3, dtype), None, LAUNCHES[launch]))
 
 
-@pytest.mark.parametrize("intermediate", [64, 96, 100, 176, 192])
-@pytest.mark.parametrize("name", ["Qwen3", "NemotronH"])
-def test_intermediate_sizes_that_no_tile_divides(intermediate, name, check):
-    calls = []
-    for formats, launch in (
-        (("nvfp4", "nvfp4"), None),
-        (("mxfp4", "mxfp4"), LAUNCHES["16"]),
-        (("mxfp4", "e4m3 group 32"), LAUNCHES["64"]),
-    ):
-        mixture = draw_mixture(2, 96, intermediate, name, formats, biases=True)
-        calls.append((mixture, tokens_of(3, 96), *draw_routing(3, 1, 2), None, launch))
-    check(*calls)
+OF_SIZES = {"direct": FORMATS[0], "16": FORMATS[1], "64": FORMATS[3]}
+SIZES = matrix(lambda *places: sum(places) % 3 == 0, ["Qwen3", "NemotronH"], [64, 96, 100, 176, 192], [*OF_SIZES])
+
+
+@pytest.mark.parametrize("name, intermediate, launch", SIZES)
+def test_intermediate_sizes_that_no_tile_divides(name, intermediate, launch, check):
+    mixture = draw_mixture(2, 96, intermediate, name, OF_SIZES[launch], biases=True)
+    check((mixture, tokens_of(3, 96), *draw_routing(3, 1, 2), None, LAUNCHES[launch]))
 
 
 IDS = {
@@ -107,47 +108,51 @@ IDS = {
 }
 
 
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-def test_any_choice_and_what_is_not_local_is_not_read(ids, check):
+@pytest.mark.parametrize("ids, short", matrix(lambda i, short: (i + short) % 2 == 0, IDS, [False, True]))
+def test_any_choice_and_what_is_not_local_is_not_read(ids, short, check):
     mixture, ids = draw_mixture(4, 64, 64, "gpt-oss", biases=True), torch.tensor(ids)
     elsewhere = (ids < 0) | (ids >= 4)
     x, weights = tokens_of(len(ids)), torch.rand(ids.shape)
     x[elsewhere.all(1)] = torch.nan
     weights[elsewhere] = torch.nan
     narrow = ids.clamp(-(1 << 15), 32767)
-    found = check(
-        (mixture, x, weights, ids, None, None),
-        (mixture, x, weights, ids, None, LAUNCHES["16"]),
-        (mixture, x, weights, narrow.int(), None, None),
-        (mixture, x, weights, narrow.short(), None, LAUNCHES["16"]),
-    )
+    direct, tiled = (ids, narrow.short()) if short else (narrow.int(), ids)
+    found = check((mixture, x, weights, direct, None, None), (mixture, x, weights, tiled, None, LAUNCHES["16"]))
     for out in found:
         assert torch.equal(out[elsewhere.all(1)], torch.zeros(int(elsewhere.all(1).sum()), 64).half())
 
 
-@pytest.mark.parametrize("on_input", [False, True])
-def test_a_map_says_where_experts_are(on_input, check):
+MAPS = [[-1, 2, 0, -1, 1, 3, -1], [4, 0, 99, 1], [-1, -1]]
+MAPPED = matrix(lambda *places: sum(places) % 2 == 0, dict(enumerate(MAPS)), [False, True], SOME)
+
+
+@pytest.mark.parametrize("expert_map, on_input, launch", MAPPED)
+def test_a_map_says_where_experts_are(expert_map, on_input, launch, check):
     mixture = draw_mixture(4, 64, 64, biases=True, weight_on_input=on_input)
     ids = torch.tensor([[0, 1, 2], [4, 5, 3], [6, -1, 7], [2, 2, 99]])
-    maps = [torch.tensor([-1, 2, 0, -1, 1, 3, -1]), torch.tensor([4, 0, 99, 1]).int(), torch.tensor([-1, -1])]
-    some = (LAUNCHES["direct"], LAUNCHES["16"])
-    check(*((mixture, tokens_of(4), torch.rand(4, 3), ids, m, launch) for m, launch in product(maps, some)))
+    dtype = torch.int32 if len(expert_map) == 4 else torch.int64
+    check((mixture, tokens_of(4), torch.rand(4, 3), ids, torch.tensor(expert_map, dtype=dtype), LAUNCHES[launch]))
 
 
-def test_as_many_experts_as_a_byte_holds(check):
-    """Ids beyond the last pair are no expert, though a byte has no -1."""
+@pytest.mark.parametrize("launch", ["direct", pytest.param("16", marks=pytest.mark.wide)])
+def test_as_many_experts_as_a_byte_holds(launch, check):
+    """Ids beyond the last pair are no expert, though a byte has no -1; for tiles see decode/test_route.py."""
     mixture = draw_mixture(256, 32, 32)
     ids = torch.tensor([[255, 3], [0, 255], [7, 8]], dtype=torch.uint8)
-    some = (LAUNCHES["direct"], LAUNCHES["16"])
-    check(*((mixture, tokens_of(3, 32), torch.rand(3, 2), ids, None, launch) for launch in some))
+    check((mixture, tokens_of(3, 32), torch.rand(3, 2), ids, None, LAUNCHES[launch]))
 
 
-def test_any_strides(check):
+STRIDES = {
+    "transposed": lambda: torch.randn(64, 4).half().T,
+    "sliced": lambda: torch.randn(8, 192).half()[::2, 64:128],
+    "expanded": lambda: tokens_of(1).expand(4, 64),
+}
+
+
+@pytest.mark.parametrize("x, launch", matrix(lambda *places: sum(places) % 2 == 0, STRIDES, SOME))
+def test_any_strides(x, launch, check):
     mixture, routing = draw_mixture(3, 64, 64, biases=True), draw_routing(4, 2, 3)
-    strides = [torch.randn(64, 4).half().T, torch.randn(8, 192).half()[::2, 64:128], tokens_of(1).expand(4, 64)]
-    strided = [t.T.contiguous().T for t in routing]
-    calls = [(mixture, x, *strided, None, launch) for x in strides for launch in (None, LAUNCHES["16"])]
-    check(*calls)
+    check((mixture, x(), *(t.T.contiguous().T for t in routing), None, LAUNCHES[launch]))
 
 
 OFFSETS = {
@@ -159,16 +164,17 @@ OFFSETS = {
 }
 
 
-@pytest.mark.parametrize("offsets, rows", OFFSETS.values(), ids=OFFSETS)
-def test_grouped_linear(offsets, rows, interpret):
-    calls = []
-    for number, launch in enumerate(launch for launch in LAUNCHES.values() if launch):
-        weight = draw_stack(3, 100, 160, ("nvfp4", "mxfp4", "e4m3 group 32")[number])
-        x = torch.randn(160, rows).half().T if number == 1 else torch.randn(rows, 320).half()[:, :160]
-        calls.append((weight, x, torch.tensor(offsets, dtype=(torch.int32, torch.int64)[number % 2]), launch))
-    found = interpret(*(("grouped", (x, pack(weight), *rest)) for weight, x, *rest in calls))
-    for out, (weight, x, of, _) in zip(found, calls, strict=True):
-        assert_near(out, exact_groups(weight, x, of))
-        assert torch.equal(out[of[-1] :], torch.zeros(rows - int(of[-1]), 100).half())
-        plain = grouped_linear_by_blocks(x, pack(weight), of).double()
-        assert (out.double() - plain).norm() <= 2 * GATE * plain.norm()
+OF_GROUPED = {"16": "nvfp4", "32": "mxfp4", "64": "e4m3 group 32"}
+
+
+@pytest.mark.parametrize("given, launch", matrix(lambda i, j: (i - j) % 3 == 0, OFFSETS, [*OF_GROUPED]))
+def test_grouped_linear(given, launch, interpret):
+    offsets, rows = given
+    weight = draw_stack(3, 100, 160, OF_GROUPED[launch])
+    x = torch.randn(160, rows).half().T if launch == "32" else torch.randn(rows, 320).half()[:, :160]
+    of = torch.tensor(offsets, dtype=torch.int64 if launch == "32" else torch.int32)
+    (out,) = interpret(("grouped", (x, pack(weight), of, LAUNCHES[launch])))
+    assert_near(out, exact_groups(weight, x, of))
+    assert torch.equal(out[of[-1] :], torch.zeros(rows - int(of[-1]), 100).half())
+    plain = grouped_linear_by_blocks(x, pack(weight), of).double()
+    assert (out.double() - plain).norm() <= 2 * GATE * plain.norm()
