@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 
 PYTHON := $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check -c .venv/constraints.txt
-PYTEST := .venv/bin/pytest -q -n auto --maxprocesses 4 --dist loadgroup --durations 10
+PYTEST := .venv/bin/pytest -q -n auto --maxprocesses 4 --durations 10
 
 .PHONY: test test-wide demo lint
 test: .venv/installed
