@@ -167,10 +167,7 @@ _BY_FEW = _Resident(Stream(64, 8, 4, 3, 4, False, registers=64), 4)
 _BY_8 = _Resident(Stream(128, 8, 4, 2, 4, False, registers=80), 3)
 _BY_16 = _Resident(Stream(128, 16, 4, 2, 4, False, registers=80), 3)
 _BY_32 = _Resident(Stream(128, 32, 4, 2, 8, False, registers=80), 2)
-_BY_64 = (
-    _Resident(Stream(256, 64, 4, 2, 16, False), 1),
-    _Resident(Stream(128, 64, 2, 3, 4, False, registers=128), 2),
-)
+_BY_64 = (_Resident(Stream(256, 64, 4, 2, 16, False), 1), _Resident(Stream(128, 64, 2, 3, 4, False, registers=128), 2))
 _BY_128 = _Resident(Stream(128, 128, 2, 4, 8, True), 1)
 # Up to so many pairs of an expert that is chosen: the first and the second product of a mixture.
 _BY_EXPERT = (

@@ -91,6 +91,10 @@ class PackedFP4:
         words, scales, multiplier = (t.contiguous() for t in tensors)
         return replace(self, words=words, scales=scales, multiplier=multiplier)
 
+    def per_row(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Multiplier and bias as a kernel is given them; where there is no bias, what it does not read."""
+        return self.multiplier, self.multiplier if bias is None else bias.contiguous()
+
     def unpack(self, name: str = "weight") -> FP4Weight:
         """The inverse of `pack`, bit for bit."""
         lead = self.words.shape[:-3]

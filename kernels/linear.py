@@ -51,9 +51,7 @@ def _on_hopper(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, l
 
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # what the copy engine asks for
         x = x.clone(memory_format=torch.contiguous_format)
-    packed = packed.contiguous()
-    bias = None if bias is None else bias.contiguous()
     if isinstance(launch, Rows):
-        by_rows(x, packed, bias, out, launch)
+        by_rows(x, packed.contiguous(), bias, out, launch)
     else:
-        stream(x, packed, bias, out, launch)
+        stream(x, packed.contiguous(), bias, out, launch)

@@ -19,18 +19,10 @@ _SUM_BLOCK = 512
 
 @triton.jit(do_not_specialize=["experts", "known"])
 def _sum_kernel(
-    parts,
-    topk_ids,
-    expert_map,
-    out,
-    n,
-    experts,
-    known,
-    CHOICES: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    parts, topk_ids, expert_map, out,
+    n, experts, known,
+    CHOICES: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0)
     if PDL:
         gdc_wait()
@@ -125,15 +117,22 @@ def _on_hopper(
 
     pairs = topk_ids.numel()
     w13, w2, weights = experts.w13.contiguous(), experts.w2.contiguous(), topk_weights.contiguous()
-    bias13, bias2 = (None if bias is None else bias.contiguous() for bias in (experts.bias13, experts.bias2))
     tiles, tokens = sorted_tokens(x, topk_ids, expert_map, experts.count, first.block_m)
     hidden = torch.empty((pairs, w2.k), dtype=x.dtype, device=x.device)
     parts = torch.empty((pairs, w2.n), dtype=torch.float32, device=x.device)
     on_input, on_output = (weights, None) if experts.weight_on_input else (None, weights)
     stream_experts(
-        tokens, w13, bias13, hidden, tiles, first, activation=experts.activation, weights=on_input, weighted="input"
+        tokens,
+        w13,
+        experts.bias13,
+        hidden,
+        tiles,
+        first,
+        activation=experts.activation,
+        weights=on_input,
+        weighted="input",
     )
-    stream_experts(hidden, w2, bias2, parts, tiles, second, weights=on_output, weighted="output", to_pairs=True)
+    stream_experts(hidden, w2, experts.bias2, parts, tiles, second, weights=on_output, weighted="output", to_pairs=True)
     _sum(parts, topk_ids, expert_map, experts.count, out, pdl=True)
 
 
@@ -144,15 +143,7 @@ def _sum(
     tokens, n = out.shape
     block = min(_SUM_BLOCK, triton.next_power_of_2(n))
     _sum_kernel[(tokens, triton.cdiv(n, block))](
-        parts,
-        topk_ids.contiguous(),
-        topk_ids if expert_map is None else expert_map.contiguous(),
-        out,
-        n,
-        experts,
-        0 if expert_map is None else len(expert_map),
-        CHOICES=topk_ids.shape[1],
-        HAS_MAP=expert_map is not None,
-        BLOCK=block,
-        **early_launch(pdl),
-    )
+        parts, topk_ids.contiguous(), topk_ids if expert_map is None else expert_map.contiguous(), out,
+        n, experts, 0 if expert_map is None else len(expert_map),
+        CHOICES=topk_ids.shape[1], HAS_MAP=expert_map is not None, BLOCK=block, **early_launch(pdl),
+    )  # fmt: skip

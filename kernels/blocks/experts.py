@@ -46,12 +46,7 @@ def _products(rows: Tensor, experts: Experts, expert: int, dtype: torch.dtype) -
 
 
 def moe_gradients(
-    grad: Tensor,
-    x: Tensor,
-    experts: Experts,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
+    grad: Tensor, x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of the routing weights and of the biases (empty where there are none), in their dtypes."""
     k, w13, w2 = topk_ids.shape[1], experts.w13, experts.w2

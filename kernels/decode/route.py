@@ -28,15 +28,7 @@ def local_expert(ids, expert_map, at, in_range, known, experts, HAS_MAP: tl.cons
 
 @triton.jit(do_not_specialize=["pairs", "known", "experts"])
 def _count_kernel(
-    ids,
-    expert_map,
-    counts,
-    pairs,
-    known,
-    experts,
-    HAS_MAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    ids, expert_map, counts, pairs, known, experts, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     """One program an expert: how many pairs chose it."""
     mine = tl.program_id(0)
@@ -52,25 +44,10 @@ def _count_kernel(
 
 @triton.jit(do_not_specialize=["pairs", "known", "experts", "most"])
 def _expert_kernel(
-    ids,
-    expert_map,
-    counts,
-    tile_experts,
-    tile_starts,
-    tile_stops,
-    count,
-    order,
-    places,
-    pairs,
-    known,
-    experts,
-    most,
-    HAS_MAP: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    ids, expert_map, counts, tile_experts, tile_starts, tile_stops, count, order, places,
+    pairs, known, experts, most,
+    HAS_MAP: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program an expert: the places of its pairs, in their order, and its tiles."""
     mine = tl.program_id(0)
     if PDL:
@@ -120,22 +97,10 @@ def tiles_of_experts(
     how = {"HAS_MAP": expert_map is not None, "BLOCK": _BLOCK, "num_warps": 16, **early_launch(pdl)}
     _count_kernel[(experts,)](*of, counts, ids.numel(), known, experts, **how)
     _expert_kernel[(experts,)](
-        *of,
-        counts,
-        tiles.experts,
-        tiles.starts,
-        tiles.stops,
-        tiles.count,
-        order,
-        tiles.places,
-        ids.numel(),
-        known,
-        experts,
-        len(tiles.experts),
-        BINS=bins_for(experts),
-        BLOCK_M=block_m,
-        **how,
-    )
+        *of, counts, *tiles.tables, order, tiles.places,
+        ids.numel(), known, experts, len(tiles.experts),
+        BINS=bins_for(experts), BLOCK_M=block_m, **how,
+    )  # fmt: skip
     return tiles
 
 
@@ -154,28 +119,11 @@ def _gather_kernel(x, places, out, k, stride_xm, CHOICES: tl.constexpr, BLOCK: t
 
 @triton.jit(do_not_specialize=["pairs", "known", "experts", "most"])
 def _few_kernel(
-    ids,
-    expert_map,
-    tile_experts,
-    tile_starts,
-    tile_stops,
-    count,
-    order,
-    x,
-    out,
-    pairs,
-    known,
-    experts,
-    most,
-    k,
-    stride_xm,
-    HAS_MAP: tl.constexpr,
-    CHOICES: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    ids, expert_map, tile_experts, tile_starts, tile_stops, count, order, x, out,
+    pairs, known, experts, most, k, stride_xm,
+    HAS_MAP: tl.constexpr, CHOICES: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """One program a pair, which finds its place among all of them and brings its row of x there."""
     mine = tl.program_id(0)
     at = tl.arange(0, PAIRS)
@@ -233,24 +181,8 @@ def sorted_tokens(
     tiles = empty_tiles(x, most_tiles(pairs, experts, block_m), order, None, block_m)
     ids = topk_ids.contiguous()
     _few_kernel[(pairs,)](
-        ids,
-        ids if expert_map is None else expert_map.contiguous(),
-        tiles.experts,
-        tiles.starts,
-        tiles.stops,
-        tiles.count,
-        order,
-        x,
-        out,
-        pairs,
-        0 if expert_map is None else len(expert_map),
-        experts,
-        len(tiles.experts),
-        x.shape[1],
-        x.stride(0),
-        HAS_MAP=expert_map is not None,
-        PAIRS=32 if pairs <= 32 else FEW,
-        BLOCK_M=block_m,
-        **how,
-    )
+        ids, ids if expert_map is None else expert_map.contiguous(), *tiles.tables, order, x, out,
+        pairs, 0 if expert_map is None else len(expert_map), experts, len(tiles.experts), x.shape[1], x.stride(0),
+        HAS_MAP=expert_map is not None, PAIRS=32 if pairs <= 32 else FEW, BLOCK_M=block_m, **how,
+    )  # fmt: skip
     return tiles, out

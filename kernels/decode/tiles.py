@@ -32,6 +32,11 @@ class Tiles:
     places: Tensor | None
     block_m: int
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Experts, starts, stops and count, in the order in which kernels take them."""
+        return self.experts, self.starts, self.stops, self.count
+
 
 def most_tiles(pairs: int, experts: int, block_m: int) -> int:
     """The most tiles that so many pairs can take: every expert that is chosen may have one that is not full."""
@@ -72,17 +77,10 @@ def end_tiles(last, most, tile_experts, count):
 
 @triton.jit(do_not_specialize=["rows", "experts", "most"])
 def _offset_kernel(
-    offsets,
-    tile_experts,
-    tile_starts,
-    tile_stops,
-    count,
-    rows,
-    experts,
-    most,
-    BINS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    offsets, tile_experts, tile_starts, tile_stops, count,
+    rows, experts, most,
+    BINS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """One program an expert, and one for the rows after the last of them, whose expert is called ``experts``."""
     mine = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -106,15 +104,8 @@ def tiles_of_offsets(offsets: Tensor, rows: int, block_m: int) -> Tiles:
     experts = len(offsets)
     tiles = empty_tiles(offsets, most_tiles(rows, experts + 1, block_m), None, None, block_m)
     _offset_kernel[(experts + 1,)](
-        offsets.contiguous(),
-        tiles.experts,
-        tiles.starts,
-        tiles.stops,
-        tiles.count,
-        rows,
-        experts,
-        len(tiles.experts),
-        BINS=bins_for(experts + 1),
-        BLOCK_M=block_m,
-    )
+        offsets.contiguous(), *tiles.tables,
+        rows, experts, len(tiles.experts),
+        BINS=bins_for(experts + 1), BLOCK_M=block_m,
+    )  # fmt: skip
     return tiles

@@ -5,7 +5,6 @@ decode and multiply. Tokens come sorted by expert, so that a tile is one box for
 end of its expert's tokens is multiplied, and not stored.
 """
 
-import functools
 from dataclasses import dataclass
 
 import triton
@@ -29,6 +28,7 @@ from marlin_w4a16.kernels.hopper.rings import (
     multiply_k_block,
     next_slot,
     open_rings,
+    out_layout,
 )
 from marlin_w4a16.kernels.launch import Stream
 from marlin_w4a16.kernels.layout import PackedFP4
@@ -160,27 +160,11 @@ _SIZES = ["n", "width", "experts", "row_blocks", "row_tiles", "k_blocks"]
 
 @gluon.jit(do_not_specialize=_SIZES)
 def _stream_experts_kernel(
-    x_desc,
-    words_desc,
-    scales_desc,
-    multiplier,
-    bias,
-    weights,
-    tile_experts,
-    tile_starts,
-    tile_stops,
-    count,
-    order,
-    out,
-    n,
-    width,
-    experts,
-    row_blocks,
-    row_tiles,
-    k_blocks,
-    loop: gl.constexpr,
-    epilogue: gl.constexpr,
-):
+    x_desc, words_desc, scales_desc, multiplier, bias, weights,
+    tile_experts, tile_starts, tile_stops, count, order, out,
+    n, width, experts, row_blocks, row_tiles, k_blocks,
+    loop: gl.constexpr, epilogue: gl.constexpr,
+):  # fmt: skip
     boxes = Boxes(x_desc, words_desc, scales_desc)
     rings = open_rings(boxes, loop)
     # The tables and the tokens are those of the kernel before. The next one is not called early: where its programs are
@@ -204,14 +188,6 @@ def _stream_experts_kernel(
         [1],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
-
-
-@functools.cache
-def _out_layout(rows: int, warps: int, nbytes: int) -> gl.BlockedLayout:
-    """Sixteen bytes a lane along the rows of a finished block, where the rows of the output are on that grid."""
-    each = 16 // nbytes
-    lanes = min(rows // each, 32)
-    return gl.BlockedLayout([each, 1], [lanes, 32 // lanes], [1, warps], [0, 1])
 
 
 def stream_experts(
@@ -245,34 +221,15 @@ def stream_experts(
     width = out.shape[1]
     row_blocks = triton.cdiv(packed.n, launch.rows)
     rows = launch.rows // 2 if activation is not None and activation.gated else launch.rows
-    layout = _out_layout(rows, launch.num_warps, out.element_size()) if width % 8 == 0 else None
+    epilogue = Epilogue(
+        bias=bias is not None, weighted=weighted if weights is not None else None, tail=tiles.order is None,
+        to_pairs=to_pairs, activation=activation,
+        out=out_layout(rows, launch.num_warps, out.element_size()) if width % 8 == 0 else None,
+    )  # fmt: skip
     _stream_experts_kernel[(min(launch.programs, len(tiles.experts) * row_blocks),)](
-        *boxes_of(x, packed, launch),
-        packed.multiplier,
-        packed.multiplier if bias is None else bias,
-        packed.multiplier if weights is None else weights,
-        tiles.experts,
-        tiles.starts,
-        tiles.stops,
-        tiles.count,
-        tiles.experts if tiles.order is None else tiles.order,
-        out,
-        packed.n,
-        width,
-        experts,
-        row_blocks,
-        row_tiles,
-        triton.cdiv(k_tiles, launch.tiles),
-        loop=loop_of(launch, packed.kind, packed.group),
-        epilogue=Epilogue(
-            bias=bias is not None,
-            weighted=weighted if weights is not None else None,
-            tail=tiles.order is None,
-            to_pairs=to_pairs,
-            activation=activation,
-            out=layout,
-        ),
-        num_warps=launch.num_warps,
-        maxnreg=launch.registers,
-        launch_pdl=True,
-    )
+        *boxes_of(x, packed, launch), *packed.per_row(bias), packed.multiplier if weights is None else weights,
+        *tiles.tables, tiles.experts if tiles.order is None else tiles.order, out,
+        packed.n, width, experts, row_blocks, row_tiles, triton.cdiv(k_tiles, launch.tiles),
+        loop=loop_of(launch, packed.kind, packed.group), epilogue=epilogue,
+        num_warps=launch.num_warps, maxnreg=launch.registers, launch_pdl=True,
+    )  # fmt: skip

@@ -205,24 +205,21 @@ def boxes_of(x: Tensor, packed: PackedFP4, launch: Stream) -> Boxes:
 @functools.cache
 def loop_of(launch: Stream, kind: str, group: int) -> Loop:
     """The loop of a launch; kept, for its layouts take 30 us to make."""
-    warps = [launch.num_warps, 1]
+    version, shape = ([3, 0], [16, launch.block_m, 16]) if launch.wgmma else ([2, 0], [16, 8])
     return Loop(
-        kind,
-        group,
-        UNPACK_GAIN[kind],
-        launch.rows,
-        launch.block_m,
-        launch.tiles,
-        launch.stages,
-        launch.num_warps,
-        launch.wgmma,
-        launch.overlap,
-        gl.NVMMADistributedLayout([3, 0], warps, [16, launch.block_m, 16])
-        if launch.wgmma
-        else gl.NVMMADistributedLayout([2, 0], warps, [16, 8]),
-        _lines(launch.rows, launch.num_warps, 4),
-        _lines(launch.rows, launch.num_warps, 32 // group),
-    )
+        kind, group, UNPACK_GAIN[kind],
+        launch.rows, launch.block_m, launch.tiles, launch.stages, launch.num_warps, launch.wgmma, launch.overlap,
+        gl.NVMMADistributedLayout(version, [launch.num_warps, 1], shape),
+        _lines(launch.rows, launch.num_warps, 4), _lines(launch.rows, launch.num_warps, 32 // group),
+    )  # fmt: skip
+
+
+@functools.cache
+def out_layout(rows: int, warps: int, nbytes: int) -> gl.BlockedLayout:
+    """Sixteen bytes a lane along the rows of a finished tile, where the rows of the output are on that grid."""
+    each = 16 // nbytes
+    lanes = min(rows // each, 32)
+    return gl.BlockedLayout([each, 1], [lanes, 32 // lanes], [1, warps], [0, 1])
 
 
 def _lines(rows: int, warps: int, words: int) -> gl.DistributedLinearLayout:

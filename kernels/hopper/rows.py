@@ -132,23 +132,10 @@ def _fetch(x_desc, ring, full, turn, slot, pred, loop: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["m", "blocks", "k_tiles", "turns"])
 def _rows_kernel(
-    x,
-    words,
-    scales,
-    multiplier,
-    bias,
-    out,
-    m,
-    n,
-    k,
-    stride_xm,
-    blocks,
-    k_tiles,
-    turns,
-    loop: gl.constexpr,
-    GAIN: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-):
+    x, words, scales, multiplier, bias, out,
+    m, n, k, stride_xm, blocks, k_tiles, turns,
+    loop: gl.constexpr, GAIN: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
     dtype: gl.constexpr = out.dtype.element_ty
     ROWS: gl.constexpr = loop.rows
     BLOCK_M: gl.constexpr = loop.block_m
@@ -244,47 +231,26 @@ def _loop_of(launch: Rows, kind: str, group: int, even: bool) -> Loop:
     rows, block_m, warps, words = launch.rows, launch.block_m, launch.num_warps, 32 // group
     sixteens = range((rows // 16).bit_length() - 1)
     return Loop(
-        kind,
-        group,
-        rows,
-        block_m,
-        warps,
-        launch.steps,
-        launch.stages,
-        launch.resident,
-        even,
+        kind, group, rows, block_m, warps, launch.steps, launch.stages, launch.resident, even,
         _flat(warps, (1, 2, *(128 << b for b in sixteens)), 4, rows * 8),
         _flat(warps, (*[1] * (words - 1), *(32 * words << b for b in sixteens)), words, rows * 2 * words),
         gl.BlockedLayout([warps, 1, 1], [1, 32 // block_m, block_m], [1, warps, 1], [2, 1, 0]),
         _X_SHARED,
-    )
+    )  # fmt: skip
 
 
 def by_rows(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Rows) -> None:
     """``x @ weight.T + bias`` into ``out``, for x ``[m, k]`` of at most ``block_m`` rows, columns adjacent."""
     m, n = out.shape
-    k_tiles = packed.words.shape[1]
+    k_tiles, width = packed.words.shape[1], launch.num_warps * launch.steps
     _rows_kernel[(launch.programs,)](
-        x if launch.resident else _tiles(x, launch),
-        packed.words,
-        packed.scales.view(torch.int32),
-        packed.multiplier,
-        packed.multiplier if bias is None else bias,
-        out,
-        m,
-        n,
-        packed.k,
-        x.stride(0),
-        triton.cdiv(n, launch.rows),
-        k_tiles,
-        triton.cdiv(k_tiles, launch.num_warps * launch.steps),
-        loop=_loop_of(launch, packed.kind, packed.group, k_tiles % (launch.num_warps * launch.steps) == 0),
-        GAIN=UNPACK_GAIN[packed.kind],
-        HAS_BIAS=bias is not None,
-        num_warps=launch.num_warps,
-        maxnreg=_REGISTERS,
-        launch_pdl=True,
-    )
+        x if launch.resident else _tiles(x, launch), packed.words, packed.scales.view(torch.int32),
+        *packed.per_row(bias), out,
+        m, n, packed.k, x.stride(0), triton.cdiv(n, launch.rows), k_tiles, triton.cdiv(k_tiles, width),
+        loop=_loop_of(launch, packed.kind, packed.group, k_tiles % width == 0),
+        GAIN=UNPACK_GAIN[packed.kind], HAS_BIAS=bias is not None,
+        num_warps=launch.num_warps, maxnreg=_REGISTERS, launch_pdl=True,
+    )  # fmt: skip
 
 
 def _tiles(x: Tensor, launch: Rows) -> TensorDescriptor:

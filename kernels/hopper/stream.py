@@ -4,8 +4,6 @@ Which program meets which columns of which tile of the output is in schedule.py.
 parts are summed by a second small kernel, always in the same order: equal bits on every run.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +26,7 @@ from marlin_w4a16.kernels.hopper.rings import (
     multiply_k_block,
     next_slot,
     open_rings,
+    out_layout,
 )
 from marlin_w4a16.kernels.hopper.schedule import Work, k_block, place, share
 from marlin_w4a16.kernels.launch import Stream, division
@@ -119,26 +118,10 @@ _SIZES = ["m", "tiles_n", "tiles_m", "k_blocks", "whole", "rest", "sharers", "pr
 
 @gluon.jit(do_not_specialize=_SIZES)
 def _stream_kernel(
-    x_desc,
-    words_desc,
-    scales_desc,
-    multiplier,
-    bias,
-    out,
-    parts,
-    m,
-    n,
-    tiles_n,
-    tiles_m,
-    k_blocks,
-    whole,
-    rest,
-    sharers,
-    programs,
-    loop: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    OUT_LAYOUT: gl.constexpr,
-):
+    x_desc, words_desc, scales_desc, multiplier, bias, out, parts,
+    m, n, tiles_n, tiles_m, k_blocks, whole, rest, sharers, programs,
+    loop: gl.constexpr, HAS_BIAS: gl.constexpr, OUT_LAYOUT: gl.constexpr,
+):  # fmt: skip
     boxes = Boxes(x_desc, words_desc, scales_desc)
     work = Work(tiles_n, tiles_m, k_blocks, whole, rest, sharers, programs)
     rings = open_rings(boxes, loop)
@@ -154,24 +137,10 @@ def _stream_kernel(
 
 @triton.jit(do_not_specialize=["m", "tiles_n", "tiles_m", "k_blocks", "whole", "rest", "sharers"])
 def _sum_kernel(
-    parts,
-    multiplier,
-    bias,
-    out,
-    m,
-    n,
-    tiles_n,
-    tiles_m,
-    k_blocks,
-    whole,
-    rest,
-    sharers,
-    GAIN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    parts, multiplier, bias, out,
+    m, n, tiles_n, tiles_m, k_blocks, whole, rest, sharers,
+    GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -200,13 +169,6 @@ def _sum_kernel(
         tl.store(out + to, acc.to(out.dtype.element_ty), mask=in_n[:, None] & (rows_m < m)[None, :])
 
 
-@functools.cache
-def _out_layout(rows: int, warps: int) -> gl.BlockedLayout:
-    """Sixteen bytes a lane along the rows of a finished tile, where the rows of the output are on that grid."""
-    lanes = min(rows // 8, 32)
-    return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, warps], [0, 1])
-
-
 def stream(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Stream) -> None:
     """``x @ weight.T + bias`` into ``out``, for x ``[m, k]``: rows aligned to 16 bytes, columns adjacent."""
     m, n = out.shape
@@ -214,38 +176,22 @@ def stream(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launc
     k_blocks = triton.cdiv(packed.words.shape[1], launch.tiles)
     rest, sharers, programs = division(launch, tiles_n * tiles_m, k_blocks)
     work = Work(tiles_n, tiles_m, k_blocks, tiles_n * tiles_m - rest, rest, sharers, programs)
+    per_row = packed.per_row(bias)
     slabs = (2 * sharers, launch.rows, launch.block_m)
     parts = torch.empty(slabs, dtype=torch.float32, device=x.device) if rest else out
-    factors = (packed.multiplier, packed.multiplier if bias is None else bias)
     _stream_kernel[(programs,)](
-        *boxes_of(x, packed, launch),
-        *factors,
-        out,
-        parts,
-        m,
-        n,
-        *work,
-        loop=loop_of(launch, packed.kind, packed.group),
-        HAS_BIAS=bias is not None,
-        OUT_LAYOUT=_out_layout(launch.rows, launch.num_warps) if n % 8 == 0 else None,
-        num_warps=launch.num_warps,
-        maxnreg=_HALF_REGISTERS if launch.num_warps == 4 else None,
-        launch_pdl=True,
-    )
+        *boxes_of(x, packed, launch), *per_row, out, parts,
+        m, n, *work,
+        loop=loop_of(launch, packed.kind, packed.group), HAS_BIAS=bias is not None,
+        OUT_LAYOUT=out_layout(launch.rows, launch.num_warps, out.element_size()) if n % 8 == 0 else None,
+        num_warps=launch.num_warps, maxnreg=_HALF_REGISTERS if launch.num_warps == 4 else None, launch_pdl=True,
+    )  # fmt: skip
     if rest:
         block = min(launch.rows, max(16, _SUMS // launch.block_m))
         _sum_kernel[(rest, launch.rows // block)](
-            parts,
-            *factors,
-            out,
-            m,
-            n,
-            *work[:-1],
-            GAIN=UNPACK_GAIN[packed.kind],
-            HAS_BIAS=bias is not None,
-            ROWS=launch.rows,
-            BLOCK_M=launch.block_m,
-            BLOCK=block,
-            num_warps=max(4, block * launch.block_m // 256),
-            launch_pdl=True,
-        )
+            parts, *per_row, out,
+            m, n, *work[:-1],
+            GAIN=UNPACK_GAIN[packed.kind], HAS_BIAS=bias is not None,
+            ROWS=launch.rows, BLOCK_M=launch.block_m, BLOCK=block,
+            num_warps=max(4, block * launch.block_m // 256), launch_pdl=True,
+        )  # fmt: skip

@@ -25,40 +25,12 @@ _SIZES = ["n", "row_blocks", "row_tiles", "k_tiles", "experts", "known"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def _grouped_kernel(
-    x,
-    words,
-    scales,
-    multiplier,
-    bias,
-    topk_weights,
-    tile_experts,
-    tile_starts,
-    tile_stops,
-    order,
-    expert_map,
-    out,
-    n,
-    k,
-    row_blocks,
-    row_tiles,
-    k_tiles,
-    experts,
-    known,
-    stride_xm,
-    kind: tl.constexpr,
-    GROUP: tl.constexpr,
-    GAIN: tl.constexpr,
-    CHOICES: tl.constexpr,
-    DIRECT: tl.constexpr,
-    ORDERED: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    activation: tl.constexpr,
-    launch: tl.constexpr,
-    PTX: tl.constexpr,
-    WGMMA: tl.constexpr,
-):
+    x, words, scales, multiplier, bias, topk_weights, tile_experts, tile_starts, tile_stops, order, expert_map, out,
+    n, k, row_blocks, row_tiles, k_tiles, experts, known, stride_xm,
+    kind: tl.constexpr, GROUP: tl.constexpr, GAIN: tl.constexpr, CHOICES: tl.constexpr, DIRECT: tl.constexpr,
+    ORDERED: tl.constexpr, HAS_MAP: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    activation: tl.constexpr, launch: tl.constexpr, PTX: tl.constexpr, WGMMA: tl.constexpr,
+):  # fmt: skip
     BLOCK_N: tl.constexpr = launch.block_n
     BLOCK_M: tl.constexpr = launch.block_m
     R: tl.constexpr = BLOCK_N // 64
@@ -143,40 +115,15 @@ def grouped_product(
     experts, row_tiles, k_tiles = packed.words.shape[:3]
     row_blocks = triton.cdiv(packed.n, launch.block_n)
     direct = isinstance(tiles, Tensor)
-    table = (tiles,) * 3 if isinstance(tiles, Tensor) else (tiles.experts, tiles.starts, tiles.stops)
-    order = None if isinstance(tiles, Tensor) else tiles.order
+    table, order = ((tiles,) * 3, None) if isinstance(tiles, Tensor) else (tiles.tables[:3], tiles.order)
     _grouped_kernel[(table[0].numel() * row_blocks,)](
-        x,
-        packed.words,
-        packed.scales.view(torch.int32),
-        packed.multiplier,
-        packed.multiplier if bias is None else bias.contiguous(),
-        packed.multiplier if weights is None else weights,
-        *table,
-        table[0] if order is None else order,
-        table[0] if expert_map is None else expert_map,
-        out,
-        packed.n,
-        packed.k,
-        row_blocks,
-        row_tiles,
-        k_tiles,
-        experts,
-        0 if expert_map is None else len(expert_map),
-        x.stride(0),
-        kind=packed.kind,
-        GROUP=packed.group,
-        GAIN=UNPACK_GAIN[packed.kind],
-        CHOICES=choices,
-        DIRECT=direct,
-        ORDERED=order is not None,
-        HAS_MAP=direct and expert_map is not None,
-        HAS_BIAS=bias is not None,
-        WEIGHTED=None if weights is None else weighted,
-        activation=activation,
-        launch=launch,
-        PTX=ptx,
-        WGMMA=wgmma,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+        x, packed.words, packed.scales.view(torch.int32), *packed.per_row(bias),
+        packed.multiplier if weights is None else weights, *table, table[0] if order is None else order,
+        table[0] if expert_map is None else expert_map, out,
+        packed.n, packed.k, row_blocks, row_tiles, k_tiles, experts,
+        0 if expert_map is None else len(expert_map), x.stride(0),
+        kind=packed.kind, GROUP=packed.group, GAIN=UNPACK_GAIN[packed.kind], CHOICES=choices, DIRECT=direct,
+        ORDERED=order is not None, HAS_MAP=direct and expert_map is not None, HAS_BIAS=bias is not None,
+        WEIGHTED=None if weights is None else weighted, activation=activation, launch=launch, PTX=ptx, WGMMA=wgmma,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip

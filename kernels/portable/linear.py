@@ -35,27 +35,11 @@ def wait_for_products(acc):
 
 @triton.jit(do_not_specialize=["m", "row_tiles", "k_tiles"])
 def _linear_kernel(
-    x,
-    words,
-    scales,
-    multiplier,
-    bias,
-    out,
-    m,
-    n,
-    k,
-    row_tiles,
-    k_tiles,
-    stride_xm,
-    stride_xk,
-    kind: tl.constexpr,
-    GROUP: tl.constexpr,
-    GAIN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    launch: tl.constexpr,
-    PTX: tl.constexpr,
-    WGMMA: tl.constexpr,
-):
+    x, words, scales, multiplier, bias, out,
+    m, n, k, row_tiles, k_tiles, stride_xm, stride_xk,
+    kind: tl.constexpr, GROUP: tl.constexpr, GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, launch: tl.constexpr,
+    PTX: tl.constexpr, WGMMA: tl.constexpr,
+):  # fmt: skip
     BLOCK_N: tl.constexpr = launch.block_n
     BLOCK_M: tl.constexpr = launch.block_m
     R: tl.constexpr = BLOCK_N // 64
@@ -103,19 +87,10 @@ def _linear_kernel(
 
 @triton.jit(do_not_specialize=["m", "stride_part"])
 def _epilogue_kernel(
-    parts,
-    multiplier,
-    bias,
-    out,
-    m,
-    n,
-    stride_part,
-    stride_out,
-    GAIN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    parts, multiplier, bias, out,
+    m, n, stride_part, stride_out,
+    GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < n
@@ -157,28 +132,11 @@ def fused(
     split = launch.split_k > 1
     target = torch.empty((launch.split_k, m, n), dtype=torch.float32, device=x.device) if split else out
     _linear_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), launch.split_k)](
-        x,
-        packed.words,
-        packed.scales.view(torch.int32),
-        packed.multiplier,
-        packed.multiplier if bias is None else bias.contiguous(),
-        target,
-        m,
-        n,
-        packed.k,
-        *packed.words.shape[:2],
-        x.stride(0),
-        x.stride(1),
-        kind=packed.kind,
-        GROUP=packed.group,
-        GAIN=UNPACK_GAIN[packed.kind],
-        HAS_BIAS=bias is not None,
-        launch=launch,
-        PTX=ptx,
-        WGMMA=wgmma,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+        x, packed.words, packed.scales.view(torch.int32), *packed.per_row(bias), target,
+        m, n, packed.k, *packed.words.shape[:2], x.stride(0), x.stride(1),
+        kind=packed.kind, GROUP=packed.group, GAIN=UNPACK_GAIN[packed.kind], HAS_BIAS=bias is not None,
+        launch=launch, PTX=ptx, WGMMA=wgmma, num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
     if split:
         _epilogue(target, packed, bias, out, rows=slice(0, n))
 
@@ -205,19 +163,10 @@ def _epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor
     block = min(_EPILOGUE_BLOCK, triton.next_power_of_2(n))
     multiplier = packed.multiplier[rows].contiguous()
     _epilogue_kernel[(m, triton.cdiv(n, block))](
-        parts,
-        multiplier,
-        multiplier if bias is None else bias[rows].contiguous(),
-        out,
-        m,
-        n,
-        parts.stride(0),
-        out.stride(0),
-        GAIN=UNPACK_GAIN[packed.kind],
-        HAS_BIAS=bias is not None,
-        PARTS=parts.shape[0],
-        BLOCK=block,
-    )
+        parts, multiplier, multiplier if bias is None else bias[rows].contiguous(), out,
+        m, n, parts.stride(0), out.stride(0),
+        GAIN=UNPACK_GAIN[packed.kind], HAS_BIAS=bias is not None, PARTS=parts.shape[0], BLOCK=block,
+    )  # fmt: skip
 
 
 def through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor) -> None:
