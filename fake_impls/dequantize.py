@@ -8,7 +8,6 @@ from torch import Tensor
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
     checked_weight,
-    define,
     expect,
     packed_of,
     register,
@@ -20,8 +19,6 @@ from marlin_w4a16.kernels.blocks import dequantize as blocks
 from marlin_w4a16.kernels.layout import PackedFP4
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-
-define(f"dequantize({weight_schema()}, str dtype) -> Tensor")
 
 
 def dequantize(packed: PackedFP4, dtype: torch.dtype) -> Tensor:
@@ -46,4 +43,4 @@ def _dense(*args: Any) -> Tensor:
     return blocks.dequantize(*_checked(args))
 
 
-register("dequantize", _dense, _dense, _fake)
+register(f"dequantize({weight_schema()}, str dtype) -> Tensor", _dense, _dense, _fake)

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls.library import (
-    AUTOCAST_KEYS,
     DTYPES,
     autocast,
     checked_packed,
-    define,
     expect,
     packed_of,
     register,
@@ -24,9 +22,6 @@ from marlin_w4a16.fake_impls.linear import output_shape
 from marlin_w4a16.kernels.blocks.experts import grouped_linear_by_blocks, grouped_linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.target import supports
-
-define(f"grouped_linear(Tensor x, {weight_schema()}, Tensor offsets) -> Tensor")
-define(f"grouped_linear_grad_input(Tensor grad, {weight_schema()}, Tensor offsets) -> Tensor")
 
 
 def grouped_linear(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
@@ -86,7 +81,7 @@ def _grad_input(grad: Tensor, *args: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save(ctx, inputs[1:])  # x is not kept
+    save(ctx, inputs[1:], output)  # x is not kept
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,7 +95,8 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (torch.ops.marlin_w4a16.grouped_linear(grad, *args), *[None for _ in args])
 
 
-register("grouped_linear", _blocks, _cuda, _fake, _backward, _setup)
-register("grouped_linear_grad_input", _grad_input, _grad_input, _fake_grad_input, _backward_grad_input, _setup)
-for _device in AUTOCAST_KEYS:
-    autocast("grouped_linear", _device)
+_LINEAR = f"grouped_linear(Tensor x, {weight_schema()}, Tensor offsets) -> Tensor"
+_GRAD_INPUT = f"grouped_linear_grad_input(Tensor grad, {weight_schema()}, Tensor offsets) -> Tensor"
+register(_LINEAR, _blocks, _cuda, _fake, _backward, _setup)
+register(_GRAD_INPUT, _grad_input, _grad_input, _fake_grad_input, _backward_grad_input, _setup)
+autocast("grouped_linear")

@@ -1,5 +1,6 @@
 """What the ops of ``torch.ops.marlin_w4a16`` share: the library, the packed weight in a schema, the checks."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,47 +15,38 @@ NAMESPACE = "marlin_w4a16"
 # Part of every call: raise it when a schema, fake or layout changes its meaning, so that no compile cache of an older
 # version is met again.
 CONTRACT = 2
-_WEIGHT = (
-    ("Tensor", "words"),
-    ("Tensor", "scales"),
-    ("Tensor", "multiplier"),
-    ("int", "n"),
-    ("int", "k"),
-    ("int", "group"),
-    ("str", "kind"),
-    ("str", "layout"),
-    ("int", "contract"),
-)
-AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
+_WEIGHT = "Tensor words, Tensor scales, Tensor multiplier, int n, int k, int group, str kind, str layout, int contract"
+_WEIGHT_SIZE = _WEIGHT.count(",") + 1
+_AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def weight_schema(of: str = "") -> str:
     """The arguments that are a packed weight; ``of`` ends their names where an op has several."""
-    return ", ".join(f"{kind} {name}{of}" for kind, name in _WEIGHT)
-
-
-def define(schema: str) -> None:
-    """Defines an op that accepts inputs of any strides and returns contiguous outputs."""
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    return ", ".join(argument + of for argument in _WEIGHT.split(", "))
 
 
 def register(
-    op: str,
+    schema: str,
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
 ) -> None:
-    """Gives an op its implementations, and its gradient if it has one; ``setup`` keeps what that needs."""
-    library.impl(op, cpu, "CPU")
-    library.impl(op, cuda, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=library)
+    """Defines an op that accepts inputs of any strides and returns contiguous outputs.
+
+    It may have a gradient; ``setup`` keeps what that needs.
+    """
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    op = schema.partition("(")[0]
+    _library.impl(op, cpu, "CPU")
+    _library.impl(op, cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup, lib=library)
+        torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup, lib=_library)
 
 
 def weight_args(packed: PackedFP4) -> tuple[Any, ...]:
@@ -70,7 +62,7 @@ def packed_of(weight: Sequence[Any]) -> PackedFP4:
 
 def split_weight(args: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments of the packed weight with which some begin, and those behind it."""
-    return tuple(args[: len(_WEIGHT)]), tuple(args[len(_WEIGHT) :])
+    return tuple(args[:_WEIGHT_SIZE]), tuple(args[_WEIGHT_SIZE:])
 
 
 def format_args(packed: PackedFP4) -> tuple[int, int, int, str, str, int]:
@@ -123,11 +115,11 @@ def checked_packed(
     return packed_of(weight)
 
 
-def save(ctx: Any, args: Sequence[Any]) -> None:
-    """Keeps arguments of an op, tensors or not, for its gradient."""
-    ctx.places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-    ctx.save_for_backward(*(args[i] for i in ctx.places))
-    ctx.rest = [None if isinstance(value, Tensor) else value for value in args]
+def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    """Keeps arguments of an op, tensors or not, for its gradient, and nothing of its output."""
+    ctx.places = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+    ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
 
 
 def saved(ctx: Any) -> list[Any]:
@@ -138,18 +130,22 @@ def saved(ctx: Any) -> list[Any]:
     return args
 
 
-def autocast(op: str, device_type: str) -> None:
-    """Makes an op cast its floating inputs under autocast as ``F.linear`` does; the packed weight stays."""
+def autocast(op: str, back: bool = False) -> None:
+    """Makes an op cast its floating inputs under autocast as ``F.linear`` does; the packed weight stays.
+
+    ``back``: only x is cast, and the result has its dtype again.
+    """
     overload = getattr(getattr(torch.ops, NAMESPACE), op).default
+    for device_type, key in _AUTOCAST_KEYS.items():
+        _library.impl(op, functools.partial(_cast, overload, device_type, back), key)
 
-    def cast(x: Tensor, words: Tensor, scales: Tensor, multiplier: Tensor, *rest: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            lowered = [_lowered(t, device_type, dtype) for t in (x, *rest)]
-            result: Tensor = overload(lowered[0], words, scales, multiplier, *lowered[1:])
-        return result
 
-    library.impl(op, cast, AUTOCAST_KEYS[device_type])
+def _cast(overload: Any, device_type: str, back: bool, x: Tensor, *rest: Any) -> Tensor:
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        lowered, stay = _lowered(x, device_type, dtype), len(rest) if back else 3  # words, scales and multiplier
+        result: Tensor = overload(lowered, *rest[:stay], *(_lowered(t, device_type, dtype) for t in rest[stay:]))
+    return result.to(x.dtype) if back else result
 
 
 def _lowered(value: Any, device_type: str, dtype: torch.dtype) -> Any:

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls.library import (
-    AUTOCAST_KEYS,
     DTYPES,
     autocast,
     checked_weight,
-    define,
     expect,
     register,
     save,
@@ -22,9 +20,6 @@ from marlin_w4a16.fake_impls.library import (
 from marlin_w4a16.kernels.blocks.dequantize import linear_by_blocks, linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.target import supports
-
-define(f"linear(Tensor x, {weight_schema()}, Tensor? bias) -> Tensor")
-define(f"linear_grad_input(Tensor grad, {weight_schema()}) -> Tensor")
 
 
 def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
@@ -91,7 +86,7 @@ def _grad_input(grad: Tensor, *weight: Any) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, bias = split_weight(inputs[1:])  # x is not kept
-    save(ctx, weight)
+    save(ctx, weight, output)
     ctx.bias_dtype = bias[0].dtype if bias and bias[0] is not None else None
 
 
@@ -109,7 +104,8 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (torch.ops.marlin_w4a16.linear(grad, *weight, None), *[None for _ in weight])
 
 
-register("linear", _blocks, _cuda, _fake, _backward, _setup)
-register("linear_grad_input", _grad_input, _grad_input, _fake_grad_input, _backward_grad_input, _setup)
-for _device in AUTOCAST_KEYS:
-    autocast("linear", _device)
+_LINEAR = f"linear(Tensor x, {weight_schema()}, Tensor? bias) -> Tensor"
+_GRAD_INPUT = f"linear_grad_input(Tensor grad, {weight_schema()}) -> Tensor"
+register(_LINEAR, _blocks, _cuda, _fake, _backward, _setup)
+register(_GRAD_INPUT, _grad_input, _grad_input, _fake_grad_input, _backward_grad_input, _setup)
+autocast("linear")

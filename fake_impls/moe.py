@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls.library import (
-    AUTOCAST_KEYS,
     DTYPES,
     NAMESPACE,
+    autocast,
     checked_packed,
-    define,
     expect,
-    library,
     packed_of,
     register,
     save,
@@ -36,9 +34,6 @@ _ARGUMENTS = (
     "Tensor? bias2, str function, bool gated, float alpha, float? gate_limit, float? up_limit, float up_offset, "
     "bool weight_on_input, Tensor? expert_map"
 )
-
-define(f"moe({_ARGUMENTS}) -> Tensor")
-define(f"moe_grad(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def moe(
@@ -72,17 +67,9 @@ def moe(
         ``[tokens, hidden]`` in the dtype of x: float32 sums, rounded once, equal bits on every run. Differentiable in
         x, the routing weights and the biases.
     """
+    weights = (*weight_args(w13), *weight_args(w2))
     result: Tensor = torch.ops.marlin_w4a16.moe(
-        x,
-        topk_weights,
-        topk_ids,
-        *weight_args(w13),
-        *weight_args(w2),
-        bias13,
-        bias2,
-        *activation_args(activation),
-        weight_on_input,
-        expert_map,
+        x, topk_weights, topk_ids, *weights, bias13, bias2, *activation_args(activation), weight_on_input, expert_map
     )
     return result
 
@@ -124,7 +111,7 @@ def arguments_of(args: Sequence[Any]) -> Arguments:
     )
 
 
-def _checked(op: str, args: tuple[Any, ...]) -> tuple[Arguments, Experts]:
+def _checked(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Experts, Tensor, Tensor, Tensor | None]:
     given = arguments_of(args)
     x, topk_weights, topk_ids, expert_map = given.x, given.topk_weights, given.topk_ids, given.expert_map
     bias13, bias2, activation, words = given.bias13, given.bias2, given.activation, packed_of(given.w13).words
@@ -154,45 +141,38 @@ def _checked(op: str, args: tuple[Any, ...]) -> tuple[Arguments, Experts]:
     for name, t in tensors.items():
         if t is not None:
             expect(t.device == x.device, op, name, f"device {t.device}", f"that of the input, {x.device}")
-    return given, Experts(w13, w2, activation, bias13, bias2, given.weight_on_input)
+    return x, Experts(w13, w2, activation, bias13, bias2, given.weight_on_input), topk_weights, topk_ids, expert_map
 
 
 def _fake(*args: Any) -> Tensor:
-    given, experts = _checked("moe", args)
-    x: Tensor = given.x
+    x, experts, *_ = _checked("moe", args)
     return x.new_empty(output_shape(x.shape, experts.w2.n))
 
 
 def _blocks(*args: Any) -> Tensor:
-    given, experts = _checked("moe", args)
-    return moe_by_blocks(given.x, experts, given.topk_weights, given.topk_ids, given.expert_map)
+    return moe_by_blocks(*_checked("moe", args))
 
 
 def _cuda(*args: Any) -> Tensor:
-    given, experts = _checked("moe", args)
-    if not supports(given.x.device) or given.x.dtype == torch.float32:
-        return _blocks(*args)
+    x, *_ = call = _checked("moe", args)
+    if not supports(x.device) or x.dtype == torch.float32:
+        return moe_by_blocks(*call)
     from marlin_w4a16.kernels.moe import moe as fused  # Triton is on Linux only
 
-    return fused(given.x, experts, given.topk_weights, given.topk_ids, given.expert_map)
+    return fused(*call)
 
 
 def _grad(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given, experts = _checked("moe_grad", args)
-    wanted = output_shape(given.x.shape, experts.w2.n)
+    x, experts, *_ = call = _checked("moe_grad", args)
+    wanted = output_shape(x.shape, experts.w2.n)
     expect(tuple(grad.shape) == wanted, "moe_grad", "grad", f"shape {tuple(grad.shape)}", wanted)
-    return moe_gradients(grad, given.x, experts, given.topk_weights, given.topk_ids, given.expert_map)
+    return moe_gradients(grad, *call)
 
 
 def _fake_grad(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given, experts = _checked("moe_grad", args)
-    x, weights = given.x, given.topk_weights
+    x, experts, weights, *_ = _checked("moe_grad", args)
     biases = [x.new_empty(0) if b is None else b.new_empty(b.shape) for b in (experts.bias13, experts.bias2)]
     return x.new_empty(x.shape), weights.new_empty(weights.shape), *biases
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save(ctx, inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,26 +187,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(gradients)
 
 
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Its gradient is an error."""
-
-
 def _no_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     raise NotImplementedError(f"{NAMESPACE}::moe: its gradient cannot be differentiated again (create_graph=True)")
 
 
-def _autocast(device_type: str) -> None:
-    def cast(x: Tensor, *rest: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            lowered = x.to(dtype) if x.device.type == device_type and x.dtype in DTYPES else x
-            result: Tensor = torch.ops.marlin_w4a16.moe.default(lowered, *rest)
-        return result.to(x.dtype)  # as the experts of transformers, which autocast does not know
-
-    library.impl("moe", cast, AUTOCAST_KEYS[device_type])
-
-
-register("moe", _blocks, _cuda, _fake, _backward, _setup)
-register("moe_grad", _grad, _grad, _fake_grad, _no_backward, _setup_nothing)
-for _device in AUTOCAST_KEYS:
-    _autocast(_device)
+_GRAD = f"moe_grad(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+register(f"moe({_ARGUMENTS}) -> Tensor", _blocks, _cuda, _fake, _backward, save)
+register(_GRAD, _grad, _grad, _fake_grad, _no_backward)
+autocast("moe", back=True)  # as the experts of transformers, which autocast does not know

@@ -85,19 +85,17 @@ def fused(
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
     expert_map = None if expert_map is None else expert_map.contiguous()
     how: dict[str, Any] = {"ptx": ptx, "wgmma": wgmma, "expert_map": expert_map}
-    if launch is None:
-        tiles, launch = None, FEW
-    else:
-        tiles = tiles_of_experts(topk_ids, expert_map, experts.count, launch.block_m)
+    tiles = topk_ids if launch is None else tiles_of_experts(topk_ids, expert_map, experts.count, launch.block_m)
+    launch = launch or FEW
     hidden = torch.empty((pairs, experts.w2.k), dtype=x.dtype, device=x.device)
     parts = torch.empty((pairs, experts.w2.n), dtype=torch.float32, device=x.device)
     on_input = experts.weight_on_input
     grouped_product(
-        x, experts.w13, experts.bias13, hidden, tiles or topk_ids, launch, choices=k, activation=experts.activation,
+        x, experts.w13, experts.bias13, hidden, tiles, launch, choices=k, activation=experts.activation,
         weights=topk_weights if on_input else None, weighted="input", **how,
     )  # fmt: skip
     grouped_product(
-        hidden, experts.w2, experts.bias2, parts, tiles or topk_ids, launch, choices=1,
+        hidden, experts.w2, experts.bias2, parts, tiles, launch, choices=1,
         weights=None if on_input else topk_weights, weighted="output", **how,
     )  # fmt: skip
     _sum(parts, topk_ids, expert_map, experts.count, out)
@@ -122,16 +120,9 @@ def _on_hopper(
     parts = torch.empty((pairs, w2.n), dtype=torch.float32, device=x.device)
     on_input, on_output = (weights, None) if experts.weight_on_input else (None, weights)
     stream_experts(
-        tokens,
-        w13,
-        experts.bias13,
-        hidden,
-        tiles,
-        first,
-        activation=experts.activation,
-        weights=on_input,
-        weighted="input",
-    )
+        tokens, w13, experts.bias13, hidden, tiles, first, activation=experts.activation,
+        weights=on_input, weighted="input",
+    )  # fmt: skip
     stream_experts(hidden, w2, experts.bias2, parts, tiles, second, weights=on_output, weighted="output", to_pairs=True)
     _sum(parts, topk_ids, expert_map, experts.count, out, pdl=True)
 
