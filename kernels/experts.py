@@ -106,11 +106,7 @@ def pack_first(
         order: see `pack_experts`.
         into: what is packed over, at its addresses, or None for new tensors.
     """
-
-    def placed(part: FP4Weight) -> FP4Weight:
-        return _placed(part, packed_rows(part.n // (1 if order is None else 2), width, order))
-
-    return pack_each(map(placed, parts), experts, into)
+    return pack_each((_placed(part, width, order) for part in parts), experts, into)
 
 
 def pack_each(parts: Iterable[FP4Weight], experts: int, packed: PackedFP4 | None = None) -> PackedFP4:
@@ -141,9 +137,9 @@ def _pack_first(w13: FP4Weight, width: int, order: Order | str | None) -> Packed
     return pack_first(w13.matrices(), len(w13.codes), width, order, empty_packed(w13, halves * width))
 
 
-def _placed(part: FP4Weight, rows: Tensor) -> FP4Weight:
+def _placed(part: FP4Weight, width: int, order: Order | str | None) -> FP4Weight:
     """A matrix with its rows where they are packed, and rows of zeros between them."""
-    rows = rows.to(part.codes.device)
+    rows = packed_rows(part.n // (1 if order is None else 2), width, order).to(part.codes.device)
     empty, rows = (rows < 0)[:, None], rows.clamp(min=0)
     codes = torch.where(empty, 0, part.codes[rows])
     scales = torch.where(empty, PAD_SCALE[part.kind], part.scales[rows])

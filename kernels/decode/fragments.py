@@ -7,8 +7,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from marlin_w4a16.kernels.decode.unpack import CODES_OUT, SCALES_OUT, codes_ptx, scales_ptx
+from marlin_w4a16.kernels.decode import unpack
 
+unpack_words, _pairs = gluon.jit(unpack.unpack_words.fn), gluon.jit(unpack.scale_pairs.fn)
 # one box of a tensor, by the copy engine; renamed in Triton 3.8 or 3.9
 copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
@@ -36,27 +37,7 @@ def scale_pairs(words, kind: gl.constexpr, dtype: gl.constexpr, GROUP: gl.conste
 
     What is added to the dimensions makes, flat with the last one, the four k-steps of a tile.
     """
-    even, odd = gl.inline_asm_elementwise(
-        scales_ptx(kind, dtype), SCALES_OUT, [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
-    pairs = gl.join(even, odd)
+    pairs = _pairs(words, kind, dtype)
     if GROUP == 32:  # a group serves two k-steps
         pairs = gl.join(pairs, pairs)
     return pairs
-
-
-@gluon.jit
-def unpack_words(words, pairs, kind: gl.constexpr, dtype: gl.constexpr):
-    """Eight scaled values a word, as ``words.shape + [2 p, 2 r, 2 h]`` (see `unpack.unpack_words`)."""
-    program: gl.constexpr = codes_ptx(kind, dtype)
-    if dtype == gl.float16:
-        a0, a1, a2, a3, a4, a5, a6, a7 = gl.inline_asm_elementwise(
-            program, CODES_OUT, [words, pairs], dtype=(gl.float16,) * 8, is_pure=True, pack=1
-        )
-    else:
-        a0, a1, a2, a3, a4, a5, a6, a7 = gl.inline_asm_elementwise(
-            program, CODES_OUT, [words, pairs], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
-        )
-    low = gl.join(gl.join(a0, a1), gl.join(a2, a3))
-    high = gl.join(gl.join(a4, a5), gl.join(a6, a7))
-    return gl.join(low, high)

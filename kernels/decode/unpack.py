@@ -1,7 +1,7 @@
 """Packed words and scale words to scaled 16-bit values, inside a Triton kernel.
 
 Every step has two forms that return the same bits: PTX for the GPU, plain Triton for its interpreter, which has no
-inline assembly. The Gluon kernels (fragments.py) use the same PTX.
+inline assembly. The Gluon kernels (fragments.py) use the first.
 
 What a value carries: E4M3 ``code * scale * 2**-7``, E8M0 ``code * scale``; the kernel's epilogue multiplies by
 `UNPACK_GAIN`. Every product is exact: at most 6 significant bits, and the offset keeps the scale in range, subnormals
@@ -133,16 +133,6 @@ def scales_ptx(kind, dtype):
 
 
 @triton.jit
-def _ptx_bf16(words, pairs, PROGRAM: tl.constexpr):
-    return tl.inline_asm_elementwise(PROGRAM, CODES_OUT, [words, pairs], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1)
-
-
-@triton.jit
-def _ptx_fp16(words, pairs, PROGRAM: tl.constexpr):
-    return tl.inline_asm_elementwise(PROGRAM, CODES_OUT, [words, pairs], dtype=(tl.float16,) * 8, is_pure=True, pack=1)
-
-
-@triton.jit
 def _halves(register, pair, kind: tl.constexpr, dtype: tl.constexpr, ROW: tl.constexpr):
     low = (register & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
     high = ((register >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
@@ -166,7 +156,7 @@ def _scale(byte, kind: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def scale_pairs(words, kind: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
+def scale_pairs(words, kind: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr = True):
     """Scale words as ``words.shape + [2 groups]``: int32, the scales of rows r = 0 and 1 as 16-bit values."""
     if PTX:
         even, odd = tl.inline_asm_elementwise(
@@ -179,16 +169,21 @@ def scale_pairs(words, kind: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexp
 
 
 @triton.jit
-def unpack_words(words, pairs, kind: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
+def unpack_words(words, pairs, kind: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr = True):
     """Eight scaled values a word, as ``words.shape + [2 p, 2 r, 2 h]`` (see layout.py).
 
     ``pairs`` has the shape of ``words``: what `scale_pairs` made of the scales of rows r = 0 and 1.
     """
     if PTX:
+        program: tl.constexpr = codes_ptx(kind, dtype)
         if dtype == tl.float16:
-            a0, a1, a2, a3, a4, a5, a6, a7 = _ptx_fp16(words, pairs, codes_ptx(kind, dtype))
+            a0, a1, a2, a3, a4, a5, a6, a7 = tl.inline_asm_elementwise(
+                program, CODES_OUT, [words, pairs], dtype=(tl.float16,) * 8, is_pure=True, pack=1
+            )
         else:
-            a0, a1, a2, a3, a4, a5, a6, a7 = _ptx_bf16(words, pairs, codes_ptx(kind, dtype))
+            a0, a1, a2, a3, a4, a5, a6, a7 = tl.inline_asm_elementwise(
+                program, CODES_OUT, [words, pairs], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
+            )
     else:
         r0 = words & -0x7E3F7E40
         r1 = (words << 3) & -0x7E3F7E40
