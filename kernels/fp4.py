@@ -5,7 +5,8 @@ Formats: E2M1 elements and E8M0 scales as in the OCP Microscaling specification 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -113,9 +114,8 @@ class FP4Weight:
     ) -> "FP4Weight":
         """A weight of which nothing is looked at: its parts are known to fit, or it is only tried."""
         weight = object.__new__(cls)
-        values = codes, scales, multiplier, kind, group, name
-        for field, value in zip(("codes", "scales", "multiplier", "kind", "group", "name"), values, strict=True):
-            object.__setattr__(weight, field, value)
+        for field, value in zip(fields(cls), (codes, scales, multiplier, kind, group, name), strict=True):
+            object.__setattr__(weight, field.name, value)
         return weight
 
     def fit(self, dtype: torch.dtype) -> "FP4Weight":
@@ -142,8 +142,7 @@ class FP4Weight:
         if torch.equal(scales, self.scales):
             return self
         multiplier = torch.ldexp(self.multiplier.double(), shift).float()
-        back = torch.ldexp(multiplier.double(), -shift)
-        if not torch.equal(back, self.multiplier.double()):
+        if not torch.equal(torch.ldexp(multiplier.double(), -shift), self.multiplier.double()):
             raise ValueError(
                 f"{self.name}: multiplier leaves the range of float32 when the rows' powers of two move into it"
             )
@@ -160,10 +159,8 @@ class FP4Weight:
             ValueError: none can; says why the last cannot.
         """
         for dtype in dtypes[:-1]:
-            try:
+            with suppress(ValueError):
                 return self.fit(dtype)
-            except ValueError:
-                pass
         return self.fit(dtypes[-1])
 
 
@@ -225,8 +222,7 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype in (torch.float64, torch.float32):
         return exact.to(dtype)
     near = exact.float()
-    bits = near.view(torch.int32)
-    bits = bits - (near.double().abs() > exact.abs()).int()
+    bits = near.view(torch.int32) - (near.double().abs() > exact.abs()).int()
     odd = torch.where((near.double() == exact) | ~near.isfinite(), near.view(torch.int32), bits | 1)
     return odd.view(torch.float32).to(dtype)
 
@@ -259,12 +255,11 @@ def _expect(condition: bool, name: str, parameter: str, found: object, expected:
 def _check_structure(w: FP4Weight) -> None:
     _expect(w.kind in SCALE_KINDS, w.name, "kind", repr(w.kind), f"one of {SCALE_KINDS}")
     _expect(w.group in GROUP_SIZES, w.name, "group", w.group, f"one of {GROUP_SIZES}")
+    device = w.codes.device
     for parameter, dtype in (("codes", torch.uint8), ("scales", torch.uint8), ("multiplier", torch.float32)):
         tensor = getattr(w, parameter)
         _expect(tensor.dtype == dtype, w.name, parameter, f"dtype {tensor.dtype}", str(dtype))
-        _expect(
-            tensor.device == w.codes.device, w.name, parameter, f"device {tensor.device}", f"codes' {w.codes.device}"
-        )
+        _expect(tensor.device == device, w.name, parameter, f"device {tensor.device}", f"codes' {device}")
     _expect(w.codes.ndim >= 2, w.name, "codes", f"shape {tuple(w.codes.shape)}", "[..., n, k / 2]")
     _expect(w.k % w.group == 0, w.name, "codes", f"k = {w.k}", f"a multiple of the group {w.group}")
     lead = tuple(w.codes.shape[:-1])

@@ -27,22 +27,23 @@ def moe_by_blocks(
     tokens, k = topk_ids.shape
     y = torch.zeros((tokens * k, experts.w2.n), dtype=torch.float32, device=x.device)
     for expert, pairs in _pairs(local_experts(topk_ids, expert_map, experts.count)):
-        y[pairs] = _expert(x, experts, topk_weights, expert, pairs, k)
+        _, weight, _, product = _products(x, experts, topk_weights, expert, pairs)
+        y[pairs] = product if experts.weight_on_input else product * weight
     return y.view(tokens, k, experts.w2.n).sum(1).to(x.dtype)
 
 
-def _expert(x: Tensor, experts: Experts, topk_weights: Tensor, expert: int, pairs: Tensor, k: int) -> Tensor:
-    rows, weight = x[pairs // k].float(), topk_weights.reshape(-1)[pairs, None].float()
-    _, y = _products(rows * weight if experts.weight_on_input else rows, experts, expert, x.dtype)
-    return y if experts.weight_on_input else y * weight
+def _products(
+    x: Tensor, experts: Experts, topk_weights: Tensor, expert: int, pairs: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and routing weights of an expert's pairs, the sums of its first product, and its second product.
 
-
-def _products(rows: Tensor, experts: Experts, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The sums of the first product and the second product of an expert; what stands between them has a dtype."""
+    What stands between the products is rounded to the dtype of x.
+    """
+    rows, weight = x[pairs // topk_weights.shape[1]].float(), topk_weights.reshape(-1)[pairs, None].float()
     first, second = (None if bias is None else bias[expert] for bias in (experts.bias13, experts.bias2))
-    sums = linear_by_blocks(rows, experts.w13.matrix(expert), first)
-    hidden = experts.activation.of_rows(sums).to(dtype).float()
-    return sums, linear_by_blocks(hidden, experts.w2.matrix(expert), second)
+    sums = linear_by_blocks(rows * weight if experts.weight_on_input else rows, experts.w13.matrix(expert), first)
+    hidden = experts.activation.of_rows(sums).to(x.dtype).float()
+    return rows, weight, sums, linear_by_blocks(hidden, experts.w2.matrix(expert), second)
 
 
 def moe_gradients(
@@ -54,8 +55,7 @@ def moe_gradients(
     of_weights = torch.zeros(topk_weights.numel(), dtype=torch.float32, device=x.device)
     of_bias13, of_bias2 = (torch.zeros(w.multiplier.shape, device=x.device) for w in (w13, w2))
     for expert, pairs in _pairs(local_experts(topk_ids, expert_map, experts.count)):
-        rows, weight = x[pairs // k].float(), topk_weights.reshape(-1)[pairs, None].float()
-        sums, y = _products(rows * weight if experts.weight_on_input else rows, experts, expert, x.dtype)
+        rows, weight, sums, y = _products(x, experts, topk_weights, expert, pairs)
         of_y = grad[pairs // k].float() if experts.weight_on_input else grad[pairs // k].float() * weight
         of_sums = experts.activation.gradient_of_rows(linear_grad_input(of_y, w2.matrix(expert)), sums)
         of_rows = linear_grad_input(of_sums, w13.matrix(expert))

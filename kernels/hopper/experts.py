@@ -155,10 +155,7 @@ def _consume(
             item += programs
 
 
-_SIZES = ["n", "width", "experts", "row_blocks", "row_tiles", "k_blocks"]
-
-
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=["n", "width", "experts", "row_blocks", "row_tiles", "k_blocks"])
 def _stream_experts_kernel(
     x_desc, words_desc, scales_desc, multiplier, bias, weights,
     tile_experts, tile_starts, tile_stops, count, order, out,

@@ -113,10 +113,7 @@ def _consume(
             begun = at
 
 
-_SIZES = ["m", "tiles_n", "tiles_m", "k_blocks", "whole", "rest", "sharers", "programs"]
-
-
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=["m", "tiles_n", "tiles_m", "k_blocks", "whole", "rest", "sharers", "programs"])
 def _stream_kernel(
     x_desc, words_desc, scales_desc, multiplier, bias, out, parts,
     m, n, tiles_n, tiles_m, k_blocks, whole, rest, sharers, programs,

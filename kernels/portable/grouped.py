@@ -20,10 +20,9 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import wait_for_products
 
 FEW = Launch(64, 16, 128, 1, 4, 4)  # where every pair has a tile of its own
-_SIZES = ["n", "row_blocks", "row_tiles", "k_tiles", "experts", "known"]
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["n", "row_blocks", "row_tiles", "k_tiles", "experts", "known"])
 def _grouped_kernel(
     x, words, scales, multiplier, bias, topk_weights, tile_experts, tile_starts, tile_stops, order, expert_map, out,
     n, k, row_blocks, row_tiles, k_tiles, experts, known, stride_xm,
