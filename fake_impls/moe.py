@@ -171,8 +171,8 @@ def _grad(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _fake_grad(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, experts, weights, *_ = _checked("moe_grad", args)
-    biases = [x.new_empty(0) if b is None else b.new_empty(b.shape) for b in (experts.bias13, experts.bias2)]
-    return x.new_empty(x.shape), weights.new_empty(weights.shape), *biases
+    first, second = (x.new_empty(0) if b is None else b.new_empty(b.shape) for b in (experts.bias13, experts.bias2))
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), first, second
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
