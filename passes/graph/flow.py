@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from marlin_w4a16.passes.graph.constants import Constants, written_by
-from marlin_w4a16.passes.graph.nodes import example, storage
+from marlin_w4a16.passes.graph.nodes import closure, example, storage
 
 # What makes a tensor of the shape of its first argument, whose values do not matter.
 _LIKE = frozenset(
@@ -102,12 +102,6 @@ class Flow:
     def idle(self, nodes: list[fx.Node], outputs: Collection[fx.Node], read: Collection[fx.Node]) -> set[fx.Node]:
         """Which of some nodes nothing needs once their outputs come from elsewhere, and ``read`` is still read."""
         inside, needed = set(nodes), {node for node in read if node in nodes}
-        for node in inside.difference(outputs):
-            if not node.users.keys() <= inside:
-                needed.add(node)
-        todo = list(needed)
-        while todo:
-            found = {*self.reads(todo.pop())} & inside - needed
-            needed |= found
-            todo += found
+        needed |= {node for node in inside.difference(outputs) if not node.users.keys() <= inside}
+        needed = closure(needed, lambda node: inside.intersection(self.reads(node)))
         return {node for node in inside - needed if node.op in _CALLS}

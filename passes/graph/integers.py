@@ -49,7 +49,7 @@ def take_out(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, list[i
         The graph that is left; one that maps the integers to what becomes of them; the positions of these inputs; and
         those of these outputs, ascending.
     """
-    output = next(iter(reversed(gm.graph.nodes)))
+    output = gm.graph.output_node()
     outputs = output.args[0]
     if not isinstance(outputs, tuple | list):
         return None
@@ -77,7 +77,7 @@ def _is_int(node: fx.Node) -> bool:
 
 def _without(gm: fx.GraphModule, taken: Iterable[int], places: Iterable[int]) -> fx.GraphModule:
     graph, _ = graph_copy(gm)
-    output = next(iter(reversed(graph.graph.nodes)))
+    output = graph.graph.output_node()
     output.args = (tuple(out for i, out in enumerate(output.args[0]) if i not in set(places)),)
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
     gone = {placeholders[i] for i in taken}
@@ -90,9 +90,8 @@ def _without(gm: fx.GraphModule, taken: Iterable[int], places: Iterable[int]) ->
 
 
 def _counting(gm: fx.GraphModule, inputs: list[fx.Node], results: list[fx.Node]) -> fx.GraphModule:
-    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in inputs:
-        values[node] = graph.placeholder(node.name)
+    graph = fx.Graph()
+    values = {node: graph.placeholder(node.name) for node in inputs}
     for node in gm.graph.nodes:
         made = node not in values and node.op == "call_function" and _is_int(node)
         if made and all(n in values for n in node.all_input_nodes):
