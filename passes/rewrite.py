@@ -72,7 +72,7 @@ class _Prove:
     def __init__(self, traced: Traced, settings: Settings) -> None:
         self._settings = settings
         self._judge = Judge(settings)
-        self._prover = Prover(traced.constants)
+        self._prover = Prover()
 
     def __call__(self, unit: Unit, pack: Pack) -> Sequence[Alone | WholeMixture]:
         """What is replaced as one: whole mixtures, or else each weight by itself.

@@ -8,8 +8,7 @@ from torch import Tensor, fx
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES
 from marlin_w4a16.passes.graph.constants import Constants, value_of_constant, written_by
-from marlin_w4a16.passes.graph.nodes import evaluate, example
-from marlin_w4a16.passes.graph.torch_private import size_hint
+from marlin_w4a16.passes.graph.nodes import evaluate, example, sizes
 
 # NVIDIA ModelOpt's fake quantisers are operators of their own, which run on GPUs only.
 _OPERATORS = ("tensorrt.dynamic_block_quantize_op", "tensorrt.quantize_op")
@@ -26,7 +25,7 @@ def quantised(x: fx.Node, constants: Constants, live: dict[fx.Node, Any]) -> fx.
         constants: those of its graph.
         live: the values of the leaves.
     """
-    if _is_operator(x):
+    if str(x.target).removesuffix(".default") in _OPERATORS:
         source = x.args[0]
         return source if isinstance(source, fx.Node) else None
     between: list[fx.Node] = []
@@ -50,8 +49,7 @@ def _quantises(
     """Whether the operations between two nodes round random data to codes times a scale a group."""
     like = example(source)
     generator = torch.Generator().manual_seed(0)
-    shape = [size_hint(size) for size in like.shape]
-    data = torch.randn(shape, generator=generator).to(like.device, like.dtype)
+    data = torch.randn(sizes(source), generator=generator).to(like.device, like.dtype)
     used = {n for node in between for n in node.all_input_nodes if n in constants}
     try:
         known = {source: data} | {node: value_of_constant(node, constants, live) for node in used}
@@ -82,7 +80,3 @@ def _alike(node: fx.Node, x: fx.Node) -> bool:
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False
     return before.shape == after.shape and before.dtype == after.dtype and before.dtype in DTYPES
-
-
-def _is_operator(node: fx.Node) -> bool:
-    return str(node.target).removesuffix(".default") in _OPERATORS

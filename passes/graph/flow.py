@@ -28,7 +28,8 @@ class Flow:
 
     def __init__(self, graph: fx.Graph, constants: Constants) -> None:
         self.constants = constants
-        self._place = {node: place for place, node in enumerate(graph.nodes)}
+        self._nodes = list(graph.nodes)
+        self._place = {node: place for place, node in enumerate(self._nodes)}
         self._keys = {node: storage(node) for node in graph.nodes}
         self._writes: dict[Hashable, list[fx.Node]] = {}
         self._members: dict[Hashable, list[fx.Node]] = {}
@@ -91,13 +92,10 @@ class Flow:
                 found.add(node)
         return found
 
-    def following(self, node: fx.Node, count: int) -> Iterator[fx.Node]:
-        """Walks so many nodes of the graph that come after a node."""
-        for _ in range(count):
-            node = node.next
-            if node.op == "root":
-                return
-            yield node
+    def following(self, node: fx.Node, count: int) -> list[fx.Node]:
+        """So many nodes of the graph that come after a node."""
+        start = self._place[node] + 1
+        return self._nodes[start : start + count]
 
     def idle(self, nodes: list[fx.Node], outputs: Collection[fx.Node], read: Collection[fx.Node]) -> set[fx.Node]:
         """Which of some nodes nothing needs once their outputs come from elsewhere, and ``read`` is still read."""

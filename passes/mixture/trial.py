@@ -15,10 +15,9 @@ from marlin_w4a16.kernels.expert_order import Order, kinds
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.find.routes import as_rows, from_rows, multiply, ordered, run
-from marlin_w4a16.passes.graph.constants import Constants, value_of_constant
-from marlin_w4a16.passes.graph.nodes import evaluate, example
+from marlin_w4a16.passes.graph.constants import value_of_constant
+from marlin_w4a16.passes.graph.nodes import evaluate, example, sizes
 from marlin_w4a16.passes.graph.nodes import run as run_node
-from marlin_w4a16.passes.graph.torch_private import size_hint
 from marlin_w4a16.passes.mixture.activation import recognise_activation
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.stacks import paired, unpaired
@@ -50,13 +49,13 @@ class Proved:
 class Trial:
     """Runs one candidate in float32, as it was traced and as an op."""
 
-    def __init__(self, mixture: Candidate, constants: Constants) -> None:
+    def __init__(self, mixture: Candidate) -> None:
         self.mixture = mixture
         self.device = example(mixture.x).device
         self.generator = torch.Generator().manual_seed(0)
         self.biases = tuple(bias for bias in (mixture.bias13, mixture.bias2) if bias is not None)
         fixed = (node for node in mixture.constants if node not in self.biases)
-        self.fixed: dict[fx.Node, Any] = {node: value_of_constant(node, constants, {}) for node in fixed}
+        self.fixed: dict[fx.Node, Any] = {node: value_of_constant(node, mixture.known, {}) for node in fixed}
         self.fixed |= {node: torch.zeros_like(_random(node, self.device, self.generator)) for node in mixture.shapes}
 
     def activation(self) -> tuple[Activation, Order | None] | Rejected:
@@ -156,7 +155,7 @@ def random_tokens(
         generator: of the CPU.
         past_the_end: some of the experts are none.
     """
-    t, k = (size_hint(size) for size in example(m.ids).shape)
+    t, k = sizes(m.ids)
     if m.scores is None:
         few = torch.randperm(m.experts, generator=generator, device="cpu")[: k + 1]
         ids = few[torch.randint(len(few), (t, k), generator=generator, device="cpu")]
@@ -169,8 +168,7 @@ def random_tokens(
 
 
 def _random(like: fx.Node, device: torch.device, generator: torch.Generator) -> Tensor:
-    shape = [size_hint(size) for size in example(like).shape]
-    return torch.randn(shape, generator=generator, device="cpu").to(device)
+    return torch.randn(sizes(like), generator=generator, device="cpu").to(device)
 
 
 def _run_wide(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -200,7 +198,7 @@ def as_op(proved: Proved, w13: PackedFP4, w2: PackedFP4, values: dict[fx.Node, A
     """What the op gives for the tokens of which a trial has left the values."""
     m, order = proved.mixture, proved.order
     weights = values[m.scores].gather(1, values[m.ids].long()) if proved.read_scores and m.scores else values[m.weights]
-    bias13 = values[m.bias13] if m.bias13 else None
+    bias13, bias2 = (values[bias] if bias else None for bias in (m.bias13, m.bias2))
     return moe(
         values[m.x],
         w13,
@@ -209,24 +207,22 @@ def as_op(proved: Proved, w13: PackedFP4, w2: PackedFP4, values: dict[fx.Node, A
         values[m.ids],
         activation=proved.activation,
         bias13=bias13 if bias13 is None or order is None else paired(bias13, order),
-        bias2=values[m.bias2] if m.bias2 else None,
+        bias2=bias2,
         weight_on_input=m.on_input,
     )
 
 
 def _lead(product: Product) -> list[int]:
     """The sizes, when it was traced, of the axes of a product's input that are rows."""
-    axes, x = product.equation, example(product.x_node)
-    return [size_hint(x.shape[axes.x.index(label)]) for label in axes.batch + axes.free]
+    axes, shape = product.equation, sizes(product.x_node)
+    return [shape[axes.x.index(label)] for label in axes.batch + axes.free]
 
 
 def _reach(sums: Tensor, order: Order | None) -> float:
     """What a tenth of the gates, and of the ups, are beyond, on either side."""
-    sorted_parts = [sums[..., at].flatten()[: 1 << 20].sort().values for at in kinds(order, sums.shape[-1])]
-    tenths = [
-        (part[int(_BEYOND * (len(part) - 1))], part[-1 - int(_BEYOND * (len(part) - 1))]) for part in sorted_parts
-    ]
-    return max(0.0, min(min(-float(low), float(high)) for low, high in tenths))
+    parts = [sums[..., at].flatten()[: 1 << 20].sort().values for at in kinds(order, sums.shape[-1])]
+    tenth = int(_BEYOND * (len(parts[0]) - 1))
+    return max(0.0, min(min(-float(part[tenth]), float(part[-1 - tenth])) for part in parts))
 
 
 def _worst(found: Tensor, expected: Tensor) -> float:
