@@ -46,8 +46,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFA
     rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(traced, settings)
     for unit in find_units(traced, settings):
         copies = Copies(settings.rules)
-        for proved in prove(unit, copies.packed):
-            rows += proved.replace(edit, copies, settings.verify)
+        rows += [row for proved in prove(unit, copies.packed) for row in proved.replace(edit, copies, settings.verify)]
     fuse(traced.regions.graphs)
     return edit.finish(rows)
 
@@ -57,8 +56,7 @@ def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAU
     traced = Traced(gm, inputs)
     rows, prove = list(owned(traced.flat.graph)), _Prove(traced, settings)
     for unit in find_units(traced, settings):
-        for proved in prove(unit, _packed):
-            rows += proved.rows()
+        rows += [row for proved in prove(unit, _packed) for row in proved.rows()]
     return tuple(rows)
 
 
@@ -85,7 +83,11 @@ class _Prove:
         whole = self._whole(unit, founds, pack)
         if isinstance(whole, WholeMixture):
             return [whole]
-        return [self._alone(weight, found, whole) for weight, found in zip(unit.weights, founds, strict=True)]
+        alone = []
+        for weight, found in zip(unit.weights, founds, strict=True):
+            left = isinstance(found, Found) and weight.routed and not self._settings.grouped
+            alone.append(Alone(weight, whole or _NOT_GROUPED if left else found, whole))
+        return alone
 
     def _found(self, weight: Weight, unit: Unit) -> Found | Rejected | Excluded:
         if weight.routed and not self._settings.grouped and not unit.mixtures:
@@ -120,11 +122,6 @@ class _Prove:
         if len({proved.order for proved in mixtures}) > 1:
             return Rejected("no whole mixture: gates in several orders")
         return WholeMixture((w13, w2), (first, second), mixtures)
-
-    def _alone(self, weight: Weight, found: Found | Rejected | Excluded, no_mixture: Rejected | None) -> Alone:
-        if isinstance(found, Found) and weight.routed and not self._settings.grouped:
-            return Alone(weight, no_mixture or _NOT_GROUPED, no_mixture)
-        return Alone(weight, found, no_mixture)
 
 
 _NOT_GROUPED = Excluded("options={'grouped': False}")

@@ -26,7 +26,7 @@ def replace(
     reach: Callable[[fx.Node], fx.Node],
     packed: Sequence[PackedFP4],
     inputs: Sequence[Sequence[fx.Node]],
-) -> list[fx.Node]:
+) -> None:
     """Puts the op in the place of a mixture.
 
     Args:
@@ -34,14 +34,10 @@ def replace(
         reach: the node of the graph that is rewritten for one of the mixture's.
         packed: its two weights.
         inputs: the nodes of words, scales and multiplier of each.
-
-    Returns:
-        What was written; the last one is the result.
     """
     m = proved.mixture
     output = reach(m.output)
-    written: list[fx.Node] = []
-    call = writer(output, written)
+    call = writer(output, [])
     dtype = example(m.first.x_node).dtype  # what the experts are computed in
     x, ids = reach(m.x), reach(m.ids)
     if example(x).dtype != dtype:
@@ -59,4 +55,3 @@ def replace(
         y = call(torch.Tensor.to, y, example(output).dtype)
     for node in map(reach, m.outputs):
         node.replace_all_uses_with(y, delete_user_cb=lambda user: user > y)
-    return written

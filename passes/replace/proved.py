@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import fx
 
@@ -71,7 +72,7 @@ class Alone:
         edit.replaced([product.node], read)
         if not verify:
             return 0.0
-        return worst_error(self.weight.decode, self.weight.values, product, operands, written, inner, packed)
+        return worst_error(self.weight, product, operands, written, inner, packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +103,11 @@ class WholeMixture:
             inputs.append(edit.feed(weight, binding, copy))
         errors = []
         for proved in self.proved:
-            self._mixture(edit, proved, packed, inputs)
+            m, graph = proved.mixture, edit.here(proved.mixture.output).graph
+            inner = [[edit.traced.regions.reach(n, graph) for n in nodes] for nodes in inputs]
+            moe.replace(proved, partial(edit.reach, graph=graph), packed, inner)
+            read = [n for n in (*m.given, m.bias13, m.bias2, m.scores if proved.read_scores else None) if n is not None]
+            edit.replaced(edit.traced.flow.idle(m.nodes, m.outputs, read), read)
             if verify:
                 errors.append(mixture_error(proved, self.weights, packed, edit.traced))
         yield from self.rows(max(errors, default=None))
-
-    @staticmethod
-    def _mixture(edit: Edit, proved: Proved, packed: list[PackedFP4], inputs: list[list[fx.Node]]) -> None:
-        m = proved.mixture
-        graph = edit.here(m.output).graph
-        inner = [[edit.traced.regions.reach(n, graph) for n in nodes] for nodes in inputs]
-        moe.replace(proved, lambda node: edit.reach(node, graph), packed, inner)
-        read = [n for n in (*m.given, m.bias13, m.bias2, m.scores if proved.read_scores else None) if n is not None]
-        edit.replaced(edit.traced.flow.idle(m.nodes, m.outputs, read), read)
