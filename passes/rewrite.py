@@ -35,13 +35,7 @@ Pack = Callable[[Weight, Found, Order | None], PackedFP4]
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> Rewritten:
-    """Replaces what it can prove; the traced graph itself is left as it was.
-
-    Args:
-        gm: a graph from Dynamo.
-        inputs: its live example inputs.
-        settings: what the user chose.
-    """
+    """Replaces what it can prove in a graph from Dynamo, by its live inputs; the graph itself is left as it was."""
     traced = Traced(gm, inputs)
     rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(traced, settings)
     for unit in find_units(traced, settings):
@@ -73,12 +67,7 @@ class _Prove:
         self._prover = Prover()
 
     def __call__(self, unit: Unit, pack: Pack) -> Sequence[Alone | WholeMixture]:
-        """What is replaced as one: whole mixtures, or else each weight by itself.
-
-        Args:
-            unit: the weights.
-            pack: packs one that was found to be FP4.
-        """
+        """What is replaced as one: whole mixtures, or else each weight by itself; ``pack`` packs one that was found."""
         founds = [self._found(weight, unit) for weight in unit.weights]
         whole = self._whole(unit, founds, pack)
         if isinstance(whole, WholeMixture):

@@ -18,13 +18,7 @@ _CLOSE = 1e-2  # a quantiser may compute in bfloat16
 
 
 def quantised(x: fx.Node, constants: Constants, live: dict[fx.Node, Any]) -> fx.Node | None:
-    """What was quantised to FP4 to give ``x``, or None if nothing was.
-
-    Args:
-        x: the input of a product.
-        constants: those of its graph.
-        live: the values of the leaves.
-    """
+    """What was quantised to FP4 to give ``x``, the input of a product, or None; ``live`` are the values of leaves."""
     if str(x.target).removesuffix(".default") in _OPERATORS:
         source = x.args[0]
         return source if isinstance(source, fx.Node) else None

@@ -14,6 +14,7 @@ from marlin_w4a16.passes.find import equation
 from marlin_w4a16.passes.find.equation import Equation, Matrices, matrices
 from marlin_w4a16.passes.find.routes import Route, gathered, gathered_matrices, grouped_matrices
 from marlin_w4a16.passes.graph.constants import Constants
+from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import GROUPED_MM
 
@@ -277,8 +278,7 @@ def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
         if name in operands and operands[name] not in values:
             return f"{spelling.name} with {name}={operands[name]}, expected {values[0]}"
     if x.dtype not in DTYPES:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return f"{spelling.name} of {str(x.dtype).removeprefix('torch.')}: expected one of {expected}"
+        return f"{spelling.name} of {dtype_name(x.dtype)}: expected one of {', '.join(map(dtype_name, DTYPES))}"
     if weight.requires_grad:
         return f"{spelling.name} with a weight that requires grad: FP4 weights get none"
     added = operands.get(spelling.added or "")

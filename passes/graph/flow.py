@@ -19,12 +19,7 @@ _MOST = 192  # nodes of a part; a wrong boundary would lead through all layers b
 
 
 class Flow:
-    """The order of reads and writes in a flat graph.
-
-    Args:
-        graph: the graph.
-        constants: its constants; what is written to these is not looked at.
-    """
+    """The order of reads and writes in a flat graph; what is written to its constants is not looked at."""
 
     def __init__(self, graph: fx.Graph, constants: Constants) -> None:
         self.constants = constants

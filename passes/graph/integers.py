@@ -17,13 +17,7 @@ from marlin_w4a16.passes.graph.torch_private import graph_copy
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    """Hands a graph to Inductor; where CUDA graphs are asked for, without integers that are only counted.
-
-    Args:
-        gm: a graph from Dynamo.
-        inputs: its example inputs.
-        patches: settings of Inductor.
-    """
+    """Hands a graph to Inductor; where its settings ask for CUDA graphs, without integers that are only counted."""
     found = take_out(gm) if patches.get("triton.cudagraphs") else None
     if found is None:
         return torch_private.compile_graph(gm, list(inputs), patches)

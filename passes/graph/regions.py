@@ -25,11 +25,7 @@ class Flat:
 
 
 class Regions:
-    """A copy of a graph from Dynamo to be edited: each call of a region has a body of its own until `finish`.
-
-    Attributes:
-        gm: the copy.
-    """
+    """A copy ``gm`` of a graph from Dynamo to be edited: each call of a region has its own body until `finish`."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, _ = graph_copy(gm)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, FP4Weight, format_name
+from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode, Window
@@ -29,7 +30,7 @@ from marlin_w4a16.passes.judge.recipe import (
     read_scales,
 )
 from marlin_w4a16.passes.judge.roundings import Difference, Roundings, first_difference, roundings_of
-from marlin_w4a16.passes.judge.verdict import Found, TooFar, judged, settled, short
+from marlin_w4a16.passes.judge.verdict import Found, TooFar, judged, settled
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.settings import Rules
 
@@ -116,7 +117,7 @@ class _Search:
                     FromSources(codes, scales, Factor(), window, group).read(self.decode, self.leaves, self.name)
                 except ValueError as error:
                     return Rejected(str(error).removeprefix(f"{self.name}: "))
-        return Rejected(f"the traced weight holds NaN or Inf in {short(value.dtype)}")
+        return Rejected(f"the traced weight holds NaN or Inf in {dtype_name(value.dtype)}")
 
     def _from_sources(self, value: Tensor, exact: bool) -> Found | Rejected:
         used = value.count_nonzero(1).nonzero()[:, 0]

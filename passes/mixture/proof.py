@@ -13,7 +13,7 @@ from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.trial import Proved, Trial
 from marlin_w4a16.passes.outcome import Rejected, raised
 
-Packed = Callable[[Order | None], tuple[PackedFP4, PackedFP4]]
+Packed = Callable[[Order | None], tuple[PackedFP4, PackedFP4]]  # packs both weights, rows of the first in pairs
 
 
 class Prover:
@@ -23,12 +23,7 @@ class Prover:
         self._known: dict[Any, tuple[int, Proved] | Rejected] = {}
 
     def __call__(self, candidates: list[Candidate], packed: Packed) -> Proved | Rejected:
-        """The first of some candidates that is a mixture, or why the first is none.
-
-        Args:
-            candidates: at least one.
-            packed: packs the weights, the rows of the first one in pairs of an order.
-        """
+        """The first of some candidates that is a mixture, or why the first is none."""
         key = tuple(map(_signature, candidates))
         if key not in self._known:
             try:

@@ -149,11 +149,7 @@ def random_tokens(
 ) -> dict[fx.Node, Tensor]:
     """Random tokens, unequal routing weights and experts: the same twice for a token, some never.
 
-    Args:
-        m: what they are for.
-        device: where they are wanted.
-        generator: of the CPU.
-        past_the_end: some of the experts are none.
+    With ``past_the_end``, some of the experts are none.
     """
     t, k = sizes(m.ids)
     if m.scores is None:

@@ -21,15 +21,6 @@ _OP = torch.ops.marlin_w4a16.linear.default
 _GROUPED_OP = torch.ops.marlin_w4a16.grouped_linear.default
 
 
-def find_packed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """The calls of ``marlin_w4a16::linear`` that were traced as such, by the node of their packed words."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.target in (torch.ops.marlin_w4a16.linear, torch.ops.marlin_w4a16.linear.default):
-            found.setdefault(node.args[1], []).append(node)
-    return found
-
-
 def replace(
     product: Product, node: fx.Node, packed: PackedFP4, inputs: Sequence[fx.Node], x: fx.Node, routing: fx.Node | None
 ) -> list[fx.Node]:

@@ -16,11 +16,6 @@ from marlin_w4a16.passes.replace.linear import writer
 _OP = torch.ops.marlin_w4a16.moe.default
 
 
-def find_packed(graph: fx.Graph) -> list[fx.Node]:
-    """The calls of ``marlin_w4a16::moe`` that were traced as such."""
-    return [node for node in graph.nodes if node.target in (torch.ops.marlin_w4a16.moe, _OP)]
-
-
 def replace(
     proved: Proved,
     reach: Callable[[fx.Node], fx.Node],

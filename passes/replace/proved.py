@@ -38,16 +38,7 @@ class Alone:
         yield row_of(self.weight, self.outcome, self.no_mixture, error)
 
     def replace(self, edit: Edit, copies: Copies, verify: bool) -> Iterator[Row]:
-        """Replaces the products of the weight, if it was found to be FP4.
-
-        Args:
-            edit: the graph.
-            copies: hold the packed weight.
-            verify: also run each product beside its traced form.
-
-        Returns:
-            The row of the report.
-        """
+        """Replaces the products of the weight, if it is FP4; with ``verify``, also runs each beside its traced form."""
         errors = []
         if isinstance(self.outcome, Found):
             binding, packed = copies.bound(self.weight, self.outcome, None)
