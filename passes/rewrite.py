@@ -18,9 +18,8 @@ from marlin_w4a16.passes.fuse.stage import fuse
 from marlin_w4a16.passes.graph.traced import Traced
 from marlin_w4a16.passes.judge.verdict import Found
 from marlin_w4a16.passes.judge.weights import Judge, Weight
-from marlin_w4a16.passes.live.binding import fit
+from marlin_w4a16.passes.live.binding import Copies, fit
 from marlin_w4a16.passes.live.call import Rewritten
-from marlin_w4a16.passes.live.copies import Copies
 from marlin_w4a16.passes.mixture.proof import Prover
 from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.mixture.units import Unit, find_units

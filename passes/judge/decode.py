@@ -139,7 +139,7 @@ class Decode:
         node, order = self.value, self.matrices.order
         while True:
             part = example(node)
-            for base in (n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)):
+            for base in self._views(node):
                 whole = example(base)
                 total, rest = divmod(whole.numel(), self.matrices.k)
                 if rest or total <= self.rows or not whole.is_contiguous():
@@ -161,8 +161,7 @@ class Decode:
         node = self.value
         while _is_cast(node):
             node = node.all_input_nodes[0]
-        of_views = [n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)]
-        larger = [n for n in of_views if example(n).numel() > example(node).numel() and n not in self.leaves]
+        larger = [n for n in self._views(node) if example(n).numel() > example(node).numel() and n not in self.leaves]
         last = max(larger, default=None)
         return None if last is None or any(n > last and written_by(n) for n in self.nodes) else last
 
@@ -184,8 +183,7 @@ class Decode:
         lift = given.get("dim", given.get("axis", _JOINS[node.target])) % example(node).ndim
         place = self.matrices.order.index(example(node).ndim - 1 - lift if turned else lift)
         stacks = node.target is torch.stack
-        outer = len(self.matrices.order) - self._inner
-        if place not in (0, outer) or not all(isinstance(tensor, fx.Node) for tensor in tensors):
+        if place not in (0, len(self.matrices.sizes)) or not all(isinstance(tensor, fx.Node) for tensor in tensors):
             return 0, []
         axis = 0 if place == 0 else 1
         seen = [example(t).unsqueeze(lift) if stacks else example(t) for t in tensors]
@@ -194,14 +192,12 @@ class Decode:
             for t, value in zip(tensors, seen, strict=True)
         ]
 
-    @property
-    def _inner(self) -> int:
-        """How many axes of the weight make its columns."""
-        return len(self.matrices.order) - len(self.matrices.sizes)
+    def _views(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)]
 
     def _part(self, value: Tensor, turned: bool) -> Matrices:
         order = tuple(value.ndim - 1 - axis for axis in self.matrices.order) if turned else self.matrices.order
-        outer = len(order) - self._inner
+        outer = len(self.matrices.sizes)
         sizes = tuple(value.shape[axis] for axis in order[:outer])
         k = torch.Size([value.shape[axis] for axis in order[outer:]]).numel()
         return Matrices((), order, 1, torch.Size(sizes).numel(), k, sizes)

@@ -17,18 +17,7 @@ from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode, Window
 from marlin_w4a16.passes.judge.places import codes_in, factors_in, is_bytes, scales_in
-from marlin_w4a16.passes.judge.recipe import (
-    Factor,
-    FromSources,
-    FromValue,
-    Joined,
-    Leaves,
-    OfType,
-    Recipe,
-    Source,
-    read_codes,
-    read_scales,
-)
+from marlin_w4a16.passes.judge.recipe import Factor, FromSources, FromValue, Joined, Leaves, OfType, Recipe, Source
 from marlin_w4a16.passes.judge.roundings import Difference, Roundings, first_difference, roundings_of
 from marlin_w4a16.passes.judge.verdict import Found, TooFar, judged, settled
 from marlin_w4a16.passes.outcome import Rejected
@@ -126,7 +115,7 @@ class _Search:
         tried = False
         for codes, window in codes_in(self.decode):
             try:
-                few = read_codes(codes, self.decode, self.leaves, window, rows)
+                few = codes.read_codes(self.decode, self.leaves, window, rows)
             except ValueError:
                 continue
             for scales, group in scales_in(self.decode, window, codes.node):
@@ -201,7 +190,7 @@ class _Search:
         key = source, window, group
         if key not in self.scales:
             try:
-                self.scales[key] = read_scales(source, self.decode, self.leaves, window, group)
+                self.scales[key] = source.read_scales(self.decode, self.leaves, window, group)
             except ValueError:
                 self.scales[key] = None
         return self.scales[key]

@@ -17,10 +17,12 @@ from torch import Tensor
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.passes.find.products import compute_dtype
 from marlin_w4a16.passes.graph.torch_private import is_wrapper
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.search import recognise
 from marlin_w4a16.passes.judge.verdict import Found, judge_again
+from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.live.snapshot import Snapshot, State, callback, state_of, watched
 from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.outcome import Rejected, raised
@@ -70,10 +72,7 @@ class Binding:
     ) -> None:
         self._decode = decode
         self._recipe, self._roundings = found.recipe, found.roundings
-        self._rules = rules
-        self._dtype = dtype
-        self._order = order
-        self.name = name
+        self._rules, self._dtype, self._order, self.name = rules, dtype, order, name
         self._verified: dict[tuple[int, ...], _Verified] = {}  # die with any leaf, a table say
         self._held: dict[tuple[int, ...], tuple[Any, ...]] = {}  # copies; they die with what the weight is read from
 
@@ -148,6 +147,28 @@ class Binding:
 
     def _forget(self, ids: tuple[int, ...]) -> Callable[[object], None]:
         return callback(self, lambda binding: (binding._verified.pop(ids, None), binding._held.pop(ids, None)))
+
+
+class Copies:
+    """Bindings of weights that were found to be FP4, each with its packed copy, made when first asked for."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._held: dict[tuple[Weight, Order | None], tuple[Binding, PackedFP4]] = {}
+
+    def bound(self, weight: Weight, found: Found, order: Order | None) -> tuple[Binding, PackedFP4]:
+        """The binding of a weight and its packed copy, the rows of experts in pairs if there is an order."""
+        if (weight, order) not in self._held:
+            dtype = compute_dtype(weight.products)
+            binding = Binding(weight.decode, found, self._rules, dtype, weight.path, order)
+            copy = binding.adopt(weight.values, found.weight)
+            assert isinstance(copy, PackedFP4)  # what was found has been fitted to the dtype
+            self._held[weight, order] = binding, copy
+        return self._held[weight, order]
+
+    def packed(self, weight: Weight, found: Found, order: Order | None) -> PackedFP4:
+        """The packed copy alone."""
+        return self.bound(weight, found, order)[1]
 
 
 def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:

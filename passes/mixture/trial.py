@@ -26,6 +26,7 @@ from marlin_w4a16.passes.outcome import Rejected
 _CLOSE = 2e-5  # of float32 sums in another order, relative to the norm of a token
 _BEYOND = 0.1  # how many sums are to be beyond a limit, on each side
 _DRAWS = 3
+_Multiply = Callable[[Product, Tensor, Tensor | None], Tensor]  # a product, its input, what routes its rows
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -125,18 +126,13 @@ class Trial:
         found[self.mixture.x] *= scale
         return found | {bias: _random(bias, self.device, self.generator) for bias in self.biases}
 
-    def run(
-        self,
-        nodes: list[fx.Node],
-        given: dict[fx.Node, Any],
-        product: Callable[[Product, Tensor, Tensor | None], Tensor],
-    ) -> dict[fx.Node, Any]:
+    def run(self, nodes: list[fx.Node], given: dict[fx.Node, Any], product: _Multiply) -> dict[fx.Node, Any]:
         """The values of some nodes, in float32 where 16 bits were traced."""
         m = self.mixture
 
         def compute(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-            if node is m.first.node or node is m.second.node:
-                which = m.first if node is m.first.node else m.second
+            which = {m.first.node: m.first, m.second.node: m.second}.get(node)
+            if which is not None:
                 return product(which, values[which.x_node], values[which.route.node] if which.route else None)
             return _run_wide(node, values)
 
@@ -192,19 +188,15 @@ def _multiplied(product: Product, packed: PackedFP4, x: Tensor, routing: Tensor 
 
 def as_op(proved: Proved, w13: PackedFP4, w2: PackedFP4, values: dict[fx.Node, Any]) -> Tensor:
     """What the op gives for the tokens of which a trial has left the values."""
-    m, order = proved.mixture, proved.order
-    weights = values[m.scores].gather(1, values[m.ids].long()) if proved.read_scores and m.scores else values[m.weights]
-    bias13, bias2 = (values[bias] if bias else None for bias in (m.bias13, m.bias2))
+    m = proved.mixture
+    x, ids, weights = (values[node] for node in m.given)
+    if proved.read_scores and m.scores is not None:
+        weights = values[m.scores].gather(1, ids.long())
+    bias13, bias2 = (None if bias is None else values[bias] for bias in (m.bias13, m.bias2))
+    if bias13 is not None and proved.order is not None:
+        bias13 = paired(bias13, proved.order)
     return moe(
-        values[m.x],
-        w13,
-        w2,
-        weights,
-        values[m.ids],
-        activation=proved.activation,
-        bias13=bias13 if bias13 is None or order is None else paired(bias13, order),
-        bias2=bias2,
-        weight_on_input=m.on_input,
+        x, w13, w2, weights, ids, activation=proved.activation, bias13=bias13, bias2=bias2, weight_on_input=m.on_input
     )
 
 

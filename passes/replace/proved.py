@@ -10,7 +10,7 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product, operands_of
 from marlin_w4a16.passes.judge.verdict import Found
 from marlin_w4a16.passes.judge.weights import Weight
-from marlin_w4a16.passes.live.copies import Copies
+from marlin_w4a16.passes.live.binding import Copies
 from marlin_w4a16.passes.mixture.trial import Proved
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Row
 from marlin_w4a16.passes.replace import linear, moe

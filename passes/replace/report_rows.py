@@ -36,14 +36,6 @@ def row_of(
     """
     path, seen, experts = weight.path, weight.decode.matrices, None
     if isinstance(found, Found):
-        op = "moe" if isinstance(whole, Proved) else "grouped_linear" if weight.routed else "linear"
-        nbytes = seen.batch * packed_nbytes(seen.n, seen.k, found.recipe.group)
-        dropped = "the quantisation of its input is left out" if weight.quantised else None
-        why, more = (whole.why, whole.detail) if isinstance(whole, Rejected) else (None, None)
-        note = "; ".join(filter(None, (found.note, dropped, why))) or None
-        detail = "; ".join(filter(None, (found.detail, more))) or None
-        served = str(serves(example(weight.decode.value).device))
-        replaced = Replaced(f"marlin_w4a16::{op}", served, nbytes, note, error, detail)
         if isinstance(found.recipe, FromSources) and found.recipe.window.total > weight.decode.rows:
             rows = found.recipe.window.rows(weight.decode.rows)
             path = f"{path}[{rows.start}:{rows.stop}{f':{rows.step}' if rows.step > 1 else ''}]"
@@ -54,12 +46,23 @@ def row_of(
         spelling=weight.products[0].spelling.name,
         shape=(seen.n, seen.k) if seen.batch == 1 else (seen.batch, seen.n, seen.k),
         format=found.format if isinstance(found, Found) else None,
-        outcome=replaced if isinstance(found, Found) else found,
+        outcome=_replaced(weight, found, whole, error) if isinstance(found, Found) else found,
         nbytes=sum(t.numel() * t.element_size() for value in weight.values for t in inner_tensors(value)),
         uses=len(weight.products),
         producer=next(filter(None, map(producer_of, weight.values)), None),
         experts=experts,
     )
+
+
+def _replaced(weight: Weight, found: Found, whole: Proved | Rejected | None, error: float | None) -> Replaced:
+    op = "moe" if isinstance(whole, Proved) else "grouped_linear" if weight.routed else "linear"
+    served, seen = serves(example(weight.decode.value).device), weight.decode.matrices
+    nbytes = seen.batch * packed_nbytes(seen.n, seen.k, found.recipe.group)
+    dropped = "the quantisation of its input is left out" if weight.quantised else None
+    why, more = (whole.why, whole.detail) if isinstance(whole, Rejected) else (None, None)
+    note = "; ".join(filter(None, (found.note, dropped, why))) or None
+    detail = "; ".join(filter(None, (found.detail, more))) or None
+    return Replaced(f"marlin_w4a16::{op}", str(served), nbytes, note, error, detail)
 
 
 def owned(graph: fx.Graph) -> Iterator[Row]:
