@@ -16,7 +16,7 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import compute_dtype
 from marlin_w4a16.passes.fuse.stage import fuse
 from marlin_w4a16.passes.graph.traced import Traced
-from marlin_w4a16.passes.judge.verdict import Found
+from marlin_w4a16.passes.judge.verdict import Found, Verdict
 from marlin_w4a16.passes.judge.weights import Judge, Weight
 from marlin_w4a16.passes.live.binding import Copies, fit
 from marlin_w4a16.passes.live.call import Rewritten
@@ -30,13 +30,14 @@ from marlin_w4a16.passes.replace.report_rows import owned
 from marlin_w4a16.passes.settings import Settings
 
 DEFAULTS = Settings()
+_NOT_GROUPED = Excluded("options={'grouped': False}")
 Pack = Callable[[Weight, Found, Order | None], PackedFP4]
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> Rewritten:
     """Replaces what it can prove in a graph from Dynamo, by its live inputs; the graph itself is left as it was."""
     traced = Traced(gm, inputs)
-    rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(traced, settings)
+    rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(settings)
     for unit in find_units(traced, settings):
         copies = Copies(settings.rules)
         rows += [row for proved in prove(unit, copies.packed) for row in proved.replace(edit, copies, settings.verify)]
@@ -47,7 +48,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFA
 def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> tuple[Row, ...]:
     """The report of `rewrite`, without changing anything; of mixtures that are alike, one is packed for its proof."""
     traced = Traced(gm, inputs)
-    rows, prove = list(owned(traced.flat.graph)), _Prove(traced, settings)
+    rows, prove = list(owned(traced.flat.graph)), _Prove(settings)
     for unit in find_units(traced, settings):
         rows += [row for proved in prove(unit, _packed) for row in proved.rows()]
     return tuple(rows)
@@ -60,7 +61,7 @@ def _packed(weight: Weight, found: Found, order: Order | None) -> PackedFP4:
 class _Prove:
     """Says what the weights of a unit are."""
 
-    def __init__(self, traced: Traced, settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._judge = Judge(settings)
         self._prover = Prover()
@@ -77,7 +78,7 @@ class _Prove:
             alone.append(Alone(weight, whole or _NOT_GROUPED if left else found, whole))
         return alone
 
-    def _found(self, weight: Weight, unit: Unit) -> Found | Rejected | Excluded:
+    def _found(self, weight: Weight, unit: Unit) -> Verdict:
         if weight.routed and not self._settings.grouped and not unit.mixtures:
             return _NOT_GROUPED
         found = self._judge(weight)
@@ -86,9 +87,7 @@ class _Prove:
         fitted = fit(found.weight, compute_dtype(weight.products))
         return fitted if isinstance(fitted, Rejected) else replace(found, weight=fitted)
 
-    def _whole(
-        self, unit: Unit, founds: Sequence[Found | Rejected | Excluded], pack: Pack
-    ) -> WholeMixture | Rejected | None:
+    def _whole(self, unit: Unit, founds: Sequence[Verdict], pack: Pack) -> WholeMixture | Rejected | None:
         """The mixtures of a unit, or why they are none; None if it is not about any."""
         if isinstance(unit.mixtures, Rejected):
             return unit.mixtures
@@ -110,6 +109,3 @@ class _Prove:
         if len({proved.order for proved in mixtures}) > 1:
             return Rejected("no whole mixture: gates in several orders")
         return WholeMixture((w13, w2), (first, second), mixtures)
-
-
-_NOT_GROUPED = Excluded("options={'grouped': False}")

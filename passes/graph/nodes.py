@@ -69,16 +69,13 @@ def evaluate(
     run: Callable[[fx.Node, Mapping[fx.Node, Any]], Any] = run,
     keep: Collection[fx.Node] | None = None,
 ) -> dict[fx.Node, Any]:
-    """Runs nodes in their order.
+    """Runs nodes in their order, and returns the values, those that were known among them.
 
     Args:
         nodes: in graph order.
         known: values that are there already, by node.
         run: what a node computes from the values before it.
         keep: the nodes whose values are wanted; others are let go after their last use. None: all.
-
-    Returns:
-        The values, those that were known among them.
     """
     computed = [node for node in nodes if node not in known]
     last_use = {used: node for node in computed for used in node.all_input_nodes} if keep is not None else {}

@@ -69,8 +69,7 @@ class Regions:
     def finish(self, dead: Collection[fx.Node]) -> fx.GraphModule:
         """Erases dead nodes, and what enters and leaves regions only for them; the copy is then ready to run.
 
-        Args:
-            dead: nodes whose users are dead too, where what is passed through regions counts as one value.
+        The users of a dead node are dead too, where what is passed through regions counts as one value.
         """
         self._prune(self.gm.graph, dead)
         self._share()

@@ -9,7 +9,7 @@ from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.recipe import Leaves, Recipe
 from marlin_w4a16.passes.judge.roundings import Roundings, first_difference, largest_error
-from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.passes.outcome import Excluded, Rejected
 from marlin_w4a16.passes.settings import Rules
 
 
@@ -34,6 +34,9 @@ class Found:
     def format(self) -> str:
         """The name of the format for people."""
         return format_name(self.recipe.kind, self.recipe.group)
+
+
+Verdict = Found | Rejected | Excluded
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,18 +170,12 @@ class _Search:
         self, roots: list[fx.Node], dtypes: Sequence[torch.dtype], shape: tuple[int, int] | None = None
     ) -> list[fx.Node]:
         """The nearest matrices of some dtypes, and of a shape, from which nodes are computed."""
-        found = []
-        for node in self.flow.before(roots):
-            value = example(node)
-            fits = isinstance(value, Tensor) and value.ndim == 2 and value.dtype in dtypes
-            if fits and (shape is None or sizes(node) == shape):
-                found.append(node)
-        return found[:_MOST]
+        return [node for node in self.flow.before(roots) if _is_matrix(node, dtypes, shape)][:_MOST]
 
     def _outputs(self, tokens: int) -> list[fx.Node]:
         """Where the sum may be: what is computed from the second product and has its shape, the last first."""
         made = self.flow.after(self.second.node, self.flow.following(self.second.node, _FARTHEST))
-        found = [node for node in sorted(made) if _is_float(node, (tokens, self.second.matrices.n))]
+        found = [node for node in sorted(made) if _is_matrix(node, DTYPES, (tokens, self.second.matrices.n))]
         return found[:_OUTPUTS][::-1]
 
     def _closed(self, x: fx.Node, ids: fx.Node, weights: fx.Node, output: fx.Node) -> Candidate | None:
@@ -196,7 +190,7 @@ class _Search:
         entry = self.flow.before([self.first.x_node], {x, ids, weights})
         on_input = any(weights in self.flow.reads(node) for node in entry)
         spread = sizes(x)[0], self.first.matrices.batch
-        scores = [node for node in nodes if node not in made and _is_float(node, spread) and _distinct(ids)]
+        scores = [node for node in nodes if node not in made and _is_matrix(node, DTYPES, spread) and _distinct(ids)]
         between = [node for node in nodes if node in fed and node in made and node is not self.first.node]
         last = scores[-1] if scores else None
         mixture = Candidate(self.first, self.second, x, ids, weights, last, on_input, output, nodes, between, constants)
@@ -217,7 +211,7 @@ class _Search:
                 continue
             which, product = ("bias13", self.first) if fed & node.users.keys() else ("bias2", self.second)
             shape = mixture.experts, product.matrices.n
-            if which in found or not _is_float(node, shape):
+            if which in found or not _is_matrix(node, DTYPES, shape):
                 path = module_path(source_name(node)) if node in constants.leaves else node.name
                 self.why = f"{path} enters it, which is no bias of shape {list(shape)}"
                 return None
@@ -234,7 +228,8 @@ def _distinct(ids: fx.Node) -> bool:
     return given.get("dim", -1) in (-1, 1)
 
 
-def _is_float(node: fx.Node, shape: tuple[int, int]) -> bool:
-    """Whether a node is a tensor of a shape in a dtype of the ops."""
+def _is_matrix(node: fx.Node, dtypes: Sequence[torch.dtype], shape: tuple[int, int] | None) -> bool:
+    """Whether a node is a matrix of some dtypes, and of a shape."""
     value = example(node)
-    return isinstance(value, Tensor) and value.dtype in DTYPES and sizes(node) == shape
+    fits = isinstance(value, Tensor) and value.ndim == 2 and value.dtype in dtypes
+    return fits and (shape is None or sizes(node) == shape)

@@ -88,11 +88,9 @@ def _grouped(call: Call, by_op: Callable[..., Any], product: Product, x: Any, ro
 
 
 def writer(node: fx.Node, written: list[fx.Node]) -> Call:
-    """What adds calls to the graph of a node, before it; numbers that are known are given as such.
+    """What adds calls to the graph of a node, before it, and to ``written``; numbers that are known are given as such.
 
-    Args:
-        node: its meta, and under autocast its dtype, are those of the calls.
-        written: what was added.
+    The meta of the node, and under autocast its dtype, are those of the calls.
     """
 
     def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -8,11 +8,11 @@ from torch import fx
 
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product, operands_of
-from marlin_w4a16.passes.judge.verdict import Found
+from marlin_w4a16.passes.judge.verdict import Found, Verdict
 from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.live.binding import Copies
 from marlin_w4a16.passes.mixture.trial import Proved
-from marlin_w4a16.passes.outcome import Excluded, Rejected, Row
+from marlin_w4a16.passes.outcome import Rejected, Row
 from marlin_w4a16.passes.replace import linear, moe
 from marlin_w4a16.passes.replace.edit import Edit
 from marlin_w4a16.passes.replace.report_rows import row_of
@@ -30,7 +30,7 @@ class Alone:
     """
 
     weight: Weight
-    outcome: Found | Rejected | Excluded
+    outcome: Verdict
     no_mixture: Rejected | None = None
 
     def rows(self, error: float | None = None) -> Iterator[Row]:

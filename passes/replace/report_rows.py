@@ -15,17 +15,15 @@ from marlin_w4a16.passes.graph.names import module_path, producer_of
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, number_hint, size_hint, source_name
 from marlin_w4a16.passes.judge.recipe import FromSources
-from marlin_w4a16.passes.judge.verdict import Found
+from marlin_w4a16.passes.judge.verdict import Found, Verdict
 from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.mixture.trial import Proved
-from marlin_w4a16.passes.outcome import Excluded, Mixture, Owned, Rejected, Replaced, Row
+from marlin_w4a16.passes.outcome import Mixture, Owned, Rejected, Replaced, Row
 
 _OPS = torch.ops.marlin_w4a16
 
 
-def row_of(
-    weight: Weight, found: Found | Rejected | Excluded, whole: Proved | Rejected | None, error: float | None = None
-) -> Row:
+def row_of(weight: Weight, found: Verdict, whole: Proved | Rejected | None, error: float | None = None) -> Row:
     """What became of a weight.
 
     Args:
