@@ -43,7 +43,7 @@ def take_out(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, list[i
         The graph that is left; one that maps the integers to what becomes of them; the positions of these inputs; and
         those of these outputs, ascending.
     """
-    output = gm.graph.output_node()
+    output: Any = gm.graph.output_node()
     outputs = output.args[0]
     if not isinstance(outputs, tuple | list):
         return None
@@ -71,7 +71,7 @@ def _is_int(node: fx.Node) -> bool:
 
 def _without(gm: fx.GraphModule, taken: Iterable[int], places: Iterable[int]) -> fx.GraphModule:
     graph, _ = graph_copy(gm)
-    output = graph.graph.output_node()
+    output: Any = graph.graph.output_node()
     output.args = (tuple(out for i, out in enumerate(output.args[0]) if i not in set(places)),)
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
     gone = {placeholders[i] for i in taken}
