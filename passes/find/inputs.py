@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, fx
 
 from marlin_w4a16.fake_impls.library import DTYPES
-from marlin_w4a16.kernels.fp4 import E2M1_VALUES
+from marlin_w4a16.kernels.fp4 import E2M1_VALUES, GROUP_SIZES
 from marlin_w4a16.passes.graph.constants import Constants, value_of_constant, written_by
 from marlin_w4a16.passes.graph.nodes import evaluate, example, sizes
 
 # NVIDIA ModelOpt's fake quantisers are operators of their own, which run on GPUs only.
 _OPERATORS = ("tensorrt.dynamic_block_quantize_op", "tensorrt.quantize_op")
-_GROUPS = (16, 32)
 _FARTHEST = 64  # nodes between an input and its quantised form
 _CLOSE = 1e-2  # a quantiser may compute in bfloat16
 
@@ -50,7 +49,7 @@ def _quantises(
         values = evaluate(sorted(between), known)
     except Exception:  # what cannot be run alone is not known to be a quantiser
         return False
-    return any(_is_grid(data, values[x], group) for group in _GROUPS)
+    return any(_is_grid(data, values[x], group) for group in GROUP_SIZES)
 
 
 def _is_grid(data: Tensor, found: Any, group: int) -> bool:

@@ -112,9 +112,7 @@ def _in_place(node: fx.Node) -> bool:
 
 
 def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], written: set[Hashable]) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if is_higher_order(node.target) or _name(node) in _RANDOM:
+    if node.op not in ("call_function", "call_method") or is_higher_order(node.target) or _name(node) in _RANDOM:
         return False
     inputs = node.all_input_nodes
     if not all(n in leaves or n in nodes for n in inputs):

@@ -28,8 +28,8 @@ class Flow:
         self._keys = {node: storage(node) for node in graph.nodes}
         self._writes: dict[Hashable, list[fx.Node]] = {}
         self._members: dict[Hashable, list[fx.Node]] = {}
-        for node in graph.nodes:
-            self._members.setdefault(storage(node), []).append(node)
+        for node, key in self._keys.items():
+            self._members.setdefault(key, []).append(node)
             for target in written_by(node) if node not in constants else ():
                 self._writes.setdefault(storage(target), []).append(node)
 
@@ -94,7 +94,7 @@ class Flow:
 
     def idle(self, nodes: list[fx.Node], outputs: Collection[fx.Node], read: Collection[fx.Node]) -> set[fx.Node]:
         """Which of some nodes nothing needs once their outputs come from elsewhere, and ``read`` is still read."""
-        inside, needed = set(nodes), {node for node in read if node in nodes}
-        needed |= {node for node in inside.difference(outputs) if not node.users.keys() <= inside}
-        needed = closure(needed, lambda node: inside.intersection(self.reads(node)))
+        inside = set(nodes)
+        used = {node for node in inside.difference(outputs) if not node.users.keys() <= inside}
+        needed = closure(used | inside.intersection(read), lambda node: inside.intersection(self.reads(node)))
         return {node for node in inside - needed if node.op in _CALLS}

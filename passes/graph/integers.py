@@ -22,8 +22,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, 
     if found is None:
         return torch_private.compile_graph(gm, list(inputs), patches)
     graph, counting, taken, places = found
-    counted = set(taken)
-    kept = [i for i in range(len(inputs)) if i not in counted]
+    kept = sorted(set(range(len(inputs))).difference(taken))
     compiled = torch_private.compile_graph(graph, [inputs[i] for i in kept], patches)
 
     def call(*args: Any) -> Any:
@@ -61,8 +60,8 @@ def take_out(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, list[i
     places = [i for i, node in enumerate(outputs) if node in of and of[node] and not of[node] & read]
     if not taken:
         return None
-    results = [outputs[i] for i in places]
-    return _without(gm, taken, places), _counting(gm, [placeholders[i] for i in taken], results), taken, places
+    counting = _counting(gm, [placeholders[i] for i in taken], [outputs[i] for i in places])
+    return _without(gm, taken, places), counting, taken, places
 
 
 def _is_int(node: fx.Node) -> bool:

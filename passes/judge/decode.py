@@ -123,8 +123,7 @@ class Decode:
     @functools.cached_property
     def leaf_indices(self) -> frozenset[int]:
         """The positions of the leaves among the nodes."""
-        leaves = set(self.leaves)
-        return frozenset(index for index, node in enumerate(self.nodes) if node in leaves)
+        return frozenset(map(self.nodes.index, self.leaves))
 
     @functools.cached_property
     def numbers(self) -> list[float]:

@@ -236,8 +236,7 @@ class Joined:
             for part, recipe in zip(decode.parts[1], self.parts, strict=True)
         ]
         weights, factors = [weight for weight, _ in read], [factor for _, factor in read]
-        codes = torch.cat([weight.codes for weight in weights], self.axis)
-        scales = torch.cat([weight.scales for weight in weights], self.axis)
+        codes, scales = (torch.cat([getattr(w, field) for w in weights], self.axis) for field in ("codes", "scales"))
         multipliers = [weight.multiplier for weight in weights]
         if self.axis == 1:
             if any(not torch.equal(multiplier, multipliers[0]) for multiplier in multipliers):

@@ -50,8 +50,7 @@ class Judge:
         self._shared: dict[fx.Node, Tensor] = {}
 
     def __call__(self, weight: Weight) -> Verdict:
-        excluded = self._settings.excluded(weight.path)
-        if excluded is not None:
+        if (excluded := self._settings.excluded(weight.path)) is not None:
             return excluded
         if not self._settings.linear and not weight.routed:
             return Excluded("options={'linear': False}")

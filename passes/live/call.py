@@ -66,12 +66,9 @@ class LiveCall:
     """
 
     def __init__(self, compiled: Callable[..., Any], traced: Callable[..., Any], rewritten: Rewritten) -> None:
-        self._compiled = compiled
-        self._traced = traced
-        self._kept = rewritten.kept
-        self._bound = rewritten.bound
+        self._compiled, self._traced = compiled, traced
+        self._kept, self._bound, self._wrappers = rewritten.kept, rewritten.bound, rewritten.wrappers
         leaves = {i for bound in rewritten.bound for i in bound.leaves}
-        self._wrappers = rewritten.wrappers
         self._plain = _getter(sorted(leaves - self._wrappers.keys()))
         self._codes_leaf = rewritten.bound[0].codes_leaf  # tells instances of the model apart
         self._instances: dict[int, _Instance] = {}

@@ -52,8 +52,7 @@ def recognise_activation(
     if isinstance(found, Rejected):
         return found
     grid = torch.empty(len(line) ** len(columns)).index_put_((index.flatten(),), found.flatten())
-    # where the other one is the reference
-    lines = grid[: len(line)], grid[:: len(line)]
+    lines = grid[: len(line)], grid[:: len(line)]  # where the other one is the reference
     refusals: list[tuple[int, Rejected]] = []
     for order, gate, up in ((layout[0], 0, 1), (layout[1], 1, 0)) if len(layout) > 1 else ((None, 0, None),):
         base = Activation(gated=False) if up is None else _up(line, lines[up], known)

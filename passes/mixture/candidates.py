@@ -160,10 +160,8 @@ class _Search:
             for output in self._outputs(t):
                 tokens = self._near([self.first.x_node], DTYPES, (t, self.first.matrices.k))
                 weights = self._near([output], DTYPES, (t, k))
-                for x, weight in combinations(tokens, weights):
-                    mixture = self._closed(x, ids, weight, output)
-                    if mixture is not None:
-                        found.append(mixture)
+                closed = (self._closed(x, ids, weight, output) for x, weight in combinations(tokens, weights))
+                found += [mixture for mixture in closed if mixture is not None]
         return found[:_CANDIDATES] or Rejected(f"no whole mixture: {self.why}")
 
     def _near(

@@ -18,7 +18,6 @@ def pack_stack(weight: FP4Weight, batch: int, order: Order | None, into: PackedF
     Args:
         weight: ``[batch * n, k]``.
         batch: how many matrices there are; one is no stack.
-        order: which rows are gates.
         into: what is packed over, at its addresses, or None for new tensors.
     """
     if batch > 1:

@@ -143,10 +143,7 @@ class Trial:
 def random_tokens(
     m: Candidate, device: torch.device, generator: torch.Generator, past_the_end: bool = False
 ) -> dict[fx.Node, Tensor]:
-    """Random tokens, unequal routing weights and experts: the same twice for a token, some never.
-
-    With ``past_the_end``, some of the experts are none.
-    """
+    """Random tokens, unequal routing weights, and experts: the same twice for a token, some never, or past the end."""
     t, k = sizes(m.ids)
     if m.scores is None:
         few = torch.randperm(m.experts, generator=generator, device="cpu")[: k + 1]

@@ -24,18 +24,13 @@ _GROUPED_OP = torch.ops.marlin_w4a16.grouped_linear.default
 def replace(
     product: Product, node: fx.Node, packed: PackedFP4, inputs: Sequence[fx.Node], x: fx.Node, routing: fx.Node | None
 ) -> list[fx.Node]:
-    """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten.
+    """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten; the last is the result.
 
     Args:
-        product: what is replaced.
-        node: its copy.
         packed: the weight, a stack if the product is routed.
         inputs: the nodes of words, scales and multiplier.
         x: the input, of the shape and dtype of that of the product.
         routing: the offsets or ids of a routed product.
-
-    Returns:
-        What was written; the last one is the result.
     """
     written: list[fx.Node] = []
     dtype = example(node).dtype

@@ -22,13 +22,9 @@ def replace(
     packed: Sequence[PackedFP4],
     inputs: Sequence[Sequence[fx.Node]],
 ) -> None:
-    """Puts the op in the place of a mixture.
+    """Puts the op in the place of a mixture; ``inputs`` are the nodes of words, scales and multiplier of each weight.
 
-    Args:
-        proved: what is replaced.
-        reach: the node of the graph that is rewritten for one of the mixture's.
-        packed: its two weights.
-        inputs: the nodes of words, scales and multiplier of each.
+    ``reach`` gives the node of the graph that is rewritten for one of the mixture's.
     """
     m = proved.mixture
     output = reach(m.output)

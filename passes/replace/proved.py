@@ -24,7 +24,6 @@ class Alone:
     """A weight by itself.
 
     Attributes:
-        weight: the weight.
         outcome: what it was found to be, or why it is left.
         no_mixture: why it is part of no whole mixture, if it looked like one.
     """

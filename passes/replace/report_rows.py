@@ -24,14 +24,7 @@ _OPS = torch.ops.marlin_w4a16
 
 
 def row_of(weight: Weight, found: Verdict, whole: Proved | Rejected | None, error: float | None = None) -> Row:
-    """What became of a weight.
-
-    Args:
-        weight: the weight.
-        found: what it was found to be, or why it is left.
-        whole: the mixture it is a part of, or why it is none, if it looked like one.
-        error: of `outcome.Replaced`.
-    """
+    """What became of a weight, with its mixture or why it is none; None where it is not about any."""
     path, seen, experts = weight.path, weight.decode.matrices, None
     if isinstance(found, Found):
         if isinstance(found.recipe, FromSources) and found.recipe.window.total > weight.decode.rows:

@@ -24,10 +24,7 @@ def worst_error(
     inputs: Sequence[fx.Node],
     packed: PackedFP4,
 ) -> float:
-    """The relative L2 difference of what was written from a product of a weight, which reads ``operands``.
-
-    The operand that routes rows, if there is one, is called ``"routing"``.
-    """
+    """The relative L2 difference of what was written from a product of ``operands``, ``"routing"`` among them."""
     weight = example(product.weight_node)
     values: dict[fx.Node, Any] = {}
     for name, operand in operands.items():
