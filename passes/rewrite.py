@@ -62,9 +62,7 @@ class _Prove:
     """Says what the weights of a unit are."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._judge = Judge(settings)
-        self._prover = Prover()
+        self._settings, self._judge, self._prover = settings, Judge(settings), Prover()
 
     def __call__(self, unit: Unit, pack: Pack) -> Sequence[Alone | WholeMixture]:
         """What is replaced as one: whole mixtures, or else each weight by itself; ``pack`` packs one that was found."""

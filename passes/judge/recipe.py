@@ -240,9 +240,8 @@ class Joined:
         multipliers = [weight.multiplier for weight in weights]
         if self.axis == 1:
             if any(not torch.equal(multiplier, multipliers[0]) for multiplier in multipliers):
-                raise ValueError(
-                    f"{name}: found parts with different factors beside each other, expected one factor a row"
-                )
+                found = "found parts with different factors beside each other"
+                raise ValueError(f"{name}: {found}, expected one factor a row")
             multipliers, factors = multipliers[:1], factors[:1]
         return FP4Weight(codes, scales, torch.cat(multipliers), self.kind, self.group, name), torch.cat(factors)
 

@@ -70,8 +70,7 @@ class WholeMixture:
     """Mixtures of experts that share their two weights.
 
     Attributes:
-        weights: of the first and the second product.
-        found: what these are.
+        weights, found: those of the first and the second product, and what they are.
         proved: the mixtures, all with the same order of gates.
     """
 
