@@ -16,11 +16,10 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import compute_dtype
 from marlin_w4a16.passes.fuse.stage import fuse
 from marlin_w4a16.passes.graph.traced import Traced
-from marlin_w4a16.passes.judge.verdict import Found
+from marlin_w4a16.passes.judge.verdict import Found, Verdict
 from marlin_w4a16.passes.judge.weights import Judge, Weight
-from marlin_w4a16.passes.live.binding import fit
+from marlin_w4a16.passes.live.binding import Copies, fit
 from marlin_w4a16.passes.live.call import Rewritten
-from marlin_w4a16.passes.live.copies import Copies
 from marlin_w4a16.passes.mixture.proof import Prover
 from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.mixture.units import Unit, find_units
@@ -31,23 +30,17 @@ from marlin_w4a16.passes.replace.report_rows import owned
 from marlin_w4a16.passes.settings import Settings
 
 DEFAULTS = Settings()
+_NOT_GROUPED = Excluded("options={'grouped': False}")
 Pack = Callable[[Weight, Found, Order | None], PackedFP4]
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> Rewritten:
-    """Replaces what it can prove; the traced graph itself is left as it was.
-
-    Args:
-        gm: a graph from Dynamo.
-        inputs: its live example inputs.
-        settings: what the user chose.
-    """
+    """Replaces what it can prove in a graph from Dynamo, by its live inputs; the graph itself is left as it was."""
     traced = Traced(gm, inputs)
-    rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(traced, settings)
+    rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(settings)
     for unit in find_units(traced, settings):
         copies = Copies(settings.rules)
-        for proved in prove(unit, copies.packed):
-            rows += proved.replace(edit, copies, settings.verify)
+        rows += [row for proved in prove(unit, copies.packed) for row in proved.replace(edit, copies, settings.verify)]
     fuse(traced.regions.graphs)
     return edit.finish(rows)
 
@@ -55,10 +48,9 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFA
 def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> tuple[Row, ...]:
     """The report of `rewrite`, without changing anything; of mixtures that are alike, one is packed for its proof."""
     traced = Traced(gm, inputs)
-    rows, prove = list(owned(traced.flat.graph)), _Prove(traced, settings)
+    rows, prove = list(owned(traced.flat.graph)), _Prove(settings)
     for unit in find_units(traced, settings):
-        for proved in prove(unit, _packed):
-            rows += proved.rows()
+        rows += [row for proved in prove(unit, _packed) for row in proved.rows()]
     return tuple(rows)
 
 
@@ -69,25 +61,22 @@ def _packed(weight: Weight, found: Found, order: Order | None) -> PackedFP4:
 class _Prove:
     """Says what the weights of a unit are."""
 
-    def __init__(self, traced: Traced, settings: Settings) -> None:
-        self._settings = settings
-        self._judge = Judge(settings)
-        self._prover = Prover(traced.constants)
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._judge, self._prover = settings, Judge(settings), Prover()
 
     def __call__(self, unit: Unit, pack: Pack) -> Sequence[Alone | WholeMixture]:
-        """What is replaced as one: whole mixtures, or else each weight by itself.
-
-        Args:
-            unit: the weights.
-            pack: packs one that was found to be FP4.
-        """
+        """What is replaced as one: whole mixtures, or else each weight by itself; ``pack`` packs one that was found."""
         founds = [self._found(weight, unit) for weight in unit.weights]
         whole = self._whole(unit, founds, pack)
         if isinstance(whole, WholeMixture):
             return [whole]
-        return [self._alone(weight, found, whole) for weight, found in zip(unit.weights, founds, strict=True)]
+        alone = []
+        for weight, found in zip(unit.weights, founds, strict=True):
+            left = isinstance(found, Found) and weight.routed and not self._settings.grouped
+            alone.append(Alone(weight, whole or _NOT_GROUPED if left else found, whole))
+        return alone
 
-    def _found(self, weight: Weight, unit: Unit) -> Found | Rejected | Excluded:
+    def _found(self, weight: Weight, unit: Unit) -> Verdict:
         if weight.routed and not self._settings.grouped and not unit.mixtures:
             return _NOT_GROUPED
         found = self._judge(weight)
@@ -96,9 +85,7 @@ class _Prove:
         fitted = fit(found.weight, compute_dtype(weight.products))
         return fitted if isinstance(fitted, Rejected) else replace(found, weight=fitted)
 
-    def _whole(
-        self, unit: Unit, founds: Sequence[Found | Rejected | Excluded], pack: Pack
-    ) -> WholeMixture | Rejected | None:
+    def _whole(self, unit: Unit, founds: Sequence[Verdict], pack: Pack) -> WholeMixture | Rejected | None:
         """The mixtures of a unit, or why they are none; None if it is not about any."""
         if isinstance(unit.mixtures, Rejected):
             return unit.mixtures
@@ -120,11 +107,3 @@ class _Prove:
         if len({proved.order for proved in mixtures}) > 1:
             return Rejected("no whole mixture: gates in several orders")
         return WholeMixture((w13, w2), (first, second), mixtures)
-
-    def _alone(self, weight: Weight, found: Found | Rejected | Excluded, no_mixture: Rejected | None) -> Alone:
-        if isinstance(found, Found) and weight.routed and not self._settings.grouped:
-            return Alone(weight, no_mixture or _NOT_GROUPED, no_mixture)
-        return Alone(weight, found, no_mixture)
-
-
-_NOT_GROUPED = Excluded("options={'grouped': False}")

@@ -6,27 +6,19 @@ import torch
 from torch import Tensor, fx
 
 from marlin_w4a16.fake_impls.library import DTYPES
-from marlin_w4a16.kernels.fp4 import E2M1_VALUES
+from marlin_w4a16.kernels.fp4 import E2M1_VALUES, GROUP_SIZES
 from marlin_w4a16.passes.graph.constants import Constants, value_of_constant, written_by
-from marlin_w4a16.passes.graph.nodes import evaluate, example
-from marlin_w4a16.passes.graph.torch_private import size_hint
+from marlin_w4a16.passes.graph.nodes import evaluate, example, sizes
 
 # NVIDIA ModelOpt's fake quantisers are operators of their own, which run on GPUs only.
 _OPERATORS = ("tensorrt.dynamic_block_quantize_op", "tensorrt.quantize_op")
-_GROUPS = (16, 32)
 _FARTHEST = 64  # nodes between an input and its quantised form
 _CLOSE = 1e-2  # a quantiser may compute in bfloat16
 
 
 def quantised(x: fx.Node, constants: Constants, live: dict[fx.Node, Any]) -> fx.Node | None:
-    """What was quantised to FP4 to give ``x``, or None if nothing was.
-
-    Args:
-        x: the input of a product.
-        constants: those of its graph.
-        live: the values of the leaves.
-    """
-    if _is_operator(x):
+    """What was quantised to FP4 to give ``x``, the input of a product, or None; ``live`` are the values of leaves."""
+    if str(x.target).removesuffix(".default") in _OPERATORS:
         source = x.args[0]
         return source if isinstance(source, fx.Node) else None
     between: list[fx.Node] = []
@@ -50,15 +42,14 @@ def _quantises(
     """Whether the operations between two nodes round random data to codes times a scale a group."""
     like = example(source)
     generator = torch.Generator().manual_seed(0)
-    shape = [size_hint(size) for size in like.shape]
-    data = torch.randn(shape, generator=generator).to(like.device, like.dtype)
+    data = torch.randn(sizes(source), generator=generator).to(like.device, like.dtype)
     used = {n for node in between for n in node.all_input_nodes if n in constants}
     try:
         known = {source: data} | {node: value_of_constant(node, constants, live) for node in used}
         values = evaluate(sorted(between), known)
     except Exception:  # what cannot be run alone is not known to be a quantiser
         return False
-    return any(_is_grid(data, values[x], group) for group in _GROUPS)
+    return any(_is_grid(data, values[x], group) for group in GROUP_SIZES)
 
 
 def _is_grid(data: Tensor, found: Any, group: int) -> bool:
@@ -82,7 +73,3 @@ def _alike(node: fx.Node, x: fx.Node) -> bool:
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False
     return before.shape == after.shape and before.dtype == after.dtype and before.dtype in DTYPES
-
-
-def _is_operator(node: fx.Node) -> bool:
-    return str(node.target).removesuffix(".default") in _OPERATORS

@@ -1,10 +1,9 @@
 """Finds the products of a graph whose weight is computed from constants, and reads each as an equation."""
 
-import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -14,8 +13,11 @@ from marlin_w4a16.passes.find import equation
 from marlin_w4a16.passes.find.equation import Equation, Matrices, matrices
 from marlin_w4a16.passes.find.routes import Route, gathered, gathered_matrices, grouped_matrices
 from marlin_w4a16.passes.graph.constants import Constants
+from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import GROUPED_MM
+
+_Spelled = Callable[[int, int], Equation | str]  # the equation of operands of so many dimensions, or why there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +147,15 @@ def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
             held = operands.get(weight)
             if not isinstance(held, fx.Node):
                 continue
-            if held in constants and example(held).ndim > 1:
-                yield (_grouped if spelling is _GROUPED else _product)(node, spelling, x, weight, spelled)
-                break
             route = gathered(held, constants)
-            if route is not None:
-                yield _gathered(node, spelling, x, weight, spelled, route)
-                break
+            if route is None and (held not in constants or example(held).ndim < 2):
+                continue
+            plain = _plain(example(held if route is None else route.stack))
+            product = Product(node, spelling, x, weight, (), *plain, route=route)
+            read = _gathered if route is not None else _grouped if spelling is _GROUPED else _single
+            product = read(product, operands, spelled)
+            yield product if product.refusal else replace(product, refusal=_refusal(product, operands))
+            break
 
 
 def _spelling_of(node: fx.Node) -> Spelling | None:
@@ -176,9 +180,7 @@ def arguments_of(node: fx.Node, spelling: Spelling) -> dict[str, Any]:
     return operands
 
 
-def _ways(
-    spelling: Spelling, operands: dict[str, Any]
-) -> Iterator[tuple[str, str, Callable[[int, int], Equation | str]]]:
+def _ways(spelling: Spelling, operands: dict[str, Any]) -> Iterator[tuple[str, str, _Spelled]]:
     yield from spelling.ways
     if spelling is _TENSORDOT:
         dims = operands.get("dims", 2)
@@ -190,56 +192,47 @@ def _ways(
         yield "1", "0", lambda x, weight: equation.einsum(spelled, x, weight, x_first=False)
 
 
-def _product(
-    node: fx.Node, spelling: Spelling, x: str, weight: str, spelled: Callable[[int, int], Equation | str]
-) -> Product:
-    operands = arguments_of(node, spelling)
-    value, held = example(operands[weight]), operands.get(x)
-    plain = _plain(value)
-    if not isinstance(held, fx.Node) or not isinstance(example(held), Tensor):
-        return Product(node, spelling, x, weight, (), *plain, f"{spelling.name} with a literal as its input")
-    axes = spelled(example(held).ndim, value.ndim)
-    if isinstance(axes, str) or len(axes.weight) != value.ndim or len(axes.x) != example(held).ndim:
-        why = axes if isinstance(axes, str) else f"{tuple(example(held).shape)} by {tuple(value.shape)}"
-        return Product(node, spelling, x, weight, (), *plain, f"{spelling.name} of {why}")
-    x_first = tuple(i for i in range(len(axes.x)) if _is_broadcast(example(held), i, axes, value))
+def _single(product: Product, operands: dict[str, Any], spelled: _Spelled) -> Product:
+    """Reads a product with a weight that stands there."""
+    name, value, held = product.spelling.name, example(operands[product.weight]), example(operands.get(product.x))
+    if not isinstance(held, Tensor):
+        return replace(product, refusal=f"{name} with a literal as its input")
+    axes = _axes(spelled, held, value)
+    if isinstance(axes, str):
+        return replace(product, refusal=f"{name} of {axes}")
+    x_first = tuple(i for i in range(len(axes.x)) if _is_broadcast(held, i, axes, value))
     if any(axes.x[i] not in axes.out for i in x_first):
-        why = f"{spelling.name} of an input that is broadcast along the columns"
-        return Product(node, spelling, x, weight, (), *plain, why)
+        return replace(product, refusal=f"{name} of an input that is broadcast along the columns")
     kept = "".join(label for i, label in enumerate(axes.x) if i not in x_first)
     axes, seen = matrices(Equation(kept, axes.weight, axes.out), value)
-    product = Product(node, spelling, x, weight, x_first, axes, seen)
-    return dataclasses.replace(product, refusal=_refusal(product, operands))
+    return replace(product, x_first=x_first, equation=axes, matrices=seen)
 
 
-def _grouped(
-    node: fx.Node, spelling: Spelling, x: str, weight: str, _: Callable[[int, int], Equation | str]
-) -> Product:
-    operands = arguments_of(node, spelling)
-    offsets, stack, held = operands.get("offs"), operands[weight], operands.get(x)
+def _grouped(product: Product, operands: dict[str, Any], _: _Spelled) -> Product:
+    offsets, stack, held = operands.get("offs"), operands[product.weight], operands.get(product.x)
     shapes = [tuple(example(n).shape) if isinstance(n, fx.Node) else () for n in (held, stack)]
     if not isinstance(offsets, fx.Node) or [len(shape) for shape in shapes] != [2, 3]:
-        plain = _plain(example(stack))
-        return Product(node, spelling, x, weight, (), *plain, f"{spelling.name} of {shapes[0]} by {shapes[1]}")
-    route = Route("offsets", offsets, stack, node)
-    product = Product(node, spelling, x, weight, (), *grouped_matrices(example(stack)), route=route)
-    return dataclasses.replace(product, refusal=_refusal(product, operands))
+        return replace(product, refusal=f"{product.spelling.name} of {shapes[0]} by {shapes[1]}")
+    axes, seen = grouped_matrices(example(stack))
+    return replace(product, equation=axes, matrices=seen, route=Route("offsets", offsets, stack, product.node))
 
 
-def _gathered(
-    node: fx.Node, spelling: Spelling, x: str, weight: str, spelled: Callable[[int, int], Equation | str], route: Route
-) -> Product:
-    operands = arguments_of(node, spelling)
-    stack, ids, held = example(route.stack), example(route.node), operands.get(x)
-    value, shape = example(operands[weight]), tuple(example(held).shape) if isinstance(held, fx.Node) else ()
-    axes = spelled(len(shape), value.ndim) if shape else f"{tuple(value.shape)} by a literal"
-    if not isinstance(axes, str) and (len(axes.weight) != value.ndim or len(axes.x) != len(shape)):
-        axes = f"{shape} by {tuple(value.shape)}"
-    seen = axes if isinstance(axes, str) else gathered_matrices(axes, ids, stack)
+def _gathered(product: Product, operands: dict[str, Any], spelled: _Spelled) -> Product:
+    route, value, held = cast(Route, product.route), example(operands[product.weight]), example(operands.get(product.x))
+    is_input = isinstance(held, Tensor) and held.ndim
+    axes = _axes(spelled, held, value) if is_input else f"{tuple(value.shape)} by a literal"
+    seen = axes if isinstance(axes, str) else gathered_matrices(axes, example(route.node), example(route.stack))
     if isinstance(axes, str) or isinstance(seen, str):
-        return Product(node, spelling, x, weight, (), *_plain(stack), f"{spelling.name} of {seen}", route)
-    product = Product(node, spelling, x, weight, (), axes, seen, route=route)
-    return dataclasses.replace(product, refusal=_refusal(product, operands))
+        return replace(product, refusal=f"{product.spelling.name} of {seen}")
+    return replace(product, equation=axes, matrices=seen)
+
+
+def _axes(spelled: _Spelled, x: Tensor, weight: Tensor) -> Equation | str:
+    """What operands of these shapes are asked for, or why it is not read."""
+    axes = spelled(x.ndim, weight.ndim)
+    if isinstance(axes, str) or (len(axes.x), len(axes.weight)) == (x.ndim, weight.ndim):
+        return axes
+    return f"{tuple(x.shape)} by {tuple(weight.shape)}"
 
 
 def _plain(weight: Tensor) -> tuple[Equation, Matrices]:
@@ -277,8 +270,7 @@ def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
         if name in operands and operands[name] not in values:
             return f"{spelling.name} with {name}={operands[name]}, expected {values[0]}"
     if x.dtype not in DTYPES:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return f"{spelling.name} of {str(x.dtype).removeprefix('torch.')}: expected one of {expected}"
+        return f"{spelling.name} of {dtype_name(x.dtype)}: expected one of {', '.join(map(dtype_name, DTYPES))}"
     if weight.requires_grad:
         return f"{spelling.name} with a weight that requires grad: FP4 weights get none"
     added = operands.get(spelling.added or "")

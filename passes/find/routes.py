@@ -108,15 +108,13 @@ def ordered(call: Call, tensor: Any, labels: str, wanted: str) -> Any:
 def multiply(
     call: Call, linear: Callable[[Any, Any], Any], route: Route | None, x: Any, routing: Any, experts: int, each: Any
 ) -> Any:
-    """Rows times the matrices that belong to them.
+    """Rows ``[rows, k]`` times the matrices, of which there are ``experts``, that belong to them.
 
     Args:
         call: see `Call`.
         linear: of rows that are sorted by matrix and the end of the rows of each.
         route: how they belong; None for a batch: as many rows for each matrix, in order.
-        x: ``[rows, k]``.
         routing: the offsets or ids of the route.
-        experts: how many matrices there are.
         each: rows of each matrix in a batch, or of each id.
     """
     if route is not None and route.by == "offsets":

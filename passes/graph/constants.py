@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from marlin_w4a16.passes.graph.nodes import example, storage, value_of
+from marlin_w4a16.passes.graph.nodes import closure, example, storage, value_of
 from marlin_w4a16.passes.graph.torch_private import is_higher_order, is_weight_like, may_write
 
 _RANDOM = frozenset(
@@ -74,16 +74,12 @@ def find_constants(graph: fx.Graph) -> Constants:
 
 def needed_by(roots: Iterable[fx.Node], constants: Constants, user: fx.Node | None = None) -> set[fx.Node]:
     """Every node that ``roots`` need, the in-place writes to what they read included: all, or those before ``user``."""
-    needed: set[fx.Node] = set()
-    todo = list(roots)
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo.extend(node.all_input_nodes)
-            writes = constants.writes.get(storage(node), ())
-            todo.extend(write for write in writes if user is None or write < user)
-    return needed
+
+    def reads(node: fx.Node) -> list[fx.Node]:
+        writes = constants.writes.get(storage(node), ())
+        return [*node.all_input_nodes, *(write for write in writes if user is None or write < user)]
+
+    return closure(roots, reads)
 
 
 def slice_of(value: fx.Node, user: fx.Node, constants: Constants) -> list[fx.Node]:
@@ -116,9 +112,7 @@ def _in_place(node: fx.Node) -> bool:
 
 
 def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], written: set[Hashable]) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if is_higher_order(node.target) or _name(node) in _RANDOM:
+    if node.op not in ("call_function", "call_method") or is_higher_order(node.target) or _name(node) in _RANDOM:
         return False
     inputs = node.all_input_nodes
     if not all(n in leaves or n in nodes for n in inputs):

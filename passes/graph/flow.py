@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from marlin_w4a16.passes.graph.constants import Constants, written_by
-from marlin_w4a16.passes.graph.nodes import example, storage
+from marlin_w4a16.passes.graph.nodes import closure, example, storage
 
 # What makes a tensor of the shape of its first argument, whose values do not matter.
 _LIKE = frozenset(
@@ -19,21 +19,17 @@ _MOST = 192  # nodes of a part; a wrong boundary would lead through all layers b
 
 
 class Flow:
-    """The order of reads and writes in a flat graph.
-
-    Args:
-        graph: the graph.
-        constants: its constants; what is written to these is not looked at.
-    """
+    """The order of reads and writes in a flat graph; what is written to its constants is not looked at."""
 
     def __init__(self, graph: fx.Graph, constants: Constants) -> None:
         self.constants = constants
-        self._place = {node: place for place, node in enumerate(graph.nodes)}
+        self._nodes = list(graph.nodes)
+        self._place = {node: place for place, node in enumerate(self._nodes)}
         self._keys = {node: storage(node) for node in graph.nodes}
         self._writes: dict[Hashable, list[fx.Node]] = {}
         self._members: dict[Hashable, list[fx.Node]] = {}
-        for node in graph.nodes:
-            self._members.setdefault(storage(node), []).append(node)
+        for node, key in self._keys.items():
+            self._members.setdefault(key, []).append(node)
             for target in written_by(node) if node not in constants else ():
                 self._writes.setdefault(storage(target), []).append(node)
 
@@ -91,23 +87,14 @@ class Flow:
                 found.add(node)
         return found
 
-    def following(self, node: fx.Node, count: int) -> Iterator[fx.Node]:
-        """Walks so many nodes of the graph that come after a node."""
-        for _ in range(count):
-            node = node.next
-            if node.op == "root":
-                return
-            yield node
+    def following(self, node: fx.Node, count: int) -> list[fx.Node]:
+        """So many nodes of the graph that come after a node."""
+        start = self._place[node] + 1
+        return self._nodes[start : start + count]
 
     def idle(self, nodes: list[fx.Node], outputs: Collection[fx.Node], read: Collection[fx.Node]) -> set[fx.Node]:
         """Which of some nodes nothing needs once their outputs come from elsewhere, and ``read`` is still read."""
-        inside, needed = set(nodes), {node for node in read if node in nodes}
-        for node in inside.difference(outputs):
-            if not node.users.keys() <= inside:
-                needed.add(node)
-        todo = list(needed)
-        while todo:
-            found = {*self.reads(todo.pop())} & inside - needed
-            needed |= found
-            todo += found
+        inside = set(nodes)
+        used = {node for node in inside.difference(outputs) if not node.users.keys() <= inside}
+        needed = closure(used | inside.intersection(read), lambda node: inside.intersection(self.reads(node)))
         return {node for node in inside - needed if node.op in _CALLS}

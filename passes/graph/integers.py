@@ -17,19 +17,12 @@ from marlin_w4a16.passes.graph.torch_private import graph_copy
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    """Hands a graph to Inductor; where CUDA graphs are asked for, without integers that are only counted.
-
-    Args:
-        gm: a graph from Dynamo.
-        inputs: its example inputs.
-        patches: settings of Inductor.
-    """
+    """Hands a graph to Inductor; where its settings ask for CUDA graphs, without integers that are only counted."""
     found = take_out(gm) if patches.get("triton.cudagraphs") else None
     if found is None:
         return torch_private.compile_graph(gm, list(inputs), patches)
     graph, counting, taken, places = found
-    counted = set(taken)
-    kept = [i for i in range(len(inputs)) if i not in counted]
+    kept = sorted(set(range(len(inputs))).difference(taken))
     compiled = torch_private.compile_graph(graph, [inputs[i] for i in kept], patches)
 
     def call(*args: Any) -> Any:
@@ -49,7 +42,7 @@ def take_out(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, list[i
         The graph that is left; one that maps the integers to what becomes of them; the positions of these inputs; and
         those of these outputs, ascending.
     """
-    output = next(iter(reversed(gm.graph.nodes)))
+    output: Any = gm.graph.output_node()
     outputs = output.args[0]
     if not isinstance(outputs, tuple | list):
         return None
@@ -67,8 +60,8 @@ def take_out(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, list[i
     places = [i for i, node in enumerate(outputs) if node in of and of[node] and not of[node] & read]
     if not taken:
         return None
-    results = [outputs[i] for i in places]
-    return _without(gm, taken, places), _counting(gm, [placeholders[i] for i in taken], results), taken, places
+    counting = _counting(gm, [placeholders[i] for i in taken], [outputs[i] for i in places])
+    return _without(gm, taken, places), counting, taken, places
 
 
 def _is_int(node: fx.Node) -> bool:
@@ -77,7 +70,7 @@ def _is_int(node: fx.Node) -> bool:
 
 def _without(gm: fx.GraphModule, taken: Iterable[int], places: Iterable[int]) -> fx.GraphModule:
     graph, _ = graph_copy(gm)
-    output = next(iter(reversed(graph.graph.nodes)))
+    output: Any = graph.graph.output_node()
     output.args = (tuple(out for i, out in enumerate(output.args[0]) if i not in set(places)),)
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
     gone = {placeholders[i] for i in taken}
@@ -90,9 +83,8 @@ def _without(gm: fx.GraphModule, taken: Iterable[int], places: Iterable[int]) ->
 
 
 def _counting(gm: fx.GraphModule, inputs: list[fx.Node], results: list[fx.Node]) -> fx.GraphModule:
-    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in inputs:
-        values[node] = graph.placeholder(node.name)
+    graph = fx.Graph()
+    values = {node: graph.placeholder(node.name) for node in inputs}
     for node in gm.graph.nodes:
         made = node not in values and node.op == "call_function" and _is_int(node)
         if made and all(n in values for n in node.all_input_nodes):

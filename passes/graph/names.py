@@ -1,12 +1,19 @@
-"""Where the inputs of a graph come from, in names for people."""
+"""Where the inputs of a graph come from, and their dtypes, in names for people."""
 
 import re
+
+import torch
 
 _STEP = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__"})
 
 # The packages of producers whose tensors have classes of their own.
 _PRODUCERS = {"modelopt": "ModelOpt", "torchao": "torchao"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without its module."""
+    return str(dtype).removeprefix("torch.")
 
 
 def producer_of(value: object) -> str | None:

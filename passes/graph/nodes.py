@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from marlin_w4a16.passes.graph.torch_private import size_hint, storage_key
 
@@ -21,6 +21,28 @@ def storage(node: fx.Node) -> Hashable | None:
     Calls that were traced with one body have its example values in common, so theirs do not tell the calls apart.
     """
     return cast(Hashable | None, node.meta.get("storage", storage_key(example(node))))
+
+
+def sizes(node: fx.Node) -> tuple[int, ...]:
+    """The shape that the tensor of a node was traced with."""
+    return tuple(map(size_hint, example(node).shape))
+
+
+def literals(nodes: Iterable[fx.Node]) -> list[Any]:
+    """What stands in the operations of some nodes as it is, at any depth, and the nodes that they read."""
+    return [value for node in nodes for value in tree_leaves((node.args, node.kwargs))]
+
+
+def closure(roots: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Every node to which steps lead from some nodes, these included."""
+    found: set[fx.Node] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(step(node))
+    return found
 
 
 def run(node: fx.Node, values: Mapping[fx.Node, Any], change: Callable[[Any], Any] | None = None) -> Any:
@@ -47,16 +69,13 @@ def evaluate(
     run: Callable[[fx.Node, Mapping[fx.Node, Any]], Any] = run,
     keep: Collection[fx.Node] | None = None,
 ) -> dict[fx.Node, Any]:
-    """Runs nodes in their order.
+    """Runs nodes in their order, and returns the values, those that were known among them.
 
     Args:
         nodes: in graph order.
         known: values that are there already, by node.
         run: what a node computes from the values before it.
         keep: the nodes whose values are wanted; others are let go after their last use. None: all.
-
-    Returns:
-        The values, those that were known among them.
     """
     computed = [node for node in nodes if node not in known]
     last_use = {used: node for node in computed for used in node.all_input_nodes} if keep is not None else {}

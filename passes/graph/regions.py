@@ -25,11 +25,7 @@ class Flat:
 
 
 class Regions:
-    """A copy of a graph from Dynamo to be edited: each call of a region has a body of its own until `finish`.
-
-    Attributes:
-        gm: the copy.
-    """
+    """A copy ``gm`` of a graph from Dynamo to be edited: each call of a region has its own body until `finish`."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, _ = graph_copy(gm)
@@ -73,8 +69,7 @@ class Regions:
     def finish(self, dead: Collection[fx.Node]) -> fx.GraphModule:
         """Erases dead nodes, and what enters and leaves regions only for them; the copy is then ready to run.
 
-        Args:
-            dead: nodes whose users are dead too, where what is passed through regions counts as one value.
+        The users of a dead node are dead too, where what is passed through regions counts as one value.
         """
         self._prune(self.gm.graph, dead)
         self._share()

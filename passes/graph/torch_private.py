@@ -72,10 +72,8 @@ def is_weight_like(node: fx.Node) -> bool:
 
 def storage_key(value: object) -> int | None:
     """What two tensors share when one is a view of the other; also for fake ones."""
-    try:
-        return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-    except (NotImplementedError, RuntimeError):
-        return None  # wrapper subclasses have no storage of their own
+    held = storage_of(value) if isinstance(value, Tensor) else None
+    return None if held is None else held._cdata
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
@@ -119,11 +117,9 @@ def part_names(tensor: Tensor) -> tuple[str, ...]:
 
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the data of a wrapper subclass, at any depth, or the tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if not is_wrapper(tensor):
         yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
+    for name in part_names(tensor):
         yield from inner_tensors(getattr(tensor, name))
 
 
@@ -132,7 +128,7 @@ def graph_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Nod
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, values)
-    graph.output(output).meta.update(next(iter(reversed(gm.graph.nodes))).meta)
+    graph.output(output).meta.update(gm.graph.output_node().meta)
     for old, new in values.items():
         new.meta.pop("grapharg", None)  # holds a weak reference to the live tensor, which swap_tensors does not allow
         if hasattr(old, "_dynamo_source"):
@@ -163,12 +159,8 @@ def add_static_input(graph: fx.Graph, like: fx.Node, member: str, value: Tensor)
 
 def fake_result(node: fx.Node, like: fx.Node) -> Any:
     """Runs a new node's operator on the example values of its inputs; fakes are made as that of ``like`` was."""
-
-    def example(n: fx.Node) -> Any:
-        return n.meta["example_value"]
-
-    args, kwargs = fx.map_arg(node.args, example), fx.map_arg(node.kwargs, example)
-    with next(inner_tensors(example(like))).fake_mode:  # type: ignore[attr-defined]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    with next(inner_tensors(like.meta["example_value"])).fake_mode:  # type: ignore[attr-defined]
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

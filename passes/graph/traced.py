@@ -12,14 +12,10 @@ from marlin_w4a16.passes.graph.regions import Regions
 
 
 class Traced:
-    """A traced graph under analysis; itself it is left as it was.
-
-    Args:
-        gm: a graph from Dynamo.
-        inputs: its live example inputs.
+    """A graph from Dynamo under analysis; itself it is left as it was.
 
     Attributes:
-        inputs: the same.
+        inputs: its live example inputs.
         regions: a copy to be edited, region by region.
         flat: the copy as one graph, for analysis.
         constants: those of the flat graph.

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
 from marlin_w4a16.passes.find.equation import Matrices
 from marlin_w4a16.passes.graph.constants import Constants, needed_by, slice_of, written_by
-from marlin_w4a16.passes.graph.nodes import example, storage, value_of
+from marlin_w4a16.passes.graph.nodes import closure, example, literals, storage, value_of
 from marlin_w4a16.passes.judge.tensors import dense
 
 _JOINS: dict[Any, int] = {torch.cat: 0, torch.concat: 0, torch.stack: 0, torch.vstack: 0, torch.hstack: 1}
@@ -55,10 +54,12 @@ class Decode:
     _slices: dict[int, list[fx.Node]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, value: fx.Node, user: fx.Node, matrices: Matrices, constants: Constants) -> "Decode":
+    def of(
+        cls, value: fx.Node, user: fx.Node, matrices: Matrices, constants: Constants, lift: int | None = None
+    ) -> "Decode":
         """What makes a weight that ``user`` reads."""
         nodes = slice_of(value, user, constants)
-        return cls(value, nodes, [node for node in nodes if node in constants.leaves], matrices, constants)
+        return cls(value, nodes, [node for node in nodes if node in constants.leaves], matrices, constants, lift)
 
     @property
     def rows(self) -> int:
@@ -122,22 +123,13 @@ class Decode:
     @functools.cached_property
     def leaf_indices(self) -> frozenset[int]:
         """The positions of the leaves among the nodes."""
-        leaves = set(self.leaves)
-        return frozenset(index for index, node in enumerate(self.nodes) if node in leaves)
+        return frozenset(map(self.nodes.index, self.leaves))
 
     @functools.cached_property
     def numbers(self) -> list[float]:
         """The floats that stand in its operations as they are."""
-        found: list[float] = []
-
-        def see(value: Any) -> Any:
-            if isinstance(value, float) and value not in found and 0 < abs(value) < float("inf"):
-                found.append(value)
-            return value
-
-        for node in self.nodes:
-            tree_map(see, (node.args, node.kwargs))
-        return found
+        floats = (value for value in literals(self.nodes) if isinstance(value, float))
+        return list(dict.fromkeys(value for value in floats if 0 < abs(value) < float("inf")))
 
     @functools.cached_property
     def windows(self) -> list[Window]:
@@ -146,7 +138,7 @@ class Decode:
         node, order = self.value, self.matrices.order
         while True:
             part = example(node)
-            for base in (n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)):
+            for base in self._views(node):
                 whole = example(base)
                 total, rest = divmod(whole.numel(), self.matrices.k)
                 if rest or total <= self.rows or not whole.is_contiguous():
@@ -168,21 +160,13 @@ class Decode:
         node = self.value
         while _is_cast(node):
             node = node.all_input_nodes[0]
-        of_views = [n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)]
-        larger = [n for n in of_views if example(n).numel() > example(node).numel() and n not in self.leaves]
+        larger = [n for n in self._views(node) if example(n).numel() > example(node).numel() and n not in self.leaves]
         last = max(larger, default=None)
         return None if last is None or any(n > last and written_by(n) for n in self.nodes) else last
 
     @functools.cached_property
     def _after_base(self) -> list[fx.Node]:
-        needed: set[fx.Node] = set()
-        todo = [self.value]
-        while todo:
-            node = todo.pop()
-            needed.add(node)
-            if node is not self.base:
-                todo += node.all_input_nodes
-        return sorted(needed)
+        return sorted(closure([self.value], lambda node: [] if node is self.base else node.all_input_nodes))
 
     @functools.cached_property
     def parts(self) -> tuple[int, list["Decode"]]:
@@ -198,31 +182,24 @@ class Decode:
         lift = given.get("dim", given.get("axis", _JOINS[node.target])) % example(node).ndim
         place = self.matrices.order.index(example(node).ndim - 1 - lift if turned else lift)
         stacks = node.target is torch.stack
-        outer = len(self.matrices.order) - self._inner
-        if place not in (0, outer) or not all(isinstance(tensor, fx.Node) for tensor in tensors):
+        if place not in (0, len(self.matrices.sizes)) or not all(isinstance(tensor, fx.Node) for tensor in tensors):
             return 0, []
         axis = 0 if place == 0 else 1
         seen = [example(t).unsqueeze(lift) if stacks else example(t) for t in tensors]
         return axis, [
-            Decode.of(t, node, self._part(value, turned), self.constants)._lifted(lift if stacks else None)
+            Decode.of(t, node, self._part(value, turned), self.constants, lift if stacks else None)
             for t, value in zip(tensors, seen, strict=True)
         ]
 
-    @property
-    def _inner(self) -> int:
-        """How many axes of the weight make its columns."""
-        return len(self.matrices.order) - len(self.matrices.sizes)
+    def _views(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)]
 
     def _part(self, value: Tensor, turned: bool) -> Matrices:
         order = tuple(value.ndim - 1 - axis for axis in self.matrices.order) if turned else self.matrices.order
-        outer = len(order) - self._inner
+        outer = len(self.matrices.sizes)
         sizes = tuple(value.shape[axis] for axis in order[:outer])
         k = torch.Size([value.shape[axis] for axis in order[outer:]]).numel()
         return Matrices((), order, 1, torch.Size(sizes).numel(), k, sizes)
-
-    def _lifted(self, axis: int | None) -> "Decode":
-        self.lift = axis
-        return self
 
     def _slice(self, index: int) -> list[fx.Node]:
         if index not in self._slices:

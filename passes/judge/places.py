@@ -50,9 +50,8 @@ def _blocks(decode: Decode, window: Window) -> list[int]:
 def factors_in(decode: Decode, window: Window) -> Iterator[Factor]:
     """What a window may be multiplied by: tensors, nothing, the numbers of the graph."""
     for node, value in decode.tensors:
-        is_factor = value.is_floating_point() and value.element_size() > 1 and value.numel()
-        is_factor = is_factor and _is_unrounded(decode, node, value)
-        if is_factor and window.total % value.numel() == 0:
+        is_float = value.is_floating_point() and value.element_size() > 1 and _is_unrounded(decode, node, value)
+        if is_float and value.numel() and window.total % value.numel() == 0:
             yield Factor(node)
     yield Factor()
     yield from (Factor(number=number) for number in decode.numbers)

@@ -32,6 +32,22 @@ class Source:
     coding: str
     blocks: int = 0
 
+    def read_codes(self, decode: Decode, leaves: Leaves, window: Window, rows: list[int] | None = None) -> Tensor:
+        """Codes as bytes ``[rows, k / 2]``: all of the weight, or some rows of it."""
+        per_column, coding = CODINGS[self.coding]
+        window = window if per_column == 2 else Window(0, decode.rows)
+        matrix = self.matrix(decode.source(self.node, leaves), window.total, decode.matrices.k // per_column)
+        matrix = matrix[window.rows(decode.rows)]
+        matrix = matrix if rows is None else matrix[rows]
+        if per_column == 2:
+            return coding(matrix)
+        return torch.cat([coding(part) for part in torch.split(matrix, block_rows(decode.matrices.k))])
+
+    def read_scales(self, decode: Decode, leaves: Leaves, window: Window, group: int) -> tuple[Tensor, Tensor | None]:
+        """Scales as bytes ``[window.total, k / group]`` and their factor for each row, or None."""
+        _, coding = SCALINGS[self.coding]
+        return coding(self.matrix(decode.source(self.node, leaves), window.total, decode.matrices.k // group))
+
     def matrix(self, value: Tensor, rows: int, columns: int) -> Tensor:
         """The value as ``[rows, columns]``, a view where that is possible."""
         value = as_bytes(value.detach())  # some 8-bit and 4-bit dtypes can be viewed but not indexed
@@ -120,8 +136,8 @@ class FromSources:
             ValueError: the leaves hold no such weight (a NaN scale, a shape that does not fit).
         """
         rows = self.window.rows(decode.rows)
-        codes = read_codes(self.codes, decode, leaves, self.window)
-        scales, own = read_scales(self.scales, decode, leaves, self.window, self.group)
+        codes = self.codes.read_codes(decode, leaves, self.window)
+        scales, own = self.scales.read_scales(decode, leaves, self.window, self.group)
         factor = self.factor.value(decode, leaves, self.window, codes.device)
         multiplier = factor.reciprocal() if self.factor.divides else factor
         if own is not None:
@@ -143,27 +159,6 @@ class FromSources:
     @property
     def _nodes(self) -> list[int]:
         return [node for node in (self.codes.node, self.scales.node, self.factor.node) if node is not None]
-
-
-def read_codes(source: Source, decode: Decode, leaves: Leaves, window: Window, rows: list[int] | None = None) -> Tensor:
-    """Codes as bytes ``[rows, k / 2]``: all of the weight, or some rows of it."""
-    per_column, coding = CODINGS[source.coding]
-    window = window if per_column == 2 else Window(0, decode.rows)
-    matrix = source.matrix(decode.source(source.node, leaves), window.total, decode.matrices.k // per_column)
-    matrix = matrix[window.rows(decode.rows)]
-    matrix = matrix if rows is None else matrix[rows]
-    if per_column == 2:
-        return coding(matrix)
-    return torch.cat([coding(part) for part in torch.split(matrix, block_rows(decode.matrices.k))])
-
-
-def read_scales(
-    source: Source, decode: Decode, leaves: Leaves, window: Window, group: int
-) -> tuple[Tensor, Tensor | None]:
-    """Scales as bytes ``[window.total, k / group]`` and their factor for each row, or None."""
-    _, coding = SCALINGS[source.coding]
-    matrix = source.matrix(decode.source(source.node, leaves), window.total, decode.matrices.k // group)
-    return coding(matrix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,14 +236,12 @@ class Joined:
             for part, recipe in zip(decode.parts[1], self.parts, strict=True)
         ]
         weights, factors = [weight for weight, _ in read], [factor for _, factor in read]
-        codes = torch.cat([weight.codes for weight in weights], self.axis)
-        scales = torch.cat([weight.scales for weight in weights], self.axis)
+        codes, scales = (torch.cat([getattr(w, field) for w in weights], self.axis) for field in ("codes", "scales"))
         multipliers = [weight.multiplier for weight in weights]
         if self.axis == 1:
             if any(not torch.equal(multiplier, multipliers[0]) for multiplier in multipliers):
-                raise ValueError(
-                    f"{name}: found parts with different factors beside each other, expected one factor a row"
-                )
+                found = "found parts with different factors beside each other"
+                raise ValueError(f"{name}: {found}, expected one factor a row")
             multipliers, factors = multipliers[:1], factors[:1]
         return FP4Weight(codes, scales, torch.cat(multipliers), self.kind, self.group, name), torch.cat(factors)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.passes.graph.names import dtype_name
 
 # A traced float32 value may differ from the exact one by the roundings of two products in any order.
 FLOAT32_ULPS = 2
@@ -58,8 +59,8 @@ class Roundings:
     def __str__(self) -> str:
         if self.exact:
             return EXACT
-        count, dtype = _WAYS[self.rounds][0], str(self.dtype).removeprefix("torch.")
-        return f"rounded {_TIMES[count]} in the model ({dtype}: {self.rounds})"
+        times = _TIMES[_WAYS[self.rounds][0]]
+        return f"rounded {times} in the model ({dtype_name(self.dtype)}: {self.rounds})"
 
     @property
     def tolerance(self) -> tuple[float, str]:

@@ -11,10 +11,7 @@ _NEIGHBOURS = 2  # a quotient of rounded numbers is so many units in the last pl
 
 
 def to_e8m0(scales: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Bytes of E8M0 scales and a float32 factor for each row, or None where there is none.
-
-    Args:
-        scales: ``[rows, columns]``, any float dtype.
+    """Bytes of E8M0 scales ``[rows, columns]``, any float dtype, and a float32 factor for each row or None.
 
     Raises:
         ValueError: they are no such scales.
@@ -28,13 +25,10 @@ def to_e8m0(scales: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def to_e4m3(scales: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Bytes of E4M3 scales and a float32 factor for each row, or None where there is none.
+    """Bytes of E4M3 scales ``[rows, columns]``, any float dtype, and a float32 factor for each row or None.
 
     A factor is taken if it gives every scale again: a float32 one as the rounded product of byte and factor, a 16-bit
     one exactly. One for all rows is sought first.
-
-    Args:
-        scales: ``[rows, columns]``, any float dtype.
 
     Raises:
         ValueError: there is no such factor.

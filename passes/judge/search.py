@@ -12,24 +12,14 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES, FP4Weight, format_name
+from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode, Window
 from marlin_w4a16.passes.judge.places import codes_in, factors_in, is_bytes, scales_in
-from marlin_w4a16.passes.judge.recipe import (
-    Factor,
-    FromSources,
-    FromValue,
-    Joined,
-    Leaves,
-    OfType,
-    Recipe,
-    Source,
-    read_codes,
-    read_scales,
-)
+from marlin_w4a16.passes.judge.recipe import Factor, FromSources, FromValue, Joined, Leaves, OfType, Recipe, Source
 from marlin_w4a16.passes.judge.roundings import Difference, Roundings, first_difference, roundings_of
-from marlin_w4a16.passes.judge.verdict import Found, TooFar, judged, settled, short
+from marlin_w4a16.passes.judge.verdict import Found, TooFar, judged, settled
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.settings import Rules
 
@@ -116,7 +106,7 @@ class _Search:
                     FromSources(codes, scales, Factor(), window, group).read(self.decode, self.leaves, self.name)
                 except ValueError as error:
                     return Rejected(str(error).removeprefix(f"{self.name}: "))
-        return Rejected(f"the traced weight holds NaN or Inf in {short(value.dtype)}")
+        return Rejected(f"the traced weight holds NaN or Inf in {dtype_name(value.dtype)}")
 
     def _from_sources(self, value: Tensor, exact: bool) -> Found | Rejected:
         used = value.count_nonzero(1).nonzero()[:, 0]
@@ -125,7 +115,7 @@ class _Search:
         tried = False
         for codes, window in codes_in(self.decode):
             try:
-                few = read_codes(codes, self.decode, self.leaves, window, rows)
+                few = codes.read_codes(self.decode, self.leaves, window, rows)
             except ValueError:
                 continue
             for scales, group in scales_in(self.decode, window, codes.node):
@@ -200,7 +190,7 @@ class _Search:
         key = source, window, group
         if key not in self.scales:
             try:
-                self.scales[key] = read_scales(source, self.decode, self.leaves, window, group)
+                self.scales[key] = source.read_scales(self.decode, self.leaves, window, group)
             except ValueError:
                 self.scales[key] = None
         return self.scales[key]

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
+from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.recipe import Leaves, Recipe
 from marlin_w4a16.passes.judge.roundings import Roundings, first_difference, largest_error
-from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.passes.outcome import Excluded, Rejected
 from marlin_w4a16.passes.settings import Rules
 
 
@@ -36,6 +36,9 @@ class Found:
         return format_name(self.recipe.kind, self.recipe.group)
 
 
+Verdict = Found | Rejected | Excluded
+
+
 @dataclass(frozen=True, slots=True)
 class TooFar:
     """Recognised, but rounded on the way by more than the tolerance."""
@@ -49,7 +52,7 @@ def judge_again(
     """Holds a known recipe against other leaves, or those of another decode of the same signature."""
     value = decode.weight(leaves)
     if not bool(value.isfinite().all()):
-        return Rejected(f"the traced weight holds NaN or Inf in {short(value.dtype)}")
+        return Rejected(f"the traced weight holds NaN or Inf in {dtype_name(value.dtype)}")
     return settled(judged(recipe, roundings, decode, leaves, name, rules, value))
 
 
@@ -79,8 +82,3 @@ def judged(
     enough = named if error <= within else f"{error * 1.01:.3g}"
     why = f"{format}, {roundings}: options={{'tolerance': {enough}}} accepts it"
     return TooFar(Rejected(why, f"it differs from its exact decode by up to {error:.2g}"))
-
-
-def short(dtype: torch.dtype) -> str:
-    """The name of a dtype for people."""
-    return str(dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.recipe import Recipe
 from marlin_w4a16.passes.judge.roundings import Roundings
 from marlin_w4a16.passes.judge.search import may_be_fp4, recognise
-from marlin_w4a16.passes.judge.verdict import Found, judge_again
+from marlin_w4a16.passes.judge.verdict import Found, Verdict, judge_again
 from marlin_w4a16.passes.outcome import Excluded, Rejected, raised
 from marlin_w4a16.passes.settings import Settings
 
@@ -49,9 +49,8 @@ class Judge:
         self._known: dict[Any, tuple[Recipe, Roundings]] = {}
         self._shared: dict[fx.Node, Tensor] = {}
 
-    def __call__(self, weight: Weight) -> Found | Rejected | Excluded:
-        excluded = self._settings.excluded(weight.path)
-        if excluded is not None:
+    def __call__(self, weight: Weight) -> Verdict:
+        if (excluded := self._settings.excluded(weight.path)) is not None:
             return excluded
         if not self._settings.linear and not weight.routed:
             return Excluded("options={'linear': False}")

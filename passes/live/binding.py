@@ -17,11 +17,13 @@ from torch import Tensor
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.passes.find.products import compute_dtype
 from marlin_w4a16.passes.graph.torch_private import is_wrapper
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.search import recognise
 from marlin_w4a16.passes.judge.verdict import Found, judge_again
-from marlin_w4a16.passes.live.snapshot import Snapshot, State, state_of, watched
+from marlin_w4a16.passes.judge.weights import Weight
+from marlin_w4a16.passes.live.snapshot import Snapshot, State, callback, state_of, watched
 from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.outcome import Rejected, raised
 from marlin_w4a16.passes.settings import Rules
@@ -31,12 +33,12 @@ class NeedsCallBeforeCapture(RuntimeError):
     """A weight was first seen while a CUDA graph was being captured."""
 
 
+@dataclass(eq=False)
 class _Copy:
     """A packed weight and the tensors it was read from at that moment."""
 
-    def __init__(self, packed: PackedFP4, sources: Snapshot) -> None:
-        self.packed = packed
-        self.sources = sources
+    packed: PackedFP4
+    sources: Snapshot
 
 
 # The graphs of a model (prefill and decode, static and dynamic shapes) read the same weights: they share the copies.
@@ -70,10 +72,7 @@ class Binding:
     ) -> None:
         self._decode = decode
         self._recipe, self._roundings = found.recipe, found.roundings
-        self._rules = rules
-        self._dtype = dtype
-        self._order = order
-        self.name = name
+        self._rules, self._dtype, self._order, self.name = rules, dtype, order, name
         self._verified: dict[tuple[int, ...], _Verified] = {}  # die with any leaf, a table say
         self._held: dict[tuple[int, ...], tuple[Any, ...]] = {}  # copies; they die with what the weight is read from
 
@@ -114,11 +113,9 @@ class Binding:
 
     def _copy(self, leaves: Sequence[Tensor], weight: FP4Weight) -> _Copy | Rejected:
         roots = [leaves[i] for i in self._recipe.roots(self._decode)]
-        sources = watched(roots)
-        state = state_of(sources)
-        ids = tuple(map(id, roots))
+        ids, sources = tuple(map(id, roots)), watched(roots)
+        state, reading = state_of(sources), self._recipe.reading(self._decode)
         batch, order = self._decode.matrices.batch, self._order
-        reading = self._recipe.reading(self._decode)
         key = (*ids, weight.codes.device, reading, batch, order, self._dtype is torch.float16)
         copy = _COPIES.get(key)
         if copy is None or not copy.sources.holds(sources, state):
@@ -130,10 +127,8 @@ class Binding:
             else:
                 pack_stack(fitted, batch, order, copy.packed)
                 copy.sources = Snapshot(sources, state)
-        self._held[ids] = (
-            copy,
-            *(weakref.ref(source, self._forget(ids)) for source in sources if not is_wrapper(source)),
-        )
+        plain = (source for source in sources if not is_wrapper(source))
+        self._held[ids] = copy, *(weakref.ref(source, self._forget(ids)) for source in plain)
         return copy
 
     def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:
@@ -151,15 +146,29 @@ class Binding:
         return found.weight
 
     def _forget(self, ids: tuple[int, ...]) -> Callable[[object], None]:
-        binding = weakref.ref(self)
+        return callback(self, lambda binding: (binding._verified.pop(ids, None), binding._held.pop(ids, None)))
 
-        def forget(_: object) -> None:
-            owner = binding()
-            if owner is not None:
-                owner._verified.pop(ids, None)
-                owner._held.pop(ids, None)
 
-        return forget
+class Copies:
+    """Bindings of weights that were found to be FP4, each with its packed copy, made when first asked for."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._held: dict[tuple[Weight, Order | None], tuple[Binding, PackedFP4]] = {}
+
+    def bound(self, weight: Weight, found: Found, order: Order | None) -> tuple[Binding, PackedFP4]:
+        """The binding of a weight and its packed copy, the rows of experts in pairs if there is an order."""
+        if (weight, order) not in self._held:
+            dtype = compute_dtype(weight.products)
+            binding = Binding(weight.decode, found, self._rules, dtype, weight.path, order)
+            copy = binding.adopt(weight.values, found.weight)
+            assert isinstance(copy, PackedFP4)  # what was found has been fitted to the dtype
+            self._held[weight, order] = binding, copy
+        return self._held[weight, order]
+
+    def packed(self, weight: Weight, found: Found, order: Order | None) -> PackedFP4:
+        """The packed copy alone."""
+        return self.bound(weight, found, order)[1]
 
 
 def fit(weight: FP4Weight, dtype: torch.dtype) -> FP4Weight | Rejected:

@@ -2,7 +2,6 @@
 
 import logging
 import operator
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from marlin_w4a16.passes.live.binding import Binding
-from marlin_w4a16.passes.live.snapshot import Snapshot, state_of
+from marlin_w4a16.passes.live.snapshot import Snapshot, callback, state_of
 from marlin_w4a16.passes.outcome import Rejected, Row
 
 log = logging.getLogger("marlin_w4a16")
@@ -67,12 +66,9 @@ class LiveCall:
     """
 
     def __init__(self, compiled: Callable[..., Any], traced: Callable[..., Any], rewritten: Rewritten) -> None:
-        self._compiled = compiled
-        self._traced = traced
-        self._kept = rewritten.kept
-        self._bound = rewritten.bound
+        self._compiled, self._traced = compiled, traced
+        self._kept, self._bound, self._wrappers = rewritten.kept, rewritten.bound, rewritten.wrappers
         leaves = {i for bound in rewritten.bound for i in bound.leaves}
-        self._wrappers = rewritten.wrappers
         self._plain = _getter(sorted(leaves - self._wrappers.keys()))
         self._codes_leaf = rewritten.bound[0].codes_leaf  # tells instances of the model apart
         self._instances: dict[int, _Instance] = {}
@@ -105,14 +101,7 @@ class LiveCall:
 
     def _forget(self, instance: int) -> Callable[[object], None]:
         """Lets the packed tensors go when a leaf dies."""
-        call = weakref.ref(self)
-
-        def forget(_: object) -> None:
-            owner = call()
-            if owner is not None:
-                owner._instances.pop(instance, None)
-
-        return forget
+        return callback(self, lambda call: call._instances.pop(instance, None))
 
     def _run_as_traced(self, why: Rejected, args: tuple[Any, ...]) -> Any:
         if not self._warned:

@@ -3,11 +3,13 @@
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, is_wrapper, storage_of, versions_of
 
+T = TypeVar("T")
 State = tuple[list[int], list[int]]
 
 
@@ -23,6 +25,18 @@ def watched(tensors: Sequence[Tensor]) -> list[Tensor]:
     written to a part does not count up the wrapper's.
     """
     return [*(part for t in tensors for part in inner_tensors(t)), *filter(is_wrapper, tensors)]
+
+
+def callback(owner: T, act: Callable[[T], object]) -> Callable[[object], None]:
+    """What to call when something dies: it acts on an owner, which it does not keep alive, if that is still there."""
+    ref = weakref.ref(owner)
+
+    def call(_: object) -> None:
+        alive = ref()
+        if alive is not None:
+            act(alive)
+
+    return call
 
 
 class Snapshot:
@@ -42,13 +56,7 @@ class Snapshot:
         self, tensors: Sequence[Tensor], state: State, on_death: Callable[[object], None] | None = None
     ) -> None:
         self._state: State | None = state
-        snapshot = weakref.ref(self)
-
-        def end(_: object) -> None:
-            ended = snapshot()
-            if ended is not None:
-                ended._state = None
-
+        end = callback(self, lambda snapshot: setattr(snapshot, "_state", None))
         plain = [tensor for tensor in tensors if not is_wrapper(tensor)]  # swap_tensors, and so .to(), wants no
         self._tensors = [weakref.ref(tensor, on_death) for tensor in plain]  # weak reference to a wrapper
         self._storages = [weakref.ref(s, end) for s in map(storage_of, plain) if s is not None]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,15 +37,12 @@ def recognise_activation(
     Returns:
         Activation and order (None without gates); or why not, with the first point at which the nearest differs.
     """
-
-    def run(sums: Tensor) -> Tensor | Rejected:
-        return _run(function, sums.to(device, copy=True))
-
+    run = partial(_run, function, device)
     layout = _layout(run, rows)
     if isinstance(layout, Rejected):
         return layout
     known = tuple(dict.fromkeys(abs(float(n)) for n in numbers if 0 < abs(n) < _LARGEST))
-    line, columns = _line(known), _columns(layout, rows)
+    line, columns = _line(known), kinds(layout[0], rows)
     index = _spread(len(line) ** len(columns), rows // len(columns))
     values = [line[index // len(line) ** axis % len(line)] for axis in range(len(columns))]
     sums = torch.empty((len(index), rows))
@@ -54,10 +52,9 @@ def recognise_activation(
     if isinstance(found, Rejected):
         return found
     grid = torch.empty(len(line) ** len(columns)).index_put_((index.flatten(),), found.flatten())
-    # where the other one is the reference
-    lines = grid[: len(line)], grid[:: len(line)]
+    lines = grid[: len(line)], grid[:: len(line)]  # where the other one is the reference
     refusals: list[tuple[int, Rejected]] = []
-    for order, gate, up in ((layout[0], 0, 1), (layout[1], 1, 0)) if layout else ((None, 0, None),):
+    for order, gate, up in ((layout[0], 0, 1), (layout[1], 1, 0)) if len(layout) > 1 else ((None, 0, None),):
         base = Activation(gated=False) if up is None else _up(line, lines[up], known)
         activation = _gate(line, lines[gate], base, known)
         wrong = _differences(activation, values[gate], None if up is None else values[up], found)
@@ -67,9 +64,9 @@ def recognise_activation(
     return min(refusals, key=lambda wrong: wrong[0])[1]
 
 
-def _run(function: Callable[[Tensor], Tensor], sums: Tensor) -> Tensor | Rejected:
+def _run(function: Callable[[Tensor], Tensor], device: torch.device | str, sums: Tensor) -> Tensor | Rejected:
     """The result as float32 on the CPU."""
-    given, rows = list(sums.shape), sums.shape[1]
+    given, rows, sums = list(sums.shape), sums.shape[1], sums.to(device, copy=True)
     try:
         with torch.no_grad():
             out = function(sums)
@@ -81,8 +78,8 @@ def _run(function: Callable[[Tensor], Tensor], sums: Tensor) -> Tensor | Rejecte
     return out.float().cpu()
 
 
-def _layout(run: Callable[[Tensor], Tensor | Rejected], rows: int) -> tuple[Order, ...] | Rejected:
-    """The orders in which columns are paired, none if each is alone.
+def _layout(run: Callable[[Tensor], Tensor | Rejected], rows: int) -> tuple[Order | None, ...] | Rejected:
+    """The orders in which columns may be paired, None if each is alone.
 
     Each column is changed, or not, by the bits of its number, once by a bit and once by its opposite. So the changes of
     a result tell the columns it is made from.
@@ -95,18 +92,13 @@ def _layout(run: Callable[[Tensor], Tensor | Rejected], rows: int) -> tuple[Orde
     if isinstance(out, Rejected):
         return out
     changed = (out[1:] - out[0]).abs() > 1e-3 * out.abs().amax()
-    layouts = ((),) if out.shape[1] == rows else _LAYOUTS
-    wrong = [changed != torch.stack([masks[:, at] for at in _columns(layout, rows)]).any(0) for layout in layouts]
+    layouts: Sequence[tuple[Order | None, ...]] = ((None,),) if out.shape[1] == rows else _LAYOUTS
+    wrong = [changed != torch.stack([masks[:, at] for at in kinds(first, rows)]).any(0) for first, *_ in layouts]
     for layout, differs in zip(layouts, wrong, strict=True):
         if not differs.any():
             return layout
     column, pair = int(wrong[0].any(0).nonzero()[0]), "of the same number" if len(wrong) == 1 else "of one pair"
     return Rejected(_NONE, f"column {column} of its result does not depend on the sums {pair}, or on others too")
-
-
-def _columns(layout: tuple[Order, ...], rows: int) -> tuple[slice, ...]:
-    """The first columns of all pairs and the second ones, or all columns if they are not paired."""
-    return kinds(layout[0] if layout else None, rows)
 
 
 def _line(numbers: Sequence[float]) -> Tensor:

@@ -5,19 +5,17 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product as combinations
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.graph.constants import Constants, needed_by
 from marlin_w4a16.passes.graph.flow import Flow
 from marlin_w4a16.passes.graph.names import module_path
-from marlin_w4a16.passes.graph.nodes import example, storage
-from marlin_w4a16.passes.graph.torch_private import size_hint, source_name
+from marlin_w4a16.passes.graph.nodes import example, literals, sizes, storage
+from marlin_w4a16.passes.graph.torch_private import source_name
 from marlin_w4a16.passes.outcome import Rejected
 
 _ID_DTYPES = (torch.int64, torch.int32)
@@ -67,7 +65,7 @@ class Candidate:
     @property
     def chosen(self) -> int:
         """How many of them each token has."""
-        return size_hint(example(self.ids).shape[1])
+        return sizes(self.ids)[1]
 
     @property
     def given(self) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -99,16 +97,8 @@ class Candidate:
     @property
     def numbers(self) -> list[float]:
         """The numbers that stand between the products."""
-        found: list[float] = []
-
-        def see(value: Any) -> Any:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.append(float(value))
-            return value
-
-        for node in self.between:
-            tree_map(see, (node.args, node.kwargs))
-        return list(dict.fromkeys(found))
+        numbers = (value for value in literals(self.between) if isinstance(value, int | float))
+        return list(dict.fromkeys(float(number) for number in numbers if not isinstance(number, bool)))
 
     @property
     def outputs(self) -> list[fx.Node]:
@@ -166,40 +156,24 @@ class _Search:
         found = []
         route = self.first.route
         for ids in self._near([route.node if route else self.first.x_node], _ID_DTYPES):
-            t, k = map(size_hint, example(ids).shape)
+            t, k = sizes(ids)
             for output in self._outputs(t):
                 tokens = self._near([self.first.x_node], DTYPES, (t, self.first.matrices.k))
                 weights = self._near([output], DTYPES, (t, k))
-                for x, weight in combinations(tokens, weights):
-                    mixture = self._closed(x, ids, weight, output)
-                    if mixture is not None:
-                        found.append(mixture)
+                closed = (self._closed(x, ids, weight, output) for x, weight in combinations(tokens, weights))
+                found += [mixture for mixture in closed if mixture is not None]
         return found[:_CANDIDATES] or Rejected(f"no whole mixture: {self.why}")
 
     def _near(
         self, roots: list[fx.Node], dtypes: Sequence[torch.dtype], shape: tuple[int, int] | None = None
     ) -> list[fx.Node]:
         """The nearest matrices of some dtypes, and of a shape, from which nodes are computed."""
-        found = []
-        for node in self.flow.before(roots):
-            value = example(node)
-            fits = isinstance(value, Tensor) and value.ndim == 2 and value.dtype in dtypes
-            if fits and (shape is None or _sizes(value) == shape):
-                found.append(node)
-        return found[:_MOST]
+        return [node for node in self.flow.before(roots) if _is_matrix(node, dtypes, shape)][:_MOST]
 
     def _outputs(self, tokens: int) -> list[fx.Node]:
         """Where the sum may be: what is computed from the second product and has its shape, the last first."""
-        near = list(self.flow.following(self.second.node, _FARTHEST))
-        found = []
-        for node in sorted(self.flow.after(self.second.node, near)):
-            value = example(node)
-            if (
-                isinstance(value, Tensor)
-                and _sizes(value) == (tokens, self.second.matrices.n)
-                and value.dtype in DTYPES
-            ):
-                found.append(node)
+        made = self.flow.after(self.second.node, self.flow.following(self.second.node, _FARTHEST))
+        found = [node for node in sorted(made) if _is_matrix(node, DTYPES, (tokens, self.second.matrices.n))]
         return found[:_OUTPUTS][::-1]
 
     def _closed(self, x: fx.Node, ids: fx.Node, weights: fx.Node, output: fx.Node) -> Candidate | None:
@@ -213,9 +187,8 @@ class _Search:
         fed = set(self.flow.before(self.flow.reads(self.second.node), given))
         entry = self.flow.before([self.first.x_node], {x, ids, weights})
         on_input = any(weights in self.flow.reads(node) for node in entry)
-        spread = (_sizes(example(x))[0], self.first.matrices.batch)
-        floats = [n for n in nodes if isinstance(example(n), Tensor) and example(n).dtype in DTYPES]
-        scores = [node for node in floats if node not in made and _sizes(example(node)) == spread and _distinct(ids)]
+        spread = sizes(x)[0], self.first.matrices.batch
+        scores = [node for node in nodes if node not in made and _is_matrix(node, DTYPES, spread) and _distinct(ids)]
         between = [node for node in nodes if node in fed and node in made and node is not self.first.node]
         last = scores[-1] if scores else None
         mixture = Candidate(self.first, self.second, x, ids, weights, last, on_input, output, nodes, between, constants)
@@ -235,9 +208,8 @@ class _Search:
             if constants.leaves.isdisjoint(needed_by([node], constants)):
                 continue
             which, product = ("bias13", self.first) if fed & node.users.keys() else ("bias2", self.second)
-            value = example(node)
-            shape = (mixture.experts, product.matrices.n)
-            if which in found or not isinstance(value, Tensor) or _sizes(value) != shape or value.dtype not in DTYPES:
+            shape = mixture.experts, product.matrices.n
+            if which in found or not _is_matrix(node, DTYPES, shape):
                 path = module_path(source_name(node)) if node in constants.leaves else node.name
                 self.why = f"{path} enters it, which is no bias of shape {list(shape)}"
                 return None
@@ -254,5 +226,8 @@ def _distinct(ids: fx.Node) -> bool:
     return given.get("dim", -1) in (-1, 1)
 
 
-def _sizes(value: Tensor) -> tuple[int, ...]:
-    return tuple(map(size_hint, value.shape))
+def _is_matrix(node: fx.Node, dtypes: Sequence[torch.dtype], shape: tuple[int, int] | None) -> bool:
+    """Whether a node is a matrix of some dtypes, and of a shape."""
+    value = example(node)
+    fits = isinstance(value, Tensor) and value.ndim == 2 and value.dtype in dtypes
+    return fits and (shape is None or sizes(node) == shape)

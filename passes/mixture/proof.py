@@ -1,62 +1,42 @@
 """Proves that a part of a graph is a mixture of experts: once for all that are structured alike."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
 
-from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.passes.graph.constants import Constants
-from marlin_w4a16.passes.graph.nodes import example
-from marlin_w4a16.passes.graph.torch_private import size_hint
+from marlin_w4a16.passes.graph.nodes import example, sizes
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.trial import Proved, Trial
 from marlin_w4a16.passes.outcome import Rejected, raised
 
-Packed = Callable[[Order | None], tuple[PackedFP4, PackedFP4]]
+Packed = Callable[[Order | None], tuple[PackedFP4, PackedFP4]]  # packs both weights, rows of the first in pairs
 
 
 class Prover:
     """Proves mixtures of a graph; those that are structured alike are proved once."""
 
-    def __init__(self, constants: Constants) -> None:
-        self._constants = constants
-        self._known: dict[Any, tuple[int, Activation, Order | None, bool] | Rejected] = {}
-
-    def known(self, candidates: list[Candidate]) -> Proved | Rejected | None:
-        """What is known of these without running anything."""
-        found = self._known.get(_signatures(candidates))
-        if found is None or isinstance(found, Rejected):
-            return found
-        return Proved(candidates[found[0]], *found[1:])
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[int, Proved] | Rejected] = {}
 
     def __call__(self, candidates: list[Candidate], packed: Packed) -> Proved | Rejected:
-        """The first of some candidates that is a mixture, or why the first is none.
-
-        Args:
-            candidates: at least one.
-            packed: packs the weights, the rows of the first one in pairs of an order.
-        """
-        found = self.known(candidates)
-        if found is None:
+        """The first of some candidates that is a mixture, or why the first is none."""
+        key = tuple(map(_signature, candidates))
+        if key not in self._known:
             try:
-                found = self._prove(candidates, packed)
+                self._known[key] = self._prove(candidates, packed)
             except Exception as error:
-                found = Rejected(f"no whole mixture: {raised(error).reason}")
-            key = _signatures(candidates)
-            if isinstance(found, Rejected):
-                self._known[key] = found
-            else:
-                place = candidates.index(found.mixture)
-                self._known[key] = place, found.activation, found.order, found.read_scores
-        return found
+                self._known[key] = Rejected(f"no whole mixture: {raised(error).reason}")
+        found = self._known[key]
+        return found if isinstance(found, Rejected) else replace(found[1], mixture=candidates[found[0]])
 
-    def _prove(self, candidates: list[Candidate], packed: Packed) -> Proved | Rejected:
+    def _prove(self, candidates: list[Candidate], packed: Packed) -> tuple[int, Proved] | Rejected:
         reasons = []
-        for mixture in candidates:
-            trial = Trial(mixture, self._constants)
+        for place, mixture in enumerate(candidates):
+            trial = Trial(mixture)
             activation = trial.activation()
             if isinstance(activation, Rejected):
                 reasons.append(activation)
@@ -66,16 +46,12 @@ class Prover:
                 proved = Proved(mixture, *activation, read_scores)
                 refused = trial.compare(proved, *weights)
                 if refused is None:
-                    return proved
+                    return place, proved
                 reasons.append(refused)
         return Rejected(f"no whole mixture: {reasons[0].why}", reasons[0].detail)
 
 
-def _signatures(candidates: list[Candidate]) -> tuple[Any, ...]:
-    return tuple(_signature(mixture) for mixture in candidates)
-
-
-def _signature(m: Candidate) -> Any:
+def _signature(m: Candidate) -> str:
     """What a mixture computes, whatever its nodes are called and its weights hold."""
     index: dict[fx.Node, str] = {node: f"%{i}" for i, node in enumerate(m.nodes)}
     index |= {node: f"given {i}" for i, node in enumerate(m.given)}
@@ -87,15 +63,12 @@ def _signature(m: Candidate) -> Any:
             return "stack"
         value = example(node)
         if node not in m.known:
-            return f"{value.dtype} {list(map(size_hint, value.shape))}"
-        told = (
-            "constant"
-            if node in (m.bias13, m.bias2)
-            else f"{node.target} {fx.map_arg((node.args, node.kwargs), shown)}"
-        )
+            return f"{value.dtype} {sizes(node)}"
+        is_bias = node in (m.bias13, m.bias2)
+        told = "constant" if is_bias else f"{node.target} {fx.map_arg((node.args, node.kwargs), shown)}"
         return f"{told} {value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else told
 
-    given = [(example(node).dtype, list(map(size_hint, example(node).shape))) for node in m.given]
+    given = [(example(node).dtype, sizes(node)) for node in m.given]
     nodes = [(node.op, str(node.target), repr(fx.map_arg((node.args, node.kwargs), shown))) for node in m.nodes]
     which = m.nodes.index(m.output), m.scores and m.nodes.index(m.scores), m.on_input
     return repr((given, nodes, which, m.first.matrices, m.second.matrices, m.first.equation, m.second.equation))

@@ -18,7 +18,6 @@ def pack_stack(weight: FP4Weight, batch: int, order: Order | None, into: PackedF
     Args:
         weight: ``[batch * n, k]``.
         batch: how many matrices there are; one is no stack.
-        order: which rows are gates.
         into: what is packed over, at its addresses, or None for new tensors.
     """
     if batch > 1:
@@ -33,13 +32,7 @@ def pack_stack(weight: FP4Weight, batch: int, order: Order | None, into: PackedF
 
 
 def paired(rows: Any, order: Order, call: Call = run) -> Any:
-    """Rows ``[experts, 2 i, ...]`` in the order in which `kernels.experts.pack_experts` has them.
-
-    Args:
-        rows: the rows, or their node.
-        order: which of them are gates.
-        call: see `routes.Call`.
-    """
+    """Rows ``[experts, 2 i, ...]``, or their node, in the order in which `kernels.experts.pack_experts` has them."""
     if order.interleaved:
         units = call(torch.transpose, call(torch.unflatten, rows, 1, (-1, PAIR, 2)), 2, 3)
     else:

@@ -15,10 +15,9 @@ from marlin_w4a16.kernels.expert_order import Order, kinds
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.find.routes import as_rows, from_rows, multiply, ordered, run
-from marlin_w4a16.passes.graph.constants import Constants, value_of_constant
-from marlin_w4a16.passes.graph.nodes import evaluate, example
+from marlin_w4a16.passes.graph.constants import value_of_constant
+from marlin_w4a16.passes.graph.nodes import evaluate, example, sizes
 from marlin_w4a16.passes.graph.nodes import run as run_node
-from marlin_w4a16.passes.graph.torch_private import size_hint
 from marlin_w4a16.passes.mixture.activation import recognise_activation
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.stacks import paired, unpaired
@@ -27,6 +26,7 @@ from marlin_w4a16.passes.outcome import Rejected
 _CLOSE = 2e-5  # of float32 sums in another order, relative to the norm of a token
 _BEYOND = 0.1  # how many sums are to be beyond a limit, on each side
 _DRAWS = 3
+_Multiply = Callable[[Product, Tensor, Tensor | None], Tensor]  # a product, its input, what routes its rows
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -50,13 +50,13 @@ class Proved:
 class Trial:
     """Runs one candidate in float32, as it was traced and as an op."""
 
-    def __init__(self, mixture: Candidate, constants: Constants) -> None:
+    def __init__(self, mixture: Candidate) -> None:
         self.mixture = mixture
         self.device = example(mixture.x).device
         self.generator = torch.Generator().manual_seed(0)
         self.biases = tuple(bias for bias in (mixture.bias13, mixture.bias2) if bias is not None)
         fixed = (node for node in mixture.constants if node not in self.biases)
-        self.fixed: dict[fx.Node, Any] = {node: value_of_constant(node, constants, {}) for node in fixed}
+        self.fixed: dict[fx.Node, Any] = {node: value_of_constant(node, mixture.known, {}) for node in fixed}
         self.fixed |= {node: torch.zeros_like(_random(node, self.device, self.generator)) for node in mixture.shapes}
 
     def activation(self) -> tuple[Activation, Order | None] | Rejected:
@@ -126,18 +126,13 @@ class Trial:
         found[self.mixture.x] *= scale
         return found | {bias: _random(bias, self.device, self.generator) for bias in self.biases}
 
-    def run(
-        self,
-        nodes: list[fx.Node],
-        given: dict[fx.Node, Any],
-        product: Callable[[Product, Tensor, Tensor | None], Tensor],
-    ) -> dict[fx.Node, Any]:
+    def run(self, nodes: list[fx.Node], given: dict[fx.Node, Any], product: _Multiply) -> dict[fx.Node, Any]:
         """The values of some nodes, in float32 where 16 bits were traced."""
         m = self.mixture
 
         def compute(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-            if node is m.first.node or node is m.second.node:
-                which = m.first if node is m.first.node else m.second
+            which = {m.first.node: m.first, m.second.node: m.second}.get(node)
+            if which is not None:
                 return product(which, values[which.x_node], values[which.route.node] if which.route else None)
             return _run_wide(node, values)
 
@@ -148,15 +143,8 @@ class Trial:
 def random_tokens(
     m: Candidate, device: torch.device, generator: torch.Generator, past_the_end: bool = False
 ) -> dict[fx.Node, Tensor]:
-    """Random tokens, unequal routing weights and experts: the same twice for a token, some never.
-
-    Args:
-        m: what they are for.
-        device: where they are wanted.
-        generator: of the CPU.
-        past_the_end: some of the experts are none.
-    """
-    t, k = (size_hint(size) for size in example(m.ids).shape)
+    """Random tokens, unequal routing weights, and experts: the same twice for a token, some never, or past the end."""
+    t, k = sizes(m.ids)
     if m.scores is None:
         few = torch.randperm(m.experts, generator=generator, device="cpu")[: k + 1]
         ids = few[torch.randint(len(few), (t, k), generator=generator, device="cpu")]
@@ -169,8 +157,7 @@ def random_tokens(
 
 
 def _random(like: fx.Node, device: torch.device, generator: torch.Generator) -> Tensor:
-    shape = [size_hint(size) for size in example(like).shape]
-    return torch.randn(shape, generator=generator, device="cpu").to(device)
+    return torch.randn(sizes(like), generator=generator, device="cpu").to(device)
 
 
 def _run_wide(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -198,35 +185,29 @@ def _multiplied(product: Product, packed: PackedFP4, x: Tensor, routing: Tensor 
 
 def as_op(proved: Proved, w13: PackedFP4, w2: PackedFP4, values: dict[fx.Node, Any]) -> Tensor:
     """What the op gives for the tokens of which a trial has left the values."""
-    m, order = proved.mixture, proved.order
-    weights = values[m.scores].gather(1, values[m.ids].long()) if proved.read_scores and m.scores else values[m.weights]
-    bias13 = values[m.bias13] if m.bias13 else None
+    m = proved.mixture
+    x, ids, weights = (values[node] for node in m.given)
+    if proved.read_scores and m.scores is not None:
+        weights = values[m.scores].gather(1, ids.long())
+    bias13, bias2 = (None if bias is None else values[bias] for bias in (m.bias13, m.bias2))
+    if bias13 is not None and proved.order is not None:
+        bias13 = paired(bias13, proved.order)
     return moe(
-        values[m.x],
-        w13,
-        w2,
-        weights,
-        values[m.ids],
-        activation=proved.activation,
-        bias13=bias13 if bias13 is None or order is None else paired(bias13, order),
-        bias2=values[m.bias2] if m.bias2 else None,
-        weight_on_input=m.on_input,
+        x, w13, w2, weights, ids, activation=proved.activation, bias13=bias13, bias2=bias2, weight_on_input=m.on_input
     )
 
 
 def _lead(product: Product) -> list[int]:
     """The sizes, when it was traced, of the axes of a product's input that are rows."""
-    axes, x = product.equation, example(product.x_node)
-    return [size_hint(x.shape[axes.x.index(label)]) for label in axes.batch + axes.free]
+    axes, shape = product.equation, sizes(product.x_node)
+    return [shape[axes.x.index(label)] for label in axes.batch + axes.free]
 
 
 def _reach(sums: Tensor, order: Order | None) -> float:
     """What a tenth of the gates, and of the ups, are beyond, on either side."""
-    sorted_parts = [sums[..., at].flatten()[: 1 << 20].sort().values for at in kinds(order, sums.shape[-1])]
-    tenths = [
-        (part[int(_BEYOND * (len(part) - 1))], part[-1 - int(_BEYOND * (len(part) - 1))]) for part in sorted_parts
-    ]
-    return max(0.0, min(min(-float(low), float(high)) for low, high in tenths))
+    parts = [sums[..., at].flatten()[: 1 << 20].sort().values for at in kinds(order, sums.shape[-1])]
+    tenth = int(_BEYOND * (len(parts[0]) - 1))
+    return max(0.0, min(min(-float(part[tenth]), float(part[-1 - tenth])) for part in parts))
 
 
 def _worst(found: Tensor, expected: Tensor) -> float:

@@ -16,11 +16,7 @@ from marlin_w4a16.passes.outcome import Row
 
 
 class Edit:
-    """Edits the copy of a traced graph; nodes are those of its flat graph, unless said otherwise.
-
-    Attributes:
-        traced: the graph.
-    """
+    """Edits the copy of a traced graph; nodes are those of its flat graph, unless said otherwise."""
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced

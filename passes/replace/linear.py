@@ -21,30 +21,16 @@ _OP = torch.ops.marlin_w4a16.linear.default
 _GROUPED_OP = torch.ops.marlin_w4a16.grouped_linear.default
 
 
-def find_packed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """The calls of ``marlin_w4a16::linear`` that were traced as such, by the node of their packed words."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.target in (torch.ops.marlin_w4a16.linear, torch.ops.marlin_w4a16.linear.default):
-            found.setdefault(node.args[1], []).append(node)
-    return found
-
-
 def replace(
     product: Product, node: fx.Node, packed: PackedFP4, inputs: Sequence[fx.Node], x: fx.Node, routing: fx.Node | None
 ) -> list[fx.Node]:
-    """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten.
+    """Puts ops in the place of ``node``, the product's copy in the graph that is rewritten; the last is the result.
 
     Args:
-        product: what is replaced.
-        node: its copy.
         packed: the weight, a stack if the product is routed.
         inputs: the nodes of words, scales and multiplier.
         x: the input, of the shape and dtype of that of the product.
         routing: the offsets or ids of a routed product.
-
-    Returns:
-        What was written; the last one is the result.
     """
     written: list[fx.Node] = []
     dtype = example(node).dtype
@@ -97,11 +83,9 @@ def _grouped(call: Call, by_op: Callable[..., Any], product: Product, x: Any, ro
 
 
 def writer(node: fx.Node, written: list[fx.Node]) -> Call:
-    """What adds calls to the graph of a node, before it; numbers that are known are given as such.
+    """What adds calls to the graph of a node, before it, and to ``written``; numbers that are known are given as such.
 
-    Args:
-        node: its meta, and under autocast its dtype, are those of the calls.
-        written: what was added.
+    The meta of the node, and under autocast its dtype, are those of the calls.
     """
 
     def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -16,32 +16,19 @@ from marlin_w4a16.passes.replace.linear import writer
 _OP = torch.ops.marlin_w4a16.moe.default
 
 
-def find_packed(graph: fx.Graph) -> list[fx.Node]:
-    """The calls of ``marlin_w4a16::moe`` that were traced as such."""
-    return [node for node in graph.nodes if node.target in (torch.ops.marlin_w4a16.moe, _OP)]
-
-
 def replace(
     proved: Proved,
     reach: Callable[[fx.Node], fx.Node],
     packed: Sequence[PackedFP4],
     inputs: Sequence[Sequence[fx.Node]],
-) -> list[fx.Node]:
-    """Puts the op in the place of a mixture.
+) -> None:
+    """Puts the op in the place of a mixture; ``inputs`` are the nodes of words, scales and multiplier of each weight.
 
-    Args:
-        proved: what is replaced.
-        reach: the node of the graph that is rewritten for one of the mixture's.
-        packed: its two weights.
-        inputs: the nodes of words, scales and multiplier of each.
-
-    Returns:
-        What was written; the last one is the result.
+    ``reach`` gives the node of the graph that is rewritten for one of the mixture's.
     """
     m = proved.mixture
     output = reach(m.output)
-    written: list[fx.Node] = []
-    call = writer(output, written)
+    call = writer(output, [])
     dtype = example(m.first.x_node).dtype  # what the experts are computed in
     x, ids = reach(m.x), reach(m.ids)
     if example(x).dtype != dtype:
@@ -59,4 +46,3 @@ def replace(
         y = call(torch.Tensor.to, y, example(output).dtype)
     for node in map(reach, m.outputs):
         node.replace_all_uses_with(y, delete_user_cb=lambda user: user > y)
-    return written

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import fx
 
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product, operands_of
-from marlin_w4a16.passes.judge.verdict import Found
+from marlin_w4a16.passes.judge.verdict import Found, Verdict
 from marlin_w4a16.passes.judge.weights import Weight
-from marlin_w4a16.passes.live.copies import Copies
+from marlin_w4a16.passes.live.binding import Copies
 from marlin_w4a16.passes.mixture.trial import Proved
-from marlin_w4a16.passes.outcome import Excluded, Rejected, Row
+from marlin_w4a16.passes.outcome import Rejected, Row
 from marlin_w4a16.passes.replace import linear, moe
 from marlin_w4a16.passes.replace.edit import Edit
 from marlin_w4a16.passes.replace.report_rows import row_of
@@ -23,13 +24,12 @@ class Alone:
     """A weight by itself.
 
     Attributes:
-        weight: the weight.
         outcome: what it was found to be, or why it is left.
         no_mixture: why it is part of no whole mixture, if it looked like one.
     """
 
     weight: Weight
-    outcome: Found | Rejected | Excluded
+    outcome: Verdict
     no_mixture: Rejected | None = None
 
     def rows(self, error: float | None = None) -> Iterator[Row]:
@@ -37,16 +37,7 @@ class Alone:
         yield row_of(self.weight, self.outcome, self.no_mixture, error)
 
     def replace(self, edit: Edit, copies: Copies, verify: bool) -> Iterator[Row]:
-        """Replaces the products of the weight, if it was found to be FP4.
-
-        Args:
-            edit: the graph.
-            copies: hold the packed weight.
-            verify: also run each product beside its traced form.
-
-        Returns:
-            The row of the report.
-        """
+        """Replaces the products of the weight, if it is FP4; with ``verify``, also runs each beside its traced form."""
         errors = []
         if isinstance(self.outcome, Found):
             binding, packed = copies.bound(self.weight, self.outcome, None)
@@ -71,7 +62,7 @@ class Alone:
         edit.replaced([product.node], read)
         if not verify:
             return 0.0
-        return worst_error(self.weight.decode, self.weight.values, product, operands, written, inner, packed)
+        return worst_error(self.weight, product, operands, written, inner, packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +70,7 @@ class WholeMixture:
     """Mixtures of experts that share their two weights.
 
     Attributes:
-        weights: of the first and the second product.
-        found: what these are.
+        weights, found: those of the first and the second product, and what they are.
         proved: the mixtures, all with the same order of gates.
     """
 
@@ -102,16 +92,11 @@ class WholeMixture:
             inputs.append(edit.feed(weight, binding, copy))
         errors = []
         for proved in self.proved:
-            self._mixture(edit, proved, packed, inputs)
+            m, graph = proved.mixture, edit.here(proved.mixture.output).graph
+            inner = [[edit.traced.regions.reach(n, graph) for n in nodes] for nodes in inputs]
+            moe.replace(proved, partial(edit.reach, graph=graph), packed, inner)
+            read = [n for n in (*m.given, m.bias13, m.bias2, m.scores if proved.read_scores else None) if n is not None]
+            edit.replaced(edit.traced.flow.idle(m.nodes, m.outputs, read), read)
             if verify:
                 errors.append(mixture_error(proved, self.weights, packed, edit.traced))
         yield from self.rows(max(errors, default=None))
-
-    @staticmethod
-    def _mixture(edit: Edit, proved: Proved, packed: list[PackedFP4], inputs: list[list[fx.Node]]) -> None:
-        m = proved.mixture
-        graph = edit.here(m.output).graph
-        inner = [[edit.traced.regions.reach(n, graph) for n in nodes] for nodes in inputs]
-        moe.replace(proved, lambda node: edit.reach(node, graph), packed, inner)
-        read = [n for n in (*m.given, m.bias13, m.bias2, m.scores if proved.read_scores else None) if n is not None]
-        edit.replaced(edit.traced.flow.idle(m.nodes, m.outputs, read), read)

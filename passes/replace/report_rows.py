@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from marlin_w4a16.fake_impls.library import packed_of, split_weight
@@ -14,51 +15,29 @@ from marlin_w4a16.passes.graph.names import module_path, producer_of
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, number_hint, size_hint, source_name
 from marlin_w4a16.passes.judge.recipe import FromSources
-from marlin_w4a16.passes.judge.verdict import Found
+from marlin_w4a16.passes.judge.verdict import Found, Verdict
 from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.mixture.trial import Proved
-from marlin_w4a16.passes.outcome import Excluded, Mixture, Owned, Rejected, Replaced, Row
-from marlin_w4a16.passes.replace import linear, moe
+from marlin_w4a16.passes.outcome import Mixture, Owned, Rejected, Replaced, Row
+
+_OPS = torch.ops.marlin_w4a16
 
 
-def row_of(
-    weight: Weight, found: Found | Rejected | Excluded, whole: Proved | Rejected | None, error: float | None = None
-) -> Row:
-    """What became of a weight.
-
-    Args:
-        weight: the weight.
-        found: what it was found to be, or why it is left.
-        whole: the mixture it is a part of, or why it is none, if it looked like one.
-        error: of `outcome.Replaced`.
-    """
-    product, path, seen = weight.products[0], weight.path, weight.decode.matrices
-    shape = (seen.n, seen.k) if seen.batch == 1 else (seen.batch, seen.n, seen.k)
-    outcome: Replaced | Rejected | Excluded
+def row_of(weight: Weight, found: Verdict, whole: Proved | Rejected | None, error: float | None = None) -> Row:
+    """What became of a weight, with its mixture or why it is none; None where it is not about any."""
+    path, seen, experts = weight.path, weight.decode.matrices, None
     if isinstance(found, Found):
-        nbytes = seen.batch * packed_nbytes(seen.n, seen.k, found.recipe.group)
-        served = serves(example(weight.decode.value).device)
-        dropped = "the quantisation of its input is left out" if weight.quantised else None
-        alone = whole.why if isinstance(whole, Rejected) else None
-        note = "; ".join(filter(None, (found.note, dropped, alone))) or None
-        details = (found.detail, whole.detail if isinstance(whole, Rejected) else None)
-        op = "moe" if isinstance(whole, Proved) else "grouped_linear" if weight.routed else "linear"
-        detail = "; ".join(filter(None, details)) or None
-        outcome = Replaced(f"marlin_w4a16::{op}", str(served), nbytes, note, error, detail)
         if isinstance(found.recipe, FromSources) and found.recipe.window.total > weight.decode.rows:
             rows = found.recipe.window.rows(weight.decode.rows)
             path = f"{path}[{rows.start}:{rows.stop}{f':{rows.step}' if rows.step > 1 else ''}]"
-    else:
-        outcome = found
-    experts = None
-    if isinstance(whole, Proved) and isinstance(found, Found):
-        experts = Mixture(whole.mixture.experts, whole.mixture.chosen, str(whole.activation))
+        if isinstance(whole, Proved):
+            experts = Mixture(whole.mixture.experts, whole.mixture.chosen, str(whole.activation))
     return Row(
         path=path,
-        spelling=product.spelling.name,
-        shape=shape,
+        spelling=weight.products[0].spelling.name,
+        shape=(seen.n, seen.k) if seen.batch == 1 else (seen.batch, seen.n, seen.k),
         format=found.format if isinstance(found, Found) else None,
-        outcome=outcome,
+        outcome=_replaced(weight, found, whole, error) if isinstance(found, Found) else found,
         nbytes=sum(t.numel() * t.element_size() for value in weight.values for t in inner_tensors(value)),
         uses=len(weight.products),
         producer=next(filter(None, map(producer_of, weight.values)), None),
@@ -66,13 +45,29 @@ def row_of(
     )
 
 
+def _replaced(weight: Weight, found: Found, whole: Proved | Rejected | None, error: float | None) -> Replaced:
+    op = "moe" if isinstance(whole, Proved) else "grouped_linear" if weight.routed else "linear"
+    served, seen = serves(example(weight.decode.value).device), weight.decode.matrices
+    nbytes = seen.batch * packed_nbytes(seen.n, seen.k, found.recipe.group)
+    dropped = "the quantisation of its input is left out" if weight.quantised else None
+    why, more = (whole.why, whole.detail) if isinstance(whole, Rejected) else (None, None)
+    note = "; ".join(filter(None, (found.note, dropped, why))) or None
+    detail = "; ".join(filter(None, (found.detail, more))) or None
+    return Replaced(f"marlin_w4a16::{op}", str(served), nbytes, note, error, detail)
+
+
 def owned(graph: fx.Graph) -> Iterator[Row]:
     """The weights that their modules own packed."""
-    for calls in linear.find_packed(graph).values():
-        yield _owned("linear", split_weight(calls[0].args[1:])[0], len(calls), None)
+    linears: dict[fx.Node, list[fx.Node]] = {}
     mixtures: dict[tuple[fx.Node, fx.Node], list[Arguments]] = {}
-    for call in map(arguments_of, (node.args for node in moe.find_packed(graph))):
-        mixtures.setdefault((call.w13[0], call.w2[0]), []).append(call)
+    for node in graph.nodes:
+        if node.target in (_OPS.linear, _OPS.linear.default):
+            linears.setdefault(node.args[1], []).append(node)
+        elif node.target in (_OPS.moe, _OPS.moe.default):
+            call = arguments_of(node.args)
+            mixtures.setdefault((call.w13[0], call.w2[0]), []).append(call)
+    for calls in linears.values():
+        yield _owned("linear", split_weight(calls[0].args[1:])[0], len(calls), None)
     for (words, _), same in mixtures.items():
         count, chosen = example(words).shape[0], size_hint(example(same[0].topk_ids).shape[1])
         activation = Activation(*map(number_hint, activation_args(same[0].activation)))

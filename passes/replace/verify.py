@@ -9,27 +9,22 @@ from torch import Tensor, fx
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find import products
 from marlin_w4a16.passes.graph.constants import value_of_constant
-from marlin_w4a16.passes.graph.nodes import evaluate, example, run
+from marlin_w4a16.passes.graph.nodes import evaluate, example, run, sizes
 from marlin_w4a16.passes.graph.torch_private import size_hint
 from marlin_w4a16.passes.graph.traced import Traced
-from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.weights import Weight
 from marlin_w4a16.passes.mixture.trial import Proved, as_op, random_tokens
 
 
 def worst_error(
-    decode: Decode,
-    leaves: Sequence[Tensor],
+    judged: Weight,
     product: products.Product,
     operands: dict[str, Any],
     written: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
     packed: PackedFP4,
 ) -> float:
-    """The relative L2 difference of what was written from the product, which reads ``operands``.
-
-    The operand that routes rows, if there is one, is called ``"routing"``.
-    """
+    """The relative L2 difference of what was written from a product of ``operands``, ``"routing"`` among them."""
     weight = example(product.weight_node)
     values: dict[fx.Node, Any] = {}
     for name, operand in operands.items():
@@ -39,21 +34,16 @@ def worst_error(
         if not isinstance(like, Tensor):
             values[operand] = size_hint(like)
             continue
-        shape = [size_hint(size) for size in like.shape]
-        values[operand] = torch.randn(shape, device=weight.device).to(like.dtype)
+        values[operand] = torch.randn(sizes(operand), device=weight.device).to(like.dtype)
         if name in ("routing", "offs"):
-            values[operand] = _routing(product, shape).to(like.device, like.dtype)
+            values[operand] = _routing(product, sizes(operand)).to(like.device, like.dtype)
     flat = products.operands_of(product, product.node)
     traced = {node: values[operands[name]] for name, node in flat.items() if isinstance(node, fx.Node)}
-    dense = decode.traced(leaves)
+    dense = judged.decode.traced(judged.values)
     if product.route is not None and product.route.by == "ids":
-        traced[products.arguments_of(product.node, product.spelling)[product.weight]] = dense[
-            values[operands["routing"]]
-        ]
-    else:
-        traced[product.weight_node] = dense
-    members = (packed.words, packed.scales, packed.multiplier)
-    values.update(zip(inputs, members, strict=True))
+        dense = dense[values[operands["routing"]]]
+    traced[products.arguments_of(product.node, product.spelling)[product.weight]] = dense
+    values.update(zip(inputs, (packed.words, packed.scales, packed.multiplier), strict=True))
     dtype = example(product.node).dtype
     with torch.no_grad(), torch.autocast(weight.device.type, dtype, enabled=dtype != weight.dtype):
         expected = run(product.node, traced)
@@ -61,12 +51,7 @@ def worst_error(
     return distance(found, expected)
 
 
-def mixture_error(
-    proved: Proved,
-    weights: Sequence[Weight],
-    packed: Sequence[PackedFP4],
-    traced: Traced,
-) -> float:
+def mixture_error(proved: Proved, weights: Sequence[Weight], packed: Sequence[PackedFP4], traced: Traced) -> float:
     """The relative L2 difference of a mixture from its traced form, on random tokens in the dtypes of the model."""
     m = proved.mixture
     given = random_tokens(m, example(m.x).device, torch.Generator().manual_seed(0))
@@ -74,7 +59,7 @@ def mixture_error(
     values |= {node: value_of_constant(node, traced.constants, traced.live) for node in m.constants}
     for node in m.shapes:
         like = example(node)
-        values[node] = torch.zeros(list(map(size_hint, like.shape)), dtype=like.dtype, device=like.device)
+        values[node] = torch.zeros(sizes(node), dtype=like.dtype, device=like.device)
     for product, weight in zip((m.first, m.second), weights, strict=True):
         values[product.weight_node] = weight.decode.traced(weight.values)
     values = evaluate(m.nodes, values)
@@ -89,12 +74,12 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float(error / size) if bool(size) else float(found.double().norm())
 
 
-def _routing(product: products.Product, shape: list[int]) -> Tensor:
+def _routing(product: products.Product, shape: tuple[int, ...]) -> Tensor:
     """Random ids, or offsets of groups that have all rows of x."""
     experts = product.matrices.batch
     if product.route is not None and product.route.by == "ids":
         return torch.randint(experts, shape, device="cpu")
-    rows = size_hint(example(product.x_node).shape[0])
+    rows = sizes(product.x_node)[0]
     ends = torch.randint(rows + 1, shape, device="cpu").sort().values
     ends[-1] = rows
     return ends

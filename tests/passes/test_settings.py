@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from marlin_w4a16 import NotReplaced, Report, explain, quantize_mxfp4
 from marlin_w4a16.options import Options
 from marlin_w4a16.passes.judge import weights
-from marlin_w4a16.passes.live import copies
+from marlin_w4a16.passes.live import binding
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced, Row
 from marlin_w4a16.passes.replace import proved
 from marlin_w4a16.passes.rewrite import rewrite, survey
@@ -204,14 +204,14 @@ def test_verify_of_each_kind_of_product(fp4_linear, trace, product, dynamic):
 
 
 def test_verify_shows_a_packed_weight_that_is_wrong(fp4_linear, trace, monkeypatch):
-    adopt = copies.Binding.adopt
+    adopt = binding.Binding.adopt
 
     def spoiled(self, leaves, weight):
         packed = adopt(self, leaves, weight)
         packed.words[0, 0, :16] ^= 0x7FFF
         return packed
 
-    monkeypatch.setattr(copies.Binding, "adopt", spoiled)
+    monkeypatch.setattr(binding.Binding, "adopt", spoiled)
     module = fp4_linear()
     (row,) = rewrite(*trace(module, X), Settings(verify=True)).rows
     assert error_of(row) > 0.05

@@ -18,7 +18,6 @@ from marlin_w4a16.passes.judge.recipe import (
     Joined,
     OfType,
     Source,
-    read_codes,
 )
 
 N, K = 48, 64
@@ -233,7 +232,7 @@ def test_every_other_row_of_a_larger_weight(decode_of):
     found, factor = sources(decode, window=Window(1, N, 3)).read(decode, live, "fc")
     assert torch.equal(found.codes, weight.codes[1:24:3]) and torch.equal(factor, live[2][1:24:3, 0])
     assert torch.equal(found.decode(torch.float32), plain(*live)[1:24:3])
-    few = read_codes(Source(leaf(decode, 0), "low nibble first"), decode, live, Window(1, N, 3), [2, 4])
+    few = Source(leaf(decode, 0), "low nibble first").read_codes(decode, live, Window(1, N, 3), [2, 4])
     assert torch.equal(few, weight.codes[[7, 13]])
 
 
@@ -280,12 +279,11 @@ def test_codes_of_a_computed_value_are_those_of_the_window_itself(decode_of, cod
     node = clones[coding == "a value each"]
     for rows in (None, [3, 5]):
         at = slice(8, 24) if rows is None else [8 + row for row in rows]
-        assert torch.equal(read_codes(Source(node, coding), decode, live, Window(8, N), rows), weight.codes[at])
+        assert torch.equal(Source(node, coding).read_codes(decode, live, Window(8, N), rows), weight.codes[at])
     found, _ = sources(decode, codes=Source(node, coding), window=Window(8, N)).read(decode, live, "fc")
     assert torch.equal(found.decode(torch.float32), plain(*live)[8:24])
-    assert read_codes(Source(leaf(decode, 0), "low nibble first"), decode, live, Window(8, N), [1]).equal(
-        weight.codes[9:10]
-    )
+    few = Source(leaf(decode, 0), "low nibble first").read_codes(decode, live, Window(8, N), [1])
+    assert few.equal(weight.codes[9:10])
 
 
 def test_values_are_read_in_blocks_of_rows(decode_of, monkeypatch):
@@ -293,7 +291,7 @@ def test_values_are_read_in_blocks_of_rows(decode_of, monkeypatch):
     weight, live = checkpoint()
     decode = decode_of(lambda c, s, f: by_groups(elements(c), s.float() * f), *live)
     (node,) = (i for i, n in enumerate(decode.nodes) if n.target == "flatten" and decode.roots(i) == [0])
-    assert torch.equal(read_codes(Source(node, "a number each"), decode, live, Window(0, N)), weight.codes)
+    assert torch.equal(Source(node, "a number each").read_codes(decode, live, Window(0, N)), weight.codes)
 
 
 def test_leaves_that_hold_no_weight_raise(decode_of):
