@@ -88,6 +88,8 @@ class FP4Storage:
     joint: str = "."
     stacked: bool = False
 
+    big: ClassVar[tuple[Role, ...]] = ("codes", "scales")  # what becomes the weight
+
     def named(self, leaves: Container[str]) -> "FP4Storage":
         """With the names that a weight has for its tensors, of those that they may have."""
         found = [next((a for a in (part.leaf, *part.aliases) if a in leaves), part.leaf) for part in self.parts]
@@ -199,6 +201,7 @@ class FP8Storage:
     parts: tuple[Part, ...]
 
     joint: ClassVar[str] = "."
+    big: ClassVar[tuple[Role, ...]] = ("codes",)
     scales: ClassVar[str] = "a scale for the weight or for each row"
 
     def named(self, leaves: Container[str]) -> "FP8Storage":

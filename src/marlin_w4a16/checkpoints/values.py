@@ -14,8 +14,6 @@ from marlin_w4a16.checkpoints.storage import FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import as_bytes
 from marlin_w4a16.kernels.scale_bytes import first_nan, scale_bytes
 
-_READ = ("scales", "multiplier", "divisor", "pre-quant scale", "input multiplier", "input divisor")
-
 
 class Reader:
     """Reads tensors of a checkpoint to a device; a context, for whose length their files stay open."""
@@ -43,31 +41,19 @@ class Reader:
 
 def read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """Some tensors by name, on the CPU."""
-    from safetensors import safe_open
-
-    found: dict[str, Tensor] = {}
-    for file in {entry.file for entry in entries.values()}:
-        with safe_open(file, "pt", device="cpu") as opened:
-            found |= {name: opened.get_tensor(name) for name, entry in entries.items() if entry.file == file}
-    return found
+    with Reader(torch.device("cpu")) as reader:
+        return {name: reader.tensor(entry, name) for name, entry in entries.items()}
 
 
 def bad_values(layers: Iterable[Layer]) -> Iterator[Problem]:
     """NaN scales and global scales that are no numbers to multiply or divide by; reads from files to the CPU."""
-    from safetensors import safe_open
-
-    wanted: dict[Path, list[tuple[Layer, Part]]] = {}
-    for layer in layers:
-        for part in layer.storage.parts:
-            if part.leaf in layer.entries and part.role in _READ:
-                wanted.setdefault(layer.entries[part.leaf].file, []).append((layer, part))
-    for file, parts in wanted.items():
-        with safe_open(file, "pt", device="cpu") as opened:
-            for layer, part in parts:
-                name = layer.name(part.leaf)
-                found = _wrong(opened.get_tensor(name), layer, part)
-                if found is not None:
-                    yield Problem(file.name, name, *found)
+    parts = [(layer, part) for layer in layers for part in layer.storage.parts if part.leaf in layer.entries]
+    with Reader(torch.device("cpu")) as reader:
+        for layer, part in parts:
+            entry, name = layer.entries[part.leaf], layer.name(part.leaf)
+            found = _wrong(reader.tensor(entry, name), layer, part) if part.role != "codes" else None
+            if found is not None:
+                yield Problem(entry.file.name, name, *found)
 
 
 def _wrong(tensor: Tensor, layer: Layer, part: Part) -> tuple[str, str] | None:

@@ -15,15 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any
 
 import torch
 
 from marlin_w4a16.cli.checks import OPTIONAL, Check, Device, Machine, check_backend, check_error, check_machine
+from marlin_w4a16.cli.show import show_table
 from marlin_w4a16.cli.smoke import try_compiled, try_graph, try_linears, try_triton
 from marlin_w4a16.report.data import Report
-from marlin_w4a16.report.table import table
 
 SCHEMA = 1
 _COLUMNS = ("check", "status", "found")
@@ -43,13 +43,8 @@ def run(args: argparse.Namespace) -> int:
     counts = Counter[str](check.status for check in checks)
     if args.json:
         print(json.dumps(as_dict(checks), indent=2))
-    elif sys.stdout.isatty() and util.find_spec("rich"):
-        from rich import print as show
-
-        show(rich_table(checks))
     else:
-        print(table([_COLUMNS, *map(cells, checks)]))
-    if not args.json:
+        show_table(_COLUMNS, [*map(cells, checks)], style=lambda line: _STYLES[line[1]], styled=1)
         print(f"{len(checks)} checks: {', '.join(f'{counts[status]} {status}' for status in _STYLES)}")
     return 1 if counts["problem"] else 0
 
@@ -121,11 +116,10 @@ def diagnose(machine: Machine, tell: bool = False) -> Iterator[Check]:
 
 def as_dict(checks: Sequence[Check]) -> dict[str, Any]:
     """For JSON: ``schema``, ``versions``, ``problems`` (how many), and ``checks`` with the attributes of `Check`."""
-    problems = sum(check.status == "problem" for check in checks)
     return {
         "schema": SCHEMA,
         "versions": Report.versions(),
-        "problems": problems,
+        "problems": sum(check.status == "problem" for check in checks),
         "checks": [asdict(check) for check in checks],
     }
 
@@ -136,19 +130,6 @@ def cells(check: Check) -> tuple[str, str, str]:
     if check.status in ("warning", "problem"):
         parts.append(f"expected {check.expected}")
     return check.name, check.status, "; ".join([*parts, *filter(None, [check.advice])])
-
-
-def rich_table(checks: Sequence[Check]) -> Any:
-    """The table with colours, by rich."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(*_COLUMNS, box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    for check in checks:
-        name, status, text = cells(check)
-        shown.add_row(Text(name), Text(status, _STYLES[status]), Text(text))
-    return shown
 
 
 def _ahead(name: str, capability: tuple[int, int], machine: Machine) -> list[Check]:

@@ -23,7 +23,7 @@ class Origin:
     Attributes:
         producer: who made it.
         module: the module.
-        kept: see `marlin_w4a16.producers.found.FoundLinear`.
+        kept: see `marlin_w4a16.producers.found.Found`.
         nbytes: bytes of its weights.
         dtype: what its producer decodes it to.
         device: where it was.

@@ -12,12 +12,8 @@ from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.modules.origin import Origin
-from marlin_w4a16.modules.state import PackedState
+from marlin_w4a16.modules.state import PackedState, held, parameter_of
 from marlin_w4a16.report.table import size
-
-_WEIGHTS = ("13", "2")
-_TENSORS = ("words", "scales", "multiplier")
 
 
 class PackedExperts(PackedState):
@@ -42,7 +38,6 @@ class PackedExperts(PackedState):
         ValueError: weights, order or biases that do not belong together, or scales that ``dtype`` cannot hold.
     """
 
-    _multipliers = ("multiplier13", "multiplier2")
     bias13: nn.Parameter | None
     bias2: nn.Parameter | None
 
@@ -76,18 +71,11 @@ class PackedExperts(PackedState):
         bias2: Tensor | None,
     ) -> None:
         """Takes packed weights over; for arguments see the class."""
-        packed = w13, w2
         self.activation, self.order, self.weight_on_input = activation, order, False
         self.num_experts, self.intermediate = len(w13.words), intermediate
-        self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in zip(_WEIGHTS, packed, strict=True)}
-        for of, weight in zip(_WEIGHTS, packed, strict=True):
-            for name in _TENSORS:
-                self.register_parameter(f"{name}{of}", nn.Parameter(getattr(weight, name), requires_grad=False))
+        self._own({"13": w13, "2": w2})
         self.register_parameter("bias13", None if bias13 is None else _parameter(bias13, w2.k, order))
-        if bias2 is not None and not isinstance(bias2, nn.Parameter):
-            bias2 = nn.Parameter(bias2, requires_grad=False)
-        self.register_parameter("bias2", bias2)
-        self.origin: Origin | None = None
+        self.register_parameter("bias2", parameter_of(bias2))
 
     @property
     def w13(self) -> PackedFP4:
@@ -98,10 +86,6 @@ class PackedExperts(PackedState):
     def w2(self) -> PackedFP4:
         """The second product in packed form."""
         return self._packed("2")
-
-    def _packed(self, of: str) -> PackedFP4:
-        words, scales, multiplier = (getattr(self, f"{name}{of}") for name in _TENSORS)
-        return PackedFP4(words, scales, multiplier, *self._formats[of])
 
     def to_fp4(self, name: str = "experts") -> tuple[FP4Weight, FP4Weight]:
         """Both weights in canonical form, every code and scale byte as it was packed; ``decode()`` makes them dense."""
@@ -134,11 +118,10 @@ class PackedExperts(PackedState):
 
     def extra_repr(self) -> str:
         """Shapes, activation, formats and bytes of the packed weights."""
-        w13, w2 = self.w13, self.w2
-        shape = f"experts={self.num_experts}, hidden={w13.k}, intermediate={self.intermediate}"
+        format, nbytes = held(self)
+        shape = f"experts={self.num_experts}, hidden={self.w13.k}, intermediate={self.intermediate}"
         biases = f"bias={self.bias13 is not None or self.bias2 is not None}"
-        formats = " and ".join(dict.fromkeys((w13.format, w2.format)))
-        return f"{shape}, {biases}, {self.activation}, {formats}, {size(w13.nbytes + w2.nbytes)}"
+        return f"{shape}, {biases}, {self.activation}, {format}, {size(nbytes)}"
 
     @property
     def _packing(self) -> dict[str, Any]:

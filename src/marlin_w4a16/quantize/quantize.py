@@ -11,7 +11,8 @@ from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
-from marlin_w4a16.modules.swaps import PACKED, Places, Swap, Swaps, held, place, places_of
+from marlin_w4a16.modules.state import held
+from marlin_w4a16.modules.swaps import PACKED, Places, Swap, Swaps, place, places_of
 from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts
 from marlin_w4a16.options import globs, unknown
 from marlin_w4a16.passes.settings import excluded_by, not_included

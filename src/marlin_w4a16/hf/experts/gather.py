@@ -121,7 +121,7 @@ def _gathered(path: str, module: Any, found: _Layers) -> Gathered | Problem:
     gating = _gating(module, mixture.rows)
     if isinstance(gating, Rejected):
         why = f"experts that do not run as one op: {gating.reason}"
-        return Problem(_file(mixture.second.like), path, why, "experts that do")
+        return Problem(mixture.second.like.file, path, why, "experts that do")
     return Gathered(mixture, *gating)
 
 
@@ -144,12 +144,10 @@ def _stacks(path: str, module: Any, name: str, found: _Layers) -> Iterator[Stack
             found_text = f"no FP4 tensors of expert {missing[0]}{more}"
             yield Problem(None, f"{path}.{name}", found_text, f"those of {shape[0]} experts, as the model has")
         elif surplus := [e for e in layers if e >= shape[0]]:
-            file = next(iter(layers[surplus[0]].entries.values())).file.name
-            yield Problem(
-                file, layers[surplus[0]].path, f"expert {surplus[0]}", f"{shape[0]} experts, as the model has"
-            )
+            extra, expected = layers[surplus[0]], f"{shape[0]} experts, as the model has"
+            yield Problem(extra.file, extra.path, f"expert {surplus[0]}", expected)
         elif odd_one := next((layer for layer in layers.values() if _look(layer) != _look(layers[0])), None):
-            yield Problem(_file(odd_one), odd_one.path, _told(odd_one), f"{_told(layers[0])}, as expert 0 has")
+            yield Problem(odd_one.file, odd_one.path, _told(odd_one), f"{_told(layers[0])}, as expert 0 has")
         else:
             yield Stack(layers[0].path.rpartition(".")[2], tuple(layers[e] for e in sorted(layers)))
 
@@ -174,14 +172,9 @@ def _told(layer: Layer) -> str:
     return f"{layer.format} of {layer.n} x {layer.k} in {', '.join(layer.entries)}"
 
 
-def _file(layer: Layer) -> str:
-    return next(iter(layer.entries.values())).file.name
-
-
 def _refused(mixture: StoredMixture, module: Any) -> Problem | None:
     """Why the weights of experts are not those that a module runs as one op."""
-    path, like = mixture.path, mixture.second.like
-    file = _file(like)
+    path, like, file = mixture.path, mixture.second.like, mixture.second.like.file
     for stack in mixture.stacks:
         if not isinstance(stack.like.storage, FP4Storage):
             return Problem(file, path, f"{stack.name} in {stack.like.format}", "experts in FP4")
