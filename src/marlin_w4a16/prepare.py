@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from marlin_w4a16.kernels.experts import unpack_bias
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.modules.origin import Origin
@@ -14,7 +13,7 @@ from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.modules.state import held
 from marlin_w4a16.modules.swaps import HOOKS, PACKED, Places, Swap, Swaps, has_hooks, place, places_of
-from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts, names_of, pack_experts_of
+from marlin_w4a16.modules.transformers_experts import biases_of, holds_packed, is_experts, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers import compressed_tensors, modelopt, torchao, torchao_experts
 from marlin_w4a16.producers.found import Found, Producer
@@ -137,7 +136,7 @@ def _packed(
     weight, unfitted = found.weights[0], None
     packed: PackedLinear | PackedExperts | Rejected
     if is_experts(module):
-        packed = pack_experts_of(module, *found.weights, found.dtype)  # type: ignore[arg-type]
+        packed = pack_experts_of(module, weight, found.weights[-1], found.dtype)
     elif has_hooks(module):
         packed = HOOKS
     else:
@@ -179,24 +178,14 @@ def _refill(packed: PackedLinear | PackedExperts, path: str) -> str | None:
         _producer(origin).fill(origin.module, weight, origin.kept)
     except ValueError as error:
         return str(error)
-    _give_biases(packed, origin.module)
+    biases = {"bias": packed.bias} if isinstance(packed, PackedLinear) else biases_of(packed, origin.module)
+    for name, bias in biases.items():
+        setattr(origin.module, name, bias)
     origin.module.train(packed.training)
     device = next(packed.parameters()).device
     if device != origin.device:
         origin.module.to(device)
     return None
-
-
-def _give_biases(packed: PackedLinear | PackedExperts, module: Any) -> None:
-    if isinstance(packed, PackedLinear):
-        module.bias = packed.bias
-        return
-    first, second = (f"{name}_bias" for name in names_of(module))
-    if packed.bias13 is not None:
-        bias = unpack_bias(packed.bias13.detach(), packed.intermediate, packed.order)
-        setattr(module, first, nn.Parameter(bias, packed.bias13.requires_grad))
-    if packed.bias2 is not None:
-        setattr(module, second, packed.bias2)
 
 
 def _unfitted(weight: FP4Weight, origin: Origin) -> FP4Weight:

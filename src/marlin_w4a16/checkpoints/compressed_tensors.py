@@ -27,7 +27,7 @@ BY_GROUP_SIZE = {size: name for name, (_, _, size) in FORMATS.items()}
 
 def is_fp4(config: Mapping[str, Any]) -> bool:
     """Whether a quantisation config of compressed-tensors stores any layer as FP4."""
-    return any(_format(config, group) in FORMATS for group in _groups(config).values())
+    return bool(fp4_groups(config))
 
 
 def scheme(config: Mapping[str, Any]) -> Scheme:

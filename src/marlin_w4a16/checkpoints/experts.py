@@ -38,11 +38,6 @@ class Stack:
         """How many there are."""
         return self.like.experts or len(self.layers)
 
-    @property
-    def small(self) -> tuple[str, ...]:
-        """The leaves beside codes and scales."""
-        return self.like.small
-
     def read(self, expert: int, reader: Reader) -> dict[str, Tensor]:
         """The tensors of one expert by leaf."""
         layer = self.layers[0 if self.like.experts else expert]

@@ -43,14 +43,6 @@ FP8_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 SINGLE = (*FP4_ALGORITHMS, *FP8_ALGORITHMS, "MIXED_PRECISION")
 
 
-def is_fp4(config: Mapping[str, Any]) -> bool:
-    """Whether a quantisation config of ModelOpt names an FP4 format for any layer."""
-    values = _values(config)
-    layers = values.get("quantized_layers") or {}
-    algorithms = [values.get("quant_algo"), *(layer.get("quant_algo") for layer in layers.values())]
-    return any(str(name).upper() in FP4_ALGORITHMS for name in algorithms)
-
-
 def scheme(config: Mapping[str, Any]) -> Scheme:
     """What a quantisation config says: that of config.json (``quant_method: modelopt``) or hf_quant_config.json.
 

@@ -15,25 +15,19 @@ from marlin_w4a16.kernels.fp4 import as_bytes
 from marlin_w4a16.kernels.scale_bytes import first_nan, scale_bytes
 
 
-class Reader:
+class Reader(ExitStack):
     """Reads tensors of a checkpoint to a device; a context, for whose length their files stay open."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._files, self._open = device, ExitStack(), dict[Path, Any]()
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-        self._files.close()
+        super().__init__()
+        self._device, self._open = device, dict[Path, Any]()
 
     def tensor(self, entry: Entry, name: str, index: int | None = None) -> Tensor:
         """A tensor, or what it holds at an index of its first axis."""
         if entry.file not in self._open:
             from safetensors import safe_open
 
-            self._open[entry.file] = self._files.enter_context(safe_open(entry.file, "pt", device=str(self._device)))
+            self._open[entry.file] = self.enter_context(safe_open(entry.file, "pt", device=str(self._device)))
         file = self._open[entry.file]
         found: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         return found

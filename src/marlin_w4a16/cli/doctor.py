@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import torch
 from marlin_w4a16.cli.checks import OPTIONAL, Check, Device, Machine, check_backend, check_error, check_machine
 from marlin_w4a16.cli.show import show_table
 from marlin_w4a16.cli.smoke import try_compiled, try_graph, try_linears, try_triton
-from marlin_w4a16.report.data import Report
+from marlin_w4a16.report.data import Report, version_of
 
 SCHEMA = 1
 _COLUMNS = ("check", "status", "found")
@@ -52,23 +51,13 @@ def run(args: argparse.Namespace) -> int:
 def look() -> Machine:
     """The facts of this machine."""
     names = ("triton", "pytorch-triton", *(package.name for package in OPTIONAL))
-    versions = {name: _version(name) for name in names}
+    versions = {name: version_of(name) for name in names}
     versions["triton"] = versions["triton"] or versions["pytorch-triton"]  # as nightly builds of torch call it
     rocm, driver = torch.version.hip, driver_version()
     devices, error = ((), None) if rocm else _devices(driver)
-    return Machine(
-        platform.system(),
-        platform.machine(),
-        platform.python_version(),
-        torch.__version__,
-        versions,
-        torch.version.cuda,
-        rocm,
-        driver,
-        os.environ.get("CUDA_VISIBLE_DEVICES"),
-        devices,
-        error,
-    )
+    system = platform.system(), platform.machine(), platform.python_version()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return Machine(*system, torch.__version__, versions, torch.version.cuda, rocm, driver, hidden, devices, error)
 
 
 def driver_version() -> str | None:
@@ -101,9 +90,7 @@ def steps(machine: Machine) -> Iterator[Step]:
 def diagnose(machine: Machine, tell: bool = False) -> Iterator[Check]:
     """Every check; one that raises becomes a problem with the text of the exception.
 
-    Args:
-        machine: the facts.
-        tell: write the name of each step to stderr as it begins.
+    With ``tell`` the name of each step is written to stderr as it begins.
     """
     for name, step in steps(machine):
         if tell:
@@ -142,13 +129,6 @@ def _graph(device: torch.device) -> Check:
     if device.type != "cuda":
         return Check(f"CUDA graph, {device}", "skipped", "no supported GPU", "a replay gives what a call gives")
     return try_graph(device)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices(driver: str | None) -> tuple[tuple[Device, ...], str | None]:

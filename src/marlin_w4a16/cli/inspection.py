@@ -122,11 +122,7 @@ def local(path: str) -> Path:
 
 
 def inspect(folder: Path, values: bool = False) -> Inspection:
-    """Reads the configs and headers of a checkpoint.
-
-    Args:
-        folder: where it lies.
-        values: read the scales too, and look for such that cannot be decoded.
+    """Reads the configs and headers of a checkpoint, and with ``values`` looks for scales that cannot be decoded.
 
     Raises:
         CheckpointError: its files cannot be read, or do not belong together.

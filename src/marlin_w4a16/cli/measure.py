@@ -89,14 +89,7 @@ class Clock:
 
 
 def measure(name: str, load: Callable[[], "PreTrainedModel"], work: Work, tell: Tell) -> Result:
-    """Loads a model, lets it generate, and forgets it.
-
-    Args:
-        name: of the model, for people.
-        load: gives the model.
-        work: what it is to do.
-        tell: called with what is about to happen.
-    """
+    """Loads a model, lets it generate, and forgets it; ``tell`` is called with what is about to happen."""
     forget()
     before = _allocated(work)
     tell(f"{name}: loading ...")

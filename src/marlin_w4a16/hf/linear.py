@@ -75,11 +75,8 @@ class CheckpointLinear(PackedLinear):
     A pre-quant scale (AWQ) multiplies the input; with ``keep`` the input is quantised as its producer does (W4A4).
 
     Args:
-        layer: what the checkpoint holds.
-        tensors: its tensors by leaf.
-        bias: ``[n]`` or None; a Parameter is kept as it is.
-        dtype: the activations to come.
-        keep: quantise the inputs.
+        layer, tensors: what the checkpoint holds, and its tensors by leaf.
+        bias, dtype: see `PackedLinear`.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """The experts of a mixture as one module that owns their packed weights."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -54,27 +55,34 @@ class PackedExperts(PackedState):
     ) -> None:
         super().__init__()
         order = None if order is None else Order(order)
-        _check(w13, w2, activation, order, bias13, bias2)
+        if activation.gated != (order is not None):
+            wanted = "an order of gates and ups" if activation.gated else "None"
+            raise ValueError(f"PackedExperts: order: found {order!r}, expected {wanted} for {activation}")
+        for name, bias, weight in (("bias13", bias13, w13), ("bias2", bias2, w2)):
+            if bias is not None and bias.shape != weight.multiplier.shape:
+                found, expected = list(bias.shape), list(weight.multiplier.shape)
+                raise ValueError(f"PackedExperts: {name}: found shape {found}, expected {expected}")
         packed = pack_experts(w13.fit_first(torch.float16, dtype), w2.fit_first(torch.float16, dtype), order)
-        intermediate = w13.n // (1 if order is None else 2)
-        self._hold(*packed, activation, order, intermediate, bias13, bias2)
+        self._hold(packed, activation, order, w13.n, bias13, bias2)
         self.weight_on_input = weight_on_input
 
     def _hold(
         self,
-        w13: PackedFP4,
-        w2: PackedFP4,
+        packed: Sequence[PackedFP4],
         activation: Activation,
         order: Order | None,
-        intermediate: int,
-        bias13: Tensor | None,
-        bias2: Tensor | None,
+        rows: int,
+        *biases: Tensor | None,
     ) -> None:
-        """Takes packed weights over; for arguments see the class."""
+        """Takes packed weights over; ``rows`` are those of the first product, for other arguments see the class."""
+        (w13, w2), (bias13, bias2) = packed, biases
         self.activation, self.order, self.weight_on_input = activation, order, False
-        self.num_experts, self.intermediate = len(w13.words), intermediate
+        self.num_experts, self.intermediate = len(w13.words), rows // (1 if order is None else 2)
         self._own({"13": w13, "2": w2})
-        self.register_parameter("bias13", None if bias13 is None else _parameter(bias13, w2.k, order))
+        if bias13 is not None:
+            trained = isinstance(bias13, nn.Parameter) and bias13.requires_grad
+            bias13 = nn.Parameter(pack_bias(bias13.detach(), w2.k, order), requires_grad=trained)
+        self.register_parameter("bias13", bias13)
         self.register_parameter("bias2", parameter_of(bias2))
 
     @property
@@ -134,25 +142,3 @@ class PackedExperts(PackedState):
             "weight_on_input": self.weight_on_input,
             **{f"w{of}": dict(zip(fields, values, strict=True)) for of, values in self._formats.items()},
         }
-
-
-def _parameter(bias: Tensor, width: int, order: Order | None) -> nn.Parameter:
-    trained = isinstance(bias, nn.Parameter) and bias.requires_grad
-    return nn.Parameter(pack_bias(bias.detach(), width, order), requires_grad=trained)
-
-
-def _check(
-    w13: FP4Weight,
-    w2: FP4Weight,
-    activation: Activation,
-    order: Order | None,
-    bias13: Tensor | None,
-    bias2: Tensor | None,
-) -> None:
-    if activation.gated != (order is not None):
-        wanted = "an order of gates and ups" if activation.gated else "None"
-        raise ValueError(f"PackedExperts: order: found {order!r}, expected {wanted} for {activation}")
-    for name, bias, weight in (("bias13", bias13, w13), ("bias2", bias2, w2)):
-        if bias is not None and bias.shape != weight.multiplier.shape:
-            found, expected = list(bias.shape), list(weight.multiplier.shape)
-            raise ValueError(f"PackedExperts: {name}: found shape {found}, expected {expected}")

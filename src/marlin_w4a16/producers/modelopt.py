@@ -101,8 +101,8 @@ def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
     factor = getattr(quantizer, "_double_scale", None)
     kept = {"class": type(weight), "metadata": weight.metadata, "codes": codes.shape}
     kept["scale"] = scale.shape, scale.dtype
-    rows = (tensor.reshape(shape[0], -1) for tensor in (codes, scale))
-    held = fp4_weight(*rows, 1.0 if factor is None else factor, kind=kind)
+    rows, scales = codes.reshape(shape[0], -1), scale.reshape(shape[0], -1)
+    held = fp4_weight(rows, scales, 1.0 if factor is None else factor, kind=kind)
     return Found((held,), weight.metadata["dtype"], bytes_of(codes, scale), kept)
 
 

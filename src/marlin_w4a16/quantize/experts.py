@@ -23,11 +23,6 @@ from marlin_w4a16.report.table import size
 _DECORATED = "transformers.integrations.moe"  # where the forward that use_experts_implementation gives is defined
 
 
-def names(module: Any) -> tuple[str, ...]:
-    """The first and the second weight."""
-    return names_of(module)
-
-
 def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:
     """Also for experts that run as no one op, or whose code around them reads a weight."""
     if getattr(type(module).forward, "__globals__", {}).get("__name__") != _DECORATED:

@@ -2,7 +2,6 @@
 
 What `quantize` calls of this file and of experts.py:
 
-    names(module)                            of its weights
     refusal(module, places, group, named)    why it is left as it is, values apart, or None
     packed(module, quantise, group)          what takes its place; ValueError if the values do not allow that
 """
@@ -19,11 +18,6 @@ from marlin_w4a16.modules.swaps import HOOKS, Places, has_hooks
 from marlin_w4a16.producers.found import bytes_of, is_linear
 from marlin_w4a16.quantize.dense import dense_refusal, lost_with, read_outside
 from marlin_w4a16.report.table import size
-
-
-def names(module: nn.Module) -> tuple[str, ...]:
-    """See above."""
-    return ("weight",)
 
 
 def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:

@@ -1,7 +1,7 @@
 """Which layers of a checkpoint are the experts of which module of a transformers model."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,12 +50,8 @@ class Gathered:
     order: Order | None
 
 
-@dataclass(slots=True)
-class _Layers:
-    """What a checkpoint has for one Experts module: layers by parameter, place in it, and number of the expert."""
-
-    targets: dict[str, Target] = field(default_factory=dict)
-    layers: dict[str, dict[int, dict[int, Layer]]] = field(default_factory=dict)
+# What a checkpoint has for one Experts module by parameter: layers by place in it and number of the expert.
+_Layers = dict[str, tuple[Target, dict[int, dict[int, Layer]]]]
 
 
 class ExpertLayers:
@@ -70,9 +66,8 @@ class ExpertLayers:
         path, _, name = target.name.rpartition(".")
         if path not in self._modules:
             return False
-        found = self._found.setdefault(path, _Layers())
-        found.targets[name] = target
-        found.layers.setdefault(name, {}).setdefault(target.place, {})[_number(layer)] = layer
+        _, places = self._found.setdefault(path, {}).setdefault(name, (target, {}))
+        places.setdefault(target.place, {})[_number(layer)] = layer
         return True
 
     def gathered(self, others: Mapping[str, Entry]) -> tuple[tuple[Gathered, ...], list[Problem]]:
@@ -127,10 +122,10 @@ def _gathered(path: str, module: Any, found: _Layers) -> Gathered | Problem:
 
 def _stacks(path: str, module: Any, name: str, found: _Layers) -> Iterator[Stack | Problem]:
     """The projections that make one parameter of an Experts module."""
-    target, places = found.targets.get(name), found.layers.get(name, {})
-    if target is None:
+    if name not in found:
         yield Problem(None, f"{path}.{name}", "no such tensor in any file", "experts in FP4, as their others are")
         return
+    target, places = found[name]
     if odd := [operation for operation in target.operations if operation not in _STACKED]:
         yield Problem(None, f"{path}.{name}", f"experts that transformers changes by {odd[0]}", "experts as they are")
         return

@@ -13,10 +13,10 @@ from marlin_w4a16.checkpoints.values import Reader
 from marlin_w4a16.hf.linear import decoded
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order
-from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_bias, unpack_first
+from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
-from marlin_w4a16.modules.transformers_experts import names_of
+from marlin_w4a16.modules.transformers_experts import biases_of, names_of
 
 
 class StoredExperts(nn.Module):
@@ -81,13 +81,13 @@ class CheckpointExperts(PackedExperts):
         self.mixture, self.like, self._unfitted = mixture, stored.like, dict[tuple[str, int], tuple[Tensor, Tensor]]()
         count, width = mixture.second.experts, mixture.second.like.k
         for stack in mixture.stacks:
-            for leaf in stack.small:
+            for leaf in stack.like.small:
                 kept = torch.empty((count, stack.like.entries[leaf].nbytes), dtype=torch.uint8)
                 self.register_buffer(_kept(stack, leaf), kept, persistent=False)
 
         def read(stack: Stack, expert: int) -> FP4Weight:
             tensors = stack.read(expert, reader)
-            for leaf in stack.small:
+            for leaf in stack.like.small:
                 self.get_buffer(_kept(stack, leaf))[expert] = tensors[leaf].reshape(-1).view(torch.uint8)
             weight = stack.weight(tensors)
             fitted = weight.fit_first(torch.float16, stored.dtype)
@@ -100,7 +100,7 @@ class CheckpointExperts(PackedExperts):
         w13 = pack_first(parts, count, width, order)
         w2 = pack_each((read(mixture.second, expert) for expert in range(count)), count)
         biases = [getattr(stored, f"{name}_bias") for name in names_of(self.like[0])]
-        self._hold(w13, w2, stored.activation, order, mixture.rows // (1 if order is None else 2), *biases)
+        self._hold((w13, w2), stored.activation, order, mixture.rows, *biases)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `PackedExperts.forward`; experts that a device map put on the CPU come over for the call."""
@@ -128,15 +128,9 @@ class CheckpointExperts(PackedExperts):
         second = self.mixture.second
         yield from second.named(self._stored(second, self._second(e), e) for e in range(self.num_experts))
 
-    def biases(self) -> dict[str, Tensor]:
+    def biases(self) -> dict[str, nn.Parameter]:
         """The biases by their names in the module of transformers, in its order."""
-        first, second = (f"{name}_bias" for name in names_of(self.like[0]))
-        found = {first: self.bias13, second: self.bias2}
-        if self.bias13 is not None:
-            found[first] = nn.Parameter(
-                unpack_bias(self.bias13.detach(), self.intermediate, self.order), self.bias13.requires_grad
-            )
-        return {name: bias for name, bias in found.items() if bias is not None}
+        return biases_of(self, self.like[0])
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """See `StoredExperts.dense`."""
@@ -153,7 +147,7 @@ class CheckpointExperts(PackedExperts):
 
     def _stored(self, stack: Stack, held: FP4Weight, expert: int) -> dict[str, Tensor]:
         entries, like = stack.like.entries, stack.like
-        small = {leaf: self.get_buffer(_kept(stack, leaf))[expert] for leaf in stack.small}
+        small = {leaf: self.get_buffer(_kept(stack, leaf))[expert] for leaf in stack.like.small}
         small = {leaf: t.view(DTYPES[entries[leaf].dtype]).reshape(entries[leaf].shape) for leaf, t in small.items()}
         return stack.storage.restore(held, self._unfitted.get((stack.name, expert)), small, entries, like.path)
 
@@ -163,11 +157,7 @@ def dense_experts(
 ) -> nn.Module:
     """A copy of an Experts module that holds no values, with dense weights, written expert by expert.
 
-    Args:
-        experts: the module of transformers.
-        products: the first and the second weight of an expert, by its number.
-        biases: by their names in the module.
-        dtype: of the weights.
+    ``products`` give the first and the second weight of an expert by its number.
     """
     made: Any = copy.deepcopy(experts)
     for name, product in zip(names_of(experts), products, strict=True):
