@@ -75,9 +75,7 @@ class Layer:
     @property
     def experts(self) -> int:
         """How many matrices it is, or 0: it is one."""
-        stored = self.storage
-        stacked = isinstance(stored, FP4Storage) and stored.stacked
-        return self.entries[stored.leaf("codes")].shape[0] if stacked else 0
+        return self.entries[self.storage.leaf("codes")].shape[0] if self.storage.stacked else 0
 
     @property
     def small(self) -> tuple[str, ...]:
@@ -154,7 +152,7 @@ def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | P
         return None
     if isinstance(storage, Mismatch):
         return storage
-    storage = storage.named(tensors)
+    storage = storage.named(tensors) if isinstance(storage, FP4Storage) else storage
     for part in storage.parts:
         if part.leaf not in tensors and not part.optional:
             held = ", ".join(sorted(tensors))

@@ -29,8 +29,6 @@ _COLUMNS = ("check", "status", "found")
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
 _AHEAD = ((9, 0), (8, 0))
 
-Step = tuple[str, Callable[[], list[Check]]]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None beside those that all commands share."""
@@ -71,7 +69,7 @@ def driver_version() -> str | None:
     return None if failed or not version.value else f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def steps(machine: Machine) -> Iterator[Step]:
+def steps(machine: Machine) -> Iterator[tuple[str, Callable[[], list[Check]]]]:
     """What `diagnose` does, each by the name that its error would have."""
     yield "facts", lambda: check_machine(machine)
     yield "backend", lambda: [check_backend(torch.compiler.list_backends(exclude_tags=()))]

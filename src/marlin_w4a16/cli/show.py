@@ -1,8 +1,9 @@
 """Tables of the commands on stdout, and words on stderr about what is going on."""
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from importlib import util
+from typing import Any
 
 from marlin_w4a16.report.table import table
 from marlin_w4a16.report.terminal import rich_table
@@ -10,18 +11,12 @@ from marlin_w4a16.report.terminal import rich_table
 Cells = tuple[str, ...]
 
 
-def show_table(
-    columns: Cells,
-    lines: Sequence[Cells],
-    right: Collection[str] = (),
-    style: Callable[[Cells], str] = lambda _: "",
-    styled: int = -1,
-) -> None:
-    """Prints a table: by rich in a terminal, where it is installed, else as plain text; see `rich_table`."""
+def show_table(columns: Cells, lines: Sequence[Cells], **look: Any) -> None:
+    """Prints a table: by rich in a terminal, where it is installed, with a look as in `rich_table`, else as text."""
     if sys.stdout.isatty() and util.find_spec("rich"):
         from rich import print as show
 
-        show(rich_table(columns, lines, right, style, styled))
+        show(rich_table(columns, lines, **look))
     else:
         print(table([columns, *lines]))
 

@@ -81,10 +81,8 @@ def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, ke
         linear = model.get_submodule(path)
         put(model, path, StoredLinear(layer, linear.bias, dtype, keep).train(linear.training))  # type: ignore[arg-type]
     for found in placement.experts:
-        path = found.mixture.path
-        experts = model.get_submodule(path)
-        stored = StoredExperts(found.mixture, experts, found.activation, found.order, dtype)
-        put(model, path, stored.train(experts.training))
+        experts = model.get_submodule(found.mixture.path)
+        put(model, found.mixture.path, StoredExperts(found, experts, dtype).train(experts.training))
     for name, source in list(model.all_tied_weights_keys.items()):
         # a head with FP4 tensors of its own beside a dense embedding, under a config that ties them (both producers)
         if name.rpartition(".")[0] in placement.layers or source.rpartition(".")[0] in placement.layers:

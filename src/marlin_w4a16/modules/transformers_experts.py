@@ -135,5 +135,5 @@ def _small(values: dict[str, Any]) -> Iterator[float]:
 
 
 def _device(module: nn.Module) -> torch.device:
-    held = next((t.device for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"), None)
-    return torch.device("cpu") if held is None else held
+    tensors = (*module.parameters(), *module.buffers())
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))

@@ -68,7 +68,7 @@ def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """What decompresses a model at its first forward, and that model, or None if it is gone."""
+    """What decompresses a model at its first forward, and that model, or None; a copy belongs to that of the model."""
 
     owner: Callable[[], nn.Module | None]
     call: Callable[..., Any]

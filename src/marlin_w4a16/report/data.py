@@ -132,7 +132,15 @@ class Report:
 
     def to_json(self) -> str:
         """All of it, every row, by the schema in docs/report.md."""
-        return json.dumps(self._as_dict(), indent=2)
+        values = {
+            "schema": SCHEMA,
+            "versions": self.versions(),
+            "graphs": self.graphs,
+            "breaks": [asdict(cause) for cause in self.breaks],
+            "totals": self.totals(),
+            "weights": [_weight(row) for row in self.rows],
+        }
+        return json.dumps(values, indent=2)
 
     def __str__(self) -> str:
         lines = [COLUMNS, *(line.cells for line in collapse(self.rows))]
@@ -146,16 +154,6 @@ class Report:
 
     def _repr_html_(self) -> str:
         return fragment(self)
-
-    def _as_dict(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "versions": self.versions(),
-            "graphs": self.graphs,
-            "breaks": [{"reason": one.reason, "where": one.where} for one in self.breaks],
-            "totals": self.totals(),
-            "weights": [_weight(row) for row in self.rows],
-        }
 
 
 def version_of(package: str) -> str | None:

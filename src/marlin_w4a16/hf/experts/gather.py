@@ -38,12 +38,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The experts of one module: what files hold of them, and what the module computes with that.
-
-    Attributes:
-        mixture: in the files.
-        activation, order: see `marlin_w4a16.PackedExperts`.
-    """
+    """The experts of one module: what files hold of them, and what the module computes (see `PackedExperts`)."""
 
     mixture: StoredMixture
     activation: Activation
@@ -71,11 +66,7 @@ class ExpertLayers:
         return True
 
     def gathered(self, others: Mapping[str, Entry]) -> tuple[tuple[Gathered, ...], list[Problem]]:
-        """The experts of all modules, and what is wrong with others.
-
-        Args:
-            others: the checkpoint's other tensors, by their names in the model.
-        """
+        """The experts of all modules, and what is wrong; ``others`` are other tensors by their names in the model."""
         made = [_gathered(path, self._modules[path], found) for path, found in self._found.items()]
         gathered = tuple(found for found in made if isinstance(found, Gathered))
         problems = [problem for problem in made if isinstance(problem, Problem)]

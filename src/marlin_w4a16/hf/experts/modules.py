@@ -2,17 +2,17 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
+from marlin_w4a16.checkpoints.experts import Stack
 from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.checkpoints.values import Reader
+from marlin_w4a16.hf.experts.gather import Gathered
 from marlin_w4a16.hf.linear import decoded
-from marlin_w4a16.kernels.activation import Activation
-from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
@@ -23,22 +23,14 @@ class StoredExperts(nn.Module):
     """Stands for an Experts module while transformers loads all else; its biases are loaded by their own names.
 
     Args:
-        mixture: what the checkpoint holds.
+        found: what the checkpoint holds, and what the module computes with it.
         experts: the module, without values.
-        activation, order: what it computes, see `marlin_w4a16.PackedExperts`.
         dtype: of the model.
     """
 
-    def __init__(
-        self,
-        mixture: StoredMixture,
-        experts: nn.Module,
-        activation: Activation,
-        order: Order | None,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, found: Gathered, experts: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.mixture, self.activation, self.order, self.dtype = mixture, activation, order, dtype
+        self.mixture, self.activation, self.order, self.dtype = found.mixture, found.activation, found.order, dtype
         self.like = (experts,)  # a tuple: its weights are none of the model's
         for name in names_of(experts):
             self.register_parameter(f"{name}_bias", experts._parameters.get(f"{name}_bias"))
@@ -50,14 +42,12 @@ class StoredExperts(nn.Module):
     def dense(self, reader: Reader, dtype: torch.dtype) -> nn.Module:
         """The module of transformers with the exact weights rounded once to ``dtype``."""
 
-        def first(expert: int) -> FP4Weight:
-            return _joined([stack.weight(stack.read(expert, reader)) for stack in self.mixture.first])
+        def weight(stacks: tuple[Stack, ...], expert: int) -> FP4Weight:
+            return _joined([stack.weight(stack.read(expert, reader)) for stack in stacks])
 
-        def second(expert: int) -> FP4Weight:
-            return self.mixture.second.weight(self.mixture.second.read(expert, reader))
-
+        products = partial(weight, self.mixture.first), partial(weight, (self.mixture.second,))
         biases = {name: bias for name, bias in self._parameters.items() if bias is not None}
-        return dense_experts(self.like[0], (first, second), biases, dtype).train(self.training)
+        return dense_experts(self.like[0], products, biases, dtype).train(self.training)
 
     def forward(self, *_: Any) -> Tensor:
         """Never called: experts are loaded before a model runs."""
