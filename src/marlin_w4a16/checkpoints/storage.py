@@ -82,7 +82,6 @@ class FP4Storage:
     activations: Activations | None = None
     joint: str = "."
     stacked: bool = False
-
     big: ClassVar[tuple[Role, ...]] = ("codes", "scales")  # what becomes the weight
 
     def named(self, leaves: Container[str]) -> "FP4Storage":
@@ -97,7 +96,10 @@ class FP4Storage:
 
     def leaf(self, *roles: Role) -> str:
         """The name of a tensor that every linear has."""
-        return next(part.leaf for part in self.parts if part.role in roles)
+        part = self.part(*roles)
+        if part is None:
+            raise KeyError(roles)
+        return part.leaf
 
     @property
     def scales(self) -> str:
@@ -191,7 +193,6 @@ class FP8Storage:
 
     label: str
     parts: tuple[Part, ...]
-
     joint: ClassVar[str] = "."
     stacked: ClassVar[bool] = False
     big: ClassVar[tuple[Role, ...]] = ("codes",)

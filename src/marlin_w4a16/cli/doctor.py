@@ -25,9 +25,7 @@ from marlin_w4a16.cli.smoke import try_compiled, try_graph, try_linears, try_tri
 from marlin_w4a16.report.data import Report, version_of
 
 SCHEMA = 1
-_COLUMNS = ("check", "status", "found")
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
-_AHEAD = ((9, 0), (8, 0))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_dict(checks), indent=2))
     else:
-        show_table(_COLUMNS, [*map(cells, checks)], style=lambda line: _STYLES[line[1]], styled=1)
+        columns = ("check", "status", "found")
+        show_table(columns, [*map(cells, checks)], style=lambda line: _STYLES[line[1]], styled=1)
         print(f"{len(checks)} checks: {', '.join(f'{counts[status]} {status}' for status in _STYLES)}")
     return 1 if counts["problem"] else 0
 
@@ -77,7 +76,7 @@ def steps(machine: Machine) -> Iterator[tuple[str, Callable[[], list[Check]]]]:
     for device in gpus or [torch.device("cpu")]:
         yield f"linears, {device}", partial(try_linears, device)
     if not gpus:
-        for capability in _AHEAD:
+        for capability in ((9, 0), (8, 0)):
             name = "Triton for sm_{}{}".format(*capability)
             yield name, partial(_ahead, name, capability, machine)
     device = gpus[0] if gpus else torch.device("cpu")

@@ -10,7 +10,6 @@ from marlin_w4a16.report.table import size, table
 
 HOOKS = Rejected("it has hooks, which a PackedLinear would lose")
 PACKED = Rejected("it is packed already")
-
 _COLUMNS = ("module", "producer", "format", "bytes", "outcome")
 
 

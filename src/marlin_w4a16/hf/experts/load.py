@@ -26,10 +26,7 @@ def own_names(model: PreTrainedModel, mixtures: Iterable[StoredMixture]) -> list
 def bytes_beside(model: PreTrainedModel, mixtures: Iterable[StoredMixture], itemsize: int | None) -> dict[str, int]:
     """Bytes of experts by the name of a parameter beside them, with which device maps count them.
 
-    Args:
-        model: still has its Experts modules.
-        mixtures: what will be loaded.
-        itemsize: of an element, if they will be dense.
+    The model still has its Experts modules; ``itemsize`` is of an element, if they will be dense.
     """
     found = {}
     for mixture in mixtures:
