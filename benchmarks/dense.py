@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from marlin_w4a16.kernels.fp4 import FP4Weight
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("humming-kernels", "vllm")  # the peers' own
+SAMPLE = 128  # tokens that are checked, at either end
 WRONG = 1e-2  # relative L2 error from which a peer is wrong
 
 Row = dict[str, Any]
@@ -130,9 +132,11 @@ def measure(
 
 def timed(calls: dict[str, Prepared], x: Tensor, weight: FP4Weight, rounds: int) -> dict[str, Row]:
     """Status, relative L2 error, bytes and times of each peer; only those that are right are timed."""
-    sample = torch.cat((x[:128], x[128:][-128:]))
-    exact = exact_product(sample, weight)
-    found = {peer: {"nbytes": call.nbytes, **checked(call, x, exact)} for peer, call in calls.items()}
+    exact = exact_product(ends(x, SAMPLE), weight)
+    found = {
+        peer: {"nbytes": call.nbytes, **checked(partial(call.call, 0, x), exact, SAMPLE, WRONG)}
+        for peer, call in calls.items()
+    }
     times: dict[str, list[float]] = {peer: [] for peer in calls}
     many = x.shape[0] > 512
     for _ in range(rounds):
@@ -150,15 +154,18 @@ def timed(calls: dict[str, Prepared], x: Tensor, weight: FP4Weight, rounds: int)
     return found
 
 
-def checked(prepared: Prepared, x: Tensor, exact: Tensor) -> Row:
+def checked(call: Callable[[], Tensor], exact: Tensor, count: int, limit: float) -> Row:
     """Whether the first and last tokens of a call agree with ``exact``."""
     try:
-        out = prepared.call(0, x)
-        found = torch.cat((out[:128], out[128:][-128:])).double()
-        relative = ((found - exact).norm() / exact.norm()).item()
+        relative = ((ends(call(), count).double() - exact).norm() / exact.norm()).item()
     except Exception as error:
         return {"status": failure(error)}
-    return {"status": "ok" if relative <= WRONG else f"wrong: relative error {relative:.1e}", "error": relative}
+    return {"status": "ok" if relative <= limit else f"wrong: relative error {relative:.1e}", "error": relative}
+
+
+def ends(tokens: Tensor, count: int) -> Tensor:
+    """The first and the last few."""
+    return torch.cat((tokens[:count], tokens[count:][-count:]))
 
 
 def failure(error: Exception) -> str:
@@ -258,8 +265,8 @@ def picture(result: dict[str, Any], path: str) -> None:
     plot([row for row in right if row["format"] == name], title, path)
 
 
-def main() -> None:
-    args = arguments()
+def shown(args: argparse.Namespace, run: Callable[..., Any], report: Callable[..., None]) -> dict[str, Any]:
+    """What was measured, now or in a run that was written, after its tables are printed."""
     if args.source:
         with open(args.source) as file:
             result = json.load(file)
@@ -267,6 +274,12 @@ def main() -> None:
         result = run(args)
     print(", ".join([*result["machine"].values(), result["dtype"]]))
     report(result["rows"])
+    return result
+
+
+def main() -> None:
+    args = arguments()
+    result = shown(args, run, report)
     if args.plot:
         picture(result, args.plot)
 

@@ -8,15 +8,15 @@ Ratios are the peer's time over ours. The floor is the time to read the experts 
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from dense import DTYPES, failure, machine, number, show, write
+from dense import DTYPES, checked, ends, failure, machine, number, show, shown, write
 from expert_models import MODELS, Routing, Weights, choose, draw, exact
 from expert_peers import PEERS, Peer, Ready
 from peers import FORMATS
@@ -113,11 +113,14 @@ def timed(
     ready: dict[str, Ready], x: Tensor, routing: Routing, weights: Weights, limits: dict[str, float], rounds: int
 ) -> dict[str, Row]:
     """Status, relative L2 error, floor and times of each peer; only those that are right are timed."""
-    some = sampled(torch.arange(len(x), device=x.device))
+    some = ends(torch.arange(len(x), device=x.device), SAMPLE)
     right = exact(x[some], weights, Routing(routing.weights[some], routing.ids[some], 0))
     share = routing.touched / weights.mixture.experts
     found = {
-        peer: {"floor_us": floor_us(round(call.nbytes * share)), **checked(call, x, routing, right, limits[peer])}
+        peer: {
+            "floor_us": floor_us(round(call.nbytes * share)),
+            **checked(partial(call.call, 0, x, routing), right, SAMPLE, limits[peer]),
+        }
         for peer, call in ready.items()
     }
     times: dict[str, list[float]] = {peer: [] for peer in ready}
@@ -134,21 +137,6 @@ def timed(
         if found[peer]["status"] == "ok":
             found[peer] |= {"us": median(us), "rounds": us}
     return found
-
-
-def sampled(tokens: Tensor) -> Tensor:
-    """The first and the last few."""
-    return torch.cat((tokens[:SAMPLE], tokens[SAMPLE:][-SAMPLE:]))
-
-
-def checked(call: Ready, x: Tensor, routing: Routing, right: Tensor, limit: float) -> Row:
-    """Whether some tokens of a call agree with ``right``."""
-    try:
-        out = sampled(call.call(0, x, routing)).double()
-        relative = ((out - right).norm() / right.norm()).item()
-    except Exception as error:
-        return {"status": failure(error)}
-    return {"status": "ok" if relative <= limit else f"wrong: relative error {relative:.1e}", "error": relative}
 
 
 def arguments() -> argparse.Namespace:
@@ -188,14 +176,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments()
-    if args.source:
-        with open(args.source) as file:
-            result = json.load(file)
-    else:
-        result = run(args)
-    print(", ".join([*result["machine"].values(), result["dtype"]]))
-    report(result["rows"])
+    shown(arguments(), run, report)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,17 @@ def generate(title: str, model: PreTrainedModel, tokens: Tensor, count: int, run
     return new
 
 
+@torch.no_grad()
+def eager_then_compiled(model: PreTrainedModel, args: argparse.Namespace) -> None:
+    """Generates eagerly, then with decode compiled, which needs a static cache."""
+    tokens = prompt(args.path, args.prompt, model)
+    eager = generate("eager", model, tokens, args.new_tokens)
+    # The plugin has set this backend for decode with a static cache; on CPUs transformers compiles only if told so.
+    model.generation_config.compile_config._compile_all_devices = True
+    compiled = generate("compiled", model, tokens, args.new_tokens, runs=2, cache_implementation="static")
+    compare(eager, compiled, args.path, model)
+
+
 def compare(eager: list[int], compiled: list[int], path: str | None, model: PreTrainedModel) -> None:
     """In float32 all tokens must agree; in 16 bits two right programs round differently, and may part somewhere."""
     same = next((i for i, pair in enumerate(zip(eager, compiled, strict=True)) if pair[0] != pair[1]), len(eager))

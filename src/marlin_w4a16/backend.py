@@ -57,15 +57,14 @@ def marlin_w4a16(
     publish(report, gm, rewritten.graph if report.replaced else None)
     if chosen.strict and report.rejected:
         raise NotReplaced(report)
-    if report.rows and not (report.replaced or report.rejected):
+    if report.replaced or (report.rows and not report.rejected):
         log.info("%s", report.summary())
-        return compile_graph(gm, example_inputs, chosen.patches)
-    if not report.replaced:
+    else:
         why = report.summary() if report.rows else "no product of this graph has a weight made from FP4 codes"
         is_piece = bool(report.breaks) and not report.rows  # what Dynamo's graph breaks leave, such as cache updates
         level = logging.INFO if is_piece else logging.WARNING
         log.log(level, "nothing to replace, so the graph runs as with Inductor: %s", why)
+    if not report.replaced:
         return compile_graph(gm, example_inputs, chosen.patches)
-    log.info("%s", report.summary())
     compiled = compile_graph(rewritten.graph, rewritten.inputs, chosen.patches)
     return LiveCall(compiled, gm.forward, rewritten).__call__  # depyf looks for the code of a function

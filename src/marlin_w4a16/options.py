@@ -72,16 +72,9 @@ class Options:
     def settings(self) -> Settings:
         """The settings of the pass."""
         rules = Rules(float(self.tolerance), self.recover, self.activation_quant == "drop")
-        return Settings(
-            rules,
-            globs("include", self.include),
-            globs("exclude", self.exclude) or (),
-            self.verify,
-            self.activation_quant,
-            self.linear,
-            self.moe,
-            self.grouped,
-        )
+        include, exclude = globs("include", self.include), globs("exclude", self.exclude) or ()
+        kinds = self.linear, self.moe, self.grouped
+        return Settings(rules, include, exclude, self.verify, self.activation_quant, *kinds)
 
 
 def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:

@@ -6,22 +6,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from marlin_w4a16.kernels.experts import unpack_bias
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
-from marlin_w4a16.modules.swaps import HOOKS, PACKED, Places, Swap, Swaps, has_hooks, held, place, places_of
-from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts, names_of, pack_experts_of
+from marlin_w4a16.modules.state import held
+from marlin_w4a16.modules.swaps import HOOKS, PACKED, Places, Swap, Swaps, has_hooks, place, places_of
+from marlin_w4a16.modules.transformers_experts import biases_of, holds_packed, is_experts, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers import compressed_tensors, modelopt, modelopt_experts, torchao, torchao_experts
-from marlin_w4a16.producers.found import FoundExperts, FoundLinear, ModuleReader, Producer
+from marlin_w4a16.producers import compressed_tensors, modelopt, torchao, torchao_experts
+from marlin_w4a16.producers.found import Found, Producer
 from marlin_w4a16.report.progress import track
 
 LINEARS: dict[str, Producer] = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
-EXPERTS: dict[str, Producer] = {"torchao": torchao_experts}
-READERS_OF_EXPERTS: dict[str, ModuleReader] = {"ModelOpt": modelopt_experts, **EXPERTS}
+EXPERTS: dict[str, Producer] = {"ModelOpt": modelopt, "torchao": torchao_experts}
 
 
 def prepare(
@@ -104,11 +103,11 @@ _ROOT = Rejected("it is the model itself: prepare() swaps the modules in a model
 _OUTSIDE = Rejected("the hook that decompresses its model is outside of this part: prepare the whole model")
 
 
-def _read(module: Any, recover: bool) -> tuple[str, FoundLinear | FoundExperts | Rejected | None]:
+def _read(module: Any, recover: bool) -> tuple[str, Found | Rejected | None]:
     stacked = is_experts(module)
     if isinstance(module, PackedLinear | PackedExperts):
         return "", PACKED
-    for name, producer in (READERS_OF_EXPERTS if stacked else LINEARS).items():
+    for name, producer in (EXPERTS if stacked else LINEARS).items():
         try:
             found = producer.read(module, recover)
         except ValueError as error:
@@ -128,29 +127,28 @@ def _producer(origin: Origin) -> Producer:
 
 
 def _packed(
-    producer: str, found: FoundLinear | FoundExperts | Rejected, module: nn.Module, keeps_activations: bool
+    producer: str, found: Found | Rejected, module: nn.Module, keeps_activations: bool
 ) -> PackedLinear | PackedExperts | Rejected:
     if isinstance(found, Rejected):
         return found
     if found.activations is not None and keeps_activations:
         return Rejected(f"{found.activations}: prepare(model, activation_quant='drop') leaves that out")
-    if isinstance(found, FoundExperts):
-        experts = pack_experts_of(module, found.w13, found.w2, found.dtype)
-        if isinstance(experts, PackedExperts):
-            device = found.w13.codes.device
-            experts.origin = Origin(producer, module, found.kept, found.nbytes, found.dtype, device)
-        return experts
-    if has_hooks(module):
-        return HOOKS
-    try:
-        weight = found.weight.fit(found.dtype)
-    except ValueError as error:
-        return Rejected(str(error))
-    packed = PackedLinear(pack(weight), module.bias).train(module.training)  # type: ignore[arg-type]
-    unfitted = None
-    if weight is not found.weight:
-        unfitted = found.weight.scales.clone(), found.weight.multiplier
-    packed.origin = Origin(producer, module, found.kept, found.nbytes, found.dtype, weight.codes.device, unfitted)
+    weight, unfitted = found.weights[0], None
+    packed: PackedLinear | PackedExperts | Rejected
+    if is_experts(module):
+        packed = pack_experts_of(module, weight, found.weights[-1], found.dtype)
+    elif has_hooks(module):
+        packed = HOOKS
+    else:
+        try:
+            fitted = weight.fit(found.dtype)
+        except ValueError as error:
+            return Rejected(str(error))
+        packed = PackedLinear(pack(fitted), module.bias).train(module.training)  # type: ignore[arg-type]
+        unfitted = None if fitted is weight else (weight.scales.clone(), weight.multiplier)
+    if not isinstance(packed, Rejected):
+        device = weight.codes.device
+        packed.origin = Origin(producer, module, found.kept, found.nbytes, found.dtype, device, unfitted)
     return packed
 
 
@@ -180,24 +178,14 @@ def _refill(packed: PackedLinear | PackedExperts, path: str) -> str | None:
         _producer(origin).fill(origin.module, weight, origin.kept)
     except ValueError as error:
         return str(error)
-    _give_biases(packed, origin.module)
+    biases = {"bias": packed.bias} if isinstance(packed, PackedLinear) else biases_of(packed, origin.module)
+    for name, bias in biases.items():
+        setattr(origin.module, name, bias)
     origin.module.train(packed.training)
     device = next(packed.parameters()).device
     if device != origin.device:
         origin.module.to(device)
     return None
-
-
-def _give_biases(packed: PackedLinear | PackedExperts, module: Any) -> None:
-    if isinstance(packed, PackedLinear):
-        module.bias = packed.bias
-        return
-    first, second = (f"{name}_bias" for name in names_of(module))
-    if packed.bias13 is not None:
-        bias = unpack_bias(packed.bias13.detach(), packed.intermediate, packed.order)
-        setattr(module, first, nn.Parameter(bias, packed.bias13.requires_grad))
-    if packed.bias2 is not None:
-        setattr(module, second, packed.bias2)
 
 
 def _unfitted(weight: FP4Weight, origin: Origin) -> FP4Weight:

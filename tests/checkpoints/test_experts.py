@@ -57,7 +57,7 @@ LOOKS = {
 def test_a_stack(name, stacks):
     one = stacks[name]
     rows, columns, small, names = LOOKS[name]
-    assert (one.experts, one.like.n, one.like.k, one.small) == (4, rows, columns, small)
+    assert (one.experts, one.like.n, one.like.k, one.like.small) == (4, rows, columns, small)
     module = one.like.path.removesuffix(f".{one.name}").removesuffix(".0")
     assert [one.like.name(leaf) for leaf in one.like.entries] == [f"{module}.{leaf}" for leaf in names]
 

@@ -55,7 +55,6 @@ FP4_CONFIGS = [
 
 @pytest.mark.parametrize("values, algorithm, tensors, kind, groups, activations", FP4_CONFIGS)
 def test_an_algorithm(values, algorithm, tensors, kind, groups, activations):
-    assert modelopt.is_fp4(values)
     scheme = modelopt.scheme(values)
     assert (scheme.producer, scheme.algorithm, scheme.notes) == ("ModelOpt", algorithm, ())
     storage = scheme.storage(Q)
@@ -81,7 +80,6 @@ def test_fp8(spelling):
         "weight": ("F8_E4M3",), "weight_scale": ("F32", "BF16", "F16"), "input_scale": ("F32",)
     }  # fmt: skip
     assert [part.leaf for part in storage.parts if part.optional] == ["input_scale"]
-    assert not modelopt.is_fp4(values)
 
 
 MIXED = {
@@ -101,7 +99,6 @@ MIXED = {
     ids=["config.json", "hf_quant_config.json"],
 )
 def test_mixed_precision(values):
-    assert modelopt.is_fp4(values)
     scheme = modelopt.scheme(values)
     found = {path: scheme.storage(path) for path in (*MIXED, DOWN, "lm_head", "model.embed_tokens")}
     assert isinstance(found[Q], FP8Storage)
@@ -114,7 +111,6 @@ def test_mixed_precision(values):
 
 
 def test_mixed_precision_without_fp4():
-    assert not modelopt.is_fp4(config("MIXED_PRECISION", quantized_layers={Q: {"quant_algo": "FP8"}}))
     assert modelopt.scheme(config("MIXED_PRECISION")).storage(Q) is None
 
 
@@ -144,7 +140,6 @@ def test_an_algorithm_that_is_not_supported(algorithm):
     values = config(algorithm, 16, **AWQ)
     known = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN"
     assert modelopt.scheme(values).storage(Q) == Mismatch(f"ModelOpt's {algorithm.upper()}", f"one of {known}")
-    assert not modelopt.is_fp4(values)
 
 
 @pytest.mark.parametrize("group", [8, 64, 128, "16"])
@@ -162,4 +157,3 @@ def test_no_algorithm(values):
     message = str(caught.value)
     assert message.startswith("quantization_config: quant_algo: found none, expected one of NVFP4, W4A16_NVFP4, ")
     assert "MIXED_PRECISION" in message and "marlin_w4a16.hf.ModelOptConfig.of(path)" in message
-    assert not modelopt.is_fp4(values)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from marlin_w4a16.cli import checks, doctor
+from marlin_w4a16.cli import checks, doctor, show
 from marlin_w4a16.cli.checks import Check, Device, Machine
 
 CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ def test_a_terminal_has_colours_where_there_is_rich(diagnosed, monkeypatch, caps
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     if not rich:
-        monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(show.util, "find_spec", lambda name: None)
     assert diagnosed([*ROWS, BROKEN]) == 1
     out = capsys.readouterr().out
     assert ("\x1b[" in out) is rich

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from marlin_w4a16 import E2M1_VALUES, PackedLinear, prepare, restore
 from marlin_w4a16.kernels.quantize import encode
 from marlin_w4a16.producers import modelopt as producer
-from marlin_w4a16.producers.found import FoundLinear
+from marlin_w4a16.producers.found import Found
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Real quantization has been applied:UserWarning"),
@@ -92,8 +92,8 @@ def refusal(model: nn.Module, **choices) -> str | None:
 def test_the_decode_is_what_modelopt_dequantises(config, dtype):
     module = compressed(Layer().to(dtype), config).up
     found = producer.read(module, False)
-    assert isinstance(found, FoundLinear) and found.activations is None and found.dtype == dtype
-    expected, decoded = module.weight_quantizer(module.weight), found.weight.decode(dtype)
+    assert isinstance(found, Found) and found.activations is None and found.dtype == dtype
+    expected, decoded = module.weight_quantizer(module.weight), found.weights[0].decode(dtype)
     assert expected.dtype == dtype
     if config == "MXFP4_DEFAULT_CFG":
         assert torch.equal(decoded, expected)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
+from marlin_w4a16.checkpoints.scheme import CACHE_NOTE, LINEAR, Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import SCALE_DTYPES, Activations, FP4Storage, Part
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 
@@ -27,7 +27,7 @@ BY_GROUP_SIZE = {size: name for name, (_, _, size) in FORMATS.items()}
 
 def is_fp4(config: Mapping[str, Any]) -> bool:
     """Whether a quantisation config of compressed-tensors stores any layer as FP4."""
-    return any(_format(config, group) in FORMATS for group in _groups(config).values())
+    return bool(fp4_groups(config))
 
 
 def scheme(config: Mapping[str, Any]) -> Scheme:
@@ -36,9 +36,7 @@ def scheme(config: Mapping[str, Any]) -> Scheme:
     # as compressed_tensors.utils.match_targets has it: names, then patterns, then classes, each in alphabetical order
     targets = {target: stored[target] for target in sorted(stored, key=lambda t: (t == LINEAR, t))}
     names = dict.fromkeys(str(_format(config, group)) for group in _groups(config).values())
-    notes: tuple[str, ...] = ()
-    if config.get("kv_cache_scheme"):
-        notes = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",)
+    notes = (CACHE_NOTE,) if config.get("kv_cache_scheme") else ()
     return Scheme("compressed-tensors", " + ".join(names), targets, tuple(config.get("ignore") or ()), "re", notes)
 
 

@@ -30,25 +30,13 @@ class Stack:
 
     @property
     def storage(self) -> FP4Storage:
-        """How it is stored.
-
-        Raises:
-            TypeError: not as FP4.
-        """
-        if not isinstance(self.like.storage, FP4Storage):
-            raise TypeError(f"{self.like.path}: found {self.like.format}, expected FP4")
-        return self.like.storage
+        """See `Layer.fp4`."""
+        return self.like.fp4
 
     @property
     def experts(self) -> int:
         """How many there are."""
         return self.like.experts or len(self.layers)
-
-    @property
-    def small(self) -> tuple[str, ...]:
-        """The leaves beside codes and scales."""
-        big = {self.storage.leaf("codes"), self.storage.leaf("scales")}
-        return tuple(leaf for leaf in self.like.entries if leaf not in big)
 
     def read(self, expert: int, reader: Reader) -> dict[str, Tensor]:
         """The tensors of one expert by leaf."""

@@ -131,13 +131,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def quantization_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """The quantisation config of a folder and the file it stands in, or None; ``config.json`` goes first."""
-    config = folder / "config.json"
-    if config.is_file():
-        values = read_json(config)
-        for part in (values, values.get("text_config")):
-            found = part.get("quantization_config") if isinstance(part, dict) else None
-            if isinstance(found, dict):
-                return config.name, found
+    config = model_config_of(folder)
+    for part in (config, config.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(found, dict):
+            return "config.json", found
     other = folder / HF_QUANT_CONFIG
     return (other.name, {**read_json(other), "quant_method": "modelopt"}) if other.is_file() else None
 

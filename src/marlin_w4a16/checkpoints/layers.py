@@ -62,11 +62,31 @@ class Layer:
         return self.storage.format(self.group) if isinstance(self.storage, FP4Storage) else "FP8 E4M3"
 
     @property
+    def fp4(self) -> FP4Storage:
+        """How it is stored.
+
+        Raises:
+            TypeError: not as FP4.
+        """
+        if not isinstance(self.storage, FP4Storage):
+            raise TypeError(f"{self.path}: found {self.format}, expected FP4")
+        return self.storage
+
+    @property
     def experts(self) -> int:
         """How many matrices it is, or 0: it is one."""
-        stored = self.storage
-        stacked = isinstance(stored, FP4Storage) and stored.stacked
-        return self.entries[stored.leaf("codes")].shape[0] if stacked else 0
+        return self.entries[self.storage.leaf("codes")].shape[0] if self.storage.stacked else 0
+
+    @property
+    def small(self) -> tuple[str, ...]:
+        """The leaves of what is kept as it is stored when the weight is loaded, such as global scales."""
+        big = {self.storage.leaf(role) for role in self.storage.big}
+        return tuple(leaf for leaf in self.entries if leaf not in big)
+
+    @property
+    def file(self) -> str:
+        """The name of the file of its first tensor."""
+        return next(iter(self.entries.values())).file.name
 
     def name(self, leaf: str) -> str:
         """The name of a tensor in the checkpoint."""
@@ -132,7 +152,7 @@ def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | P
         return None
     if isinstance(storage, Mismatch):
         return storage
-    storage = storage.named(tensors)
+    storage = storage.named(tensors) if isinstance(storage, FP4Storage) else storage
     for part in storage.parts:
         if part.leaf not in tensors and not part.optional:
             held = ", ".join(sorted(tensors))

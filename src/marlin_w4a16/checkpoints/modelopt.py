@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
+from marlin_w4a16.checkpoints.scheme import CACHE_NOTE, LINEAR, Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import FLOATS, SCALE_DTYPES, Activations, FP4Storage, FP8Storage, Part
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
@@ -43,14 +43,6 @@ FP8_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 SINGLE = (*FP4_ALGORITHMS, *FP8_ALGORITHMS, "MIXED_PRECISION")
 
 
-def is_fp4(config: Mapping[str, Any]) -> bool:
-    """Whether a quantisation config of ModelOpt names an FP4 format for any layer."""
-    values = _values(config)
-    layers = values.get("quantized_layers") or {}
-    algorithms = [values.get("quant_algo"), *(layer.get("quant_algo") for layer in layers.values())]
-    return any(str(name).upper() in FP4_ALGORITHMS for name in algorithms)
-
-
 def scheme(config: Mapping[str, Any]) -> Scheme:
     """What a quantisation config says: that of config.json (``quant_method: modelopt``) or hf_quant_config.json.
 
@@ -71,8 +63,7 @@ def scheme(config: Mapping[str, Any]) -> Scheme:
         targets = {LINEAR: _storage(values)}
     ignore = tuple(map(_path, values.get("exclude_modules") or values.get("ignore") or ()))
     cache = values.get("kv_cache_quant_algo") or values.get("kv_cache_scheme")
-    notes = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",) if cache else ()
-    return Scheme("ModelOpt", algorithm, targets, ignore, "glob", notes)
+    return Scheme("ModelOpt", algorithm, targets, ignore, "glob", (CACHE_NOTE,) if cache else ())
 
 
 def _path(name: str) -> str:

@@ -50,11 +50,6 @@ FORMATS = (
 
 
 def scheme_of(config: Config, model: Config) -> Scheme | None:
-    """How this project reads a checkpoint; None: it leaves everything to transformers.
-
-    Args:
-        config: the quantisation config.
-        model: the config of the model.
-    """
+    """How this project reads a checkpoint with this quantisation config; None: all is left to transformers."""
     method = config.get("quant_method")
     return next((row.scheme(config, model) for row in FORMATS if row.method == method), None)

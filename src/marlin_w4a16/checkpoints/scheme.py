@@ -9,6 +9,7 @@ from typing import Literal
 from marlin_w4a16.checkpoints.storage import Storage
 
 LINEAR = "Linear"
+CACHE_NOTE = "its key/value cache was quantised; it is kept in 16 bits, its scales are not read"
 
 
 @dataclass(frozen=True, slots=True)

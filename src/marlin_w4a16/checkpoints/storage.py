@@ -16,14 +16,9 @@ from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, fp8_codes, 
 FLOATS = ("F32", "BF16", "F16")
 SCALE_DTYPES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
 DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 Role = Literal["codes", "scales", "multiplier", "divisor", "input multiplier", "input divisor", "pre-quant scale"]
 
 
@@ -87,6 +82,7 @@ class FP4Storage:
     activations: Activations | None = None
     joint: str = "."
     stacked: bool = False
+    big: ClassVar[tuple[Role, ...]] = ("codes", "scales")  # what becomes the weight
 
     def named(self, leaves: Container[str]) -> "FP4Storage":
         """With the names that a weight has for its tensors, of those that they may have."""
@@ -197,13 +193,10 @@ class FP8Storage:
 
     label: str
     parts: tuple[Part, ...]
-
     joint: ClassVar[str] = "."
+    stacked: ClassVar[bool] = False
+    big: ClassVar[tuple[Role, ...]] = ("codes",)
     scales: ClassVar[str] = "a scale for the weight or for each row"
-
-    def named(self, leaves: Container[str]) -> "FP8Storage":
-        """Its tensors have one name each."""
-        return self
 
     def leaf(self, role: Role) -> str:
         """The name of a tensor that every linear has."""

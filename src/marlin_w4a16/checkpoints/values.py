@@ -14,28 +14,20 @@ from marlin_w4a16.checkpoints.storage import FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import as_bytes
 from marlin_w4a16.kernels.scale_bytes import first_nan, scale_bytes
 
-_READ = ("scales", "multiplier", "divisor", "pre-quant scale", "input multiplier", "input divisor")
 
-
-class Reader:
+class Reader(ExitStack):
     """Reads tensors of a checkpoint to a device; a context, for whose length their files stay open."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._files, self._open = device, ExitStack(), dict[Path, Any]()
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-        self._files.close()
+        super().__init__()
+        self._device, self._open = device, dict[Path, Any]()
 
     def tensor(self, entry: Entry, name: str, index: int | None = None) -> Tensor:
         """A tensor, or what it holds at an index of its first axis."""
         if entry.file not in self._open:
             from safetensors import safe_open
 
-            self._open[entry.file] = self._files.enter_context(safe_open(entry.file, "pt", device=str(self._device)))
+            self._open[entry.file] = self.enter_context(safe_open(entry.file, "pt", device=str(self._device)))
         file = self._open[entry.file]
         found: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         return found
@@ -43,31 +35,19 @@ class Reader:
 
 def read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """Some tensors by name, on the CPU."""
-    from safetensors import safe_open
-
-    found: dict[str, Tensor] = {}
-    for file in {entry.file for entry in entries.values()}:
-        with safe_open(file, "pt", device="cpu") as opened:
-            found |= {name: opened.get_tensor(name) for name, entry in entries.items() if entry.file == file}
-    return found
+    with Reader(torch.device("cpu")) as reader:
+        return {name: reader.tensor(entry, name) for name, entry in entries.items()}
 
 
 def bad_values(layers: Iterable[Layer]) -> Iterator[Problem]:
     """NaN scales and global scales that are no numbers to multiply or divide by; reads from files to the CPU."""
-    from safetensors import safe_open
-
-    wanted: dict[Path, list[tuple[Layer, Part]]] = {}
-    for layer in layers:
-        for part in layer.storage.parts:
-            if part.leaf in layer.entries and part.role in _READ:
-                wanted.setdefault(layer.entries[part.leaf].file, []).append((layer, part))
-    for file, parts in wanted.items():
-        with safe_open(file, "pt", device="cpu") as opened:
-            for layer, part in parts:
-                name = layer.name(part.leaf)
-                found = _wrong(opened.get_tensor(name), layer, part)
-                if found is not None:
-                    yield Problem(file.name, name, *found)
+    parts = [(layer, part) for layer in layers for part in layer.storage.parts if part.leaf in layer.entries]
+    with Reader(torch.device("cpu")) as reader:
+        for layer, part in parts:
+            entry, name = layer.entries[part.leaf], layer.name(part.leaf)
+            found = _wrong(reader.tensor(entry, name), layer, part) if part.role != "codes" else None
+            if found is not None:
+                yield Problem(entry.file.name, name, *found)
 
 
 def _wrong(tensor: Tensor, layer: Layer, part: Part) -> tuple[str, str] | None:

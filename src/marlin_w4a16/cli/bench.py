@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_dict(found, work, results, notes), indent=2))
         return 0
     print(headline(found, work))
-    show_table(("", *(result.name for result in results), *["ratio"] * (len(results) > 1)), lines(results), _RIGHT)
+    show_table(
+        ("", *(result.name for result in results), *["ratio"] * (len(results) > 1)), lines(results), right=_RIGHT
+    )
     if len(results) > 1:
         print(f"ratio: how many times as fast, or as small, {PACKED} is")
     for note in notes:

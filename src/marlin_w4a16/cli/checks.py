@@ -55,13 +55,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A distribution that one can do without.
-
-    Attributes:
-        name: what pip calls it.
-        minimum: the oldest version that will do; None where any will.
-        purpose: what it is for.
-    """
+    """A distribution that one can do without; ``minimum`` is the oldest version that will do, None where any will."""
 
     name: str
     minimum: str | None
@@ -145,7 +139,9 @@ def check_machine(machine: Machine) -> list[Check]:
 
 def older(version: str, minimum: str) -> bool:
     """Whether a version is before another; what follows its numbers, as in ``2.11.0a0+git``, is not looked at."""
-    found, least = ([int(part) for part in re.findall(r"\d+", _release(text))] for text in (version, minimum))
+    found, least = (
+        [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", text)[0])] for text in (version, minimum)
+    )
     return found < least
 
 
@@ -246,8 +242,3 @@ def check_error(name: str, error: BaseException) -> Check:
     advice = next((advice for pattern, advice in _ADVICE if re.search(pattern, text)), REPORT)
     found = " ".join(f"{type(error).__name__}: {error}".partition("Set TORCHDYNAMO_VERBOSE")[0].split())
     return Check(name, "problem", found if len(found) <= _LONGEST else f"{found[:_LONGEST]} ...", "no error", advice)
-
-
-def _release(version: str) -> str:
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return match[0] if match else ""

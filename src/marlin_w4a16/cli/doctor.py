@@ -15,22 +15,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata, util
 from typing import Any
 
 import torch
 
 from marlin_w4a16.cli.checks import OPTIONAL, Check, Device, Machine, check_backend, check_error, check_machine
+from marlin_w4a16.cli.show import show_table
 from marlin_w4a16.cli.smoke import try_compiled, try_graph, try_linears, try_triton
-from marlin_w4a16.report.data import Report
-from marlin_w4a16.report.table import table
+from marlin_w4a16.report.data import Report, version_of
 
 SCHEMA = 1
-_COLUMNS = ("check", "status", "found")
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
-_AHEAD = ((9, 0), (8, 0))
-
-Step = tuple[str, Callable[[], list[Check]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +38,9 @@ def run(args: argparse.Namespace) -> int:
     counts = Counter[str](check.status for check in checks)
     if args.json:
         print(json.dumps(as_dict(checks), indent=2))
-    elif sys.stdout.isatty() and util.find_spec("rich"):
-        from rich import print as show
-
-        show(rich_table(checks))
     else:
-        print(table([_COLUMNS, *map(cells, checks)]))
-    if not args.json:
+        columns = ("check", "status", "found")
+        show_table(columns, [*map(cells, checks)], style=lambda line: _STYLES[line[1]], styled=1)
         print(f"{len(checks)} checks: {', '.join(f'{counts[status]} {status}' for status in _STYLES)}")
     return 1 if counts["problem"] else 0
 
@@ -57,23 +48,13 @@ def run(args: argparse.Namespace) -> int:
 def look() -> Machine:
     """The facts of this machine."""
     names = ("triton", "pytorch-triton", *(package.name for package in OPTIONAL))
-    versions = {name: _version(name) for name in names}
+    versions = {name: version_of(name) for name in names}
     versions["triton"] = versions["triton"] or versions["pytorch-triton"]  # as nightly builds of torch call it
     rocm, driver = torch.version.hip, driver_version()
     devices, error = ((), None) if rocm else _devices(driver)
-    return Machine(
-        platform.system(),
-        platform.machine(),
-        platform.python_version(),
-        torch.__version__,
-        versions,
-        torch.version.cuda,
-        rocm,
-        driver,
-        os.environ.get("CUDA_VISIBLE_DEVICES"),
-        devices,
-        error,
-    )
+    system = platform.system(), platform.machine(), platform.python_version()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return Machine(*system, torch.__version__, versions, torch.version.cuda, rocm, driver, hidden, devices, error)
 
 
 def driver_version() -> str | None:
@@ -87,7 +68,7 @@ def driver_version() -> str | None:
     return None if failed or not version.value else f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def steps(machine: Machine) -> Iterator[Step]:
+def steps(machine: Machine) -> Iterator[tuple[str, Callable[[], list[Check]]]]:
     """What `diagnose` does, each by the name that its error would have."""
     yield "facts", lambda: check_machine(machine)
     yield "backend", lambda: [check_backend(torch.compiler.list_backends(exclude_tags=()))]
@@ -95,7 +76,7 @@ def steps(machine: Machine) -> Iterator[Step]:
     for device in gpus or [torch.device("cpu")]:
         yield f"linears, {device}", partial(try_linears, device)
     if not gpus:
-        for capability in _AHEAD:
+        for capability in ((9, 0), (8, 0)):
             name = "Triton for sm_{}{}".format(*capability)
             yield name, partial(_ahead, name, capability, machine)
     device = gpus[0] if gpus else torch.device("cpu")
@@ -106,9 +87,7 @@ def steps(machine: Machine) -> Iterator[Step]:
 def diagnose(machine: Machine, tell: bool = False) -> Iterator[Check]:
     """Every check; one that raises becomes a problem with the text of the exception.
 
-    Args:
-        machine: the facts.
-        tell: write the name of each step to stderr as it begins.
+    With ``tell`` the name of each step is written to stderr as it begins.
     """
     for name, step in steps(machine):
         if tell:
@@ -121,11 +100,10 @@ def diagnose(machine: Machine, tell: bool = False) -> Iterator[Check]:
 
 def as_dict(checks: Sequence[Check]) -> dict[str, Any]:
     """For JSON: ``schema``, ``versions``, ``problems`` (how many), and ``checks`` with the attributes of `Check`."""
-    problems = sum(check.status == "problem" for check in checks)
     return {
         "schema": SCHEMA,
         "versions": Report.versions(),
-        "problems": problems,
+        "problems": sum(check.status == "problem" for check in checks),
         "checks": [asdict(check) for check in checks],
     }
 
@@ -138,19 +116,6 @@ def cells(check: Check) -> tuple[str, str, str]:
     return check.name, check.status, "; ".join([*parts, *filter(None, [check.advice])])
 
 
-def rich_table(checks: Sequence[Check]) -> Any:
-    """The table with colours, by rich."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(*_COLUMNS, box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    for check in checks:
-        name, status, text = cells(check)
-        shown.add_row(Text(name), Text(status, _STYLES[status]), Text(text))
-    return shown
-
-
 def _ahead(name: str, capability: tuple[int, int], machine: Machine) -> list[Check]:
     if machine.versions.get("triton") is None:
         return [Check(name, "skipped", "no Triton", "machine code, no GPU needed")]
@@ -161,13 +126,6 @@ def _graph(device: torch.device) -> Check:
     if device.type != "cuda":
         return Check(f"CUDA graph, {device}", "skipped", "no supported GPU", "a replay gives what a call gives")
     return try_graph(device)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices(driver: str | None) -> tuple[tuple[Device, ...], str | None]:

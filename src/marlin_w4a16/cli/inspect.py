@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_dict(found), indent=2))
     else:
         print(headline(found))
-        show_table(_COLUMNS, [*map(cells, found.lines)], _RIGHT, lambda line: _STYLES.get(line[-1].split(":")[0], ""))
+        lines = [*map(cells, found.lines)]
+        show_table(_COLUMNS, lines, right=_RIGHT, style=lambda line: _STYLES.get(line[-1].split(":")[0], ""))
         print(*summary(found), sep="\n")
     return 1 if found.problems else 0
 

@@ -122,11 +122,7 @@ def local(path: str) -> Path:
 
 
 def inspect(folder: Path, values: bool = False) -> Inspection:
-    """Reads the configs and headers of a checkpoint.
-
-    Args:
-        folder: where it lies.
-        values: read the scales too, and look for such that cannot be decoded.
+    """Reads the configs and headers of a checkpoint, and with ``values`` looks for scales that cannot be decoded.
 
     Raises:
         CheckpointError: its files cannot be read, or do not belong together.
@@ -168,18 +164,12 @@ def _sum(path: str, lines: list[Line]) -> Line:
 
 def _linear(layer: Layer) -> Line:
     """A weight that is loaded; beside it the checkpoint's small tensors are kept, such as global scales."""
-    count = layer.experts or 1
-    stored, dense = layer.storage, 2 * count * layer.n * layer.k
-    if isinstance(stored, FP4Storage):
-        outcome: Outcome = "packed"
-        big, weight = (
-            {stored.leaf("codes"), stored.leaf("scales")},
-            count * packed_nbytes(layer.n, layer.k, layer.group),
-        )
-    else:
-        outcome, big, weight = "decoded", {stored.leaf("codes")}, dense
-    small = sum(entry.nbytes for leaf, entry in layer.entries.items() if leaf not in big)
+    count, is_fp4 = layer.experts or 1, isinstance(layer.storage, FP4Storage)
+    dense = 2 * count * layer.n * layer.k
+    weight = count * packed_nbytes(layer.n, layer.k, layer.group) if is_fp4 else dense
+    small = sum(layer.entries[leaf].nbytes for leaf in layer.small)
     shape = (layer.experts, layer.n, layer.k) if layer.experts else (layer.n, layer.k)
+    outcome: Outcome = "packed" if is_fp4 else "decoded"
     return Line(layer.path, 1, shape, layer.format, outcome, None, layer.nbytes, weight + small, dense)
 
 
@@ -238,9 +228,8 @@ def _without_embeddings(held: Contents, scheme: Scheme) -> Contents:
     layers, others, problems = dict(held.layers), dict(held.others), list(held.problems)
     for path, layer in held.layers.items():
         if _EMBEDDING.search(path):
-            leaf, entry = next(iter(layer.entries.items()))
-            expected = "a linear: the config's targets say Embedding"
-            problems.append(Problem(entry.file.name, f"{path}.{leaf}", f"{layer.format} of an embedding", expected))
+            name, expected = f"{path}.{next(iter(layer.entries))}", "a linear: the config's targets say Embedding"
+            problems.append(Problem(layer.file, name, f"{layer.format} of an embedding", expected))
             others |= {f"{path}.{leaf}": entry for leaf, entry in layers.pop(path).entries.items()}
     return Contents(layers, others, tuple(problems))
 

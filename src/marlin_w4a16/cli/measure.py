@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RUNS = 3
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +87,11 @@ class Clock:
         """Called by generate()."""
 
 
-def measure(name: str, load: Callable[[], "PreTrainedModel"], work: Work, tell: Tell) -> Result:
-    """Loads a model, lets it generate, and forgets it.
-
-    Args:
-        name: of the model, for people.
-        load: gives the model.
-        work: what it is to do.
-        tell: called with what is about to happen.
-    """
+def measure(name: str, load: Callable[[], "PreTrainedModel"], work: Work, tell: Callable[[str], None]) -> Result:
+    """Loads a model, lets it generate, and forgets it; ``tell`` is called with what is about to happen."""
     forget()
-    before = _allocated(work)
+    _reset_peak(work)
+    before = torch.cuda.memory_allocated() if work.device == "cuda" else 0
     tell(f"{name}: loading ...")
     start = _now(work)
     model = load()
@@ -113,19 +106,9 @@ def measure(name: str, load: Callable[[], "PreTrainedModel"], work: Work, tell: 
         runs.append(generate(model, tokens, work))
     generate_s = median(seconds for seconds, _ in runs)
     step_s = median(after - at for _, times in runs for at, after in pairwise(times[1:]))
-    return Result(
-        name,
-        _backend(model),
-        load_s,
-        *bytes_of(model),
-        max(0.0, first_s - generate_s),
-        generate_s,
-        median(times[1] - times[0] for _, times in runs),
-        step_s,
-        work.batch / step_s,
-        load_peak,
-        _peak(work, before),
-    )
+    prefill_s, compile_s = median(times[1] - times[0] for _, times in runs), max(0.0, first_s - generate_s)
+    seconds, peaks = (compile_s, generate_s, prefill_s, step_s), (load_peak, _peak(work, before))
+    return Result(name, _backend(model), load_s, *bytes_of(model), *seconds, work.batch / step_s, *peaks)
 
 
 def generate(model: "PreTrainedModel", tokens: Tensor, work: Work) -> tuple[float, list[float]]:
@@ -191,11 +174,6 @@ def _now(work: Work) -> float:
     if work.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _allocated(work: Work) -> int:
-    _reset_peak(work)
-    return torch.cuda.memory_allocated() if work.device == "cuda" else 0
 
 
 def _reset_peak(work: Work) -> None:

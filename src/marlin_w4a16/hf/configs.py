@@ -46,7 +46,6 @@ class ModelOptConfig(of_transformers.Mxfp4Config):
         found = cached_file(path, "hf_quant_config.json", _raise_exceptions_for_missing_entries=False)
         if found is None:
             raise CheckpointError(f"{path}: found no hf_quant_config.json, expected one")
-
         return cls(**options, **{**files.read_json(Path(found)), "quant_method": "modelopt"})
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -109,5 +108,4 @@ def checked(activation_quant: Any) -> ActivationQuant:
     if activation_quant not in get_args(ActivationQuant):
         known = ", ".join(map(repr, get_args(ActivationQuant)))
         raise ValueError(f"activation_quant: found {activation_quant!r}, expected one of {known}")
-    policy: ActivationQuant = activation_quant
-    return policy
+    return activation_quant  # type: ignore[no-any-return]

@@ -50,13 +50,7 @@ class FP8Blocks:
 
 
 def fp8_blocks(others: Mapping[str, Entry], names: Mapping[str, str], dtype: torch.dtype) -> FP8Blocks:
-    """Finds the FP8 linears among the tensors that transformers loads.
-
-    Args:
-        others: the checkpoint's tensors beside experts.
-        names: those they get in the model.
-        dtype: of the model.
-    """
+    """Finds the FP8 linears among the tensors that transformers loads, given the names they get in a model."""
     pairs: dict[str, str] = {}
     for name, entry in others.items():
         path, _, leaf = name.rpartition(".")

@@ -1,13 +1,13 @@
 """Linears of a checkpoint: as their tensors lie in it, and as they run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Layer
-from marlin_w4a16.checkpoints.storage import DTYPES, Activations, FP4Storage, FP8Storage
+from marlin_w4a16.checkpoints.storage import DTYPES, Activations, FP8Storage
 from marlin_w4a16.kernels.fp4 import FP4Weight, round_once
 from marlin_w4a16.kernels.inputs import fake_quantize
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind
@@ -46,9 +46,8 @@ class StoredLinear(nn.Module):
 
     def loaded(self) -> "CheckpointLinear | FP8Linear":
         """The linear that runs; an FP4 weight is packed on its device."""
-        if isinstance(self.layer.storage, FP8Storage):
-            return FP8Linear(self.layer, self.tensors(), self.bias, self.dtype, self.keep).train(self.training)
-        return CheckpointLinear(self.layer, self.tensors(), self.bias, self.dtype, self.keep).train(self.training)
+        runs = FP8Linear if isinstance(self.layer.storage, FP8Storage) else CheckpointLinear
+        return runs(self.layer, self.tensors(), self.bias, self.dtype, self.keep).train(self.training)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """A plain linear with the exact weight rounded once to ``dtype``; a pre-quant scale is multiplied in."""
@@ -76,24 +75,21 @@ class CheckpointLinear(PackedLinear):
     A pre-quant scale (AWQ) multiplies the input; with ``keep`` the input is quantised as its producer does (W4A4).
 
     Args:
-        layer: what the checkpoint holds.
-        tensors: its tensors by leaf.
-        bias: ``[n]`` or None; a Parameter is kept as it is.
-        dtype: the activations to come.
-        keep: quantise the inputs.
+        layer, tensors: what the checkpoint holds, and its tensors by leaf.
+        bias, dtype: see `PackedLinear`.
     """
 
     def __init__(
         self, layer: Layer, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, keep: bool
     ) -> None:
-        storage = fp4(layer)
+        storage = layer.fp4
         stored = storage.read(tensors, layer.path)
         fitted = stored.fit_first(torch.float16, dtype)
         super().__init__(fitted, bias)
         self.layer = layer
         self.quantize_input = storage.activations if keep else None
-        packed = {storage.leaf("codes"), storage.leaf("scales")}
-        for leaf in layer.entries.keys() - packed:
+        self._uncast += layer.small  # they are the checkpoint's
+        for leaf in layer.small:
             self.register_parameter(leaf, nn.Parameter(tensors[leaf], requires_grad=False))
         scale, factor = storage.part("pre-quant scale"), storage.part("input multiplier", "input divisor")
         self.pre_scale = scale.leaf if scale is not None and scale.leaf in layer.entries else None
@@ -112,9 +108,9 @@ class CheckpointLinear(PackedLinear):
         Raises:
             CheckpointError: the weight was changed since it was loaded, so that its global scale does not belong to it.
         """
-        small = {leaf: p.detach() for leaf in self.layer.entries if (p := self._parameters.get(leaf)) is not None}
+        small = {leaf: getattr(self, leaf).detach() for leaf in self.layer.small}
         held, unfitted = self.to_fp4(self.layer.path), (self.unfitted_rows, self.unfitted_scales)
-        return fp4(self.layer).restore(held, unfitted, small, self.layer.entries, self.layer.path)
+        return self.layer.fp4.restore(held, unfitted, small, self.layer.entries, self.layer.path)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """See `StoredLinear.dense`."""
@@ -135,15 +131,6 @@ class CheckpointLinear(PackedLinear):
         factor: Tensor = getattr(self, self.input_factor.leaf).float().reshape(())
         return factor.reciprocal() if self.input_factor.role == "input divisor" else factor
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CheckpointLinear":
-        small = {leaf: p.detach() for leaf in self.layer.entries if (p := self._parameters.get(leaf)) is not None}
-        super()._apply(fn, recurse)
-        for leaf, before in small.items():  # casts leave them as they are: they are the checkpoint's
-            after = self._parameters[leaf]
-            if after is not None and after.dtype != before.dtype:
-                after.data = before.to(after.device)
-        return self
-
 
 class FP8Linear(nn.Linear):
     """A linear that was stored in FP8 and runs dense; it can give back the tensors of its checkpoint.
@@ -158,12 +145,12 @@ class FP8Linear(nn.Linear):
         self.layer, self.loaded_as, self.quantize_input = layer, dtype, keep and "input_scale" in tensors
         self.weight = nn.Parameter(fp8(layer).read(tensors, dtype), requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
-        for leaf in layer.entries.keys() - {"weight"}:  # kept as bytes, which casts leave alone
+        for leaf in layer.small:  # kept as bytes, which casts leave alone
             self.register_buffer(leaf, tensors[leaf].reshape(-1).view(torch.uint8), persistent=False)
 
     def stored(self) -> dict[str, Tensor]:
         """See `CheckpointLinear.stored`."""
-        kept = {leaf: self._kept(leaf) for leaf in self.layer.entries.keys() - {"weight"}}
+        kept = {leaf: self._kept(leaf) for leaf in self.layer.small}
         weight = self.weight.detach()
         as_loaded = weight.to(self.loaded_as)
         if torch.equal(as_loaded.to(weight.dtype), weight):  # a cast since then is no change
@@ -216,13 +203,6 @@ def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     linear.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
     linear.bias = bias  # type: ignore[assignment]
     return linear
-
-
-def fp4(layer: Layer) -> FP4Storage:
-    """The storage of a layer that is FP4."""
-    if not isinstance(layer.storage, FP4Storage):
-        raise TypeError(f"{layer.path}: found {layer.format}, expected FP4")
-    return layer.storage
 
 
 def fp8(layer: Layer) -> FP8Storage:

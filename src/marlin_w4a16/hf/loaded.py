@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from marlin_w4a16.checkpoints.experts import StoredMixture
 from marlin_w4a16.checkpoints.files import CheckpointError
@@ -31,11 +31,6 @@ class LoadedLayer:
     stored: int
     outcome: str
     experts: int = 0
-
-    @property
-    def look(self) -> tuple[str, int, str, int]:
-        """What equal layers have in common."""
-        return self.format, self.stored, self.outcome, self.experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +65,7 @@ class Loaded:
 
     def __str__(self) -> str:
         rows = [("weight", "n", "format", "stored", "outcome")]
-        for path, places in collapse_paths((layer.path, layer.look) for layer in self.layers):
+        for path, places in collapse_paths((layer.path, replace(layer, path="")) for layer in self.layers):
             one = self.layers[places[0]]
             form = f"{one.format}, {one.experts} experts" if one.experts else one.format
             rows.append((path, str(len(places)), form, size(len(places) * one.stored), one.outcome))
@@ -89,27 +84,23 @@ def loaded(
     Raises:
         CheckpointError: inputs are quantised, and the policy refuses that or cannot be followed.
     """
-    told: dict[str, int] = Counter()
-    rows: list[LoadedLayer] = []
+    told, rows, outcome = Counter[str](), list[LoadedLayer](), "dense" if dequantize else "packed"
+
+    def tell(path: str, activations: Activations | None, can_keep: bool, what: str) -> None:
+        if activations is not None and not dequantize:
+            told[f"{activations.told}; {_followed(policy, path, activations, can_keep)} ({{}} {what})"] += 1
+
     for path, layer in layers.items():
-        storage = layer.storage
-        if isinstance(storage, FP4Storage):
-            outcome = "dense" if dequantize else "packed"
-            activations = storage.activations
-            if activations is not None and not dequantize:
-                can_keep = activations.kind is not None
-                told[f"{activations.told}; {_followed(policy, path, activations, can_keep)} ({{}} linears)"] += 1
+        if isinstance(layer.storage, FP4Storage):
+            activations = layer.storage.activations
+            tell(path, activations, activations is not None and activations.kind is not None, "linears")
+            rows.append(LoadedLayer(path, layer.format, layer.nbytes, outcome))
         else:
-            outcome = "dense, decoded from FP8"
             text = "FP8 weights are decoded to the model's dtype: transformers cannot run ModelOpt's FP8"
             told[f"{text} ({{}} linears)"] += 1
-        rows.append(LoadedLayer(path, layer.format, layer.nbytes, outcome))
+            rows.append(LoadedLayer(path, layer.format, layer.nbytes, "dense, decoded from FP8"))
     for mixture in mixtures:
-        outcome = "dense" if dequantize else "packed"
-        activations = mixture.second.storage.activations
-        if activations is not None and not dequantize:
-            text = _followed(policy, mixture.path, activations, can_keep=False)
-            told[f"{activations.told}; {text} ({{}} mixtures of experts)"] += 1
+        tell(mixture.path, mixture.second.storage.activations, False, "mixtures of experts")
         rows.append(LoadedLayer(mixture.path, mixture.format, mixture.nbytes, outcome, mixture.second.experts))
     notes = tuple(text.format(count) for text, count in told.items()) + scheme.notes
     return Loaded(scheme, tuple(rows), notes)

@@ -81,10 +81,8 @@ def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, ke
         linear = model.get_submodule(path)
         put(model, path, StoredLinear(layer, linear.bias, dtype, keep).train(linear.training))  # type: ignore[arg-type]
     for found in placement.experts:
-        path = found.mixture.path
-        experts = model.get_submodule(path)
-        stored = StoredExperts(found.mixture, experts, found.activation, found.order, dtype)
-        put(model, path, stored.train(experts.training))
+        experts = model.get_submodule(found.mixture.path)
+        put(model, found.mixture.path, StoredExperts(found, experts, dtype).train(experts.training))
     for name, source in list(model.all_tied_weights_keys.items()):
         # a head with FP4 tensors of its own beside a dense embedding, under a config that ties them (both producers)
         if name.rpartition(".")[0] in placement.layers or source.rpartition(".")[0] in placement.layers:
@@ -134,7 +132,6 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _misfit(layer: Layer, path: str, module: nn.Module | None) -> Problem | None:
-    leaf, entry = next(iter(layer.entries.items()))
     found, expected = f"{layer.format} of {layer.n} x {layer.k}", None
     if module is None:
         expected = f"no such tensor: the model has no {path}"
@@ -142,7 +139,9 @@ def _misfit(layer: Layer, path: str, module: nn.Module | None) -> Problem | None
         expected = f"a linear in the model, not {type(module).__name__}"
     elif (module.out_features, module.in_features) != (layer.n, layer.k):
         expected = f"{module.out_features} x {module.in_features}, as the model's {path} has"
-    return None if expected is None else Problem(entry.file.name, f"{layer.path}.{leaf}", found, expected)
+    return (
+        None if expected is None else Problem(layer.file, f"{layer.path}.{next(iter(layer.entries))}", found, expected)
+    )
 
 
 def _not_run(path: str, model: PreTrainedModel) -> bool:
@@ -167,7 +166,7 @@ def _without_weight(model: PreTrainedModel, stored: Set[str], scheme: Scheme) ->
 def _biases(model: PreTrainedModel, layers: Mapping[str, Layer], held: Mapping[str, Entry]) -> list[Problem]:
     found: list[Problem] = []
     for path, layer in layers.items():
-        bias, file = f"{path}.bias", next(iter(layer.entries.values())).file.name
+        bias, file = f"{path}.bias", layer.file
         wanted = getattr(model.get_submodule(path), "bias", None) is not None
         if wanted and bias not in held:
             found.append(Problem(file, bias, "no such tensor", f"[{layer.n}], since the model has a bias"))

@@ -3,17 +3,10 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-class Hook(Protocol):
-    """What a producer hangs on a whole model; a copy belongs to the copy of that model."""
-
-    def put_back(self, module: nn.Module, model: nn.Module) -> None:
-        """Hangs it where it was, or on ``model`` if that is gone; ``module`` is one that it is for."""
 
 
 @dataclass(slots=True)
@@ -23,12 +16,12 @@ class Origin:
     Attributes:
         producer: who made it.
         module: the module.
-        kept: see `marlin_w4a16.producers.found.FoundLinear`.
+        kept: see `marlin_w4a16.producers.found.Found`.
         nbytes: bytes of its weights.
         dtype: what its producer decodes it to.
         device: where it was.
         unfitted: scales and multiplier of a linear as they were, where packing changed them (see `FP4Weight.fit`).
-        hook: what decompresses it.
+        hook: what decompresses it, a `Hook` of `marlin_w4a16.producers.compressed_tensors`.
         gone: why there is no module.
     """
 
@@ -39,7 +32,7 @@ class Origin:
     dtype: torch.dtype
     device: torch.device
     unfitted: tuple[Tensor, Tensor] | None = None
-    hook: Hook | None = None
+    hook: Any = None
     gone: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":

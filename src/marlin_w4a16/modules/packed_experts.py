@@ -1,5 +1,6 @@
 """The experts of a mixture as one module that owns their packed weights."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,12 +13,8 @@ from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.modules.origin import Origin
-from marlin_w4a16.modules.state import PackedState
+from marlin_w4a16.modules.state import PackedState, held, parameter_of
 from marlin_w4a16.report.table import size
-
-_WEIGHTS = ("13", "2")
-_TENSORS = ("words", "scales", "multiplier")
 
 
 class PackedExperts(PackedState):
@@ -42,7 +39,6 @@ class PackedExperts(PackedState):
         ValueError: weights, order or biases that do not belong together, or scales that ``dtype`` cannot hold.
     """
 
-    _multipliers = ("multiplier13", "multiplier2")
     bias13: nn.Parameter | None
     bias2: nn.Parameter | None
 
@@ -59,35 +55,35 @@ class PackedExperts(PackedState):
     ) -> None:
         super().__init__()
         order = None if order is None else Order(order)
-        _check(w13, w2, activation, order, bias13, bias2)
+        if activation.gated != (order is not None):
+            wanted = "an order of gates and ups" if activation.gated else "None"
+            raise ValueError(f"PackedExperts: order: found {order!r}, expected {wanted} for {activation}")
+        for name, bias, weight in (("bias13", bias13, w13), ("bias2", bias2, w2)):
+            if bias is not None and bias.shape != weight.multiplier.shape:
+                found, expected = list(bias.shape), list(weight.multiplier.shape)
+                raise ValueError(f"PackedExperts: {name}: found shape {found}, expected {expected}")
         packed = pack_experts(w13.fit_first(torch.float16, dtype), w2.fit_first(torch.float16, dtype), order)
-        intermediate = w13.n // (1 if order is None else 2)
-        self._hold(*packed, activation, order, intermediate, bias13, bias2)
+        self._hold(packed, activation, order, w13.n, bias13, bias2)
         self.weight_on_input = weight_on_input
 
     def _hold(
         self,
-        w13: PackedFP4,
-        w2: PackedFP4,
+        packed: Sequence[PackedFP4],
         activation: Activation,
         order: Order | None,
-        intermediate: int,
-        bias13: Tensor | None,
-        bias2: Tensor | None,
+        rows: int,
+        *biases: Tensor | None,
     ) -> None:
-        """Takes packed weights over; for arguments see the class."""
-        packed = w13, w2
+        """Takes packed weights over; ``rows`` are those of the first product, for other arguments see the class."""
+        (w13, w2), (bias13, bias2) = packed, biases
         self.activation, self.order, self.weight_on_input = activation, order, False
-        self.num_experts, self.intermediate = len(w13.words), intermediate
-        self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in zip(_WEIGHTS, packed, strict=True)}
-        for of, weight in zip(_WEIGHTS, packed, strict=True):
-            for name in _TENSORS:
-                self.register_parameter(f"{name}{of}", nn.Parameter(getattr(weight, name), requires_grad=False))
-        self.register_parameter("bias13", None if bias13 is None else _parameter(bias13, w2.k, order))
-        if bias2 is not None and not isinstance(bias2, nn.Parameter):
-            bias2 = nn.Parameter(bias2, requires_grad=False)
-        self.register_parameter("bias2", bias2)
-        self.origin: Origin | None = None
+        self.num_experts, self.intermediate = len(w13.words), rows // (1 if order is None else 2)
+        self._own({"13": w13, "2": w2})
+        if bias13 is not None:
+            trained = isinstance(bias13, nn.Parameter) and bias13.requires_grad
+            bias13 = nn.Parameter(pack_bias(bias13.detach(), w2.k, order), requires_grad=trained)
+        self.register_parameter("bias13", bias13)
+        self.register_parameter("bias2", parameter_of(bias2))
 
     @property
     def w13(self) -> PackedFP4:
@@ -98,10 +94,6 @@ class PackedExperts(PackedState):
     def w2(self) -> PackedFP4:
         """The second product in packed form."""
         return self._packed("2")
-
-    def _packed(self, of: str) -> PackedFP4:
-        words, scales, multiplier = (getattr(self, f"{name}{of}") for name in _TENSORS)
-        return PackedFP4(words, scales, multiplier, *self._formats[of])
 
     def to_fp4(self, name: str = "experts") -> tuple[FP4Weight, FP4Weight]:
         """Both weights in canonical form, every code and scale byte as it was packed; ``decode()`` makes them dense."""
@@ -134,11 +126,10 @@ class PackedExperts(PackedState):
 
     def extra_repr(self) -> str:
         """Shapes, activation, formats and bytes of the packed weights."""
-        w13, w2 = self.w13, self.w2
-        shape = f"experts={self.num_experts}, hidden={w13.k}, intermediate={self.intermediate}"
+        format, nbytes = held(self)
+        shape = f"experts={self.num_experts}, hidden={self.w13.k}, intermediate={self.intermediate}"
         biases = f"bias={self.bias13 is not None or self.bias2 is not None}"
-        formats = " and ".join(dict.fromkeys((w13.format, w2.format)))
-        return f"{shape}, {biases}, {self.activation}, {formats}, {size(w13.nbytes + w2.nbytes)}"
+        return f"{shape}, {biases}, {self.activation}, {format}, {size(nbytes)}"
 
     @property
     def _packing(self) -> dict[str, Any]:
@@ -151,25 +142,3 @@ class PackedExperts(PackedState):
             "weight_on_input": self.weight_on_input,
             **{f"w{of}": dict(zip(fields, values, strict=True)) for of, values in self._formats.items()},
         }
-
-
-def _parameter(bias: Tensor, width: int, order: Order | None) -> nn.Parameter:
-    trained = isinstance(bias, nn.Parameter) and bias.requires_grad
-    return nn.Parameter(pack_bias(bias.detach(), width, order), requires_grad=trained)
-
-
-def _check(
-    w13: FP4Weight,
-    w2: FP4Weight,
-    activation: Activation,
-    order: Order | None,
-    bias13: Tensor | None,
-    bias2: Tensor | None,
-) -> None:
-    if activation.gated != (order is not None):
-        wanted = "an order of gates and ups" if activation.gated else "None"
-        raise ValueError(f"PackedExperts: order: found {order!r}, expected {wanted} for {activation}")
-    for name, bias, weight in (("bias13", bias13, w13), ("bias2", bias2, w2)):
-        if bias is not None and bias.shape != weight.multiplier.shape:
-            found, expected = list(bias.shape), list(weight.multiplier.shape)
-            raise ValueError(f"PackedExperts: {name}: found shape {found}, expected {expected}")

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
-from marlin_w4a16.kernels.scale_bytes import ScaleKind
-from marlin_w4a16.modules.origin import Origin
-from marlin_w4a16.modules.state import PackedState
+from marlin_w4a16.modules.state import PackedState, held, parameter_of
 from marlin_w4a16.report.table import size
 
 
@@ -44,20 +42,13 @@ class PackedLinear(PackedState, nn.Linear):
             raise ValueError(f"PackedLinear: found a weight of {weight.multiplier.ndim + 1} dimensions, expected 2")
         packed = pack(weight if isinstance(weight, PackedFP4) else weight.fit_first(torch.float16, dtype))
         self.in_features, self.out_features = packed.k, packed.n
-        self._kind, self._group, self._layout = packed.kind, packed.group, packed.layout
-        for name in ("words", "scales", "multiplier"):
-            self.register_parameter(name, nn.Parameter(getattr(packed, name), requires_grad=False))
-        if bias is not None and not isinstance(bias, nn.Parameter):
-            bias = nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", bias)
+        self._own({"": packed})
+        self.register_parameter("bias", parameter_of(bias))
         self.register_parameter("weight", None)
-        self.origin: Origin | None = None
 
-    _multipliers = ("multiplier",)
     words: nn.Parameter
     scales: nn.Parameter
     multiplier: nn.Parameter
-    _kind: ScaleKind
 
     @property
     def qweight(self) -> Tensor:
@@ -67,8 +58,7 @@ class PackedLinear(PackedState, nn.Linear):
     @property
     def packed(self) -> PackedFP4:
         """The weight in packed form; its tensors are the module's own."""
-        tensors = (self.words, self.scales, self.multiplier)
-        return PackedFP4(*tensors, self.out_features, self.in_features, self._kind, self._group, self._layout)
+        return self._packed("")
 
     def to_fp4(self, name: str = "weight") -> FP4Weight:
         """The weight in canonical form, every code and scale byte as it was packed; ``decode()`` makes it dense."""
@@ -80,16 +70,11 @@ class PackedLinear(PackedState, nn.Linear):
 
     def extra_repr(self) -> str:
         """Shape, format and bytes of the packed weight."""
-        packed = self.packed
+        format, nbytes = held(self)
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, {packed.format}, {size(packed.nbytes)}"
+        return f"{shape}, {format}, {size(nbytes)}"
 
     @property
     def _packing(self) -> dict[str, Any]:
-        return {
-            "layout": self._layout,
-            "kind": self._kind,
-            "group": self._group,
-            "n": self.out_features,
-            "k": self.in_features,
-        }
+        n, k, kind, group, layout = self._formats[""]
+        return {"layout": layout, "kind": kind, "group": group, "n": n, "k": k}

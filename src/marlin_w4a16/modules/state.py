@@ -2,10 +2,15 @@
 
 import json
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.modules.origin import Origin
+
+_TENSORS = ("words", "scales", "multiplier")
 
 
 class PackedState(nn.Module):
@@ -15,7 +20,19 @@ class PackedState(nn.Module):
     is loaded. Casts of the module leave packed tensors as they are, since they hold bits and float32 multipliers.
     """
 
-    _multipliers: ClassVar[tuple[str, ...]]  # the parameters that casts would round
+    origin: Origin | None = None
+
+    def _own(self, weights: dict[str, PackedFP4]) -> None:
+        """Takes packed weights over, by what stands behind the names of their tensors."""
+        self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in weights.items()}
+        self._uncast = tuple(f"multiplier{of}" for of in weights)  # the parameters that casts would round
+        for of, weight in weights.items():
+            for name in _TENSORS:
+                self.register_parameter(f"{name}{of}", nn.Parameter(getattr(weight, name), requires_grad=False))
+
+    def _packed(self, of: str) -> PackedFP4:
+        words, scales, multiplier = (getattr(self, f"{name}{of}") for name in _TENSORS)
+        return PackedFP4(words, scales, multiplier, *self._formats[of])
 
     @property
     def _packing(self) -> dict[str, Any]:
@@ -42,13 +59,24 @@ class PackedState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedState":
         # aliases: a parameter's own data may be replaced by a narrower one
-        kept = {name: getattr(self, name).detach() for name in self._multipliers}
+        kept = {name: getattr(self, name).detach() for name in self._uncast}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, multiplier in kept.items():
+        for name, before in kept.items():
             parameter = getattr(self, name)
-            if parameter.dtype != torch.float32:
-                parameter.data = multiplier.to(parameter.device)
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
         return self
+
+
+def held(module: PackedState) -> tuple[str, int]:
+    """The format of what a module holds packed, and its bytes."""
+    weights = [module._packed(of) for of in module._formats]
+    return " and ".join(dict.fromkeys(weight.format for weight in weights)), sum(weight.nbytes for weight in weights)
+
+
+def parameter_of(bias: Tensor | None) -> nn.Parameter | None:
+    """A bias as a parameter; one that is a parameter is kept as it is."""
+    return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
 
 
 def _read(state: Any) -> Any:

@@ -5,14 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from marlin_w4a16.modules.packed_experts import PackedExperts
-from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.report.table import size, table
 
 HOOKS = Rejected("it has hooks, which a PackedLinear would lose")
 PACKED = Rejected("it is packed already")
-
 _COLUMNS = ("module", "producer", "format", "bytes", "outcome")
 
 
@@ -88,12 +85,6 @@ def place(module: nn.Module, places: Places) -> None:
     """Puts a module wherever another one stood."""
     for parent, name in places:
         parent._modules[name] = module
-
-
-def held(module: PackedLinear | PackedExperts) -> tuple[str, int]:
-    """The format of what a module holds packed, and its bytes."""
-    weights = (module.packed,) if isinstance(module, PackedLinear) else (module.w13, module.w2)
-    return " and ".join(dict.fromkeys(w.format for w in weights)), sum(w.nbytes for w in weights)
 
 
 def has_hooks(module: Any) -> bool:

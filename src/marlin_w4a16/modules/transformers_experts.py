@@ -13,6 +13,7 @@ from torch import nn
 
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.experts import unpack_bias
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.swaps import has_hooks
@@ -37,6 +38,16 @@ def holds_packed(module: nn.Module) -> bool:
 def names_of(module: Any) -> tuple[str, str]:
     """The names of its first and second weight; those of their biases end in ``_bias``."""
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def biases_of(packed: PackedExperts, module: Any) -> dict[str, nn.Parameter]:
+    """The biases of packed experts by their names in an Experts module, and in its order."""
+    first, second = (f"{name}_bias" for name in names_of(module))
+    found = {first: packed.bias13, second: packed.bias2}
+    if packed.bias13 is not None:
+        bias = unpack_bias(packed.bias13.detach(), packed.intermediate, packed.order)
+        found[first] = nn.Parameter(bias, packed.bias13.requires_grad)
+    return {name: bias for name, bias in found.items() if bias is not None}
 
 
 def gating_of(module: Any, rows: int) -> tuple[Activation, Order | None] | Rejected:
@@ -124,5 +135,5 @@ def _small(values: dict[str, Any]) -> Iterator[float]:
 
 
 def _device(module: nn.Module) -> torch.device:
-    held = next((t.device for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"), None)
-    return torch.device("cpu") if held is None else held
+    tensors = (*module.parameters(), *module.buffers())
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
 from marlin_w4a16.kernels.scale_bytes import ScaleKind, first_nan, scale_bytes
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factors_of, holds_values, is_linear, is_of
-from marlin_w4a16.producers.recover import dense
+from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factors_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.recover import dense, found_dense, quantised
 from marlin_w4a16.producers.recover import recover as recover_codes
 
 _KINDS: dict[int, ScaleKind] = {16: "e4m3", 32: "e8m0"}
 
 
-def read(module: Any, recover: bool) -> FoundLinear | Rejected | None:
+def read(module: Any, recover: bool) -> Found | Rejected | None:
     """See `marlin_w4a16.producers`."""
     scheme: Any = getattr(module, "quantization_scheme", None)
     if not is_of("compressed_tensors", scheme) or not issubclass(type(module), nn.Linear):
@@ -29,19 +29,20 @@ def read(module: Any, recover: bool) -> FoundLinear | Rejected | None:
     if not holds_values(*_parameters(module).values()):
         return NO_VALUES
     status = str(module.quantization_status.value)
-    found: FoundLinear | Rejected
     needed = ("weight_packed" if status == "compressed" else "weight", "weight_scale")
     held = [name for name, value in _parameters(module).items() if value is not None]
     if not set(needed) <= set(held):
-        found = Rejected(f"a linear that is {status} holds {', '.join(held)}: expected {' and '.join(needed)}")
+        found: Found | Rejected = Rejected(
+            f"a linear that is {status} holds {', '.join(held)}: expected {' and '.join(needed)}"
+        )
     elif status == "compressed":
         found = _compressed(module, scheme)
     elif recover:
         found = _dense(module, scheme, status)
     else:
         found = Rejected(f"its weight is dense ({status}): prepare(model, recover=True) reads the codes back")
-    if isinstance(found, FoundLinear) and scheme.input_activations is not None:
-        args = scheme.input_activations
+    args = scheme.input_activations
+    if isinstance(found, Found) and args is not None:
         return replace(found, activations=f"its inputs are quantised to {args.num_bits} bit {args.type}")
     return found
 
@@ -67,7 +68,7 @@ def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """What decompresses a model at its first forward, and that model, or None if it is gone."""
+    """What decompresses a model at its first forward, and that model, or None; a copy belongs to that of the model."""
 
     owner: Callable[[], nn.Module | None]
     call: Callable[..., Any]
@@ -135,7 +136,7 @@ def _refusal(module: nn.Module, scheme: Any) -> str | None:
     return None
 
 
-def _compressed(module: nn.Module, scheme: Any) -> FoundLinear:
+def _compressed(module: nn.Module, scheme: Any) -> Found:
     parameters = _parameters(module)
     codes, scales = parameters["weight_packed"].detach(), parameters["weight_scale"].detach()
     kind = _KINDS[scheme.weights.group_size]
@@ -144,10 +145,10 @@ def _compressed(module: nn.Module, scheme: Any) -> FoundLinear:
     kept = {"names": ("weight_packed", "weight_scale"), "scale": scales.dtype}
     weight = fp4_weight(codes, scales, factor, kind=kind)
     # compressed-tensors decompresses to bfloat16, whatever the model's dtype
-    return FoundLinear(weight, torch.bfloat16, bytes_of(codes, scales), kept)
+    return Found((weight,), torch.bfloat16, bytes_of(codes, scales), kept)
 
 
-def _dense(module: nn.Module, scheme: Any, status: str) -> FoundLinear | Rejected:
+def _dense(module: nn.Module, scheme: Any, status: str) -> Found | Rejected:
     parameters = _parameters(module)
     weight, scale = parameters["weight"].detach(), parameters["weight_scale"].detach()
     group = scheme.weights.group_size
@@ -158,18 +159,14 @@ def _dense(module: nn.Module, scheme: Any, status: str) -> FoundLinear | Rejecte
     if status != "decompressed":
         from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 
-        value = forward_quantize(module, weight, "weight", scheme.weights)
-        again = forward_quantize(module, value, "weight", scheme.weights)
-        if not torch.equal(value, again):  # the sign of a zero may change
-            return Rejected("its fake quantiser gives other values when it is run on its own output")
+        made = quantised(lambda dense: forward_quantize(module, dense, "weight", scheme.weights), weight)
+        if isinstance(made, Rejected):
+            return made
+        value = made
     divisor = parameters.get("weight_global_scale")
     factor = torch.ones((), device=weight.device) if divisor is None else divisor.detach().float().reshape(())
-    found = recover_codes(value, [scales], factor, _KINDS[group], divides=divisor is not None)
-    if isinstance(found, Rejected):
-        return found
-    kept = {"names": ("weight",), "formula": found[1], "dtype": weight.dtype}
-    kept["requires_grad"] = parameters["weight"].requires_grad
-    return FoundLinear(found[0], weight.dtype, bytes_of(weight), kept)
+    recovered = recover_codes(value, [scales], factor, _KINDS[group], divides=divisor is not None)
+    return found_dense(parameters["weight"], recovered, names=("weight",))
 
 
 def _set_divisor(parameters: dict[str, Any], weight: FP4Weight) -> Tensor:

@@ -14,54 +14,33 @@ NO_VALUES = Rejected("its weight holds no values: it is on the meta device")
 
 
 @dataclass(frozen=True, slots=True)
-class FoundLinear:
-    """An FP4 linear as its producer left it.
+class Found:
+    """An FP4 linear, or FP4 experts, as their producer left them.
 
     Attributes:
-        weight: the weight.
+        weights: that of a linear; of experts the first product, ``[experts, rows, hidden]``, and the second one,
+            ``[experts, hidden, intermediate]``.
         dtype: what its producer decodes it to.
         nbytes: bytes of the tensors that ``strip`` lets go.
         kept: what ``strip`` and ``fill`` need beside the module and the weight; no large tensors.
         activations: how the producer quantises the input, or None.
     """
 
-    weight: FP4Weight
+    weights: tuple[FP4Weight, ...]
     dtype: torch.dtype
     nbytes: int
     kept: Mapping[str, Any]
     activations: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FoundExperts:
-    """FP4 experts as their producer left them.
+class Producer(Protocol):
+    """Reads the modules of a producer, lets their weights go, and gives them back."""
 
-    Attributes:
-        w13: the first product, ``[experts, rows, hidden]``.
-        w2: the second one, ``[experts, hidden, intermediate]``.
-        dtype, nbytes, kept, activations: as in `FoundLinear`.
-    """
-
-    w13: FP4Weight
-    w2: FP4Weight
-    dtype: torch.dtype
-    nbytes: int
-    kept: Mapping[str, Any]
-    activations: str | None = None
-
-
-class ModuleReader(Protocol):
-    """Reads the modules of a producer."""
-
-    def read(self, module: Any, recover: bool) -> FoundLinear | FoundExperts | Rejected | None:
+    def read(self, module: Any, recover: bool) -> Found | Rejected | None:
         """What a module holds; None: it is not of this producer.
 
         ``recover`` allows a dense weight to be read back as the codes it was decoded from.
         """
-
-
-class Producer(ModuleReader, Protocol):
-    """Reads the modules of a producer, lets their weights go, and gives them back."""
 
     def strip(self, module: Any, kept: Mapping[str, Any]) -> None:
         """Lets the weights of a module go; the rest of it stays."""

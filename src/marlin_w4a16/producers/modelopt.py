@@ -10,17 +10,21 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import E2M1_MAX, FP4Weight, fp4_weight
 from marlin_w4a16.kernels.quantize import nvfp4_scales
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind, e8m0_of
+from marlin_w4a16.modules.transformers_experts import is_experts
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factors_of, holds_values, is_linear, is_of
-from marlin_w4a16.producers.recover import dense
+from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factors_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.recover import dense, found_dense, quantised
 from marlin_w4a16.producers.recover import recover as recover_codes
 
 _KINDS: dict[str, ScaleKind] = {"NVFP4QTensor": "e4m3", "MXFP4QTensor": "e8m0"}
+_EXPERTS = Rejected("its weights are dense under the quantisers of ModelOpt, which compresses linears only")
 _SCALE_BITS: dict[Any, ScaleKind] = {(4, 3): "e4m3", (8, 0): "e8m0"}
 
 
-def read(module: nn.Module, recover: bool) -> FoundLinear | Rejected | None:
+def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
     """See `marlin_w4a16.producers`."""
+    if is_experts(module):
+        return _EXPERTS if any(is_of("modelopt", child) for child in module.modules() if child is not module) else None
     quantizer: Any = getattr(module, "weight_quantizer", None)
     weight: Any = module._parameters.get("weight")
     if not is_of("modelopt", quantizer) or weight is None or not isinstance(module, nn.Linear):
@@ -34,9 +38,8 @@ def read(module: nn.Module, recover: bool) -> FoundLinear | Rejected | None:
         found = _compressed(quantizer, weight)
     else:
         found = _dense(quantizer, weight, recover)
-    if isinstance(found, FoundLinear) and _is_on(module, "input_quantizer"):
-        quantised = module.input_quantizer
-        return replace(found, activations=f"its input quantiser is on ({quantised})")
+    if isinstance(found, Found) and _is_on(module, "input_quantizer"):
+        return replace(found, activations=f"its input quantiser is on ({module.input_quantizer})")
     return found
 
 
@@ -85,7 +88,7 @@ def _is_on(module: nn.Module, name: str) -> bool:
     return bool(getattr(getattr(module, name, None), "is_enabled", False))
 
 
-def _compressed(quantizer: Any, weight: Any) -> FoundLinear | Rejected:
+def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
     kind = _KINDS.get(weight.metadata["qtensor_class"].__name__)
     if kind is None:
         return Rejected(f"its weight is a {weight.metadata['qtensor_class'].__name__}, which is not FP4")
@@ -96,23 +99,14 @@ def _compressed(quantizer: Any, weight: Any) -> FoundLinear | Rejected:
         return Rejected(f"its scales have shape {tuple(scale.shape)} for a weight {tuple(shape)} in groups of {group}")
     codes = weight.data.as_subclass(Tensor)
     factor = getattr(quantizer, "_double_scale", None)
-    kept = {
-        "class": type(weight),
-        "metadata": weight.metadata,
-        "codes": codes.shape,
-        "scale": (scale.shape, scale.dtype),
-    }
-    return FoundLinear(
-        fp4_weight(
-            codes.reshape(shape[0], -1), scale.reshape(shape[0], -1), 1.0 if factor is None else factor, kind=kind
-        ),
-        weight.metadata["dtype"],
-        bytes_of(codes, scale),
-        kept,
-    )
+    kept = {"class": type(weight), "metadata": weight.metadata, "codes": codes.shape}
+    kept["scale"] = scale.shape, scale.dtype
+    rows, scales = codes.reshape(shape[0], -1), scale.reshape(shape[0], -1)
+    held = fp4_weight(rows, scales, 1.0 if factor is None else factor, kind=kind)
+    return Found((held,), weight.metadata["dtype"], bytes_of(codes, scale), kept)
 
 
-def _dense(quantizer: Any, weight: Tensor, recover: bool) -> FoundLinear | Rejected:
+def _dense(quantizer: Any, weight: Tensor, recover: bool) -> Found | Rejected:
     sizes: dict[Any, Any] = quantizer.block_sizes or {}
     kind = _SCALE_BITS.get(sizes.get("scale_bits")) if quantizer.num_bits == (2, 1) else None
     if kind is None or sizes.get("type") != "dynamic" or weight.ndim != 2 or weight.shape[1] % sizes.get(-1, 1 << 62):
@@ -135,20 +129,16 @@ def _dense(quantizer: Any, weight: Tensor, recover: bool) -> FoundLinear | Rejec
     value = weight.detach()
     if quantizer.is_enabled:
         try:
-            value = quantizer(weight).detach()
-            again = quantizer(value).detach()
+            made = quantised(lambda dense: quantizer(dense).detach(), weight)
         except Exception as error:
             return Rejected(f"its fake quantiser does not run here: {type(error).__name__}: {error}")
-        if not torch.equal(value, again):  # the sign of a zero may change
-            return Rejected("its fake quantiser gives other values when it is run on its own output")
+        if isinstance(made, Rejected):
+            return made
+        value = made
     # A block's largest value is six scales, and tells the scale unless that is subnormal. The weight tells it too, but
     # the quantiser's kernel divides approximately, and may round to the neighbour.
     scales = [_scales(source, kind, sizes[-1], factor) for source in (value, weight.detach())]
-    recovered = recover_codes(value, scales, factor, kind)
-    if isinstance(recovered, Rejected):
-        return recovered
-    kept = {"formula": recovered[1], "dtype": weight.dtype, "requires_grad": weight.requires_grad}
-    return FoundLinear(recovered[0], weight.dtype, bytes_of(weight), kept)
+    return found_dense(weight, recover_codes(value, scales, factor, kind))
 
 
 def _scales(weight: Tensor, kind: ScaleKind, group: int, factor: Tensor) -> Tensor:

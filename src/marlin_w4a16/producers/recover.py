@@ -1,6 +1,7 @@
 """Reads the codes of a dense weight back, given its scales: it is taken only if they give every bit of it again."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from marlin_w4a16.kernels.layout import PAD_SCALE
 from marlin_w4a16.kernels.quantize import encode, pack_nibbles
 from marlin_w4a16.kernels.scale_bytes import ScaleKind, scale_table
 from marlin_w4a16.passes.outcome import Rejected
+from marlin_w4a16.producers.found import Found, bytes_of
 
 # How producers multiply code, scale and factor, in float32.
 FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -42,6 +44,22 @@ def recover(
         if all(_recover_rows(found, options, part, factor, formula) for found, options, part in parts):
             return weight, formula
     return Rejected("its dense weight is not, bit for bit, the decode of codes with the scales on the module")
+
+
+def quantised(run: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor | Rejected:
+    """What a fake quantiser makes of a weight, if it leaves that as it is."""
+    value = run(weight)
+    if not torch.equal(value, run(value)):  # the sign of a zero may change
+        return Rejected("its fake quantiser gives other values when it is run on its own output")
+    return value
+
+
+def found_dense(weight: Tensor, recovered: tuple[FP4Weight, str] | Rejected, **kept: Any) -> Found | Rejected:
+    """What a module with a dense weight holds, by what `recover` found in it; `dense` needs what is kept."""
+    if isinstance(recovered, Rejected):
+        return recovered
+    kept |= {"formula": recovered[1], "dtype": weight.dtype, "requires_grad": weight.requires_grad}
+    return Found((recovered[0],), weight.dtype, bytes_of(weight), kept)
 
 
 def dense(weight: FP4Weight, factor: Tensor, formula: str, dtype: torch.dtype) -> Tensor:

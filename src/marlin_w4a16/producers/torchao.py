@@ -1,7 +1,7 @@
 """Linears whose weight torchao made an ``NVFP4Tensor`` (``NVFP4WeightOnlyConfig``); read in torchao 0.18."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import FP4Weight, as_bytes, fp4_weight
 from marlin_w4a16.passes.judge.tensors import swizzle, unswizzle
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, FoundLinear, bytes_of, factors_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factors_of, holds_values, is_linear, is_of
 
 
-def read(module: nn.Module, recover: bool) -> FoundLinear | Rejected | None:
+def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
     """See `marlin_w4a16.producers`."""
     weight: Any = module._parameters.get("weight")
     if not is_of("torchao", weight):
@@ -30,13 +30,7 @@ def read(module: nn.Module, recover: bool) -> FoundLinear | Rejected | None:
     found = weight_of(weight, "weight")
     if isinstance(found, Rejected):
         return found
-    return FoundLinear(
-        found,
-        weight.orig_dtype,
-        bytes_of(weight.qdata, weight.scale),
-        kept_of(weight),
-        None if weight.act_quant_kwargs is None else f"its inputs are quantised ({weight.act_quant_kwargs})",
-    )
+    return found_of((weight,), (found,), kept_of(weight))
 
 
 def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:
@@ -66,6 +60,14 @@ def weight_of(tensor: Any, name: str) -> FP4Weight | Rejected:
     if len(rows) > 1 and isinstance(factor, Tensor) and factor.numel() > 1:  # one for each matrix
         factor = factor.reshape(-1, 1).expand(rows)
     return fp4_weight(as_bytes(tensor.qdata), scales, factor, name=name)
+
+
+def found_of(tensors: Sequence[Any], weights: tuple[FP4Weight, ...], kept: Mapping[str, Any]) -> Found:
+    """What a module holds whose weights were some ``NVFP4Tensor``s."""
+    nbytes = bytes_of(*(part for tensor in tensors for part in (tensor.qdata, tensor.scale)))
+    quantised = next((tensor.act_quant_kwargs for tensor in tensors if tensor.act_quant_kwargs is not None), None)
+    activations = None if quantised is None else f"its inputs are quantised ({quantised})"
+    return Found(weights, tensors[0].orig_dtype, nbytes, kept, activations)
 
 
 def kept_of(tensor: Any) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.transformers_experts import names_of
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, FoundExperts, bytes_of, factors_of, holds_values, is_of
-from marlin_w4a16.producers.torchao import kept_of, tensor_of, weight_of
+from marlin_w4a16.producers.found import NO_VALUES, Found, factors_of, holds_values, is_of
+from marlin_w4a16.producers.torchao import found_of, kept_of, tensor_of, weight_of
 
 
-def read(module: Any, recover: bool) -> FoundExperts | Rejected | None:
+def read(module: Any, recover: bool) -> Found | Rejected | None:
     """See `marlin_w4a16.producers`."""
     names = names_of(module)
     held = [module._parameters.get(name) for name in names]
@@ -29,20 +29,13 @@ def read(module: Any, recover: bool) -> FoundExperts | Rejected | None:
         if not holds_values(tensor.qdata, tensor.scale):
             return NO_VALUES
     tensors = [tensor.detach().mT if module.is_transposed else tensor.detach() for tensor in held]
-    weights = [_weight(f"its {name}", tensor) for name, tensor in zip(names, tensors, strict=True)]
-    for weight in weights:
+    weights: tuple[FP4Weight, ...] = ()
+    for name, tensor in zip(names, tensors, strict=True):
+        weight = _weight(f"its {name}", tensor)
         if isinstance(weight, Rejected):
             return weight
-    w13, w2 = weights
-    quantised = next((t.act_quant_kwargs for t in tensors if t.act_quant_kwargs is not None), None)
-    return FoundExperts(
-        w13,  # type: ignore[arg-type]
-        w2,  # type: ignore[arg-type]
-        tensors[0].orig_dtype,
-        bytes_of(*(part for t in tensors for part in (t.qdata, t.scale))),
-        dict(zip(names, map(kept_of, tensors), strict=True)),
-        None if quantised is None else f"its inputs are quantised ({quantised})",
-    )
+        weights += (weight,)
+    return found_of(tensors, weights, dict(zip(names, map(kept_of, tensors), strict=True)))
 
 
 def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:

@@ -32,16 +32,17 @@ def dense_refusal(module: nn.Module, name: str) -> str | None:
     return None if holds_values(weight) else NO_VALUES.reason
 
 
-def lost_with(module: nn.Module, kept: Sequence[str]) -> str | None:
-    """The names of the parameters, buffers and modules of a module beside those that are kept, or None."""
+def lost_with(module: nn.Module, kept: Sequence[str], packed: str) -> str | None:
+    """Why a module cannot become a packed one: it holds parameters, buffers or modules beside those that are kept."""
     more = [*module._parameters, *module._buffers, *module._modules]
-    return ", ".join(name for name in more if name not in kept) or None
+    lost = ", ".join(name for name in more if name not in kept)
+    return f"it also holds {lost}, which a {packed} would lose" if lost else None
 
 
-def reader(places: Places, names: Sequence[str]) -> tuple[str, str] | None:
-    """What reads ``self.child.name`` of one of the parents of a module, and the name, or None."""
+def read_outside(places: Places, names: Sequence[str], why: str) -> str | None:
+    """Why a module cannot become a packed one: a parent reads ``self.child.name``."""
     found = ((_reader(type(parent), child, name), name) for parent, child in places for name in names)
-    return next(((method, name) for method, name in found if method is not None), None)
+    return next((f"{method} reads its {name}, {why}" for method, name in found if method is not None), None)
 
 
 def _reader(cls: type[nn.Module], child: str, name: str) -> str | None:

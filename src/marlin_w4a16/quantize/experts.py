@@ -1,4 +1,4 @@
-"""The dense Experts module of a mixture quantised; see quantize_linear.py for what each function does.
+"""The dense Experts module of a mixture quantised; see linear.py for what each function does.
 
 Every expert is rounded by itself, its gates and its ups as a matrix each, so that NVFP4 has a global scale for each.
 """
@@ -17,15 +17,10 @@ from marlin_w4a16.modules.swaps import Places
 from marlin_w4a16.modules.transformers_experts import gating_of, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import bytes_of
-from marlin_w4a16.quantize.dense import dense_refusal, lost_with, reader
+from marlin_w4a16.quantize.dense import dense_refusal, lost_with, read_outside
 from marlin_w4a16.report.table import size
 
 _DECORATED = "transformers.integrations.moe"  # where the forward that use_experts_implementation gives is defined
-
-
-def names(module: Any) -> tuple[str, ...]:
-    """The first and the second weight."""
-    return names_of(module)
 
 
 def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:
@@ -35,24 +30,17 @@ def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:
     if "forward" in vars(module):
         return "its forward has been replaced"
     weights = names_of(module)
-    biases = tuple(f"{name}_bias" for name in weights) if module.has_bias else ()
-    refused = next(filter(None, (dense_refusal(module, name) for name in (*weights, *biases))), None)
-    if refused is not None:
-        return refused
+    held = (*weights, *(f"{name}_bias" for name in weights if module.has_bias))
     gate = module._modules.get("act_fn")
     stateless = gate is None or not [*gate.parameters(), *gate.buffers()]
-    lost = lost_with(module, (*weights, *biases, *(["act_fn"] if stateless else [])))
-    if lost is not None:
-        return f"it also holds {lost}, which a PackedExperts would lose"
-    read = reader(places, (*weights, *biases))
-    if read is not None:
-        return f"{read[0]} reads its {read[1]}, which a PackedExperts does not have"
-    w13, w2 = _weights(module)
-    refused = _shape_refusal(module, w13, w2, group, named)
-    if refused is not None:
-        return refused
-    found = gating_of(module, w13.shape[1])
-    return found.reason if isinstance(found, Rejected) else None
+    refused = (
+        next(filter(None, (dense_refusal(module, name) for name in held)), None)
+        or lost_with(module, (*held, *(["act_fn"] if stateless else [])), "PackedExperts")
+        or read_outside(places, held, "which a PackedExperts does not have")
+        or _shape_refusal(module, group, named)
+    )
+    found = refused or gating_of(module, _weights(module)[0].shape[1])
+    return found.reason if isinstance(found, Rejected) else refused
 
 
 def packed(module: Any, quantise: Callable[..., FP4Weight], group: int) -> PackedExperts:
@@ -99,7 +87,8 @@ def _filled(columns: int, group: int) -> int:
     return -(-columns // group) * group
 
 
-def _shape_refusal(module: Any, w13: Tensor, w2: Tensor, group: int, named: bool) -> str | None:
+def _shape_refusal(module: Any, group: int, named: bool) -> str | None:
+    w13, w2 = _weights(module)
     shapes = " and ".join(" x ".join(map(str, w.shape)) for w in (w13, w2))
     kinds = 2 if module.has_gate else 1
     experts, hidden, intermediate = (*w2.shape, 0, 0, 0)[:3]

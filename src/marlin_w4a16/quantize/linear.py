@@ -2,7 +2,6 @@
 
 What `quantize` calls of this file and of experts.py:
 
-    names(module)                            of its weights
     refusal(module, places, group, named)    why it is left as it is, values apart, or None
     packed(module, quantise, group)          what takes its place; ValueError if the values do not allow that
 """
@@ -17,13 +16,8 @@ from marlin_w4a16.kernels.layout import packed_nbytes
 from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.modules.swaps import HOOKS, Places, has_hooks
 from marlin_w4a16.producers.found import bytes_of, is_linear
-from marlin_w4a16.quantize.dense import dense_refusal, lost_with, reader
+from marlin_w4a16.quantize.dense import dense_refusal, lost_with, read_outside
 from marlin_w4a16.report.table import size
-
-
-def names(module: nn.Module) -> tuple[str, ...]:
-    """See above."""
-    return ("weight",)
 
 
 def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:
@@ -36,13 +30,12 @@ def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:
         return HOOKS.reason
     if "forward" in vars(module):
         return "its forward has been replaced"
-    lost = lost_with(module, ("weight", "bias"))
-    if lost is not None:
-        return f"it also holds {lost}, which a PackedLinear would lose"
-    read = reader(places, ("weight",))
-    if read is not None:
-        return f"{read[0]} reads its weight, which is None in a PackedLinear"
-    return dense_refusal(module, "weight") or _shape_refusal(module.weight, group, named)
+    return (
+        lost_with(module, ("weight", "bias"), "PackedLinear")
+        or read_outside(places, ("weight",), "which is None in a PackedLinear")
+        or dense_refusal(module, "weight")
+        or _shape_refusal(module.weight, group, named)
+    )
 
 
 def packed(module: Any, quantise: Callable[..., FP4Weight], group: int) -> PackedLinear:

@@ -11,8 +11,9 @@ from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
-from marlin_w4a16.modules.swaps import PACKED, Places, Swap, Swaps, held, place, places_of
-from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts
+from marlin_w4a16.modules.state import held
+from marlin_w4a16.modules.swaps import PACKED, Places, Swap, Swaps, place, places_of
+from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts, names_of
 from marlin_w4a16.options import globs, unknown
 from marlin_w4a16.passes.settings import excluded_by, not_included
 from marlin_w4a16.producers.found import bytes_of, holds_values
@@ -149,12 +150,13 @@ def _swap(paths: list[str], places: Places, model: nn.Module, chosen: _Choice, s
     path, (quantise, group) = paths[0], _QUANTISERS[format]
     module: Any = model.get_submodule(path)
     stacked = not isinstance(module, nn.Linear)
-    kind = experts if is_experts(module) else linear
-    names = kind.names(module)
+    kind, names = (experts, names_of(module)) if is_experts(module) else (linear, ("weight",))
     named = chosen.names(paths, names)
     refusal = chosen.leaves(paths, names)
     if refusal is None:
-        refusal = _refusal(module, places) or kind.refusal(module, places, group, named)
+        refusal = PACKED.reason if isinstance(module, PackedLinear | PackedExperts) else None
+        refusal = refusal if places else "it is the model itself: quantize() swaps the modules in a model"
+        refusal = refusal or kind.refusal(module, places, group, named)
     if refusal is not None:
         return Swap(path, None, None, refusal, experts=stacked)
     weights = {name: module._parameters[name] for name in names}
@@ -175,9 +177,3 @@ def _swap(paths: list[str], places: Places, model: nn.Module, chosen: _Choice, s
     note = f"untied from {' and '.join(other for others in tied.values() for other in others)}" if tied else None
     found, after = held(packed)
     return Swap(path, None, found, None, before, after, note, experts=stacked)
-
-
-def _refusal(module: nn.Module, places: Places) -> str | None:
-    if not places:
-        return "it is the model itself: quantize() swaps the modules in a model"
-    return PACKED.reason if isinstance(module, PackedLinear | PackedExperts) else None

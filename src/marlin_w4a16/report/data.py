@@ -127,16 +127,20 @@ class Report:
     @staticmethod
     def versions() -> dict[str, str | None]:
         """What a bug report should name; None for a package that is not installed."""
-        try:
-            triton = metadata.version("triton")
-        except metadata.PackageNotFoundError:
-            triton = None
-        ours = __version__
-        return {"marlin_w4a16": ours, "torch": torch.__version__, "triton": triton, "python": platform.python_version()}
+        found = {"marlin_w4a16": __version__, "torch": torch.__version__, "triton": version_of("triton")}
+        return {**found, "python": platform.python_version()}
 
     def to_json(self) -> str:
         """All of it, every row, by the schema in docs/report.md."""
-        return json.dumps(self._as_dict(), indent=2)
+        values = {
+            "schema": SCHEMA,
+            "versions": self.versions(),
+            "graphs": self.graphs,
+            "breaks": [asdict(cause) for cause in self.breaks],
+            "totals": self.totals(),
+            "weights": [_weight(row) for row in self.rows],
+        }
+        return json.dumps(values, indent=2)
 
     def __str__(self) -> str:
         lines = [COLUMNS, *(line.cells for line in collapse(self.rows))]
@@ -151,15 +155,13 @@ class Report:
     def _repr_html_(self) -> str:
         return fragment(self)
 
-    def _as_dict(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "versions": self.versions(),
-            "graphs": self.graphs,
-            "breaks": [{"reason": one.reason, "where": one.where} for one in self.breaks],
-            "totals": self.totals(),
-            "weights": [_weight(row) for row in self.rows],
-        }
+
+def version_of(package: str) -> str | None:
+    """The version of a package, or None: it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _weight(row: Row) -> dict[str, Any]:

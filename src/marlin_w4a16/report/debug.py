@@ -100,10 +100,7 @@ def _warning_at_exit(depyf: AbstractContextManager[None]) -> Iterator[None]:
 def publish(report: Report, traced: fx.GraphModule, rewritten: fx.GraphModule | None) -> None:
     """Tells of one graph: DEBUG lines of the logger, an artifact for ``TORCH_TRACE``, and the files of `debug`.
 
-    Args:
-        report: its rows and its break.
-        traced: the graph from Dynamo.
-        rewritten: what runs instead of it, if anything was replaced.
+    ``rewritten`` runs instead of the traced graph, if anything was replaced.
     """
     for row in report.rows:
         log.debug("%s", describe(row))

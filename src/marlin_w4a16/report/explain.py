@@ -1,7 +1,7 @@
 """What the backend would do to a model."""
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +30,11 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
         RuntimeError: Dynamo traced nothing, so there is nothing to say.
     """
     settings = parse(None, options).settings
-    rows: list[Row] = []
-    graphs = 0
-    watch = BreakWatch()
+    graphs, watch = list[Sequence[Row]](), BreakWatch()
 
     def look(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
         watch.look()
-        rows.extend(survey(gm, inputs, settings))
+        graphs.append(survey(gm, inputs, settings))
         forward: Callable[..., Any] = gm.forward
         return forward
 
@@ -53,4 +49,4 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
         raise RuntimeError(
             f"Dynamo traced no graph of this call: is it disabled here, or inside another trace?{causes}"
         )
-    return Report(tuple(rows), graphs, watch.look())
+    return Report(tuple(row for rows in graphs for row in rows), len(graphs), watch.look())

@@ -1,7 +1,7 @@
 """Which layers of a checkpoint are the experts of which module of a transformers model."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,24 +38,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The experts of one module: what files hold of them, and what the module computes with that.
-
-    Attributes:
-        mixture: in the files.
-        activation, order: see `marlin_w4a16.PackedExperts`.
-    """
+    """The experts of one module: what files hold of them, and what the module computes (see `PackedExperts`)."""
 
     mixture: StoredMixture
     activation: Activation
     order: Order | None
 
 
-@dataclass(slots=True)
-class _Layers:
-    """What a checkpoint has for one Experts module: layers by parameter, place in it, and number of the expert."""
-
-    targets: dict[str, Target] = field(default_factory=dict)
-    layers: dict[str, dict[int, dict[int, Layer]]] = field(default_factory=dict)
+# What a checkpoint has for one Experts module by parameter: layers by place in it and number of the expert.
+_Layers = dict[str, tuple[Target, dict[int, dict[int, Layer]]]]
 
 
 class ExpertLayers:
@@ -70,17 +61,12 @@ class ExpertLayers:
         path, _, name = target.name.rpartition(".")
         if path not in self._modules:
             return False
-        found = self._found.setdefault(path, _Layers())
-        found.targets[name] = target
-        found.layers.setdefault(name, {}).setdefault(target.place, {})[_number(layer)] = layer
+        _, places = self._found.setdefault(path, {}).setdefault(name, (target, {}))
+        places.setdefault(target.place, {})[_number(layer)] = layer
         return True
 
     def gathered(self, others: Mapping[str, Entry]) -> tuple[tuple[Gathered, ...], list[Problem]]:
-        """The experts of all modules, and what is wrong with others.
-
-        Args:
-            others: the checkpoint's other tensors, by their names in the model.
-        """
+        """The experts of all modules, and what is wrong; ``others`` are other tensors by their names in the model."""
         made = [_gathered(path, self._modules[path], found) for path, found in self._found.items()]
         gathered = tuple(found for found in made if isinstance(found, Gathered))
         problems = [problem for problem in made if isinstance(problem, Problem)]
@@ -121,16 +107,16 @@ def _gathered(path: str, module: Any, found: _Layers) -> Gathered | Problem:
     gating = _gating(module, mixture.rows)
     if isinstance(gating, Rejected):
         why = f"experts that do not run as one op: {gating.reason}"
-        return Problem(_file(mixture.second.like), path, why, "experts that do")
+        return Problem(mixture.second.like.file, path, why, "experts that do")
     return Gathered(mixture, *gating)
 
 
 def _stacks(path: str, module: Any, name: str, found: _Layers) -> Iterator[Stack | Problem]:
     """The projections that make one parameter of an Experts module."""
-    target, places = found.targets.get(name), found.layers.get(name, {})
-    if target is None:
+    if name not in found:
         yield Problem(None, f"{path}.{name}", "no such tensor in any file", "experts in FP4, as their others are")
         return
+    target, places = found[name]
     if odd := [operation for operation in target.operations if operation not in _STACKED]:
         yield Problem(None, f"{path}.{name}", f"experts that transformers changes by {odd[0]}", "experts as they are")
         return
@@ -144,12 +130,10 @@ def _stacks(path: str, module: Any, name: str, found: _Layers) -> Iterator[Stack
             found_text = f"no FP4 tensors of expert {missing[0]}{more}"
             yield Problem(None, f"{path}.{name}", found_text, f"those of {shape[0]} experts, as the model has")
         elif surplus := [e for e in layers if e >= shape[0]]:
-            file = next(iter(layers[surplus[0]].entries.values())).file.name
-            yield Problem(
-                file, layers[surplus[0]].path, f"expert {surplus[0]}", f"{shape[0]} experts, as the model has"
-            )
+            extra, expected = layers[surplus[0]], f"{shape[0]} experts, as the model has"
+            yield Problem(extra.file, extra.path, f"expert {surplus[0]}", expected)
         elif odd_one := next((layer for layer in layers.values() if _look(layer) != _look(layers[0])), None):
-            yield Problem(_file(odd_one), odd_one.path, _told(odd_one), f"{_told(layers[0])}, as expert 0 has")
+            yield Problem(odd_one.file, odd_one.path, _told(odd_one), f"{_told(layers[0])}, as expert 0 has")
         else:
             yield Stack(layers[0].path.rpartition(".")[2], tuple(layers[e] for e in sorted(layers)))
 
@@ -174,14 +158,9 @@ def _told(layer: Layer) -> str:
     return f"{layer.format} of {layer.n} x {layer.k} in {', '.join(layer.entries)}"
 
 
-def _file(layer: Layer) -> str:
-    return next(iter(layer.entries.values())).file.name
-
-
 def _refused(mixture: StoredMixture, module: Any) -> Problem | None:
     """Why the weights of experts are not those that a module runs as one op."""
-    path, like = mixture.path, mixture.second.like
-    file = _file(like)
+    path, like, file = mixture.path, mixture.second.like, mixture.second.like.file
     for stack in mixture.stacks:
         if not isinstance(stack.like.storage, FP4Storage):
             return Problem(file, path, f"{stack.name} in {stack.like.format}", "experts in FP4")

@@ -26,10 +26,7 @@ def own_names(model: PreTrainedModel, mixtures: Iterable[StoredMixture]) -> list
 def bytes_beside(model: PreTrainedModel, mixtures: Iterable[StoredMixture], itemsize: int | None) -> dict[str, int]:
     """Bytes of experts by the name of a parameter beside them, with which device maps count them.
 
-    Args:
-        model: still has its Experts modules.
-        mixtures: what will be loaded.
-        itemsize: of an element, if they will be dense.
+    The model still has its Experts modules; ``itemsize`` is of an element, if they will be dense.
     """
     found = {}
     for mixture in mixtures:
@@ -42,18 +39,12 @@ def bytes_beside(model: PreTrainedModel, mixtures: Iterable[StoredMixture], item
     return found
 
 
-class ExpertsLoader:
+class ExpertsLoader(ExitStack):
     """Puts experts in their places; a context, for whose length the checkpoint's files stay open."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._readers, self._opened = model, dict[torch.device, Reader](), ExitStack()
-
-    def __enter__(self) -> "ExpertsLoader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._readers.clear()
-        self._opened.close()
+        super().__init__()
+        self._model, self._readers = model, dict[torch.device, Reader]()
 
     def settle(self, path: str, dense: torch.dtype | None) -> None:
         """Puts what runs in place of a `StoredExperts`: packed, or a dense module of a dtype.
@@ -71,7 +62,7 @@ class ExpertsLoader:
             if bias is not None:
                 stored._parameters[name] = torch.nn.Parameter(bias.detach().to(device), bias.requires_grad)
         if device not in self._readers:
-            self._readers[device] = self._opened.enter_context(Reader(device))
+            self._readers[device] = self.enter_context(Reader(device))
         reader = self._readers[device]
         put(self._model, path, stored.loaded(reader) if dense is None else stored.dense(reader, dense))
 

@@ -2,43 +2,35 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
+from marlin_w4a16.checkpoints.experts import Stack
 from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.checkpoints.values import Reader
+from marlin_w4a16.hf.experts.gather import Gathered
 from marlin_w4a16.hf.linear import decoded
-from marlin_w4a16.kernels.activation import Activation
-from marlin_w4a16.kernels.expert_order import Order
-from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_bias, unpack_first
+from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
-from marlin_w4a16.modules.transformers_experts import names_of
+from marlin_w4a16.modules.transformers_experts import biases_of, names_of
 
 
 class StoredExperts(nn.Module):
     """Stands for an Experts module while transformers loads all else; its biases are loaded by their own names.
 
     Args:
-        mixture: what the checkpoint holds.
+        found: what the checkpoint holds, and what the module computes with it.
         experts: the module, without values.
-        activation, order: what it computes, see `marlin_w4a16.PackedExperts`.
         dtype: of the model.
     """
 
-    def __init__(
-        self,
-        mixture: StoredMixture,
-        experts: nn.Module,
-        activation: Activation,
-        order: Order | None,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, found: Gathered, experts: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.mixture, self.activation, self.order, self.dtype = mixture, activation, order, dtype
+        self.mixture, self.activation, self.order, self.dtype = found.mixture, found.activation, found.order, dtype
         self.like = (experts,)  # a tuple: its weights are none of the model's
         for name in names_of(experts):
             self.register_parameter(f"{name}_bias", experts._parameters.get(f"{name}_bias"))
@@ -50,14 +42,12 @@ class StoredExperts(nn.Module):
     def dense(self, reader: Reader, dtype: torch.dtype) -> nn.Module:
         """The module of transformers with the exact weights rounded once to ``dtype``."""
 
-        def first(expert: int) -> FP4Weight:
-            return _joined([stack.weight(stack.read(expert, reader)) for stack in self.mixture.first])
+        def weight(stacks: tuple[Stack, ...], expert: int) -> FP4Weight:
+            return _joined([stack.weight(stack.read(expert, reader)) for stack in stacks])
 
-        def second(expert: int) -> FP4Weight:
-            return self.mixture.second.weight(self.mixture.second.read(expert, reader))
-
+        products = partial(weight, self.mixture.first), partial(weight, (self.mixture.second,))
         biases = {name: bias for name, bias in self._parameters.items() if bias is not None}
-        return dense_experts(self.like[0], (first, second), biases, dtype).train(self.training)
+        return dense_experts(self.like[0], products, biases, dtype).train(self.training)
 
     def forward(self, *_: Any) -> Tensor:
         """Never called: experts are loaded before a model runs."""
@@ -81,13 +71,13 @@ class CheckpointExperts(PackedExperts):
         self.mixture, self.like, self._unfitted = mixture, stored.like, dict[tuple[str, int], tuple[Tensor, Tensor]]()
         count, width = mixture.second.experts, mixture.second.like.k
         for stack in mixture.stacks:
-            for leaf in stack.small:
+            for leaf in stack.like.small:
                 kept = torch.empty((count, stack.like.entries[leaf].nbytes), dtype=torch.uint8)
                 self.register_buffer(_kept(stack, leaf), kept, persistent=False)
 
         def read(stack: Stack, expert: int) -> FP4Weight:
             tensors = stack.read(expert, reader)
-            for leaf in stack.small:
+            for leaf in stack.like.small:
                 self.get_buffer(_kept(stack, leaf))[expert] = tensors[leaf].reshape(-1).view(torch.uint8)
             weight = stack.weight(tensors)
             fitted = weight.fit_first(torch.float16, stored.dtype)
@@ -100,7 +90,7 @@ class CheckpointExperts(PackedExperts):
         w13 = pack_first(parts, count, width, order)
         w2 = pack_each((read(mixture.second, expert) for expert in range(count)), count)
         biases = [getattr(stored, f"{name}_bias") for name in names_of(self.like[0])]
-        self._hold(w13, w2, stored.activation, order, mixture.rows // (1 if order is None else 2), *biases)
+        self._hold((w13, w2), stored.activation, order, mixture.rows, *biases)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `PackedExperts.forward`; experts that a device map put on the CPU come over for the call."""
@@ -128,15 +118,9 @@ class CheckpointExperts(PackedExperts):
         second = self.mixture.second
         yield from second.named(self._stored(second, self._second(e), e) for e in range(self.num_experts))
 
-    def biases(self) -> dict[str, Tensor]:
+    def biases(self) -> dict[str, nn.Parameter]:
         """The biases by their names in the module of transformers, in its order."""
-        first, second = (f"{name}_bias" for name in names_of(self.like[0]))
-        found = {first: self.bias13, second: self.bias2}
-        if self.bias13 is not None:
-            found[first] = nn.Parameter(
-                unpack_bias(self.bias13.detach(), self.intermediate, self.order), self.bias13.requires_grad
-            )
-        return {name: bias for name, bias in found.items() if bias is not None}
+        return biases_of(self, self.like[0])
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """See `StoredExperts.dense`."""
@@ -153,7 +137,7 @@ class CheckpointExperts(PackedExperts):
 
     def _stored(self, stack: Stack, held: FP4Weight, expert: int) -> dict[str, Tensor]:
         entries, like = stack.like.entries, stack.like
-        small = {leaf: self.get_buffer(_kept(stack, leaf))[expert] for leaf in stack.small}
+        small = {leaf: self.get_buffer(_kept(stack, leaf))[expert] for leaf in stack.like.small}
         small = {leaf: t.view(DTYPES[entries[leaf].dtype]).reshape(entries[leaf].shape) for leaf, t in small.items()}
         return stack.storage.restore(held, self._unfitted.get((stack.name, expert)), small, entries, like.path)
 
@@ -163,11 +147,7 @@ def dense_experts(
 ) -> nn.Module:
     """A copy of an Experts module that holds no values, with dense weights, written expert by expert.
 
-    Args:
-        experts: the module of transformers.
-        products: the first and the second weight of an expert, by its number.
-        biases: by their names in the module.
-        dtype: of the weights.
+    ``products`` give the first and the second weight of an expert by its number.
     """
     made: Any = copy.deepcopy(experts)
     for name, product in zip(names_of(experts), products, strict=True):
