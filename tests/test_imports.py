@@ -50,11 +50,7 @@ STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("cli",),),
     (("",),),
 )
-NEVER = {
-    "kernels": ("torch.fx", "torch.library"),
-    "fake_impls": ("torch.fx",),
-    "passes": ("triton",),
-}
+NEVER = {"kernels": ("torch.fx", "torch.library"), "fake_impls": ("torch.fx",), "passes": ("triton",)}
 ALLOWED = {"marlin_w4a16", "torch", "triton", *sys.stdlib_module_names}
 ALLOWED_IN = {
     "marlin_w4a16.hf": {"transformers", "safetensors", "accelerate"},

@@ -33,8 +33,7 @@ def test_options_are_frozen_and_leave_what_they_were_made_from():
 
 
 @pytest.mark.parametrize(
-    "name, hint",
-    [("liner", " Did you mean 'linear'?"), ("inductr", " Did you mean 'inductor'?"), ("xyz", ""), (3, "")],
+    "name, hint", [("liner", " Did you mean 'linear'?"), ("inductr", " Did you mean 'inductor'?"), ("xyz", ""), (3, "")]
 )
 def test_an_unknown_option_is_an_error_with_the_nearest_name_and_the_list(name, hint):
     with pytest.raises(ValueError) as caught:

@@ -34,10 +34,7 @@ CT_NVFP4 = (
     of_compressed(("nvfp4-pack-quantized", "Linear")),
     {"weight_packed": CODES, "weight_scale": SCALES, "weight_global_scale": ("F32", (1,))},
 )
-CT_MXFP4 = (
-    of_compressed(("mxfp4-pack-quantized", "Linear")),
-    {"weight_packed": CODES, "weight_scale": ("U8", (4, 2))},
-)
+CT_MXFP4 = (of_compressed(("mxfp4-pack-quantized", "Linear")), {"weight_packed": CODES, "weight_scale": ("U8", (4, 2))})
 ALL = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp8": FP8, "ct-nvfp4": CT_NVFP4, "ct-mxfp4": CT_MXFP4}
 
 

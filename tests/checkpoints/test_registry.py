@@ -17,10 +17,7 @@ from marlin_w4a16.cli import bench
 from marlin_w4a16.cli.inspection import inspect
 from marlin_w4a16.cli.measure import Work
 
-PARTS = (
-    Part("toy_codes", "codes", ("U8",), ("n", "k/2")),
-    Part("toy_scales", "scales", ("U8",), ("n", "k/g")),
-)
+PARTS = (Part("toy_codes", "codes", ("U8",), ("n", "k/2")), Part("toy_scales", "scales", ("U8",), ("n", "k/g")))
 TOY = FP4Storage("toy MXFP4", "e8m0", (32,), PARTS)
 LEAVES = {"weight_packed": "toy_codes", "weight_scale": "toy_scales"}
 

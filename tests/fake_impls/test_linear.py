@@ -84,10 +84,7 @@ def test_opcheck_with_gradients(packed, strides):
 @STRIDED
 @DTYPES
 def test_the_fake_is_laid_out_like_the_real_result(packed, strides, dtype):
-    for op, x in (
-        (OPS.linear, strided(strides, dtype)),
-        (OPS.linear_grad_input, strided(strides, dtype)[..., :N]),
-    ):
+    for op, x in ((OPS.linear, strided(strides, dtype)), (OPS.linear_grad_input, strided(strides, dtype)[..., :N])):
         tail = (None,) if op is OPS.linear else ()
         real = op(x, *weight_args(packed), *tail)
         with FakeTensorMode(allow_non_fake_inputs=True):

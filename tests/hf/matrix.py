@@ -127,9 +127,7 @@ LOAD = Step(
     LARGELY,
 )
 FLOAT32 = Step(
-    "float32",
-    "logits within 1e-5 of the dense model that the exact decode gives, all tokens equal",
-    LARGELY,
+    "float32", "logits within 1e-5 of the dense model that the exact decode gives, all tokens equal", LARGELY
 )
 BFLOAT16 = Step(
     "bfloat16",
@@ -139,9 +137,7 @@ BFLOAT16 = Step(
     FULLY,
 )
 GENERATE = Step(
-    "generate",
-    "greedy tokens with a static cache, in DeepSeek-V4 with its own, equal those of the dense model",
-    FULLY,
+    "generate", "greedy tokens with a static cache, in DeepSeek-V4 with its own, equal those of the dense model", FULLY
 )
 SAVE = Step(
     "save", "every tensor bit for bit, config.json equal, in any dtype, whole or in shards; loads again", LARGELY

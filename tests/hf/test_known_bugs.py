@@ -19,11 +19,7 @@ from hf.loading import experts_of, load, loaded, logits, read, reference
 GATE = 1e-5
 Tensors = dict[str, Tensor]
 Change = Callable[[Tensors], Tensors]
-NEMOTRON, GPT_OSS, DEEPSEEK = (
-    ("modelopt-nemotron", "nemotronh"),
-    ("gpt-oss", "gptoss"),
-    ("deepseek-v4", "deepseekv4"),
-)
+NEMOTRON, GPT_OSS, DEEPSEEK = (("modelopt-nemotron", "nemotronh"), ("gpt-oss", "gptoss"), ("deepseek-v4", "deepseekv4"))
 
 
 of = "-".join  # a case, in the name of its test

@@ -190,9 +190,7 @@ def test_only_the_sign_of_a_negative_e4m3_scale_moves_into_the_words(group, ever
     weight = every_product("e4m3", group)
     negative = weight.scales >> 7
     positive = replace(
-        weight,
-        codes=weight.codes ^ (0x88 * negative).repeat_interleave(group // 2, 1),
-        scales=weight.scales & 0x7F,
+        weight, codes=weight.codes ^ (0x88 * negative).repeat_interleave(group // 2, 1), scales=weight.scales & 0x7F
     )
     packed, folded = pack(weight), pack(positive)
     assert torch.equal(packed.words, folded.words)

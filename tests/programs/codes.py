@@ -93,8 +93,7 @@ ARRANGEMENTS = {
         lambda packed, group: torch.stack((packed >> 4, packed & 15), -1).flatten(-2),
     ),
     "planes of nibbles in a row": Arrangement(
-        lambda codes, group: pack_planes(codes),
-        lambda packed, group: planes(packed),
+        lambda codes, group: pack_planes(codes), lambda packed, group: planes(packed)
     ),
     "planes of nibbles in a group": Arrangement(
         lambda codes, group: pack_planes(codes.unflatten(-1, (-1, group))).flatten(-2),

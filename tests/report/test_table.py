@@ -37,10 +37,7 @@ def test_layers_of_experts_are_one_line():
 def test_only_a_full_product_is_one_line():
     paths = [f"layers.{i}.experts.{j}.up" for i in range(3) for j in range(4)]
     paths.remove("layers.1.experts.2.up")
-    assert collapsed(*paths) == [
-        ("layers.{0,2}.experts.{0..3}.up", 8),
-        ("layers.1.experts.{0..1,3}.up", 3),
-    ]
+    assert collapsed(*paths) == [("layers.{0,2}.experts.{0..3}.up", 8), ("layers.1.experts.{0..1,3}.up", 3)]
 
 
 @pytest.mark.parametrize(

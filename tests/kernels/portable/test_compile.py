@@ -34,12 +34,7 @@ HOPPER_REGISTERS = {
 
 
 def compiled_linear(
-    capability: tuple[int, int],
-    launch: Launch,
-    dtype: str,
-    kind: str,
-    group: int,
-    aligned: bool = True,
+    capability: tuple[int, int], launch: Launch, dtype: str, kind: str, group: int, aligned: bool = True
 ) -> Compiled:
     m, (n, k) = 32, (4096, 4096) if aligned else (4095, 4096)
     strides = (k, 1) if aligned else (3 * k + 1, 3)

@@ -181,8 +181,7 @@ class Twisted(Mixture):
 
 @pytest.mark.parametrize("form", [grouped, batched])
 @pytest.mark.parametrize(
-    "twist",
-    ["weights of the next token", "experts of the next token", "the next expert", "a constant that is no bias"],
+    "twist", ["weights of the next token", "experts of the next token", "the next expert", "a constant that is no bias"]
 )
 def test_routes_that_are_changed_are_followed_or_refused(twist, form):
     module, args = Twisted(twist, Parts(form)), inputs()
