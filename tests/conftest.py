@@ -28,8 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--wide"):
-        wide = [item for item in items if item.get_closest_marker("wide")]
-        config.hook.pytest_deselected(items=wide)
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("wide")])
         items[:] = [item for item in items if not item.get_closest_marker("wide")]
     for item in items:
         if item.get_closest_marker("gpu") and (reason := missing_gpu()):
@@ -122,7 +121,6 @@ def assert_near() -> Callable[[Tensor, Tensor], None]:
 
     def near(found: Tensor, expected: Tensor) -> None:
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        difference = (found.double() - expected.double()).norm()
-        assert difference <= limits[expected.dtype] * expected.double().norm()
+        assert (found.double() - expected.double()).norm() <= limits[expected.dtype] * expected.double().norm()
 
     return near

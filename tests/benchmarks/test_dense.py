@@ -136,8 +136,7 @@ def test_the_picture_is_written(dense, tmp_path):
     pytest.importorskip("matplotlib")
     rows = [row for m in (1, 16, 512) for row in rows_of(m, ours=7.0 + m / 16, cublas=13.0 + m / 16)]
     rows += [{**SHAPE, "m": 1, "peer": "humming", "status": "failed: ImportError: no"}]
-    result = {"machine": {"device": "A GPU"}, "dtype": "bf16", "rows": rows}
-    dense.picture(result, str(tmp_path / "roof.svg"))
+    dense.picture({"machine": {"device": "A GPU"}, "dtype": "bf16", "rows": rows}, str(tmp_path / "roof.svg"))
     text = (tmp_path / "roof.svg").read_text()
     assert "this project" in text
     assert "4096 x 4096" in text

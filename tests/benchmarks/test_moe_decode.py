@@ -37,8 +37,7 @@ def entries(folder: Path) -> dict:
 
 
 def test_gpt_oss_is_written_as_it_is_published(benchmark, tmp_path):
-    made = benchmark("mixture_checkpoints")
-    nbytes = made.write(tmp_path, "gpt-oss-20b", 2)
+    nbytes = benchmark("mixture_checkpoints").write(tmp_path, "gpt-oss-20b", 2)
     held = entries(tmp_path)
     assert nbytes == sum(entry.nbytes for entry in held.values())
     model = benchmark("moe_decode").bf16(tmp_path, "gpt-oss-20b", 2)
@@ -49,8 +48,7 @@ def test_gpt_oss_is_written_as_it_is_published(benchmark, tmp_path):
         e, k, n = model.state_dict()[name].shape
         assert held[f"{name}_blocks"].shape == (e, n, k // 32, 16)
         assert held[f"{name}_scales"].shape == (e, n, k // 32)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "mxfp4"
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
 
 
 def test_qwen3_is_written_as_modelopt_exports_it(benchmark, tmp_path):

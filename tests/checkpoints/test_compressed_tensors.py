@@ -122,8 +122,7 @@ def test_order_is_that_of_compressed_tensors():
 
 
 def test_a_target_of_several_groups_belongs_to_the_last():
-    values = config(MIXED, group(NVFP4, args(16), ALL), group(MXFP4, args(32), ALL))
-    assert storage(values).kind == "e8m0"
+    assert storage(config(MIXED, group(NVFP4, args(16), ALL), group(MXFP4, args(32), ALL))).kind == "e8m0"
 
 
 @pytest.mark.parametrize(

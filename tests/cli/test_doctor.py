@@ -160,8 +160,7 @@ def test_an_exception_of_a_check_is_a_row(tried, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied", "/root/.triton")
 
     monkeypatch.setattr(doctor, "try_linears", fails)
-    done = list(doctor.diagnose(SERVER, tell=True))
-    (row,) = [check for check in done if check.name == "linears, cuda:0"]
+    (row,) = [check for check in list(doctor.diagnose(SERVER, tell=True)) if check.name == "linears, cuda:0"]
     assert row.status == "problem" and "/root/.triton" in row.found and "TRITON_CACHE_DIR" in row.advice
     assert [name for name, _ in tried] == ["try_compiled", "try_graph"]
     assert capsys.readouterr().err.splitlines() == [f"checking {name} ..." for name in names(SERVER)]
@@ -262,5 +261,4 @@ def test_a_gpu_is_found_well():
     machine = doctor.look()
     done = list(doctor.diagnose(machine))
     assert machine.devices and machine.driver and not [check for check in done if check.status == "problem"], done
-    graph = next(check for check in done if check.name.startswith("CUDA graph"))
-    assert graph.status == "ok"
+    assert next(check for check in done if check.name.startswith("CUDA graph")).status == "ok"

@@ -317,8 +317,7 @@ def quantised(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_a_config_that_no_tensor_bears_out(tmp_path, capsys):
-    folder = plain(tmp_path, quant_method="modelopt", quant_algo="NVFP4")
-    assert main(["inspect", str(folder)]) == 0
+    assert main(["inspect", str(plain(tmp_path, quant_method="modelopt", quant_algo="NVFP4"))]) == 0
     assert "nothing here is FP4: no tensor is quantised\n" in capsys.readouterr().out
 
 

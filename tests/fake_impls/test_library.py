@@ -49,8 +49,7 @@ def arguments(op: str) -> dict[str, Any]:
         "up_offset": 0.0,
         "weight_on_input": False,
     }
-    schema = getattr(OPS, op).default._schema
-    return {a.name: given.get(a.name) for a in schema.arguments}
+    return {a.name: given.get(a.name) for a in getattr(OPS, op).default._schema.arguments}
 
 
 def call(op: str, changes: dict[str, Any] | None = None) -> torch.Tensor:
@@ -98,8 +97,7 @@ def test_a_weight_is_the_inverse_of_its_arguments():
 
 def wrong(t: torch.Tensor, **changes: Any) -> torch.Tensor:
     """An empty tensor like another but for what is changed."""
-    like = {"size": t.shape, "dtype": t.dtype, "device": t.device} | changes
-    return torch.empty(**like)
+    return torch.empty(**{"size": t.shape, "dtype": t.dtype, "device": t.device} | changes)
 
 
 WRONG = {

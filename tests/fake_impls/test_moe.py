@@ -46,8 +46,7 @@ def arguments(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_
 
 @pytest.mark.parametrize("op, before", [("moe", 0), ("moe_grad", 1)])
 def test_every_argument_of_the_schema_is_found_by_its_name(op, before):
-    schema = getattr(OPS, op).default._schema.arguments[before:]
-    found = arguments_of([argument.name for argument in schema])
+    found = arguments_of([argument.name for argument in getattr(OPS, op).default._schema.arguments[before:]])
     weight = ("words", "scales", "multiplier", "n", "k", "group", "kind", "layout", "contract")
     for field in fields(Arguments):
         expected: Any = field.name

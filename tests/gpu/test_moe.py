@@ -224,8 +224,7 @@ def test_weights_of_more_than_two_to_the_31_elements():
     assert mixture.w13.codes.numel() * 2 > 1 << 31
     for tokens in (2, 70):
         x, weights = torch.randn(tokens, k, dtype=torch.bfloat16), torch.rand(tokens, 2)
-        ids = torch.tensor([experts - 1, experts - 2]).expand(tokens, 2)
-        check(mixture, packed, x, weights, ids)
+        check(mixture, packed, x, weights, torch.tensor([experts - 1, experts - 2]).expand(tokens, 2))
 
 
 def test_pairs_of_more_than_two_to_the_31_values():

@@ -80,8 +80,7 @@ def test_decode_with_a_static_cache_in_cuda_graphs(name):
     model.generation_config.compile_config._compile_all_devices = True
     for rows in (4, 4, 1):
         inputs = padded(rows, 9)
-        tokens = generate(model, cache_implementation="static", **inputs)
-        assert_best(gaps(model, tokens, **inputs))
+        assert_best(gaps(model, generate(model, cache_implementation="static", **inputs), **inputs))
     assert_recorded(2, 6)  # one for each batch size; up to three where sliding windows fill; not one for each token
 
 

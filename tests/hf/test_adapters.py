@@ -163,8 +163,7 @@ def test_a_dequantized_model_can_be_merged():
 
 
 def test_a_compiled_model_with_adapters():
-    model = adapted(load(NAME, dtype=torch.float32))
-    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    layer = adapted(load(NAME, dtype=torch.float32)).base_model.model.model.layers[0].mlp.down_proj
     x = torch.randn(3, 160)
     expected = torch.autograd.grad(layer(x).square().sum(), list(layer.lora_A.parameters()))[0]
     run = torch.compile(layer, backend="marlin_w4a16", fullgraph=True)

@@ -63,8 +63,7 @@ def test_a_deepcopy_shares_nothing():
 @pytest.mark.parametrize("name, family", params(ON_LLAMA, FEW_ON_LLAMA))
 def test_state_dicts(name, family, tmp_path):
     model, other = load(name), load(name)
-    state = {key: t.clone() for key, t in model.state_dict().items()}
-    assert torch.save(state, tmp_path / "state.pt") is None
+    assert torch.save({key: t.clone() for key, t in model.state_dict().items()}, tmp_path / "state.pt") is None
     for parameter in other.parameters():
         parameter.data.zero_()
     loading = other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))

@@ -58,8 +58,7 @@ def damaged(tmp_path, error) -> Callable[..., str]:
         folder = write(name, family, tmp_path / "model", shards)
         for change in changes:
             change(folder)
-        message = error(folder)
-        head, _, problems = message.partition(" cannot be loaded:\n  ")
+        head, _, problems = error(folder).partition(" cannot be loaded:\n  ")
         assert head == str(folder)
         return problems
 
@@ -448,8 +447,7 @@ def test_a_state_dict_in_place_of_files(error):
     folder = written("modelopt-nvfp4", "llama")
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    said = error(None, config=config, state_dict={}, auto="LlamaForCausalLM")
+    said = error(None, config=AutoConfig.from_pretrained(folder), state_dict={}, auto="LlamaForCausalLM")
     assert "found a state dict, expected a checkpoint's files: its headers are read" in said
 
 

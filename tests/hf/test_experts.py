@@ -110,8 +110,7 @@ def test_gradients_go_through_them_to_the_router(family):
     assert routers
     for name, parameter in expected.items():
         if parameter.grad is not None:
-            difference = (found[name].grad - parameter.grad).norm()
-            assert difference <= 1e-4 * parameter.grad.norm() + 1e-9, name
+            assert (found[name].grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-9, name
     assert any(expected[name].grad.abs().sum() > 0 for name in routers)
 
 
@@ -237,8 +236,7 @@ def test_a_clamp_after_silu_is_refused():
     module = a_module("Qwen3Moe.Qwen3MoeExperts", **QWEN)
     module.limit = 7.0
     module._apply_gate = step.Step3p7Experts._apply_gate.__get__(module)
-    found = pack_experts_of(module, *drawn(module))
-    assert "the nearest is silu(gate) * up in +-7: at gate 7" in found.detail
+    assert "the nearest is silu(gate) * up in +-7: at gate 7" in pack_experts_of(module, *drawn(module)).detail
 
 
 def test_quick_gelu_and_limits_of_a_config_are_found():

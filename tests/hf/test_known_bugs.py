@@ -147,8 +147,7 @@ def test_a_whole_checkpoint_passes(case):
     "case, change", IN_FILES.values(), ids=[f"{bug}, {of(case)}" for bug, (case, _) in IN_FILES.items()]
 )
 def test_a_bug_in_reading_fails(case, change, tmp_path):
-    folder = rewritten(case, tmp_path, change)
-    assert error(read(folder, dtype=torch.float32), case) > 10 * GATE
+    assert error(read(rewritten(case, tmp_path, change), dtype=torch.float32), case) > 10 * GATE
 
 
 # Of the model that runs

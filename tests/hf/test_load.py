@@ -126,8 +126,7 @@ def test_a_class_that_keeps_modules_in_float32(name, tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"self_attn", "mlp"})
-    model = load(name)
-    model.save_pretrained(tmp_path)
+    load(name).save_pretrained(tmp_path)
     found, quantised = tensors_of(tmp_path), kinds(name, "llama")
     assert all(same(found[key], t) for key, t in stored(name).items() if key.rpartition(".")[0] in quantised)
 

@@ -100,8 +100,7 @@ def test_only_the_rows_that_need_it_are_moved():
 
 @pytest.mark.parametrize("scales", [[254, 0, ONE], [ONE, 254, 0], [0, ONE, 254]])
 def test_the_scales_of_zeros_are_free(scales):
-    zeros = tuple((0, group) for group, byte in enumerate(scales) if byte != ONE)
-    weight = make([scales], 0.7, zeros)
+    weight = make([scales], 0.7, tuple((0, group) for group, byte in enumerate(scales) if byte != ONE))
     fitted = weight.fit(torch.float16)
     assert fitted.multiplier.tolist() == weight.multiplier.tolist()
     assert same_bits(weight, fitted)

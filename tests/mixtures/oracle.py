@@ -154,6 +154,5 @@ def draw_mixture(
 
 def draw_routing(tokens: int, k: int, experts: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Routing weights and different experts for each token."""
-    scores = torch.rand(tokens, experts)
-    weights, ids = scores.topk(min(k, experts))
+    weights, ids = torch.rand(tokens, experts).topk(min(k, experts))
     return weights.to(dtype), ids

@@ -66,8 +66,7 @@ def test_it_is_the_mixture_of_the_exact_decodes(name, weight_on_input):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 1, 3), (0, 3)], ids=str)
 def test_any_leading_shape_and_dtype(mixture, dtype, lead):
-    tokens = int(torch.tensor(lead).prod())
-    x, ids, weights = inputs(tokens)
+    x, ids, weights = inputs(int(torch.tensor(lead).prod()))
     out = module_of(mixture)(x.view(*lead, HIDDEN).to(dtype), ids.view(*lead, 2), weights.view(*lead, 2))
     assert out.shape == (*lead, HIDDEN) and out.dtype == dtype
     exact = mixture.exact(x.to(dtype), weights, ids).view(*lead, HIDDEN)
@@ -219,8 +218,7 @@ def test_gradients_reach_the_input_the_router_and_the_biases(compiled):
     x.requires_grad_(), weights.requires_grad_()
     run(x, ids, weights).square().sum().backward()
     leaves = [t.detach().double().requires_grad_() for t in (x, weights, *biases)]
-    exact = replace(mixture, bias13=leaves[2], bias2=leaves[3]).exact(*leaves[:2], ids)
-    exact.square().sum().backward()
+    replace(mixture, bias13=leaves[2], bias2=leaves[3]).exact(*leaves[:2], ids).square().sum().backward()
     rows = module.bias13.grad  # in packed order: as many values
     assert torch.allclose(rows.double().norm(), leaves[2].grad.norm(), rtol=1e-5)
     for found, expected in zip((x, weights, module.bias2), (leaves[0], leaves[1], leaves[3]), strict=True):

@@ -99,8 +99,7 @@ def test_its_parameters_are_the_packed_tensors_and_are_frozen(linear):
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_a_bias_that_is_a_parameter_keeps_its_identity(weight, requires_grad):
     bias = nn.Parameter(torch.randn(N), requires_grad=requires_grad)
-    module = PackedLinear(weight, bias)
-    assert module.bias is bias and bias.requires_grad == requires_grad
+    assert PackedLinear(weight, bias).bias is bias and bias.requires_grad == requires_grad
 
 
 def test_a_bias_that_is_a_tensor_becomes_a_frozen_parameter(weight):
@@ -162,8 +161,7 @@ def test_three_dimensions_are_refused(quantise, experts, n, packs):
 
 def test_a_call_changes_no_parameter(linear):
     before, versions = bits(linear), [p._version for p in linear.parameters()]
-    x = X.clone().requires_grad_()
-    linear(x).sum().backward()
+    linear(X.clone().requires_grad_()).sum().backward()
     linear(X.bfloat16())
     assert_same(linear.state_dict(), before)
     assert [p._version for p in linear.parameters()] == versions

@@ -61,8 +61,7 @@ def excluded(settings: Settings, *paths: str) -> list[str | None]:
 )
 def test_globs_are_of_the_path_of_a_weight_or_of_its_module(pattern, paths):
     known = ["layers.0.mlp.codes", "layers.11.mlp.codes", "layers.0.attn.codes", "lm_head.codes"]
-    named = [path for path in known if Settings(exclude=(pattern,)).excluded(path)]
-    assert named == paths
+    assert [path for path in known if Settings(exclude=(pattern,)).excluded(path)] == paths
     assert [path for path in known if not Settings(include=(pattern,)).excluded(path)] == paths
 
 
@@ -165,8 +164,7 @@ def error_of(row: Row) -> float:
 
 def test_verify_gives_the_error_of_each_weight(model, trace):
     gm, inputs = trace(model, X)
-    rows = rewrite(gm, inputs, Settings(verify=True)).rows
-    assert [0 <= error_of(row) < 1e-6 for row in rows] == [True] * 3
+    assert [0 <= error_of(row) < 1e-6 for row in rewrite(gm, inputs, Settings(verify=True)).rows] == [True] * 3
     assert [error_of(row) for row in rewrite(gm, inputs).rows] == [None] * 3
 
 
@@ -212,8 +210,7 @@ def test_verify_shows_a_packed_weight_that_is_wrong(fp4_linear, trace, monkeypat
         return packed
 
     monkeypatch.setattr(copies.Binding, "adopt", spoiled)
-    module = fp4_linear()
-    (row,) = rewrite(*trace(module, X), Settings(verify=True)).rows
+    (row,) = rewrite(*trace(fp4_linear(), X), Settings(verify=True)).rows
     assert error_of(row) > 0.05
 
 

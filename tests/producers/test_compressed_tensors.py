@@ -406,8 +406,7 @@ def fake(scheme: str, dtype: torch.dtype, negative_zeros: bool, cast: torch.dtyp
 
     model = quantised(llama(dtype), scheme).to(cast)
     for linear in linears(model):
-        rounded = forward_quantize(linear, linear.weight, "weight", linear.quantization_scheme.weights)
-        small = rounded == 0
+        small = forward_quantize(linear, linear.weight, "weight", linear.quantization_scheme.weights) == 0
         assert (small & (linear.weight < 0)).any()
         if not negative_zeros:
             linear.weight.data = torch.where(small, linear.weight.abs(), linear.weight)

@@ -181,8 +181,7 @@ def test_others_are_left_with_the_reason(make, producer, reason):
 
 def test_what_the_op_does_not_compute_is_left():
     model = built()
-    first = model.get_submodule(FIRST)
-    a_hook(first)
+    a_hook(model.get_submodule(FIRST))
     model.model.layers[1].mlp.experts.act_fn = nn.Sigmoid()
     before = bits(model)
     reasons = [row.refusal for row in experts_rows(prepare(model))]

@@ -205,8 +205,7 @@ def test_a_multiplier_that_mxfp4_cannot_hold_stays_packed(model):
 
 
 def test_quantised_activations_are_refused():
-    model = compressed(Layer().bfloat16(), "NVFP4_DEFAULT_CFG", activations=True)
-    reason = refusal(model)
+    reason = refusal(compressed(Layer().bfloat16(), "NVFP4_DEFAULT_CFG", activations=True))
     assert reason.startswith("its input quantiser is on (TensorQuantizer(")
     assert reason.endswith("prepare(model, activation_quant='drop') leaves that out")
 
@@ -384,8 +383,7 @@ def on_cpu(
 
     def forward(weight: Tensor) -> Tensor:
         blocks = weight.float().unflatten(1, (-1, 16))
-        scale = blocks.abs().amax(-1, keepdim=True) / (6 * factor)
-        step = rounded(scale).float() * factor
+        step = rounded(blocks.abs().amax(-1, keepdim=True) / (6 * factor)).float() * factor
         magnitude = torch.tensor(E2M1_VALUES)[encode(blocks.abs() / step).int()] * step
         return signed(magnitude, blocks).flatten(1).to(weight.dtype)
 
@@ -408,8 +406,7 @@ def test_a_fake_quantised_weight_is_recovered_and_comes_back_rounded(simulated, 
         on_cpu(linear.weight_quantizer, **how)
     expected, rounded = simulated(X), simulated.up.weight_quantizer(simulated.up.weight).detach()
     keys, gradients = list(simulated.state_dict()), [p.requires_grad for p in simulated.parameters()]
-    swaps = prepare(simulated, recover=True)
-    assert [row.refusal for row in swaps.rows] == [None, None]
+    assert [row.refusal for row in prepare(simulated, recover=True).rows] == [None, None]
     assert_near(simulated(X), expected)
     restore(simulated)
     assert torch.equal(simulated.up.weight, rounded) and torch.equal(simulated(X), expected)

@@ -79,8 +79,7 @@ def test_the_dense_weight_is_near_the_exact_decode(formula, dtype):
 def test_the_formula_that_was_used_is_found(formula):
     """They differ in float32 where the factor has many bits."""
     weight, factor = drawn("e4m3", scales=list(range(0x7F))), factor_for(formula, "e4m3")
-    value = dense(weight, factor, formula, torch.float32)
-    assert again(value, weight, factor, formula)[1] == formula
+    assert again(dense(weight, factor, formula, torch.float32), weight, factor, formula)[1] == formula
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

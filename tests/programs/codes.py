@@ -37,8 +37,7 @@ def nested_where(m) -> Tensor:
 def gather_ldexp(m) -> Tensor:
     """The whole weight of MXFP4, ``[k, n]``."""
     values = torch.gather(TABLE.expand(m.codes.shape[0], 16), 1, m.unpack(m).long())
-    exponents = m.scales.int().sub(127).repeat_interleave(m.group, -1)
-    return torch.ldexp(values, exponents).T
+    return torch.ldexp(values, m.scales.int().sub(127).repeat_interleave(m.group, -1)).T
 
 
 def take_repeat_interleave(m) -> Tensor:

@@ -40,8 +40,7 @@ def swizzle(scales: Tensor) -> Tensor:
     n, groups = scales.shape
     padded = scales.new_zeros(-(-n // 128) * 128, -(-groups // 4) * 4)
     padded[:n, :groups] = scales
-    tiles = padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).flatten()
+    return padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4).permute(0, 3, 2, 1, 4).flatten()
 
 
 def unswizzled(m) -> Tensor:

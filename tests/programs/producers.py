@@ -95,8 +95,7 @@ def mxfp4_w4a4(dense: Tensor) -> Tensor:
     """A weight of torchao whose products quantise their input, though no node says so."""
     from torchao.prototype.mx_formats.mx_tensor import QuantizeTensorToMXKwargs
 
-    inputs = QuantizeTensorToMXKwargs(elem_dtype=torch.float4_e2m1fn_x2)
-    return mxfp4(dense, act_quant_kwargs=inputs)
+    return mxfp4(dense, act_quant_kwargs=QuantizeTensorToMXKwargs(elem_dtype=torch.float4_e2m1fn_x2))
 
 
 class Torchao(nn.Module):

@@ -21,8 +21,7 @@ def held_as_float8(weight: FP4Weight) -> dict:
 
 def folded(dtype: torch.dtype, weight: FP4Weight) -> dict:
     """Scale times global scale, once for each group."""
-    scales = weight.scales.view(FLOAT8[weight.kind]).float()
-    return {"scales": (scales * weight.multiplier[:, None]).to(dtype)}
+    return {"scales": (weight.scales.view(FLOAT8[weight.kind]).float() * weight.multiplier[:, None]).to(dtype)}
 
 
 def reciprocal(weight: FP4Weight) -> dict:
@@ -65,8 +64,7 @@ def bits_of_e4m3(m) -> Tensor:
     """Sign, exponent and mantissa, subnormals included."""
     bits = m.scales.int()
     exponent, mantissa = bits >> 3 & 15, bits & 7
-    normal = torch.ldexp(1 + mantissa / 8, exponent - 7)
-    return torch.where(exponent == 0, mantissa * 2.0**-9, normal)
+    return torch.where(exponent == 0, mantissa * 2.0**-9, torch.ldexp(1 + mantissa / 8, exponent - 7))
 
 
 form = partial(written, section="scales")

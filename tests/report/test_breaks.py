@@ -168,8 +168,7 @@ def test_the_rest_of_a_function_may_be_skipped():
 
 
 def test_causes_that_dynamo_hides_are_told_apart_by_looking_at_every_graph():
-    causes = {one.reason[:30] for one in explain(two_hidden, X).breaks}
-    assert causes == {PRINT[:30], JUMP[:30]}
+    assert {one.reason[:30] for one in explain(two_hidden, X).breaks} == {PRINT[:30], JUMP[:30]}
 
 
 def test_a_function_without_operators_is_no_break():

@@ -228,8 +228,7 @@ def test_html_of_nothing_has_no_table():
 
 
 def test_html_styles_every_outcome_on_light_and_dark_screens():
-    text = Report(())._repr_html_()
-    light, dark = text.split("@media (prefers-color-scheme: dark)")
+    light, dark = Report(())._repr_html_().split("@media (prefers-color-scheme: dark)")
     for word in WORDS.values():
         assert f"--{word}: #" in light and f"--{word}: #" in dark and f".mw4 .{word} {{ color: var(--{word})" in dark
 

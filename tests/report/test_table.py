@@ -92,8 +92,7 @@ def test_a_weight_of_two_graphs_is_two_lines():
 
 def test_every_row_is_in_one_line():
     rows = [row(f"layers.{i % 5}.experts.{i % 7}.up", uses=1 + i % 2) for i in range(60)]
-    found = [one for line in collapse(rows) for one in line.rows]
-    assert sorted(found, key=repr) == sorted(rows, key=repr)
+    assert sorted([one for line in collapse(rows) for one in line.rows], key=repr) == sorted(rows, key=repr)
 
 
 def test_a_line_has_the_sum_of_bytes_and_the_worst_error():

@@ -90,8 +90,7 @@ def assert_limits(code: Compiled, launch: Stream, per: int) -> None:
 
 @pytest.mark.parametrize("launch, what, dtype, kind, group", forms())
 def test_a_launch_keeps_its_limits(launch, what, dtype, kind, group):
-    code = launched(launch, what, dtype, kind, group).compiled()
-    assert_limits(code, launch, FORMS[launch])
+    assert_limits(launched(launch, what, dtype, kind, group).compiled(), launch, FORMS[launch])
 
 
 @pytest.mark.parametrize("function, gated", matrix(lambda *places: sum(places) % 2 == 0, FUNCTIONS, [True, False]))

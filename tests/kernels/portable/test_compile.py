@@ -130,8 +130,7 @@ DECODED = [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)]
 def test_the_decode_kernel_is_small(capability, form):
     dtype, kind, group = form
     pointers = {"words": "*i32", "scales": "*i32", "out": f"*{dtype}"}
-    constants = {"kind": kind, "GROUP": group, "PTX": True}
-    code = compiled(capability, _decode_kernel, pointers, constants)
+    code = compiled(capability, _decode_kernel, pointers, {"kind": kind, "GROUP": group, "PTX": True})
     assert_no_spills(code)
     assert code.registers <= 40
     assert code.shared <= 8 << 10

@@ -74,8 +74,7 @@ def compiled_product(
 def planned(capability: tuple[int, int]) -> list[Launch]:
     """Every launch that a mixture or a grouped linear can have."""
     sizes = product((1, 33, 100, 300, 1000, 5000, 100000), (1, 8, 32, 128, 512))
-    found = [plan_experts(*size) or FEW for size in sizes]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([plan_experts(*size) or FEW for size in sizes]))
 
 
 def named(capability: tuple[int, int], launch: Launch, *form: Any, narrow: bool) -> Any:

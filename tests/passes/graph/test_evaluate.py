@@ -46,8 +46,7 @@ def through_views(w):
 
 
 def after_a_view(w):
-    t = w.clone()
-    view = t.flip(0).view(2, 4).view(8)
+    view = w.clone().flip(0).view(2, 4).view(8)
     view.mul_(2)
     return view
 

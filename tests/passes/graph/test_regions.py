@@ -334,8 +334,7 @@ def test_an_operand_is_reached_as_such(trace, layers):
 def test_calls_of_one_body_have_storages_of_their_own(trace, layers):
     gm, _ = trace(CASES["one body that writes in place"], example(), *layers)
     flat = Regions(gm).flatten()
-    weights = flat.graph.find_nodes(op="call_function", target=torch.empty)
-    assert len({storage(n) for n in weights}) == 3
+    assert len({storage(n) for n in flat.graph.find_nodes(op="call_function", target=torch.empty)}) == 3
     items = flat.graph.find_nodes(op="call_function", target=operator.getitem)
     halves = [n for n in items if n.args[0].op == "placeholder"]
     assert len(halves) == 6 and all(storage(n) == storage(n.args[0]) for n in halves)
@@ -356,8 +355,7 @@ def test_storages_are_the_same_on_both_sides_of_a_region(trace, layers):
     for view in total.args:
         assert storage(view) == storage(view.args[0])
     first, second = flat.graph.find_nodes(op="call_method", target="cos")
-    entered = second.args[0]
-    assert entered is first
+    assert second.args[0] is first
     inner = flat.graph.find_nodes(op="call_method", target="view")[1]
     assert inner.args[0] is first and storage(inner) == storage(first)
     assert len({storage(n) for n in (first, second, *total.args, *flat.graph.find_nodes(op="placeholder"))}) == 4

@@ -206,8 +206,7 @@ def test_a_factor_of_the_scales_and_one_beside_it(decode_of):
     _, live = checkpoint()
     live[1] = live[1].float() * (torch.rand(N, 1) + 0.5)
     decode = decode_of(plain, *live)
-    recipe = sources(decode, scales=Source(leaf(decode, 1), "e4m3 floats"))
-    found, factor = recipe.read(decode, live, "fc")
+    found, factor = sources(decode, scales=Source(leaf(decode, 1), "e4m3 floats")).read(decode, live, "fc")
     assert found.multiplier.unique().numel() > 1 and torch.equal(factor, found.multiplier)
     torch.testing.assert_close(found.decode(torch.float32), plain(*live), rtol=2.0**-22, atol=0)
 
@@ -272,8 +271,7 @@ def test_codes_of_a_computed_value_are_those_of_the_window_itself(decode_of, cod
 
     def function(codes: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
         numbers = nibbles(codes)[8:24].clone()
-        values = torch.tensor(E2M1_VALUES)[numbers.int()].clone()
-        return by_groups(values, scales.float()[8:24]) * factor
+        return by_groups(torch.tensor(E2M1_VALUES)[numbers.int()].clone(), scales.float()[8:24]) * factor
 
     decode = decode_of(function, *live)
     clones = [index for index, node in enumerate(decode.nodes) if node.target == "clone"]

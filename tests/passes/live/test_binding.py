@@ -130,8 +130,7 @@ def test_bindings_that_read_the_same_tensors_in_two_ways_do_not(decode_of, funct
     values[2].fill_(0.3)
     one, other = bound_to(decode_of(plain, *values), values), bound_to(decode_of(function, *values), values)
     for binding, expected in ((one, plain(*values)), (other, function(*values)), (one, plain(*values))):
-        found = binding.packed(values)
-        assert torch.equal(dequantize(found, torch.float32), expected)
+        assert torch.equal(dequantize(binding.packed(values), torch.float32), expected)
 
 
 def test_a_copy_for_bfloat16_is_not_shared_with_a_binding_for_float16(decode_of):
@@ -273,8 +272,7 @@ def test_a_value_that_is_not_the_decode_is_rejected(decoder, decode_of):
     first = leaves()
     found = recognise(decoder, first, "weight", Rules())
     offset = decode_of(lambda *values: plain(*values) + 0.01, *first)
-    binding = Binding(offset, found, Rules(), torch.bfloat16, "weight")
-    assert isinstance(binding.packed(first), Rejected)
+    assert isinstance(Binding(offset, found, Rules(), torch.bfloat16, "weight").packed(first), Rejected)
 
 
 def test_scales_are_fitted_to_float16_where_they_can_be():

@@ -394,8 +394,7 @@ def test_grad_mode_switched(fp4_linear, assert_near):
     run = compiled(module)
     for grad in (False, True, False):
         with torch.set_grad_enabled(grad):
-            x = X.clone().requires_grad_()
-            out = run(x)
+            out = run(X.clone().requires_grad_())
             assert out.requires_grad == grad
             assert_near(out.detach(), module(X))
         module.codes.data = module.codes.roll(1, 0)

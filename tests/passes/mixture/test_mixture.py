@@ -27,8 +27,7 @@ GPT_OSS = "silu(gate <= 7, 1.702) * (up in +-7 + 1)"
 
 def ops_of(module: nn.Module, args: tuple, **options: object) -> tuple[set[str], set[str]]:
     """The names of the ops that replace its weights, and what their mixtures say; it computes what it did."""
-    rows = assert_right(module, args, **options).rows
-    replaced = [row for row in rows if isinstance(row.outcome, Replaced)]
+    replaced = [row for row in assert_right(module, args, **options).rows if isinstance(row.outcome, Replaced)]
     return (
         {row.outcome.op.removeprefix("marlin_w4a16::") for row in replaced},
         {row.experts.activation for row in replaced if row.experts is not None},
@@ -236,8 +235,7 @@ def test_what_is_read_on_the_way_stays():
 def test_what_is_computed_before_the_products_may_be_read_elsewhere():
     class Counting(Mixture):
         def forward(self, x, weights, ids):
-            y = super().forward(x, weights, ids)
-            return y + torch.sort(ids.reshape(-1))[0].float().mean()
+            return super().forward(x, weights, ids) + torch.sort(ids.reshape(-1))[0].float().mean()
 
     module, args = Counting(Parts()), inputs()
     assert ops_of(module, args) == ({"moe"}, {SILU})

@@ -52,8 +52,7 @@ def results(graph, target) -> list[tuple]:
 def test_only_the_dequantisation_goes_and_only_the_op_comes(trace, block):
     gm, inputs = trace(block, torch.randn(3, 64))
     assert [n.target for n in gm.graph.nodes].count(linear) == 3
-    graph = rewrite(gm, inputs).graph.graph
-    found = [n.target for n in graph.nodes if n.op.startswith("call_")]
+    found = [n.target for n in rewrite(gm, inputs).graph.graph.nodes if n.op.startswith("call_")]
     assert found == [torch.rms_norm, OP, "relu", linear, OP, operator.add]
 
 
@@ -88,8 +87,7 @@ def test_the_traced_graph_is_left_as_it_was(trace, block):
 
 def test_the_rewritten_graph_computes_the_same(trace, block, assert_near):
     gm, inputs = trace(block, torch.randn(3, 64))
-    rewritten = rewrite(gm, inputs)
-    assert_near(run(rewritten, inputs), gm(*inputs)[0])
+    assert_near(run(rewrite(gm, inputs), inputs), gm(*inputs)[0])
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
@@ -206,8 +204,7 @@ def test_an_input_that_is_broadcast_along_the_columns(trace, fp4_linear, assert_
 
 def test_weights_without_values_are_refused(trace, fp4_linear):
     gm, _ = trace(fp4_linear(), torch.randn(3, 64))
-    fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
-    (row,) = rewrite(gm, fakes).rows
+    (row,) = rewrite(gm, [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]).rows
     assert row.outcome == Rejected("the weights hold no values while this graph is compiled")
 
 
