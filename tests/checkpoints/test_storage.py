@@ -26,15 +26,12 @@ def of_compressed(name: str, group: int) -> Storage:
 
 
 FP4: dict[str, tuple[FP4Storage, int]] = {
-    "modelopt-nvfp4": (of_modelopt("NVFP4", 16), 16),
-    "modelopt-group32": (of_modelopt("W4A16_NVFP4", 32), 32),
-    "modelopt-awq-32": (of_modelopt("NVFP4_AWQ"), 32),
-    "modelopt-mxfp4": (of_modelopt("mxfp4"), 32),
+    "modelopt-nvfp4": (of_modelopt("NVFP4", 16), 16), "modelopt-group32": (of_modelopt("W4A16_NVFP4", 32), 32),
+    "modelopt-awq-32": (of_modelopt("NVFP4_AWQ"), 32), "modelopt-mxfp4": (of_modelopt("mxfp4"), 32),
     "ct-nvfp4": (of_compressed("nvfp4-pack-quantized", 16), 16),
-    "ct-mxfp4": (of_compressed("mxfp4-pack-quantized", 32), 32),
-    "gpt-oss": (gpt_oss.EXPERTS, 32),
+    "ct-mxfp4": (of_compressed("mxfp4-pack-quantized", 32), 32), "gpt-oss": (gpt_oss.EXPERTS, 32),
     "deepseek": (deepseek.EXPERTS, 32),
-}
+}  # fmt: skip
 FP8: FP8Storage = of_modelopt("FP8")
 
 
@@ -250,13 +247,9 @@ EVERY_CODE = torch.arange(256, dtype=torch.uint8).repeat(8, 1).view(torch.float8
 FINITE = [byte & 0x7F != 0x7F for byte in range(256)]
 PER_ROW = torch.tensor([1.0, 0.3, 0.0123, 1 / 3, 2**-5, 1.7, 0.9, 0.05])
 SCALES = {
-    "tensor": PER_ROW[1],
-    "one": PER_ROW[1:2],
-    "row": PER_ROW,
-    "column": PER_ROW[:, None],
-    "bfloat16": PER_ROW[:, None].bfloat16(),
-    "float16": PER_ROW.half(),
-}
+    "tensor": PER_ROW[1], "one": PER_ROW[1:2], "row": PER_ROW, "column": PER_ROW[:, None],
+    "bfloat16": PER_ROW[:, None].bfloat16(), "float16": PER_ROW.half(),
+}  # fmt: skip
 
 
 def rounded(exact: Tensor, bits: int) -> Tensor:

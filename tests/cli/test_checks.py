@@ -31,15 +31,10 @@ def test_a_good_machine_has_no_complaint():
 @pytest.mark.parametrize(
     "version, minimum, expected",
     [
-        ("2.10.1", "2.11", True),
-        ("2.11.0", "2.11", False),
-        ("2.11.0a0+git1234", "2.11", False),
-        ("2.9", "2.11", True),
-        ("3.0", "2.11", False),
-        ("5", "5.17", True),
-        ("unknown", "2.11", True),
+        ("2.10.1", "2.11", True), ("2.11.0", "2.11", False), ("2.11.0a0+git1234", "2.11", False),
+        ("2.9", "2.11", True), ("3.0", "2.11", False), ("5", "5.17", True), ("unknown", "2.11", True),
     ],
-)
+)  # fmt: skip
 def test_versions_are_compared_as_numbers(version, minimum, expected):
     assert older(version, minimum) is expected
 
@@ -92,14 +87,10 @@ def test_an_old_optional_package_is_a_warning():
 @pytest.mark.parametrize(
     "capability, status, words",
     [
-        ((7, 5), "warning", "not supported"),
-        ((8, 0), "ok", ""),
-        ((8, 9), "ok", ""),
-        ((9, 0), "ok", ""),
-        ((10, 0), "warning", "FP4 tensor cores"),
-        ((12, 0), "warning", "FP4 tensor cores"),
+        ((7, 5), "warning", "not supported"), ((8, 0), "ok", ""), ((8, 9), "ok", ""), ((9, 0), "ok", ""),
+        ((10, 0), "warning", "FP4 tensor cores"), ((12, 0), "warning", "FP4 tensor cores"),
     ],
-)
+)  # fmt: skip
 def test_a_gpu_by_its_capability(capability, status, words, monkeypatch):
     machine = replace(SERVER, devices=(replace(H200, index=2, capability=capability),))
     check = found(machine, "gpu 2")

@@ -222,12 +222,9 @@ def test_json(diagnosed, capsys):
     assert (data["schema"], data["problems"]) == (1, 1)
     assert set(data["versions"]) == {"marlin_w4a16", "torch", "triton", "python"}
     assert data["checks"][-1] == {
-        "name": "backend",
-        "status": "problem",
-        "found": "not found",
-        "expected": "to be found",
+        "name": "backend", "status": "problem", "found": "not found", "expected": "to be found",
         "advice": "pip install it",
-    }
+    }  # fmt: skip
 
 
 def whole(*words: str) -> subprocess.CompletedProcess[str]:

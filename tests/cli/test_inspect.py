@@ -78,12 +78,9 @@ def test_notes_and_problems_stand_under_the_table():
     problems = (Problem(None, "a", "b", "c"), Problem(None, "d", "b", "c"))
     found = Inspection(Path("x"), "config.json", "ModelOpt", "NVFP4", 1, 1, (), (), ("told",), problems)
     assert summary(found) == [
-        "0 FP4 linears; 0.0 KiB in files",
-        "note: told",
-        "problem: a: found b, expected c",
-        "problem: d: found b, expected c",
-        "it cannot be loaded: 2 problems",
-    ]
+        "0 FP4 linears; 0.0 KiB in files", "note: told", "problem: a: found b, expected c",
+        "problem: d: found b, expected c", "it cannot be loaded: 2 problems",
+    ]  # fmt: skip
 
 
 NAMES = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-kv-fp8", "modelopt-svdquant", "ct-nvfp4-fp8", "ct-embedding"]

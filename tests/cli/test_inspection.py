@@ -22,13 +22,9 @@ Q = "model.layers.0.self_attn.q_proj"
 FILE = "model.safetensors"
 PUBLISHED = {"gptoss": "OpenAI", "deepseekv4": "DeepSeek"}
 CASES = [(name, made.family) for name, made in FORMATS.items()] + [
-    ("modelopt-w4a16", "gemma3-tied"),
-    ("modelopt-head", "llama-tied"),
-    ("ct-nvfp4a16", "llama-bias"),
-    ("ct-nvfp4", "qwen3moe"),
-    ("modelopt-nvfp4", "mixtral"),
-    ("ct-mxfp4a16", "deepseekv3"),
-]
+    ("modelopt-w4a16", "gemma3-tied"), ("modelopt-head", "llama-tied"), ("ct-nvfp4a16", "llama-bias"),
+    ("ct-nvfp4", "qwen3moe"), ("modelopt-nvfp4", "mixtral"), ("ct-mxfp4a16", "deepseekv3"),
+]  # fmt: skip
 
 
 def stored_bytes(folder: Path) -> int:

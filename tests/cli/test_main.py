@@ -54,16 +54,11 @@ def test_the_words_are_those_of_the_process(command, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        [],
-        ["benhc"],
-        ["bench"],
-        ["bench", "folder", "more"],
-        ["bench", "folder", "--row", "5"],
-        ["--json", "bench", "folder"],
-        ["--vers"],
+        [], ["benhc"], ["bench"], ["bench", "folder", "more"], ["bench", "folder", "--row", "5"],
+        ["--json", "bench", "folder"], ["--vers"],
     ],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_a_wrong_command_line_is_2_with_the_usage(command, words, capsys):
     with pytest.raises(SystemExit) as exit:
         main(words)

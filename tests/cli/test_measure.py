@@ -88,13 +88,9 @@ def test_every_run_is_the_same(clock):
     mask = choices.pop("attention_mask")
     assert mask.shape == tokens.shape and mask.all()
     assert choices == {
-        "max_new_tokens": 5,
-        "min_new_tokens": 5,
-        "do_sample": False,
-        "cache_implementation": "static",
-        "disable_compile": True,
-        "pad_token_id": 0,
-    }
+        "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "cache_implementation": "static",
+        "disable_compile": True, "pad_token_id": 0,
+    }  # fmt: skip
     assert all(torch.equal(other, tokens) for other, _ in model.calls)
     assert torch.equal(measured(clock)[1].calls[0][0], tokens)
 

@@ -21,13 +21,9 @@ N, K, EXPERTS = 40, 96, 4
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 FORMATS = pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "e4m3 group 32"])
 OFFSETS = {
-    "some each": [2, 5, 6, 9],
-    "empty experts": [0, 4, 4, 9],
-    "all on the first": [9, 9, 9, 9],
-    "all on the last": [0, 0, 0, 9],
-    "rows past the end": [1, 1, 3, 5],
-    "none": [0, 0, 0, 0],
-}
+    "some each": [2, 5, 6, 9], "empty experts": [0, 4, 4, 9], "all on the first": [9, 9, 9, 9],
+    "all on the last": [0, 0, 0, 9], "rows past the end": [1, 1, 3, 5], "none": [0, 0, 0, 0],
+}  # fmt: skip
 EVERY_OFFSET = pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
 
 

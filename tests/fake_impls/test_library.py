@@ -37,18 +37,10 @@ def arguments(op: str) -> dict[str, Any]:
         for name, value in zip(WEIGHT, weight_args(weight), strict=True)
     }
     given |= {
-        "x": torch.ones(3, 96),
-        "grad": torch.ones(3, 96 if lead and "2" in packed else 40),
-        "dtype": "float32",
-        "offsets": torch.tensor([1, 3]),
-        "topk_weights": torch.ones(3, 1),
-        "topk_ids": torch.tensor([[0], [1], [0]]),
-        "function": "silu",
-        "gated": True,
-        "alpha": 1.0,
-        "up_offset": 0.0,
-        "weight_on_input": False,
-    }
+        "x": torch.ones(3, 96), "grad": torch.ones(3, 96 if lead and "2" in packed else 40), "dtype": "float32",
+        "offsets": torch.tensor([1, 3]), "topk_weights": torch.ones(3, 1), "topk_ids": torch.tensor([[0], [1], [0]]),
+        "function": "silu", "gated": True, "alpha": 1.0, "up_offset": 0.0, "weight_on_input": False,
+    }  # fmt: skip
     return {a.name: given.get(a.name) for a in getattr(OPS, op).default._schema.arguments}
 
 

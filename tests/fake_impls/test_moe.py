@@ -117,16 +117,12 @@ def test_any_number_of_tokens(tokens, weight_on_input):
 
 
 IDS = {
-    "all on one expert": [[2], [2], [2]],
-    "none on some": [[0, 3], [3, 0], [0, 3]],
-    "the same expert twice": [[1, 1], [2, 2], [1, 2]],
-    "three times": [[1, 1, 1], [1, 1, 1], [0, 0, 1]],
-    "-1": [[-1, 0], [1, -1], [-1, -1]],
-    "their number": [[4, 0], [1, 4], [4, 4]],
-    "beyond": [[5, 0], [2**31 - 1, 1], [100, -(2**31)]],
-    "nothing local": [[-1, 9], [4, -7], [-1, -1]],
+    "all on one expert": [[2], [2], [2]], "none on some": [[0, 3], [3, 0], [0, 3]],
+    "the same expert twice": [[1, 1], [2, 2], [1, 2]], "three times": [[1, 1, 1], [1, 1, 1], [0, 0, 1]],
+    "-1": [[-1, 0], [1, -1], [-1, -1]], "their number": [[4, 0], [1, 4], [4, 4]],
+    "beyond": [[5, 0], [2**31 - 1, 1], [100, -(2**31)]], "nothing local": [[-1, 9], [4, -7], [-1, -1]],
     "no choices": [[], [], []],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
@@ -372,15 +368,10 @@ def test_under_autocast_it_computes_in_the_lower_dtype_and_returns_that_of_x(dty
 def call() -> dict[str, Any]:
     experts = draw_mixture(biases=True).packed()
     return {
-        "x": torch.randn(3, 64),
-        "w13": experts.w13,
-        "w2": experts.w2,
-        "topk_weights": torch.rand(3, 2),
-        "topk_ids": torch.zeros(3, 2, dtype=torch.int64),
-        "activation": Activation(),
-        "bias13": experts.bias13,
+        "x": torch.randn(3, 64), "w13": experts.w13, "w2": experts.w2, "topk_weights": torch.rand(3, 2),
+        "topk_ids": torch.zeros(3, 2, dtype=torch.int64), "activation": Activation(), "bias13": experts.bias13,
         "bias2": experts.bias2,
-    }
+    }  # fmt: skip
 
 
 def matrix_of(packed):

@@ -14,12 +14,9 @@ from marlin_w4a16.hf.experts.modules import CheckpointExperts  # noqa: E402
 pytestmark = pytest.mark.gpu
 SLACK = 64 << 20
 CASES = [
-    ("gpt-oss", "gptoss"),
-    ("deepseek-v4", "deepseekv4"),
-    ("ct-nvfp4a16", "qwen3moe"),
-    ("ct-mxfp4a16", "mixtral"),
+    ("gpt-oss", "gptoss"), ("deepseek-v4", "deepseekv4"), ("ct-nvfp4a16", "qwen3moe"), ("ct-mxfp4a16", "mixtral"),
     ("modelopt-nemotron", "nemotronh"),
-]
+]  # fmt: skip
 every_case = pytest.mark.parametrize("name, family", CASES)
 
 

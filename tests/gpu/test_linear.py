@@ -162,14 +162,10 @@ def strided(x: torch.Tensor, how: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     "how",
     [
-        "transposed",
-        "every second column",
-        "rows apart",
-        "rows far apart",
-        "rows apart by an odd number",
+        "transposed", "every second column", "rows apart", "rows far apart", "rows apart by an odd number",
         "one row repeated",
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("m", [1, 5, 16, 33, 300, 2100])
 @pytest.mark.parametrize("k", [1120, 16384])  # x is kept whole, or passes through a ring
 def test_any_strides(how, m, k):

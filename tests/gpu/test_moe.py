@@ -26,12 +26,9 @@ GATES = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}  # the rounding of the 
 DTYPES = pytest.mark.parametrize("dtype", GATES, ids=str)
 # Of the portable kernel: a tile for every pair, and each size of a tile that pairs share.
 LAUNCHES = (
-    None,
-    Launch(64, 16, 128, 1, 4, 4),
-    Launch(64, 32, 128, 1, 4, 4),
-    Launch(64, 64, 64, 1, 4, 4),
+    None, Launch(64, 16, 128, 1, 4, 4), Launch(64, 32, 128, 1, 4, 4), Launch(64, 64, 64, 1, 4, 4),
     Launch(128, 128, 64, 1, 8, 3),
-)
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -121,15 +118,11 @@ def test_every_launch_of_the_portable_kernel_is_right_many_times(launch, wgmma, 
 
 
 IDS = {
-    "all on one": [[2], [2], [2]],
-    "none on some": [[0, 3], [3, 0], [0, 3]],
-    "the same twice": [[1, 1], [2, 2], [1, 2]],
-    "three times": [[1, 1, 1], [1, 1, 1], [0, 0, 1]],
-    "-1": [[-1, 0], [1, -1], [-1, -1]],
-    "their number": [[4, 0], [1, 4], [4, 4]],
-    "beyond": [[5, 0], [1 << 31, 1], [100, -(1 << 31)]],
-    "nothing local": [[-1, 9], [4, -7], [-1, -1]],
-}
+    "all on one": [[2], [2], [2]], "none on some": [[0, 3], [3, 0], [0, 3]],
+    "the same twice": [[1, 1], [2, 2], [1, 2]], "three times": [[1, 1, 1], [1, 1, 1], [0, 0, 1]],
+    "-1": [[-1, 0], [1, -1], [-1, -1]], "their number": [[4, 0], [1, 4], [4, 4]],
+    "beyond": [[5, 0], [1 << 31, 1], [100, -(1 << 31)]], "nothing local": [[-1, 9], [4, -7], [-1, -1]],
+}  # fmt: skip
 
 
 @DTYPES

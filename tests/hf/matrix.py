@@ -15,25 +15,12 @@ from checkpoints.formats import CASES, DENSE_FAMILIES, FORMATS
 Case = tuple[str, str]
 
 FAMILIES = {
-    "llama": "Llama",
-    "llama-tied": "Llama, tied",
-    "llama-bias": "Llama, biases",
-    "llama-zeros": "Llama, blocks of zeros",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen3-tied": "Qwen3, tied",
-    "mistral": "Mistral",
-    "mistral-tied": "Mistral, tied",
-    "gemma3": "Gemma-3",
-    "gemma3-tied": "Gemma-3, tied",
-    "qwen3moe": "Qwen3-MoE",
-    "mixtral": "Mixtral",
-    "glm4moe": "GLM-4-MoE",
-    "deepseekv3": "DeepSeek-V3",
-    "nemotronh": "NemotronH",
-    "gptoss": "gpt-oss",
-    "deepseekv4": "DeepSeek-V4",
-}
+    "llama": "Llama", "llama-tied": "Llama, tied", "llama-bias": "Llama, biases",
+    "llama-zeros": "Llama, blocks of zeros", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3-tied": "Qwen3, tied",
+    "mistral": "Mistral", "mistral-tied": "Mistral, tied", "gemma3": "Gemma-3", "gemma3-tied": "Gemma-3, tied",
+    "qwen3moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4moe": "GLM-4-MoE", "deepseekv3": "DeepSeek-V3",
+    "nemotronh": "NemotronH", "gptoss": "gpt-oss", "deepseekv4": "DeepSeek-V4",
+}  # fmt: skip
 # A head of its own beside the embedding, under a config that ties them: both producers write that.
 OWN_HEADS = [(name, family) for name in ("modelopt-head", "ct-head") for family in ("llama-tied", "gemma3-tied")]
 # The words of the error, by format and family.
@@ -43,15 +30,10 @@ REFUSED: dict[Case, str] = {
 }
 # Mixtures of experts: those that every step is tested for, and those that some are.
 MIXTURES: list[Case] = [
-    ("modelopt-w4a16", "qwen3moe"),
-    ("modelopt-nvfp4", "mixtral"),
-    ("modelopt-nemotron", "nemotronh"),
-    ("ct-nvfp4a16", "mixtral"),
-    ("ct-nvfp4a16", "glm4moe"),
-    ("ct-mxfp4a16", "deepseekv3"),
-    ("gpt-oss", "gptoss"),
+    ("modelopt-w4a16", "qwen3moe"), ("modelopt-nvfp4", "mixtral"), ("modelopt-nemotron", "nemotronh"),
+    ("ct-nvfp4a16", "mixtral"), ("ct-nvfp4a16", "glm4moe"), ("ct-mxfp4a16", "deepseekv3"), ("gpt-oss", "gptoss"),
     ("deepseek-v4", "deepseekv4"),
-]
+]  # fmt: skip
 MORE_MIXTURES: list[Case] = [
     *((name, "qwen3moe") for name in ("modelopt-nvfp4", "modelopt-mxfp4", "ct-nvfp4a16", "ct-nvfp4", "ct-mxfp4a16")),
     *((name, "mixtral") for name in ("modelopt-w4a16", "ct-mxfp4a16")),
@@ -68,18 +50,11 @@ OWN = [case for case in LOADED if case[0] != LEFT]
 ON_LLAMA = [case for case in OWN if case[1] == "llama"]
 # What runs without --wide: every format, most classes, each kind of mixture, tied heads and heads of their own.
 NARROW: set[Case] = {
-    *((made.name, made.family) for made in FORMATS.values()),
-    *MIXTURES,
-    ("modelopt-awq", "gemma3-tied"),
-    ("modelopt-nvfp4", "llama-zeros"),
-    ("modelopt-nvfp4", "mistral"),
-    ("modelopt-w4a16", "qwen2"),
-    ("ct-nvfp4a16", "llama-tied"),
-    ("ct-nvfp4", "qwen3"),
-    ("ct-mxfp4a16", "llama-bias"),
-    ("modelopt-head", "gemma3-tied"),
-    ("ct-head", "llama-tied"),
-}
+    *((made.name, made.family) for made in FORMATS.values()), *MIXTURES, ("modelopt-awq", "gemma3-tied"),
+    ("modelopt-nvfp4", "llama-zeros"), ("modelopt-nvfp4", "mistral"), ("modelopt-w4a16", "qwen2"),
+    ("ct-nvfp4a16", "llama-tied"), ("ct-nvfp4", "qwen3"), ("ct-mxfp4a16", "llama-bias"),
+    ("modelopt-head", "gemma3-tied"), ("ct-head", "llama-tied"),
+}  # fmt: skip
 KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-mxfp4", "modelopt-fp8",
         "ct-nvfp4", "ct-mxfp4", "ct-two-groups"]  # fmt: skip
 # Formats that differ most, for what is alike for all others.

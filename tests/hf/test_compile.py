@@ -11,13 +11,9 @@ from hf.loading import choosing, kinds, load, loaded, logits, reference
 from hf.matrix import COMPILE, FEW_ON_LLAMA, MIXTURES, TRACE, params
 
 BY_INDUCTOR = [
-    ("ct-nvfp4a16", "llama"),
-    ("ct-nvfp4a16", "gemma3-tied"),
-    ("modelopt-awq", "llama"),
-    ("modelopt-w4a16", "qwen3moe"),
-    ("modelopt-nemotron", "nemotronh"),
-    ("gpt-oss", "gptoss"),
-]
+    ("ct-nvfp4a16", "llama"), ("ct-nvfp4a16", "gemma3-tied"), ("modelopt-awq", "llama"),
+    ("modelopt-w4a16", "qwen3moe"), ("modelopt-nemotron", "nemotronh"), ("gpt-oss", "gptoss"),
+]  # fmt: skip
 
 
 def told(linears: int, experts: int) -> list[str]:

@@ -16,15 +16,9 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Instructions of a lane for each weight that it decodes, in the loop of a launch for a few tokens.
 INSTRUCTIONS = {
-    ("bf16", "e4m3", 16): 4.4,
-    ("bf16", "e4m3", 32): 4.15,
-    ("bf16", "e8m0", 16): 4.8,
-    ("bf16", "e8m0", 32): 4.6,
-    ("fp16", "e4m3", 16): 4.65,
-    ("fp16", "e4m3", 32): 4.45,
-    ("fp16", "e8m0", 16): 6.4,
-    ("fp16", "e8m0", 32): 5.6,
-}
+    ("bf16", "e4m3", 16): 4.4, ("bf16", "e4m3", 32): 4.15, ("bf16", "e8m0", 16): 4.8, ("bf16", "e8m0", 32): 4.6,
+    ("fp16", "e4m3", 16): 4.65, ("fp16", "e4m3", 32): 4.45, ("fp16", "e8m0", 16): 6.4, ("fp16", "e8m0", 32): 5.6,
+}  # fmt: skip
 
 
 @dataclass

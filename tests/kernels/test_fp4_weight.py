@@ -86,14 +86,11 @@ def test_int8_codes_are_bytes():
 @pytest.mark.parametrize(
     "multiplier, rows",
     [
-        (0.5, [0.5, 0.5]),
-        (3, [3.0, 3.0]),
-        (torch.tensor(0.5), [0.5, 0.5]),
-        (torch.tensor([0.5]), [0.5, 0.5]),
+        (0.5, [0.5, 0.5]), (3, [3.0, 3.0]), (torch.tensor(0.5), [0.5, 0.5]), (torch.tensor([0.5]), [0.5, 0.5]),
         (torch.tensor([0.5, -2.0], dtype=torch.bfloat16), [0.5, -2.0]),
         (torch.tensor([1.0, 9.0, 2.0, 9.0])[::2], [1.0, 2.0]),
     ],
-)
+)  # fmt: skip
 def test_a_multiplier_is_one_number_or_one_for_each_row(multiplier, rows):
     weight = fp4_weight(GOOD["codes"], GOOD["scales"], multiplier, kind="e4m3")
     assert weight.multiplier.tolist() == rows

@@ -112,14 +112,11 @@ def test_packing_over_a_packed_weight_keeps_its_addresses(kind, group, random_we
 @pytest.mark.parametrize(
     "other",
     [
-        dict(n=71, k=96),
-        dict(n=70, k=64),
-        dict(n=70, k=96, kind="e8m0"),
-        dict(n=70, k=96, group=32),
+        dict(n=71, k=96), dict(n=70, k=64), dict(n=70, k=96, kind="e8m0"), dict(n=70, k=96, group=32),
         dict(n=70, k=96, lead=(1,)),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_packing_over_another_shape_or_format_is_refused_and_changes_nothing(other, random_weight):
     weight = random_weight(70, 96)
     packed = pack(weight)

@@ -16,15 +16,11 @@ GROUPS = {"nvfp4": ("e4m3", 16), "mxfp4": ("e8m0", 32), "e4m3 group 32": ("e4m3"
 SILU, CLAMPED = Activation(), Activation(gate_limit=1.5, up_limit=1.0)
 GPT_OSS, RELU2 = Activation("silu", True, 1.702, 1.5, 1.0, 1.0), Activation("relu2", False)
 ACTIVATIONS: dict[str, tuple[Activation, Order | None]] = {
-    "Qwen3": (SILU, "gate_up"),
-    "DeepSeek-V4": (CLAMPED, "gate_up"),
-    "gpt-oss": (GPT_OSS, "interleaved"),
-    "NemotronH": (RELU2, None),
-    "gelu, up first": (Activation("gelu"), "up_gate"),
+    "Qwen3": (SILU, "gate_up"), "DeepSeek-V4": (CLAMPED, "gate_up"), "gpt-oss": (GPT_OSS, "interleaved"),
+    "NemotronH": (RELU2, None), "gelu, up first": (Activation("gelu"), "up_gate"),
     "gelu tanh, interleaved up first": (Activation("gelu_tanh"), "interleaved_up_gate"),
-    "relu": (Activation("relu"), "gate_up"),
-    "silu without gates": (Activation("silu", False, gate_limit=1.0), None),
-}
+    "relu": (Activation("relu"), "gate_up"), "silu without gates": (Activation("silu", False, gate_limit=1.0), None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

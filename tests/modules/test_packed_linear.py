@@ -181,12 +181,8 @@ def test_the_state_says_how_it_is_packed(linear):
     packed = linear.packed
     assert state.dtype == torch.uint8
     assert json.loads(bytes(state.tolist())) == {
-        "layout": packed.layout,
-        "kind": packed.kind,
-        "group": packed.group,
-        "n": N,
-        "k": K,
-    }
+        "layout": packed.layout, "kind": packed.kind, "group": packed.group, "n": N, "k": K,
+    }  # fmt: skip
 
 
 def through_torch(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

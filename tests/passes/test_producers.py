@@ -203,12 +203,9 @@ CHANGES = (
     codes_inside, scales_inside, other_codes_inside, data_of_the_codes_inside, tensor_scale_inside,
 )  # fmt: skip
 WEIGHTS = {
-    "NVFP4": {},
-    "NVFP4, swizzled": {"is_swizzled_scales": True},
-    "NVFP4, no tensor scale": {"tensor_scale": False},
-    "MXFP4": {"quantise": mxfp4},
-    "MXFP4, swizzled": {"quantise": mxfp4, "is_swizzled_scales": True},
-}
+    "NVFP4": {}, "NVFP4, swizzled": {"is_swizzled_scales": True}, "NVFP4, no tensor scale": {"tensor_scale": False},
+    "MXFP4": {"quantise": mxfp4}, "MXFP4, swizzled": {"quantise": mxfp4, "is_swizzled_scales": True},
+}  # fmt: skip
 CASES = [
     pytest.param(change, choices, id=f"{change.__name__}-{name}")
     for change in CHANGES

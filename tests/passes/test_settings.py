@@ -50,15 +50,11 @@ def excluded(settings: Settings, *paths: str) -> list[str | None]:
         ("layers.*.mlp", ["layers.0.mlp.codes", "layers.11.mlp.codes"]),
         ("layers.*", ["layers.0.mlp.codes", "layers.11.mlp.codes", "layers.0.attn.codes"]),
         ("layers.0.mlp.codes", ["layers.0.mlp.codes"]),
-        ("*.mlp.codes", ["layers.0.mlp.codes", "layers.11.mlp.codes"]),
-        ("layers.[!0]*", ["layers.11.mlp.codes"]),
-        ("layers.?.mlp", ["layers.0.mlp.codes"]),
-        ("mlp", []),
-        ("LAYERS.*", []),
-        ("layers", []),
+        ("*.mlp.codes", ["layers.0.mlp.codes", "layers.11.mlp.codes"]), ("layers.[!0]*", ["layers.11.mlp.codes"]),
+        ("layers.?.mlp", ["layers.0.mlp.codes"]), ("mlp", []), ("LAYERS.*", []), ("layers", []),
         ("lm_head", ["lm_head.codes"]),
     ],
-)
+)  # fmt: skip
 def test_globs_are_of_the_path_of_a_weight_or_of_its_module(pattern, paths):
     known = ["layers.0.mlp.codes", "layers.11.mlp.codes", "layers.0.attn.codes", "lm_head.codes"]
     assert [path for path in known if Settings(exclude=(pattern,)).excluded(path)] == paths

@@ -73,13 +73,9 @@ def experts_rows(swaps) -> list:
 
 
 CASES = [
-    (QWEN, {}),
-    (QWEN, {"scale": "per tensor"}),
-    (QWEN, {"scale": None}),
-    (WIDE, {"is_swizzled_scales": True}),
-    (GPT_OSS, {}),
-    (NEMOTRON, {}),
-]
+    (QWEN, {}), (QWEN, {"scale": "per tensor"}), (QWEN, {"scale": None}), (WIDE, {"is_swizzled_scales": True}),
+    (GPT_OSS, {}), (NEMOTRON, {}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("family, choices", CASES, ids=str)

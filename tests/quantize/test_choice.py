@@ -241,21 +241,13 @@ def test_a_buffer_in_the_memory_of_a_weight_counts_and_parts_side_by_side_do_not
 @pytest.mark.parametrize(
     "include, exclude, expected",
     [
-        (None, (), ["up", "down", "lm_head", "x.router"]),
-        (None, None, ["up", "down"]),
-        ("*p", None, ["up"]),
-        (("up", "d*"), None, ["up", "down"]),
-        ("*.weight", None, ["up", "down"]),
-        ("*", "up", ["down", "lm_head", "x.router"]),
-        (None, ["up.weight", "l*"], ["down", "x.router"]),
-        ("up", "u*", []),
-        ("lm_head", None, ["lm_head"]),
-        (("*", "x.router"), None, ["up", "down", "x.router"]),
-        ("lm_head", "lm_head", []),
-        ("UP", None, []),
-        ((), None, []),
+        (None, (), ["up", "down", "lm_head", "x.router"]), (None, None, ["up", "down"]), ("*p", None, ["up"]),
+        (("up", "d*"), None, ["up", "down"]), ("*.weight", None, ["up", "down"]),
+        ("*", "up", ["down", "lm_head", "x.router"]), (None, ["up.weight", "l*"], ["down", "x.router"]),
+        ("up", "u*", []), ("lm_head", None, ["lm_head"]), (("*", "x.router"), None, ["up", "down", "x.router"]),
+        ("lm_head", "lm_head", []), ("UP", None, []), ((), None, []),
     ],
-)
+)  # fmt: skip
 def test_globs_choose(include, exclude, expected):
     model = MLP()
     model.lm_head, model.x = nn.Linear(64, 64), nn.ModuleDict({"router": nn.Linear(64, 64)})

@@ -199,17 +199,11 @@ FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 @pytest.mark.parametrize(
     "include, exclude, expected",
     [
-        (None, None, [FIRST, SECOND]),
-        (FIRST, None, [FIRST]),
-        ("*.1.mlp.*", None, [SECOND]),
-        ("*proj", None, [FIRST, SECOND]),
-        ("*down_proj", None, []),
-        (None, "*down_proj", []),
-        (None, "*.0.*", [SECOND]),
-        (f"{FIRST}.gate_up_proj", None, []),
-        (None, f"{FIRST}.gate_up_proj", [SECOND]),
+        (None, None, [FIRST, SECOND]), (FIRST, None, [FIRST]), ("*.1.mlp.*", None, [SECOND]),
+        ("*proj", None, [FIRST, SECOND]), ("*down_proj", None, []), (None, "*down_proj", []),
+        (None, "*.0.*", [SECOND]), (f"{FIRST}.gate_up_proj", None, []), (None, f"{FIRST}.gate_up_proj", [SECOND]),
     ],
-)
+)  # fmt: skip
 def test_globs_choose(include, exclude, expected):
     assert [row.path for row in quantize(built(), "nvfp4", include, exclude).done if row.experts] == expected
 

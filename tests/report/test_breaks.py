@@ -98,16 +98,12 @@ def places(*functions) -> list[str]:
 @pytest.mark.parametrize(
     "model, cause, functions, graphs",
     [
-        (before_any_operator, CALL, [before_any_operator], 1),
-        (before_the_return, CALL, [before_the_return], 1),
-        (several, CALL, [several], 3),
-        (nested, PRINT, [inner], 4),
-        (branch, JUMP, [branch], 2),
-        (in_try, PRINT, [in_try], 1),
-        (unbroken, "", [], 1),
+        (before_any_operator, CALL, [before_any_operator], 1), (before_the_return, CALL, [before_the_return], 1),
+        (several, CALL, [several], 3), (nested, PRINT, [inner], 4), (branch, JUMP, [branch], 2),
+        (in_try, PRINT, [in_try], 1), (unbroken, "", [], 1),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
-)
+)  # fmt: skip
 def test_each_break_is_listed_once_with_its_cause_and_place(model, cause, functions, graphs):
     report = explain(model, X)
     assert sorted(one.where.removesuffix("  # here") for one in report.breaks) == places(*functions)

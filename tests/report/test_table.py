@@ -43,31 +43,21 @@ def test_only_a_full_product_is_one_line():
 @pytest.mark.parametrize(
     "paths",
     [
-        ("up", "down"),
-        ("layers.0.up", "layers.1.down"),
-        ("layers.0.up", "blocks.1.up"),
-        ("layer0.up", "layer1.up"),
-        ("a.0", "a.1.b"),
-        ("a.01", "a.1"),
+        ("up", "down"), ("layers.0.up", "layers.1.down"), ("layers.0.up", "blocks.1.up"), ("layer0.up", "layer1.up"),
+        ("a.0", "a.1.b"), ("a.01", "a.1"),
     ],
-)
+)  # fmt: skip
 def test_other_paths_stay_apart(paths):
     assert collapsed(*paths) == [(path, 1) for path in paths]
 
 
 CHANGES = {
-    "outcome": {"outcome": Rejected("it is NF4")},
-    "kernel": {"outcome": Replaced(OP, "CPU blocks", 10)},
+    "outcome": {"outcome": Rejected("it is NF4")}, "kernel": {"outcome": Replaced(OP, "CPU blocks", 10)},
     "packed bytes": {"outcome": Replaced(OP, "Triton", 11)},
-    "note": {"outcome": Replaced(OP, "Triton", 10, "rounded twice")},
-    "owned": {"outcome": Owned(OP, "Triton", 10)},
-    "shape": {"shape": (64, 96)},
-    "format": {"format": None},
-    "form": {"spelling": "matmul"},
-    "bytes": {"nbytes": 8},
-    "uses": {"uses": 2},
-    "producer": {"producer": "torchao"},
-}
+    "note": {"outcome": Replaced(OP, "Triton", 10, "rounded twice")}, "owned": {"outcome": Owned(OP, "Triton", 10)},
+    "shape": {"shape": (64, 96)}, "format": {"format": None}, "form": {"spelling": "matmul"}, "bytes": {"nbytes": 8},
+    "uses": {"uses": 2}, "producer": {"producer": "torchao"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -99,15 +89,9 @@ def test_a_line_has_the_sum_of_bytes_and_the_worst_error():
     rows = [row(f"layers.{i}.up", Replaced(OP, "Triton", 2048, "exact here", 10.0**-i), nbytes=1024) for i in (3, 4)]
     (line,) = collapse(rows)
     assert line.cells == (
-        "layers.{3..4}.up",
-        "2",
-        "96 x 64",
-        "NVFP4 group 16",
-        "F.linear",
-        "2.0 KiB",
-        "4.0 KiB",
+        "layers.{3..4}.up", "2", "96 x 64", "NVFP4 group 16", "F.linear", "2.0 KiB", "4.0 KiB",
         "replaced: linear (Triton); exact here; worst error 1.0e-03",
-    )
+    )  # fmt: skip
 
 
 def test_an_error_of_zero_is_told():

@@ -113,14 +113,9 @@ def of_offsets(offsets: Tensor, rows: int) -> list[Tensor]:
 
 
 OFFSETS = {
-    "even": ([20, 40, 60, 80], 80),
-    "empty groups": ([0, 0, 33, 33, 34], 34),
-    "a tail": ([5, 5, 21], 60),
-    "only a tail": ([0, 0], 40),
-    "past the rows": ([10, 50], 40),
-    "one group": ([129], 129),
-    "one row": ([0, 1], 1),
-}
+    "even": ([20, 40, 60, 80], 80), "empty groups": ([0, 0, 33, 33, 34], 34), "a tail": ([5, 5, 21], 60),
+    "only a tail": ([0, 0], 40), "past the rows": ([10, 50], 40), "one group": ([129], 129), "one row": ([0, 1], 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("offsets, rows", OFFSETS.values(), ids=OFFSETS)

@@ -31,11 +31,8 @@ SPILLS = {
 }
 # Instructions of a lane for each weight that it decodes, and for each tile: see `most_instructions`.
 INSTRUCTIONS = {
-    ("bf16", "e4m3", 16): 2.69,
-    ("bf16", "e8m0", 32): 2.90,
-    ("fp16", "e4m3", 16): 2.95,
-    ("fp16", "e8m0", 32): 3.93,
-}
+    ("bf16", "e4m3", 16): 2.69, ("bf16", "e8m0", 32): 2.90, ("fp16", "e4m3", 16): 2.95, ("fp16", "e8m0", 32): 3.93,
+}  # fmt: skip
 
 
 def launched(launch: Rows | Stream, k: int, dtype: str, kind: str, group: int, n: int) -> list[Recorder]:

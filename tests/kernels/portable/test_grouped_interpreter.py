@@ -99,13 +99,10 @@ def test_intermediate_sizes_that_no_tile_divides(name, intermediate, launch, che
 
 
 IDS = {
-    "all on one": [[2], [2], [2], [2]],
-    "none on some": [[0, 3], [3, 0], [0, 3]],
-    "the same twice": [[1, 1], [2, 2], [1, 2]],
-    "-1": [[-1, 0], [1, -1], [-1, -1]],
-    "their number and beyond": [[4, 0], [1, 5], [1 << 31, -(1 << 31)]],
-    "nothing local": [[-1, 9], [4, -7]],
-}
+    "all on one": [[2], [2], [2], [2]], "none on some": [[0, 3], [3, 0], [0, 3]],
+    "the same twice": [[1, 1], [2, 2], [1, 2]], "-1": [[-1, 0], [1, -1], [-1, -1]],
+    "their number and beyond": [[4, 0], [1, 5], [1 << 31, -(1 << 31)]], "nothing local": [[-1, 9], [4, -7]],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("ids, short", matrix(lambda i, short: (i + short) % 2 == 0, IDS, [False, True]))
@@ -156,12 +153,9 @@ def test_any_strides(x, launch, check):
 
 
 OFFSETS = {
-    "every group": ([5, 21, 70], 70),
-    "empty groups": ([0, 33, 33], 33),
-    "a tail": ([2, 2, 17], 40),
-    "only a tail": ([0, 0, 0], 20),
-    "one row": ([0, 1, 1], 1),
-}
+    "every group": ([5, 21, 70], 70), "empty groups": ([0, 33, 33], 33), "a tail": ([2, 2, 17], 40),
+    "only a tail": ([0, 0, 0], 20), "one row": ([0, 1, 1], 1),
+}  # fmt: skip
 
 
 OF_GROUPED = {"16": "nvfp4", "32": "mxfp4", "64": "e4m3 group 32"}

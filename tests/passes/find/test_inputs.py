@@ -40,13 +40,10 @@ QUANTISERS = {
     "cast back": lambda x: to_fp4(x.float()).to(x.dtype),
 }
 OTHERS = {
-    "nothing": lambda x: x,
-    "relu": torch.relu,
-    "FP8": lambda x: x.to(torch.float8_e4m3fn).to(x.dtype),
-    "integers": lambda x: (x * 7).round() / 7,
-    "a norm before": lambda x: nn.functional.rms_norm(x, (K,)),
+    "nothing": lambda x: x, "relu": torch.relu, "FP8": lambda x: x.to(torch.float8_e4m3fn).to(x.dtype),
+    "integers": lambda x: (x * 7).round() / 7, "a norm before": lambda x: nn.functional.rms_norm(x, (K,)),
     "of another input": lambda x: to_fp4(x.flip(-1)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("inside", [None, in_checkpoint], ids=["plain", "checkpoint"])

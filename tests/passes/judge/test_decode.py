@@ -98,15 +98,12 @@ def test_decodes_agree_if_they_compute_the_same_from_tensors_of_one_layout(decod
     assert decode_of(lambda c, f: scaled(c, f), *tensors((N, K), (1,))).signature == signature
     assert hash(signature) == hash(decode_of(scaled, *live).signature)
     differ = [
-        decode_of(lambda c, f: c.float() * f * 2.0, *live),
-        decode_of(lambda c, f: f * c.float(), *live),
-        decode_of(scaled, *tensors((N, 2 * K), (1,))),
-        decode_of(scaled, *tensors((2 * N, K), (1,))),
-        decode_of(scaled, *tensors((N, K), (1, 1))),
-        decode_of(scaled, live[0].double(), live[1]),
+        decode_of(lambda c, f: c.float() * f * 2.0, *live), decode_of(lambda c, f: f * c.float(), *live),
+        decode_of(scaled, *tensors((N, 2 * K), (1,))), decode_of(scaled, *tensors((2 * N, K), (1,))),
+        decode_of(scaled, *tensors((N, K), (1, 1))), decode_of(scaled, live[0].double(), live[1]),
         decode_of(scaled, live[0].T.contiguous().T, live[1]),
         decode_of(scaled, *tensors((K, N), (1,)), multiply=lambda x, w: x @ w),
-    ]
+    ]  # fmt: skip
     assert signature not in [decode.signature for decode in differ]
 
 

@@ -79,19 +79,14 @@ MUTATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "scales rolled along rows": ("scales", lambda s: s.roll(1, 0)),
     "groups twice as long": ("scales", lambda s: s[:, : s.shape[1] // 2]),
     "one element": ("weight", changed((SIZE - 1, 3), lambda w: w + 1)),
-    "rows rolled": ("weight", lambda w: w.roll(1, 0)),
-    "columns rolled": ("weight", lambda w: w.roll(1, 1)),
+    "rows rolled": ("weight", lambda w: w.roll(1, 0)), "columns rolled": ("weight", lambda w: w.roll(1, 1)),
     "a column doubled": ("weight", lambda w: w * torch.ones(SIZE).index_fill(0, torch.tensor(7), 2.0).to(w.dtype)),
     "a row times three": ("weight", lambda w: torch.cat((w[:1] * 3, w[1:]))),
-    "a constant": ("weight", lambda w: w + 0.01),
-    "a factor": ("weight", lambda w: w * 1.01),
-    "sign": ("weight", torch.neg),
-    "abs": ("weight", torch.abs),
-    "clamp": ("weight", lambda w: w.clamp(-1, 1)),
-    "rounded": ("weight", lambda w: w.bfloat16().to(w.dtype)),
-    "transposed": ("weight", Tensor.t),
+    "a constant": ("weight", lambda w: w + 0.01), "a factor": ("weight", lambda w: w * 1.01),
+    "sign": ("weight", torch.neg), "abs": ("weight", torch.abs), "clamp": ("weight", lambda w: w.clamp(-1, 1)),
+    "rounded": ("weight", lambda w: w.bfloat16().to(w.dtype)), "transposed": ("weight", Tensor.t),
     "a row of zeros": ("weight", lambda w: torch.cat((w[1:], torch.zeros_like(w[:1])))),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

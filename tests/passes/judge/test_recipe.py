@@ -61,12 +61,9 @@ def leaf(decode, index: int) -> int:
 def sources(decode, **choices) -> FromSources:
     """The recipe of `plain`."""
     first = {
-        "codes": Source(leaf(decode, 0), "low nibble first"),
-        "scales": Source(leaf(decode, 1), "e4m3 bytes"),
-        "factor": Factor(leaf(decode, 2)),
-        "window": Window(0, decode.rows),
-        "group": 16,
-    }
+        "codes": Source(leaf(decode, 0), "low nibble first"), "scales": Source(leaf(decode, 1), "e4m3 bytes"),
+        "factor": Factor(leaf(decode, 2)), "window": Window(0, decode.rows), "group": 16,
+    }  # fmt: skip
     return FromSources(**first | choices)
 
 
@@ -313,14 +310,10 @@ def test_recipes_of_two_graphs_read_alike(decode_of):
         "blocks": {"codes": Source(leaf(one, 0), "low nibble first", 1)},
         "blocks of scales": {"scales": Source(leaf(one, 1), "e4m3 bytes", 1)},
         "kind": {"scales": Source(leaf(one, 1), "e8m0 bytes")},
-        "divides": {"factor": Factor(leaf(one, 2), divides=True)},
-        "number": {"factor": Factor(number=0.3)},
-        "another number": {"factor": Factor(number=0.4)},
-        "window": {"window": Window(0, 2 * N)},
-        "step": {"window": Window(0, N, 2)},
-        "group": {"group": 32},
-        "another node": {"factor": Factor(leaf(one, 1))},
-    }
+        "divides": {"factor": Factor(leaf(one, 2), divides=True)}, "number": {"factor": Factor(number=0.3)},
+        "another number": {"factor": Factor(number=0.4)}, "window": {"window": Window(0, 2 * N)},
+        "step": {"window": Window(0, N, 2)}, "group": {"group": 32}, "another node": {"factor": Factor(leaf(one, 1))},
+    }  # fmt: skip
     readings = {str(sources(one, **choice).reading(one)) for choice in choices.values()}
     assert len(readings) == len(choices) and str(reading) not in readings
 

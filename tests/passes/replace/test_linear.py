@@ -217,14 +217,9 @@ def test_a_dequantisation_that_raises_is_refused(trace, fp4_linear):
 
 
 CAPABILITIES = {
-    (7, 5): "the kernels need 8.0",
-    (8, 0): None,
-    (8, 6): None,
-    (8, 9): None,
-    (9, 0): None,
-    (10, 0): "FP4 tensor cores",
-    (12, 0): "FP4 tensor cores",
-}
+    (7, 5): "the kernels need 8.0", (8, 0): None, (8, 6): None, (8, 9): None, (9, 0): None,
+    (10, 0): "FP4 tensor cores", (12, 0): "FP4 tensor cores",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("capability, reason", CAPABILITIES.items())
