@@ -69,10 +69,6 @@ def layer_of(name: str) -> str:
     return name.partition(".experts.")[0]
 
 
-def gate_is_up(name: str) -> str:
-    return name.replace(".w1.", ".w3.")
-
-
 def swapped(first: str, second: str) -> Change:
     """Each tensor with a part of its name takes the place of that with the other."""
 
@@ -100,10 +96,6 @@ def interleave_ignored(tensors: Tensors) -> Tensors:
     return {name: halves(tensor) if name.endswith(leaves) else tensor for name, tensor in tensors.items()}
 
 
-def next_expert(tensor: Tensor) -> Tensor:
-    return tensor.roll(1, 0)
-
-
 FACTOR, DIVISOR = "weight_scale_2", "weight_global_scale"
 IN_FILES: dict[str, tuple[tuple[str, str], Change]] = {
     "global scale dropped": (("modelopt-w4a16", "qwen3moe"), of_experts(FACTOR, torch.ones_like)),
@@ -114,7 +106,7 @@ IN_FILES: dict[str, tuple[tuple[str, str], Change]] = {
     "divisor dropped": (("ct-nvfp4a16", "glm4moe"), of_experts(DIVISOR, torch.ones_like)),
     "divisor taken as a factor": (("ct-nvfp4a16", "glm4moe"), of_experts(DIVISOR, torch.reciprocal)),
     "divisors of gate and up collapsed": (
-        ("ct-nvfp4a16", "mixtral"), collapsed(DIVISOR, lambda t: t.amin(0), gate_is_up),
+        ("ct-nvfp4a16", "mixtral"), collapsed(DIVISOR, lambda t: t.amin(0), lambda name: name.replace(".w1.", ".w3.")),
     ),
     "global scale rounded to bfloat16": (
         ("modelopt-w4a16", "mixtral"), of_experts(FACTOR, lambda t: t.bfloat16().float()),
@@ -126,7 +118,7 @@ IN_FILES: dict[str, tuple[tuple[str, str], Change]] = {
     "interleave ignored": (GPT_OSS, interleave_ignored),
     "interleave ignored in the bias only": (GPT_OSS, of_experts("gate_up_proj_bias", halves)),
     "bias interleaved twice": (GPT_OSS, of_experts("gate_up_proj_bias", alternating)),
-    "biases of other experts": (GPT_OSS, of_experts("down_proj_bias", next_expert)),
+    "biases of other experts": (GPT_OSS, of_experts("down_proj_bias", lambda tensor: tensor.roll(1, 0))),
     "nibbles swapped": (GPT_OSS, of_experts("down_proj_blocks", lambda t: t >> 4 | t << 4)),
     "correction bias dropped": (
         ("ct-mxfp4a16", "deepseekv3"),

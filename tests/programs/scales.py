@@ -56,10 +56,6 @@ def shift(m) -> Tensor:
     return (m.scales.int() << 23).view(torch.float32)
 
 
-def shift_bfloat16(m) -> Tensor:
-    return (m.scales.to(torch.int16) << 7).view(torch.bfloat16).float()
-
-
 def bits_of_e4m3(m) -> Tensor:
     """Sign, exponent and mantissa, subnormals included."""
     bits = m.scales.int()
@@ -88,7 +84,8 @@ FORMS = [
     e8m0("e8m0 as uint8, 2.0 ** n", scale=power),
     e8m0("e8m0 as uint8, ldexp", scale=ldexp),
     e8m0("e8m0 as uint8, shifted 23 bits and viewed as float32", scale=shift),
-    e8m0("e8m0 as uint8, shifted 7 bits and viewed as bfloat16", scale=shift_bfloat16),
+    e8m0("e8m0 as uint8, shifted 7 bits and viewed as bfloat16",
+         scale=lambda m: (m.scales.to(torch.int16) << 7).view(torch.bfloat16).float()),
     e8m0("e8m0 as int8 exponents without a bias", scale=lambda m: torch.exp2(m.scales.float()),
          store=lambda w: {"scales": (w.scales.int() - 127).to(torch.int8)}),
     *(e8m0(f"e8m0 as {name}", store=partial(held_as, dtype), scale=plain) for dtype, name in NAMES.items()),

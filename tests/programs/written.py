@@ -61,10 +61,6 @@ def decode_by_groups(m: "Written") -> Tensor:
     return by_groups(m.values(m), m.scale(m)).to(m.dtype)
 
 
-def multiply_linear(m: "Written", weight: Tensor, x: Tensor) -> Tensor:
-    return linear(x, weight, m.bias)
-
-
 class Written(nn.Module):
     """An FP4 linear as its author wrote it.
 
@@ -94,7 +90,7 @@ class Written(nn.Module):
         values: Callable[..., Tensor] = by_table,
         scale: Callable[..., Tensor] = scale_times_factor,
         decode: Callable[..., Tensor] = decode_by_groups,
-        multiply: Callable[..., Tensor] = multiply_linear,
+        multiply: Callable[..., Tensor] = lambda m, weight, x: linear(x, weight, m.bias),
         arrange: Callable[[Tensor], Tensor] = lambda weight: weight,
         call: Callable[..., Tensor] = lambda m, *inputs: m.product(m.weight(), *inputs),
         bias: bool = False,

@@ -20,10 +20,6 @@ def by_table(m) -> Tensor:
     return TABLE[torch.stack((m.codes & 15, m.codes >> 4), -1).flatten(-2).int()]
 
 
-def by_literal_table(m) -> Tensor:
-    return torch.tensor(E2M1_VALUES)[torch.stack((m.codes & 15, m.codes >> 4), -1).flatten(-2).int()]
-
-
 def by_table_of_pairs(m) -> Tensor:
     return torch.index_select(PAIRS, 0, m.codes.flatten().int()).view(N, K)
 
@@ -156,7 +152,8 @@ class Transposed(Spelled):
 
 
 SPELLINGS = {
-    "table": Spelled, "literal table": partial(Spelled, codes=by_literal_table),
+    "table": Spelled, "literal table": partial(Spelled,
+         codes=lambda m: torch.tensor(E2M1_VALUES)[torch.stack((m.codes & 15, m.codes >> 4), -1).flatten(-2).int()]),
     "table of pairs": partial(Spelled, codes=by_table_of_pairs), "setitem": partial(Spelled, codes=by_setitem),
     "where": partial(Spelled, codes=by_where), "bfloat16 bits": partial(Spelled, codes=by_bits_of_bfloat16),
     "float16 bits": partial(Spelled, codes=by_bits_of_float16),
