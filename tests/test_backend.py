@@ -68,13 +68,11 @@ def test_linear_off_leaves_linears_to_inductor(fp4_linear, said):
 @pytest.mark.parametrize(
     "choices, message",
     [
-        (
-            {"options": {"linaer": True}},
-            "unknown option 'linaer'. Did you mean 'linear'? Known: activation_quant, exclude, grouped, include, ",
-        ),
+        ({"options": {"linaer": True}},
+         "unknown option 'linaer'. Did you mean 'linear'? Known: activation_quant, exclude, grouped, include, "),
         ({"mode": "max-autotun"}, "unknown mode 'max-autotun'. Did you mean 'max-autotune'? Known: default, "),
     ],
-)
+)  # fmt: skip
 def test_a_mistyped_choice_raises_with_the_nearest_name(fp4_linear, choices, message):
     with pytest.raises(Exception, match="ValueError") as caught:
         compiled(fp4_linear(), **choices)(X)
@@ -113,11 +111,9 @@ def test_no_global_setting_is_touched(fp4_linear):
         return (
             *(config.get_config_copy() for config in configs),
             logging.getLogger("marlin_w4a16").handlers + logging.getLogger("marlin_w4a16").filters,
-            logging.getLogger("marlin_w4a16").level,
-            torch.get_float32_matmul_precision(),
-            torch.are_deterministic_algorithms_enabled(),
-            dict(os.environ),
-        )
+            logging.getLogger("marlin_w4a16").level, torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(), dict(os.environ),
+        )  # fmt: skip
 
     torch.compile(nn.Identity())(X)
     before = settings()

@@ -108,10 +108,8 @@ TORCH_13 = replace(DRIVER, cuda="13.0")
 @pytest.mark.parametrize(
     "machine, status, words",
     [
-        (BARE, "skipped", "no NVIDIA driver"),
-        (replace(BARE, cuda="13.0"), "skipped", "no NVIDIA driver"),
-        (replace(BARE, rocm="7.0"), "warning", "NVIDIA's GPUs"),
-        (DRIVER, "warning", "install torch for CUDA"),
+        (BARE, "skipped", "no NVIDIA driver"), (replace(BARE, cuda="13.0"), "skipped", "no NVIDIA driver"),
+        (replace(BARE, rocm="7.0"), "warning", "NVIDIA's GPUs"), (DRIVER, "warning", "install torch for CUDA"),
         (TORCH_13, "skipped", "none that torch can use, NVIDIA driver for CUDA 12.2, torch for CUDA 13.0"),
         (replace(TORCH_13, error="No CUDA GPUs are available"), "skipped", "none that torch can use"),
         (replace(TORCH_13, hidden="", error="No CUDA GPUs are available"), "skipped", "unset CUDA_VISIBLE_DEVICES"),
@@ -119,7 +117,7 @@ TORCH_13 = replace(DRIVER, cuda="13.0")
         (replace(TORCH_13, hidden="0", error="the driver is too old"), "problem", "torch for CUDA 12.2 or older"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_why_there_is_no_gpu(machine, status, words):
     check = found(machine, "gpu")
     assert check.status == status and words in f"{check.found}: {check.advice}"
@@ -138,10 +136,8 @@ ERRORS = {
     "gcc gone": (FileNotFoundError(2, "No such file or directory", "gcc"), "install a C and a C++ compiler"),
     "g++ gone": (FileNotFoundError(2, "No such file or directory", "/usr/bin/g++"), "install a C and a C++ compiler"),
     "headers": (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), "python3-dev"),
-    "cache": (
-        PermissionError(13, "Permission denied", "/root/.triton"),
-        "TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR",
-    ),
+    "cache": (PermissionError(13, "Permission denied", "/root/.triton"),
+     "TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR"),
     "disk": (OSError(28, "No space left on device"), "TRITON_CACHE_DIR"),
     "no folder": (FileNotFoundError(2, "No such file or directory", "/proc/x"), "TRITON_CACHE_DIR"),
     "backend": (RuntimeError("Invalid backend: 'marlin_w4a16', see `torch._dynamo.list_backends()`"), "pip install"),
@@ -150,7 +146,7 @@ ERRORS = {
     "ptxas": (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
     "triton": (ModuleNotFoundError("No module named 'triton.language'"), "install triton"),
     "unknown": (RuntimeError("the moon is full"), checks.REPORT),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("error, advice", ERRORS.values(), ids=ERRORS)

@@ -189,12 +189,10 @@ def diagnosed(monkeypatch):
 def test_plain_text(diagnosed, capsys):
     assert diagnosed(ROWS) == 0
     assert [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()] == [
-        ["check", "status", "found"],
-        ["python", "ok", "3.11"],
-        ["gpu 0", "warning", "a [bold] T4; expected 8.0; buy another"],
-        ["peft", "skipped", "not installed"],
+        ["check", "status", "found"], ["python", "ok", "3.11"],
+        ["gpu 0", "warning", "a [bold] T4; expected 8.0; buy another"], ["peft", "skipped", "not installed"],
         ["3 checks: 1 ok, 1 warning, 0 problem, 1 skipped"],
-    ]
+    ]  # fmt: skip
 
 
 def test_a_problem_is_exit_code_1(diagnosed, capsys):

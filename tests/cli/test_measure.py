@@ -52,11 +52,9 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 # before the prompt is handed over, prefill, four steps of decode, and after the last
 TICKS = [
-    [1.0, 500.0, 1.0, 1.0, 1.0, 1.0, 1.0],
-    [1.0, 20.0, 7.0, 3.0, 3.0, 3.0, 1.0],
-    [1.0, 10.0, 9.0, 3.0, 4.0, 6.0, 1.0],
+    [1.0, 500.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 20.0, 7.0, 3.0, 3.0, 3.0, 1.0], [1.0, 10.0, 9.0, 3.0, 4.0, 6.0, 1.0],
     [1.0, 40.0, 8.0, 3.0, 6.0, 7.0, 1.0],
-]
+]  # fmt: skip
 
 
 def measured(clock, ticks=TICKS, **choices) -> tuple[Result, Clocked, list[str]]:

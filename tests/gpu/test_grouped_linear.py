@@ -21,11 +21,9 @@ FORMATS = ("nvfp4", "mxfp4", "e4m3 group 32")
 GATES = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}
 DTYPES = pytest.mark.parametrize("dtype", GATES, ids=str)
 LAUNCHES = (
-    Launch(64, 16, 128, 1, 4, 4),
-    Launch(64, 32, 128, 1, 4, 4),
-    Launch(64, 64, 64, 1, 4, 4),
+    Launch(64, 16, 128, 1, 4, 4), Launch(64, 32, 128, 1, 4, 4), Launch(64, 64, 64, 1, 4, 4),
     Launch(128, 128, 64, 1, 8, 3),
-)
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

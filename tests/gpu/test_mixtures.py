@@ -12,11 +12,9 @@ from mixtures.written import Mixture, Parts, batched, halves, inputs, interleave
 pytestmark = pytest.mark.gpu
 
 WHOLE = {
-    "batched": Parts(batched, interleaved, bias=True),
-    "grouped": Parts(native, halves),
-    "relu2": Parts(native, lambda z: torch.relu(z).square(), gated=False),
-    "on input": Parts(native, on_input=True),
-}
+    "batched": Parts(batched, interleaved, bias=True), "grouped": Parts(native, halves),
+    "relu2": Parts(native, lambda z: torch.relu(z).square(), gated=False), "on input": Parts(native, on_input=True),
+}  # fmt: skip
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -37,12 +37,10 @@ MIXTURES: list[Case] = [
 MORE_MIXTURES: list[Case] = [
     *((name, "qwen3moe") for name in ("modelopt-nvfp4", "modelopt-mxfp4", "ct-nvfp4a16", "ct-nvfp4", "ct-mxfp4a16")),
     *((name, "mixtral") for name in ("modelopt-w4a16", "ct-mxfp4a16")),
-    *((name, "glm4moe") for name in ("modelopt-nvfp4", "ct-mxfp4a16")),
-    ("ct-nvfp4a16", "deepseekv3"),
-    ("modelopt-w4a16", "nemotronh"),
-    ("modelopt-nemotron-0.47", "nemotronh"),
+    *((name, "glm4moe") for name in ("modelopt-nvfp4", "ct-mxfp4a16")), ("ct-nvfp4a16", "deepseekv3"),
+    ("modelopt-w4a16", "nemotronh"), ("modelopt-nemotron-0.47", "nemotronh"),
     *((f"deepseek-{name}", "deepseekv4") for name in ("v4.1", "v4-fp32", "v4-inv", "v4-weight-scale")),
-]
+]  # fmt: skip
 # Without a layer in FP4 there is nothing for this package to do.
 LEFT = "ct-fp8"
 LOADED: list[Case] = [case for case in [*CASES, *OWN_HEADS] if case not in REFUSED]
@@ -69,10 +67,8 @@ TRACED = [case for case in ON_LLAMA if case[0] != "ct-nvfp4-fp8"] + MIXTURES
 COMPILED: list[Case] = [
     *((n, "llama") for n in ("ct-nvfp4a16", "ct-mxfp4a16", "modelopt-group32", "modelopt-mixed", "modelopt-awq")),
     *(("ct-nvfp4a16", family) for family in DENSE_FAMILIES if family not in ("llama", "llama-zeros")),
-    ("modelopt-w4a16", "qwen3moe"),
-    ("modelopt-nemotron", "nemotronh"),
-    ("gpt-oss", "gptoss"),
-]
+    ("modelopt-w4a16", "qwen3moe"), ("modelopt-nemotron", "nemotronh"), ("gpt-oss", "gptoss"),
+]  # fmt: skip
 
 
 def params(cases: Iterable[tuple[Any, ...]], narrow: Container[Case] = NARROW) -> list[Any]:

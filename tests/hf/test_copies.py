@@ -22,10 +22,8 @@ def through_torch(model):
 
 
 COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_torch,
-}
+    "deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save": through_torch,
+}  # fmt: skip
 
 
 def expect_the_quantised_tensors(folder, name):

@@ -83,12 +83,10 @@ class Mixture:
 def activated(activation: Activation, order: Order | None, sums: Tensor) -> Tensor:
     """An activation of sums ``[..., rows]``, written apart from the class."""
     gate, up = {
-        None: lambda: (sums, None),
-        "gate_up": lambda: sums.chunk(2, -1),
-        "up_gate": lambda: sums.chunk(2, -1)[::-1],
+        None: lambda: (sums, None), "gate_up": lambda: sums.chunk(2, -1), "up_gate": lambda: sums.chunk(2, -1)[::-1],
         "interleaved": lambda: (sums[..., ::2], sums[..., 1::2]),
         "interleaved_up_gate": lambda: (sums[..., 1::2], sums[..., ::2]),
-    }[order]()
+    }[order]()  # fmt: skip
     if activation.gate_limit is not None:
         gate = torch.where(gate > activation.gate_limit, activation.gate_limit, gate)
     functions: dict[str, Callable[[Tensor], Tensor]] = {

@@ -271,12 +271,10 @@ def test_a_state_that_does_not_say_how_it_is_packed_is_missing_something(linear)
 # Casts, moves and copies
 
 CASTS = {
-    "half": (lambda m: m.half(), torch.float16),
-    "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
-    "to float64": (lambda m: m.to(torch.float64), torch.float64),
-    "double": (lambda m: m.double(), torch.float64),
+    "half": (lambda m: m.half(), torch.float16), "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
+    "to float64": (lambda m: m.to(torch.float64), torch.float64), "double": (lambda m: m.double(), torch.float64),
     "there and back": (lambda m: m.half().float(), torch.float32),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cast, dtype", CASTS.values(), ids=CASTS)

@@ -15,10 +15,8 @@ pytestmark = pytest.mark.skipif(
 
 # the format each makes, inputs left alone
 CONFIGS = {
-    "W4A16_NVFP4_CFG": "NVFP4 group 16",
-    "NVFP4_DEFAULT_CFG": "NVFP4 group 16",
-    "MXFP4_DEFAULT_CFG": "MXFP4 group 32",
-}
+    "W4A16_NVFP4_CFG": "NVFP4 group 16", "NVFP4_DEFAULT_CFG": "NVFP4 group 16", "MXFP4_DEFAULT_CFG": "MXFP4 group 32",
+}  # fmt: skip
 
 
 def compressed(model: nn.Module, config: str, x: torch.Tensor) -> nn.Module:

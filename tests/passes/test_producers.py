@@ -14,11 +14,9 @@ from marlin_w4a16 import refresh
 from programs.producers import FORMS, RIGHT, K, N, Torchao, modelopt, modelopt_w4a4, mxfp4, nvfp4
 
 MARKS = {
-    "ModelOpt": pytest.mark.skipif(
-        torch.__version__ < "2.13",
-        reason="the Dynamo of torch 2.11 and 2.12 cannot trace ModelOpt's modules, for any backend",
-    )
-}
+    "ModelOpt": pytest.mark.skipif(torch.__version__ < "2.13",
+     reason="the Dynamo of torch 2.11 and 2.12 cannot trace ModelOpt's modules, for any backend"),
+}  # fmt: skip
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Real quantization has been applied:UserWarning"),
     pytest.mark.filterwarnings("ignore:RealQuantLinear:UserWarning"),

@@ -23,10 +23,8 @@ pytestmark = [
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 # the format each makes
 CONFIGS = {
-    "W4A16_NVFP4_CFG": "NVFP4 group 16",
-    "NVFP4_DEFAULT_CFG": "NVFP4 group 16",
-    "MXFP4_DEFAULT_CFG": "MXFP4 group 32",
-}
+    "W4A16_NVFP4_CFG": "NVFP4 group 16", "NVFP4_DEFAULT_CFG": "NVFP4 group 16", "MXFP4_DEFAULT_CFG": "MXFP4 group 32",
+}  # fmt: skip
 NVFP4 = ["W4A16_NVFP4_CFG", "NVFP4_DEFAULT_CFG"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -17,11 +17,9 @@ FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}
 QUANTIZERS = {"e4m3": quantize_nvfp4, "e8m0": quantize_mxfp4}
 # What becomes of the global scale ``[n]`` of a quantised weight.
 FACTORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "general": lambda g: g * 0.9321,
-    "none": torch.ones_like,
-    "power of two": lambda g: g.log2().round().exp2(),
+    "general": lambda g: g * 0.9321, "none": torch.ones_like, "power of two": lambda g: g.log2().round().exp2(),
     "per row": lambda g: g * (0.5 + torch.rand_like(g)),
-}
+}  # fmt: skip
 
 
 def checkpoint(

@@ -74,10 +74,8 @@ COMPUTED = "its weight is computed, by a parametrisation or a hook"
 SMALL = "its weight is 4 x 64, 1.0 KiB; packed, in whole tiles, it would be 2.3 KiB"
 LEFT = [
     (lambda: nn.Linear(72, 64), "its weight is 64 x 72, expected columns in groups of 16"),
-    (
-        lambda: with_(nn.Linear(64, 64), weight=nn.Parameter(torch.empty(0, 64))),
-        "its weight is 0 x 64, expected columns in groups of 16",
-    ),
+    (lambda: with_(nn.Linear(64, 64), weight=nn.Parameter(torch.empty(0, 64))),
+     "its weight is 0 x 64, expected columns in groups of 16"),
     (lambda: nn.Linear(64, 4), SMALL),
     (lambda: nn.Linear(64, 64, device="meta"), "its weight holds no values: it is on the meta device"),
     (lambda: nn.Linear(64, 64).double(), "its weight is torch.float64, expected one of"),
@@ -90,11 +88,10 @@ LEFT = [
     (lambda: parametrizations.weight_norm(nn.Linear(64, 64)), COMPUTED),
     (lambda: parametrizations.orthogonal(nn.Linear(64, 64), "weight"), COMPUTED),
     pytest.param(lambda: weight_norm(nn.Linear(64, 64)), COMPUTED, marks=pytest.mark.filterwarnings("ignore")),
-    (lambda: filled(torch.nan), NOT_FINITE),
-    (lambda: filled(-torch.inf), NOT_FINITE),
+    (lambda: filled(torch.nan), NOT_FINITE), (lambda: filled(-torch.inf), NOT_FINITE),
     *((lambda name=name: hooked(f"register_{name}"), HOOKS) for name in REGISTERED),
     (lambda: with_(nn.Linear(64, 64), _hf_hook=object()), HOOKS),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("make, reason", LEFT)

@@ -243,25 +243,23 @@ LEFT = {
     "its own forward": (lambda m: setattr(m, "__class__", Doubled), "a Doubled has a forward of its own"),
     "replaced": (lambda m: setattr(m, "forward", lambda *_: None), "its forward has been replaced"),
     "hooks": (hook, "it has hooks, which a PackedExperts would lose"),
-    "computed": (
-        lambda m: parametrize.register_parametrization(m, "down_proj", nn.Identity()),
-        "its down_proj is computed, by a parametrisation or a hook",
-    ),
+    "computed": (lambda m: parametrize.register_parametrization(m, "down_proj", nn.Identity()),
+     "its down_proj is computed, by a parametrisation or a hook"),
     "more": (lambda m: setattr(m, "adapter", nn.ReLU()), "it also holds adapter, which a PackedExperts would lose"),
     "a learnt gate": (lambda m: setattr(m, "act_fn", nn.PReLU()), "it also holds act_fn, which"),
     "another gate": (lambda m: setattr(m, "act_fn", nn.Sigmoid()), "what stands between the two products is no"),
     "a norm": (lambda m: setattr(m, "has_post_expert_norm", True), "it normalises what each expert gives"),
     "float64": (lambda m: m.double(), "its gate_up_proj is torch.float64, expected one of"),
-    "dtypes": (lambda m: setattr(m, "down_proj", nn.Parameter(m.down_proj.half())), "its weights are torch.float32 on"),
+    "dtypes": (lambda m: setattr(m, "down_proj", nn.Parameter(m.down_proj.half())),
+     "its weights are torch.float32 on"),
     "meta": (lambda m: m.to("meta"), "its weight holds no values: it is on the meta device"),
     "groups": (hidden(72), "its weights are 6 x 96 x 72 and 6 x 72 x 48, expected a hidden size in groups of 16"),
-    "shapes": (
-        lambda m: setattr(m, "down_proj", nn.Parameter(torch.randn(6, 64, 40))),
-        "its weights are 6 x 96 x 64 and 6 x 64 x 40, expected [experts, 2 i, hidden] and [experts, hidden, i]",
-    ),
-    "small": (hidden(16), "its weights are 6 x 96 x 16 and 6 x 16 x 48, 54.0 KiB; packed, in whole tiles, they would"),
+    "shapes": (lambda m: setattr(m, "down_proj", nn.Parameter(torch.randn(6, 64, 40))),
+     "its weights are 6 x 96 x 64 and 6 x 64 x 40, expected [experts, 2 i, hidden] and [experts, hidden, i]"),
+    "small": (hidden(16),
+     "its weights are 6 x 96 x 16 and 6 x 16 x 48, 54.0 KiB; packed, in whole tiles, they would"),
     "NaN": (poison, "its down_proj, expert 3: found NaN or Inf, expected finite values"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change, reason", LEFT.values(), ids=LEFT)

@@ -167,13 +167,11 @@ def test_an_empty_weight_gives_sums_of_nothing(n, k):
     [
         (lambda packed: linear_by_blocks(torch.ones(3, packed.k), packed, None), True),
         (lambda packed: linear_grad_input(torch.ones(3, packed.n), packed), True),
-        (lambda packed: dequantize(packed, torch.bfloat16), True),
-        (PackedFP4.unpack, True),
-        (pack, False),
+        (lambda packed: dequantize(packed, torch.bfloat16), True), (PackedFP4.unpack, True), (pack, False),
         (lambda weight: weight.fit(torch.float16), False),
     ],
     ids=["linear", "linear_grad_input", "dequantize", "unpack", "pack", "fit"],
-)
+)  # fmt: skip
 def test_the_whole_weight_is_never_decoded(call, of_packed, random_weight):
     weight = random_weight(2048, 4096, "e8m0", e8m0=(90, 126))  # these scales have to move to fit float16
     given = pack(weight) if of_packed else weight

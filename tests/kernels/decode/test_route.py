@@ -79,13 +79,11 @@ def test_a_map_gives_the_place_of_an_expert(known, dtype, interpret):
 @pytest.mark.parametrize(
     "dtype, experts",
     [
-        (torch.uint8, 256),
-        (torch.int16, 200),
-        pytest.param(torch.uint8, 200, marks=pytest.mark.wide),
+        (torch.uint8, 256), (torch.int16, 200), pytest.param(torch.uint8, 200, marks=pytest.mark.wide),
         pytest.param(torch.int16, 256, marks=pytest.mark.wide),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_narrow_ids_of_many_experts(dtype, experts, interpret):
     """256 pairs that are no whole block: what lies past the last has no expert, not even the last of a byte."""
     ids = torch.arange(256).view(64, 4).to(dtype)

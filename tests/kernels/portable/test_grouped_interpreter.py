@@ -16,11 +16,9 @@ from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing, dr
 
 # None: every pair of a token and its choice is a tile
 LAUNCHES = {
-    "direct": None,
-    "16": Launch(64, 16, 128, 1, 4, 4),
-    "32": Launch(64, 32, 128, 1, 4, 4),
+    "direct": None, "16": Launch(64, 16, 128, 1, 4, 4), "32": Launch(64, 32, 128, 1, 4, 4),
     "64": Launch(128, 64, 64, 1, 4, 4),
-}
+}  # fmt: skip
 SOME = ("direct", "16")
 GATE = 2.3e-4  # the rounding of the output
 Call = tuple[Mixture, Tensor, Tensor, Tensor, Tensor | None, Launch | None]

@@ -109,12 +109,10 @@ def masked(x, w):
 
 
 DEPENDS_ON_THE_INPUT = {
-    "product": lambda x, w: w * x.sum(),
-    "index": lambda x, w: w[x.int()],
-    "setitem": masked,
+    "product": lambda x, w: w * x.sum(), "index": lambda x, w: w[x.int()], "setitem": masked,
     "out": lambda x, w: torch.mul(x, 2, out=w.clone()),
     "checkpoint": lambda x, w: checkpoint(torch.sin, w, use_reentrant=False),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("value_of", DEPENDS_ON_THE_INPUT.values(), ids=DEPENDS_ON_THE_INPUT)

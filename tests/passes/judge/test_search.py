@@ -225,13 +225,11 @@ class Product(Spelled):
 
 PRODUCTS = {
     "linear with bias": lambda x, w, b: linear(x, w, b),
-    "linear by keywords": lambda x, w, b: linear(bias=b, weight=w, input=x),
-    "@": lambda x, w, b: x @ w.T,
+    "linear by keywords": lambda x, w, b: linear(bias=b, weight=w, input=x), "@": lambda x, w, b: x @ w.T,
     "torch.matmul": lambda x, w, b: torch.matmul(x, w.t()),
-    "matmul method": lambda x, w, b: x.matmul(w.transpose(0, 1)),
-    "torch.mm": lambda x, w, b: torch.mm(x, w.mT),
+    "matmul method": lambda x, w, b: x.matmul(w.transpose(0, 1)), "torch.mm": lambda x, w, b: torch.mm(x, w.mT),
     "mm method": lambda x, w, b: x.mm(w.permute(1, 0).contiguous()),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)

@@ -51,40 +51,23 @@ def gelu_by_hand(sums: Tensor) -> Tensor:
 
 
 MODELS = {
-    "Qwen3": (qwen, (), Activation(), "gate_up"),
-    "DeepSeek-V4": (deepseek_v4, (10.0,), CLAMPED, "gate_up"),
+    "Qwen3": (qwen, (), Activation(), "gate_up"), "DeepSeek-V4": (deepseek_v4, (10.0,), CLAMPED, "gate_up"),
     "gpt-oss": (gpt_oss, (7.0, -7.0, 1.702, 1.0), GPT_OSS, "interleaved"),
     "NemotronH": (lambda s: F.relu(s).square(), (), Activation("relu2", False), None),
     "relu": (lambda s: F.relu(s[:, :12]) * s[:, 12:], (), Activation("relu"), "gate_up"),
     "in place": (in_place, (10,), CLAMPED, "gate_up"),
     "gelu by hand": (gelu_by_hand, (0.5, 0.79788, 0.044715, 3), Activation("gelu_tanh"), "gate_up"),
     "no gates, clamped": (lambda s: F.gelu(s.clamp(max=3)), (3,), Activation("gelu", False, 1.0, 3.0), None),
-    "gates apart from ups": (
-        lambda s: F.silu(s.chunk(2, -1)[0].clamp(max=20)) * s.chunk(2, -1)[1].clamp(-0.5, 0.5),
-        (20, 0.5),
-        Activation(gate_limit=20.0, up_limit=0.5),
-        "gate_up",
-    ),
-    "up less a number": (
-        lambda s: F.silu(s.chunk(2, -1)[0]) * (s.chunk(2, -1)[1] - 0.7),
-        (0.7,),
-        Activation(up_offset=-0.7),
-        "gate_up",
-    ),
-    "swish by a negative number": (
-        lambda s: s[:, ::2] / (1 + torch.exp(-1.702 * s[:, ::2])) * s[:, 1::2],
-        (-1.702,),
-        Activation(alpha=1.702),
-        "interleaved",
-    ),
-    "finite in float16": (
-        lambda s: F.silu(s.clamp(max=65504.0)),
-        (65504.0,),
-        Activation("silu", False, 1.0, 65504.0),
-        None,
-    ),
+    "gates apart from ups": (lambda s: F.silu(s.chunk(2, -1)[0].clamp(max=20)) * s.chunk(2, -1)[1].clamp(-0.5, 0.5),
+     (20, 0.5), Activation(gate_limit=20.0, up_limit=0.5), "gate_up"),
+    "up less a number": (lambda s: F.silu(s.chunk(2, -1)[0]) * (s.chunk(2, -1)[1] - 0.7), (0.7,),
+     Activation(up_offset=-0.7), "gate_up"),
+    "swish by a negative number": (lambda s: s[:, ::2] / (1 + torch.exp(-1.702 * s[:, ::2])) * s[:, 1::2], (-1.702,),
+     Activation(alpha=1.702), "interleaved"),
+    "finite in float16": (lambda s: F.silu(s.clamp(max=65504.0)), (65504.0,),
+     Activation("silu", False, 1.0, 65504.0), None),
     "numbers of no use": (qwen, (1e-6, 1e4, 1e30, float("inf"), float("nan"), 0, 128, -3), Activation(), "gate_up"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("function, numbers, activation, order", MODELS.values(), ids=MODELS)
@@ -172,12 +155,10 @@ def test_one_thing_changed_is_refused(function):
 MIXED = {
     "pairs crossed": lambda s: F.silu(s[:, :12]) * s[:, 12:].flip(-1),
     "pairs of two": lambda s: torch.cat((qwen(s[:, :12]), qwen(s[:, 12:])), -1),
-    "normalised": lambda s: F.softmax(s[:, :12], -1) * s[:, 12:],
-    "gates only": lambda s: F.silu(s[:, :12]),
-    "zeros": lambda s: torch.zeros_like(s[:, :12]),
-    "reversed": lambda s: F.relu(s).flip(-1),
+    "normalised": lambda s: F.softmax(s[:, :12], -1) * s[:, 12:], "gates only": lambda s: F.silu(s[:, :12]),
+    "zeros": lambda s: torch.zeros_like(s[:, :12]), "reversed": lambda s: F.relu(s).flip(-1),
     "one sum for all": lambda s: F.relu(s[:, :1]) + F.relu(s),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("function", MIXED.values(), ids=MIXED)

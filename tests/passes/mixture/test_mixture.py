@@ -46,13 +46,11 @@ def assert_right(module: nn.Module, args: tuple, **options: object) -> Report:
 @pytest.mark.parametrize(
     "parts, activation",
     [
-        (Parts(), SILU),
-        (Parts(activation=interleaved, bias=True), GPT_OSS),
-        (Parts(activation=lambda z: relu(z).square(), gated=False), "relu2(z)"),
-        (Parts(on_input=True), SILU),
+        (Parts(), SILU), (Parts(activation=interleaved, bias=True), GPT_OSS),
+        (Parts(activation=lambda z: relu(z).square(), gated=False), "relu2(z)"), (Parts(on_input=True), SILU),
     ],
     ids=["silu", "gpt-oss", "relu2", "on input"],
-)
+)  # fmt: skip
 def test_each_form_is_one_op(form, parts, activation):
     module, args = Mixture(replace(parts, form=form)), inputs()
     assert ops_of(module, args) == ({"moe"}, {activation})
@@ -117,16 +115,14 @@ ACTIVATIONS = {
     "another offset": (gate(swiglu(), clamped_up(offset=0.5)), GPT_OSS.replace("+ 1", "+ 0.5")),
     "limited after the offset": (gate(swiglu(), lambda u: (u + 1).clamp(-7.0, 7.0)), None),
     "limits far out": (gate(lambda g: silu(g.clamp(max=90.0)), lambda u: u), SILU.replace("gate", "gate <= 90")),
-    "a factor": (gate(swiglu(), lambda u: 1.01 * clamped_up()(u)), None),
-    "tanh": (gate(torch.tanh), None),
+    "a factor": (gate(swiglu(), lambda u: 1.01 * clamped_up()(u)), None), "tanh": (gate(torch.tanh), None),
     "gelu": (gate(gelu), "gelu(gate) * up"),
-    "gelu by tanh": (gate(lambda g: gelu(g, approximate="tanh")), "gelu_tanh(gate) * up"),
-    "halves": (halves, SILU),
+    "gelu by tanh": (gate(lambda g: gelu(g, approximate="tanh")), "gelu_tanh(gate) * up"), "halves": (halves, SILU),
     "halves, up first": (lambda s: s.chunk(2, -1)[0] * silu(s.chunk(2, -1)[1]), SILU),
     "up first": (lambda s: s[..., ::2] * silu(s[..., 1::2]), SILU),
     "halves of quarters": (lambda s: halves(s.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].flatten(-2)), None),
     "rows that are mixed": (lambda s: halves(s).flip(-1), None),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
