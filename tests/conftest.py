@@ -114,6 +114,19 @@ def fp4_linear() -> type[FP4Linear]:
 
 
 @pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]]:
+    """What the backend has logged so far, as (level, message)."""
+    caplog.set_level("INFO", "marlin_w4a16")
+    return lambda: [(r.levelname, r.message) for r in caplog.records if r.name == "marlin_w4a16"]
+
+
+@pytest.fixture
+def levels(said: Callable[[], list[tuple[str, str]]]) -> Callable[[], list[str]]:
+    """The levels of what the backend has logged so far."""
+    return lambda: [level for level, _ in said()]
+
+
+@pytest.fixture
 def assert_near() -> Callable[[Tensor, Tensor], None]:
     """Two right programs agree so far in relative L2: the weight or the output of one is rounded where the other's
     is not."""

@@ -17,13 +17,6 @@ OP = torch.ops.marlin_w4a16.linear.default
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 
 
-@pytest.fixture
-def said(caplog):
-    """What the backend has logged so far, as (level, message)."""
-    caplog.set_level("INFO", "marlin_w4a16")
-    return lambda: [(r.levelname, r.message) for r in caplog.records if r.name == "marlin_w4a16"]
-
-
 def compiled(model, **choices):
     return torch.compile(model, backend="marlin_w4a16", fullgraph=True, **choices)
 

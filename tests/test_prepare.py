@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from swaps import refusals
 from torch import Tensor, nn
 
 from marlin_w4a16 import PackedLinear, prepare, quantize_nvfp4, restore
@@ -73,10 +74,6 @@ def storages(model: nn.Module) -> list[weakref.ref]:
 def alive(references: list[weakref.ref]) -> list[bool]:
     gc.collect()
     return [reference() is not None for reference in references]
-
-
-def refusals(swaps) -> dict[str, str]:
-    return {row.path: row.refusal for row in swaps.refused}
 
 
 # prepare

@@ -1,9 +1,6 @@
 """The benchmarks' tables, bars, picture and checks, from made-up rows and on the CPU."""
 
-import importlib
-import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,17 +8,6 @@ import torch
 
 SHAPE = {"format": "nvfp4", "n": 4096, "k": 4096}
 PACKED = 9_500_000
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a file of benchmarks/ as a script there would."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if name in ("dense", "peers", "roofline", "timing"):
-            del sys.modules[name]
 
 
 @pytest.fixture
@@ -106,24 +92,6 @@ def test_report_shows_ratios_misses_and_what_was_wrong(dense, capsys, monkeypatc
 def test_report_counts_ours_as_a_miss_where_it_was_not_timed(dense, capsys):
     dense.report([{**SHAPE, "m": 1, "peer": "ours", "status": "failed: RuntimeError: no"}])
     assert "misses: 1\n  ours nvfp4 4096x4096 M=1: failed: RuntimeError: no" in capsys.readouterr().out
-
-
-def test_a_written_run_is_shown_without_a_gpu(dense, tmp_path, capsys, monkeypatch):
-    result = {"machine": {"device": "A GPU"}, "dtype": "bf16", "absent": {}, "rows": rows_of(1, ours=6.0, cublas=12.0)}
-    dense.write(result, str(tmp_path / "run.json"))
-    assert json.loads((tmp_path / "run.json").read_text()) == result
-    monkeypatch.setattr(sys, "argv", ["dense.py", "--from", str(tmp_path / "run.json")])
-    dense.main()
-    text = capsys.readouterr().out
-    assert text.startswith("A GPU, bf16")
-    assert "2.00" in text
-
-
-def test_without_a_gpu_the_command_says_so(dense, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["dense.py"])
-    with pytest.raises(SystemExit, match="needs a CUDA GPU"):
-        dense.main()
 
 
 def test_an_unknown_peer_is_named(dense, monkeypatch):

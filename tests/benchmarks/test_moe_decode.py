@@ -1,7 +1,6 @@
 """The benchmark of whole mixtures: its checkpoints by their names, its loop and its tables on the CPU."""
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,20 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("moe_decode", "mixture_checkpoints", "cuda_graphs", "overhead", "dense", "peers", "roofline", "timing")
 
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a file of benchmarks/ as a script there would; what it would compile runs eagerly, on the CPU."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+@pytest.fixture(autouse=True)
+def eagerly_on_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "compile", lambda function, **choices: function)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if name in FILES:
-            del sys.modules[name]
 
 
 def choices(folder: Path, **others) -> argparse.Namespace:

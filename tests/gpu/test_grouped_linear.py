@@ -13,7 +13,7 @@ from marlin_w4a16.kernels.target import Target
 from mixtures.exact import exact_groups
 from mixtures.oracle import draw_stack
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 
 ROWS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 129, 255, 257, 1000, 4096)
 SHAPES = ((64, 64), (200, 1120), (96, 2880), (2880, 192), (1000, 96))
@@ -24,12 +24,6 @@ LAUNCHES = (
     Launch(64, 16, 128, 1, 4, 4), Launch(64, 32, 128, 1, 4, 4), Launch(64, 64, 64, 1, 4, 4),
     Launch(128, 128, 64, 1, 8, 3),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu():
-    with torch.device("cuda"):
-        yield
 
 
 def draw_offsets(rows: int, experts: int, tail: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from marlin_w4a16.kernels.target import Target
 from mixtures.exact import drawn, exact_mixture
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_routing
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 129, 255, 257, 1000, 4096)
 FORMATS = [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "mxfp4"), ("mxfp4", "e4m3 group 32")]
@@ -29,12 +29,6 @@ LAUNCHES = (
     None, Launch(64, 16, 128, 1, 4, 4), Launch(64, 32, 128, 1, 4, 4), Launch(64, 64, 64, 1, 4, 4),
     Launch(128, 128, 64, 1, 8, 3),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu():
-    with torch.device("cuda"):
-        yield
 
 
 def assert_right(out: Tensor, mixture: Mixture, x: Tensor, *routing: Tensor | None) -> None:

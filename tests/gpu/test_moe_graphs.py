@@ -12,13 +12,7 @@ from marlin_w4a16.kernels.moe import moe
 from mixtures.exact import drawn
 from mixtures.oracle import draw_routing
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu():
-    with torch.device("cuda"):
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 
 
 def run(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None = None) -> Tensor:

@@ -16,12 +16,6 @@ STATEFUL = ["NemotronH", "DeepseekV4"]
 models = functools.cache(pair)
 
 
-@pytest.fixture
-def as_traced(monkeypatch) -> None:
-    """Graphs run as this backend hands them to Inductor, which takes most of the time."""
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
-
-
 def padded(rows: int, length: int) -> dict[str, Tensor]:
     """Prompts of different lengths: ``length``, then one token less in each row, padded on the left."""
     ids = torch.randint(3, 128, (rows, length))

@@ -15,12 +15,6 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, 128, (length,)).tolist() for length in (5, 9, 3, 12, 7)]
 
 
-@pytest.fixture
-def as_traced(monkeypatch) -> None:
-    """Graphs run as this backend hands them to Inductor, which takes most of the time."""
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
-
-
 def alone(model: nn.Module, prompts: list[list[int]]) -> list[list[int]]:
     """Tokens of each prompt by itself."""
     return [generate(model, torch.tensor([prompt]), eos_token_id=-1)[0] for prompt in prompts]

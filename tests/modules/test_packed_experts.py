@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from modules.state import addresses, assert_same, bits
 from torch import Tensor, nn
 
 from marlin_w4a16 import Activation, FP4Weight, PackedExperts, explain
@@ -39,16 +40,6 @@ def inputs(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 def assert_right(module: nn.Module, mixture: Mixture, x: Tensor, ids: Tensor, weights: Tensor) -> None:
     exact = mixture.exact(x, weights, ids)
     assert (module(x, ids, weights).double() - exact).norm() <= 2e-6 * exact.norm()
-
-
-def bits(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
 
 
 def equal(a: FP4Weight, b: FP4Weight) -> bool:
@@ -129,19 +120,18 @@ def test_a_deep_copy_has_its_own_tensors(mixture):
     module = module_of(mixture)
     other = copy.deepcopy(module)
     assert_same(bits(other), bits(module))
-    assert {p.data_ptr() for p in other.parameters()}.isdisjoint(p.data_ptr() for p in module.parameters())
+    assert not set(addresses(other)) & set(addresses(module))
     assert_right(other, mixture, *inputs())
 
 
 def test_it_goes_through_a_file_and_into_another_instance(mixture, tmp_path):
     module = module_of(mixture)
     torch.save(module.state_dict(), tmp_path / "state.pt")
-    other = draw_mixture(name="Qwen3", intermediate=100)
     other = replace(mixture, w13=shuffled(mixture.w13), w2=shuffled(mixture.w2))
     loaded = module_of(other)
-    addresses = [p.data_ptr() for p in loaded.parameters()]
+    before = addresses(loaded)
     loaded.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert [p.data_ptr() for p in loaded.parameters()] == addresses
+    assert addresses(loaded) == before
     assert_same(bits(loaded), bits(module))
     assert_right(loaded, mixture, *inputs())
 

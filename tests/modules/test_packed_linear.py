@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from modules.state import addresses, assert_same, bits
 from torch import Tensor, nn
 
 import marlin_w4a16.backend
@@ -34,31 +35,10 @@ def linear(weight) -> PackedLinear:
     return PackedLinear(weight, torch.randn(N))
 
 
-@pytest.fixture
-def said(caplog):
-    """What the backend has logged so far, as (level, message)."""
-    caplog.set_level("INFO", "marlin_w4a16")
-    return lambda: [(r.levelname, r.message) for r in caplog.records if r.name == "marlin_w4a16"]
-
-
 def another(linear: PackedLinear) -> PackedLinear:
     """A module of the same format and shape with another weight and bias."""
     quantise = quantize_nvfp4 if linear.packed.kind == "e4m3" else quantize_mxfp4
     return PackedLinear(quantise(torch.randn(linear.out_features, linear.in_features)), torch.randn(N))
-
-
-def bits(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
-
-
-def addresses(module: nn.Module) -> list[int]:
-    return [p.data_ptr() for p in module.parameters()]
 
 
 def wide() -> FP4Weight:

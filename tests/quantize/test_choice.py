@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from swaps import done, refusals
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -28,14 +29,6 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self.embed(x)))
-
-
-def refusals(swaps) -> dict[str, str]:
-    return {row.path: row.refusal for row in swaps.refused}
-
-
-def done(swaps) -> list[str]:
-    return [row.path for row in swaps.done]
 
 
 # What is left as it is

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from live import Live
+from swaps import done, refusals
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import use_experts_implementation
@@ -94,14 +95,6 @@ def twin(model: nn.Module, format: str) -> tuple[nn.Module, dict[str, list[FP4We
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(IDS, use_cache=False).logits
-
-
-def refusals(swaps) -> dict[str, str]:
-    return {row.path: row.refusal for row in swaps.refused}
-
-
-def done(swaps) -> list[str]:
-    return [row.path for row in swaps.done]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from live import Live
+from swaps import done, refusals
 from torch import Tensor, nn
 
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4, restore
@@ -73,14 +74,6 @@ def assert_weight(module: nn.Module, dense: Tensor, format: str) -> None:
     for name in ("codes", "scales", "multiplier"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     assert (found.kind, found.group) == (expected.kind, expected.group)
-
-
-def refusals(swaps) -> dict[str, str]:
-    return {row.path: row.refusal for row in swaps.refused}
-
-
-def done(swaps) -> list[str]:
-    return [row.path for row in swaps.done]
 
 
 # Whole models
