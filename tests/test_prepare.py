@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from swaps import refusals
 from torch import Tensor, nn
 
 from marlin_w4a16 import PackedLinear, prepare, quantize_nvfp4, restore
 from marlin_w4a16.prepare import Swap
 from marlin_w4a16.producers import torchao as producer
+from swaps import refusals
 
 DENSE = "its weight is dense torch.float32, of no producer of FP4"
 X = torch.linspace(-1, 1, 5 * 64).view(5, 64)

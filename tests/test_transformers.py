@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4
+from narrow import wide
 
 SEEDS, STEPS, VOCABULARY = 8, 32, 128
 
@@ -31,7 +32,7 @@ def llama(request, fp4_linear) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("inductor", [False, wide(True)])
 @torch.no_grad()
 def test_teacher_forced_logits_and_tokens_equal_eager(llama, inductor, caplog, monkeypatch):
     if not inductor:

@@ -8,8 +8,6 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
-
 from checkpoints.formats import CASES, DENSE_FAMILIES, FORMATS
 
 Case = tuple[str, str]
@@ -73,7 +71,7 @@ COMPILED: list[Case] = [
 
 def params(cases: Iterable[tuple[Any, ...]], narrow: Container[Case] = NARROW) -> list[Any]:
     """Cases for parametrize, each of a format, a family and more: those that are not in the narrow set are wide."""
-    return [pytest.param(*case, marks=() if case[:2] in narrow else pytest.mark.wide) for case in cases]
+    return [case(*case, narrow=case[:2] in narrow) for case in cases]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from modules.state import addresses, assert_same, bits
 from torch import Tensor, nn
 
 from marlin_w4a16 import Activation, FP4Weight, PackedExperts, explain
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.passes import outcome
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing
+from modules.state import addresses, assert_same, bits
+from narrow import wide
 
 HIDDEN, EXPERTS = 64, 4
 KEYS = ["words13", "scales13", "multiplier13", "words2", "scales2", "multiplier2"]
@@ -180,7 +181,7 @@ def test_a_state_of_other_experts_is_refused_and_nothing_is_overwritten(other, s
     assert_same(bits(model), before)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.wide), "marlin_w4a16"])
+@pytest.mark.parametrize("backend", ["aot_eager", wide("inductor"), "marlin_w4a16"])
 def test_it_compiles_as_one_graph_for_any_number_of_tokens(mixture, backend):
     module = module_of(mixture)
     compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)

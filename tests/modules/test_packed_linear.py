@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from modules.state import addresses, assert_same, bits
 from torch import Tensor, nn
 
 import marlin_w4a16.backend
 from marlin_w4a16 import FP4Weight, PackedLinear, explain, pack, quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.passes.outcome import Owned
 from marlin_w4a16.report.table import size
+from modules.state import addresses, assert_same, bits
 
 OP = torch.ops.marlin_w4a16.linear.default
 N, K = 48, 96  # neither fills its tiles

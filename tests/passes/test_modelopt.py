@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from marlin_w4a16 import explain
+from narrow import wide
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < "2.13",
@@ -44,15 +45,12 @@ class Layer(nn.Module):
 @pytest.mark.parametrize(
     "config, dtype",
     [
-        ("W4A16_NVFP4_CFG", torch.float32),
-        ("MXFP4_DEFAULT_CFG", torch.bfloat16),
-        pytest.param("W4A16_NVFP4_CFG", torch.bfloat16, marks=pytest.mark.wide),
-        pytest.param("MXFP4_DEFAULT_CFG", torch.float32, marks=pytest.mark.wide),
-        pytest.param("NVFP4_DEFAULT_CFG", torch.float32, marks=pytest.mark.wide),
-        pytest.param("NVFP4_DEFAULT_CFG", torch.bfloat16, marks=pytest.mark.wide),
+        ("W4A16_NVFP4_CFG", torch.float32), ("MXFP4_DEFAULT_CFG", torch.bfloat16),
+        wide("W4A16_NVFP4_CFG", torch.bfloat16), wide("MXFP4_DEFAULT_CFG", torch.float32),
+        wide("NVFP4_DEFAULT_CFG", torch.float32), wide("NVFP4_DEFAULT_CFG", torch.bfloat16),
     ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Real quantization has been applied:UserWarning")
 @pytest.mark.filterwarnings("ignore:Accessing the 'model_fields' attribute")
 def test_compressed_linears_are_replaced(config, dtype, caplog, assert_near):

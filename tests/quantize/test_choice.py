@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from swaps import done, refusals
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4
+from swaps import done, refusals
 
 ITSELF = "it is the model itself: quantize() swaps the modules in a model"
 REGISTERED = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")

@@ -9,13 +9,14 @@ import pytest
 import torch
 import transformers
 from live import Live
-from swaps import done, refusals
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import use_experts_implementation
 
 from marlin_w4a16 import FP4Weight, PackedExperts, prepare, quantize, quantize_mxfp4, quantize_nvfp4, restore
 from mixtures.models import COMMON, FAMILIES, Family
+from narrow import wide
+from swaps import done, refusals
 
 QUANTISERS = {"nvfp4": (quantize_nvfp4, 16), "mxfp4": (quantize_mxfp4, 32)}
 IDS = torch.arange(1, 19).view(2, 9)
@@ -314,9 +315,7 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(
-    "dtype, format", [pytest.param(torch.bfloat16, "nvfp4", marks=pytest.mark.wide), (torch.float32, "mxfp4")], ids=str
-)
+@pytest.mark.parametrize("dtype, format", [wide(torch.bfloat16, "nvfp4"), (torch.float32, "mxfp4")], ids=str)
 def test_no_more_is_held_than_the_weights_of_one_module_and_what_is_packed(dtype, format):
     quantize(built(), format)  # fills tables that stay
     config = transformers.Qwen3MoeConfig(**COMMON | QWEN.settings)

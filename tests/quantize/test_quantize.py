@@ -8,11 +8,12 @@ import weakref
 import pytest
 import torch
 from live import Live
-from swaps import done, refusals
 from torch import Tensor, nn
 
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4, restore
 from marlin_w4a16.prepare import Swap
+from narrow import wide
+from swaps import done, refusals
 
 QUANTISERS = {"nvfp4": quantize_nvfp4, "mxfp4": quantize_mxfp4}
 VOCABULARY = 128
@@ -97,7 +98,7 @@ def test_it_generates_what_its_dequantised_twin_does(model, format):
     assert found.shape == (1, 20) and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("inductor", [False, wide(True)])
 def test_it_compiles(format, inductor, caplog, monkeypatch):
     if not inductor:
         monkeypatch.setattr("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward)
@@ -221,13 +222,11 @@ def test_an_unknown_format_raises(format):
 @pytest.mark.parametrize(
     "dtype, format",
     [
-        (torch.bfloat16, "nvfp4"),
-        pytest.param(torch.float32, "nvfp4", marks=pytest.mark.wide),
-        pytest.param(torch.bfloat16, "mxfp4", marks=pytest.mark.wide),
-        pytest.param(torch.float32, "mxfp4", marks=pytest.mark.wide),
+        (torch.bfloat16, "nvfp4"), wide(torch.float32, "nvfp4"), wide(torch.bfloat16, "mxfp4"),
+        wide(torch.float32, "mxfp4"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_no_more_is_held_than_one_dense_weight_and_its_packed_copy(dtype, format):
     """The gate is 64 MB above packed and largest; nothing else but codes in both orders and blocks is needed."""
     quantize(MLP(), format)  # fills tables that stay

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.blocks.experts import local_experts
 from marlin_w4a16.kernels.decode.tiles import Tiles, most_tiles
+from narrow import wide
 
 BLOCKS = (16, 32, 64)
 
@@ -79,8 +80,8 @@ def test_a_map_gives_the_place_of_an_expert(known, dtype, interpret):
 @pytest.mark.parametrize(
     "dtype, experts",
     [
-        (torch.uint8, 256), (torch.int16, 200), pytest.param(torch.uint8, 200, marks=pytest.mark.wide),
-        pytest.param(torch.int16, 256, marks=pytest.mark.wide),
+        (torch.uint8, 256), (torch.int16, 200), wide(torch.uint8, 200),
+        wide(torch.int16, 256),
     ],
     ids=str,
 )  # fmt: skip

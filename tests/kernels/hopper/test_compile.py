@@ -8,11 +8,11 @@ import torch
 import triton
 
 from kernels.machine import Compiled, assert_no_spills, overwritten_operands
-from kernels.matrix import case
 from kernels.plans import evenly, hopper_launches, named
 from marlin_w4a16.kernels.launch import Rows, Stream
 from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
 from marlin_w4a16.kernels.target import SHARED_MEMORY, gluon_is_known
+from narrow import case
 
 if not gluon_is_known():
     pytest.skip(f"the Gluon kernels are not used with Triton {triton.__version__}", allow_module_level=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
-from kernels.matrix import case, matrix
 from kernels.plans import launches
 from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.portable import linear as kernels
 from marlin_w4a16.kernels.portable.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
 from marlin_w4a16.kernels.target import SHARED_MEMORY
+from narrow import case, matrix
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
 OWN = [(8, 0), (9, 0)]  # the others have all but the machine code of SM80

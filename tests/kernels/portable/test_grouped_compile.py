@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
-from kernels.matrix import case, matrix
 from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel
@@ -19,6 +18,7 @@ from marlin_w4a16.kernels.moe import _sum_kernel
 from marlin_w4a16.kernels.portable import grouped as kernels
 from marlin_w4a16.kernels.portable.grouped import FEW, _grouped_kernel
 from marlin_w4a16.kernels.target import SHARED_MEMORY
+from narrow import case, matrix
 
 CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
 FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))

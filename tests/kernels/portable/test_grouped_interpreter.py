@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.matrix import case, matrix
 from marlin_w4a16.kernels.blocks.experts import grouped_linear_by_blocks, moe_by_blocks
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack
 from mixtures.exact import exact_groups, exact_mixture
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing, draw_stack
+from narrow import case, matrix, wide
 
 # None: every pair of a token and its choice is a tile
 LAUNCHES = {
@@ -129,7 +129,7 @@ def test_a_map_says_where_experts_are(expert_map, on_input, launch, check):
     check((mixture, tokens_of(4), torch.rand(4, 3), ids, torch.tensor(expert_map, dtype=dtype), LAUNCHES[launch]))
 
 
-@pytest.mark.parametrize("launch", ["direct", pytest.param("16", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("launch", ["direct", wide("16")])
 def test_as_many_experts_as_a_byte_holds(launch, check):
     """Ids beyond the last pair are no expert, though a byte has no -1; for tiles see decode/test_route.py."""
     mixture = draw_mixture(256, 32, 32)

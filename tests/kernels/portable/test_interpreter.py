@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.matrix import matrix
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack, tile_pairs
 from marlin_w4a16.kernels.scale_bytes import scale_values
+from narrow import matrix
 
 GATE = 2.3e-4
 FORMATS = list(product(["e4m3", "e8m0"], [16, 32]))

@@ -13,6 +13,7 @@ from marlin_w4a16.options import Options
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced
 from marlin_w4a16.passes.rewrite import rewrite
 from mixtures.experts import hold_fp4
+from narrow import wide
 
 E, N, K, S = 5, 48, 64, 9
 OP = torch.ops.marlin_w4a16.grouped_linear.default
@@ -106,7 +107,7 @@ def test_sorted_rows(multiply, transposed):
 
 
 @pytest.mark.parametrize("multiply, transposed, shape", GATHERED.values(), ids=GATHERED)
-@pytest.mark.parametrize("quantize", [quantize_nvfp4, pytest.param(quantize_mxfp4, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("quantize", [quantize_nvfp4, wide(quantize_mxfp4)])
 def test_gathered_matrices(multiply, transposed, shape, quantize):
     assert_one_op(Stack(multiply, transposed, quantize), (torch.randn(X), ids(*shape)))
 

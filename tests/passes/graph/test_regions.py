@@ -14,6 +14,7 @@ from marlin_w4a16.passes.graph.constants import find_constants, needed_by, slice
 from marlin_w4a16.passes.graph.nodes import storage, value_of
 from marlin_w4a16.passes.graph.regions import Regions
 from marlin_w4a16.passes.graph.torch_private import add_static_input, compile_graph, is_higher_order, source_name
+from narrow import wide
 
 wrap = torch.ops.higher_order.wrap
 region = torch.compiler.nested_compile_region
@@ -217,14 +218,11 @@ def test_what_was_edited_in_regions_trains_alike(layers, name):
 @pytest.mark.parametrize(
     "name, dynamic",
     [
-        ("nested", True),
-        ("a weight and more out of a region", False),
-        pytest.param("nested", False, marks=pytest.mark.wide),
-        pytest.param("one body of several", False, marks=pytest.mark.wide),
-        pytest.param("one body of several", True, marks=pytest.mark.wide),
-        pytest.param("a weight and more out of a region", True, marks=pytest.mark.wide),
+        ("nested", True), ("a weight and more out of a region", False), wide("nested", False),
+        wide("one body of several", False), wide("one body of several", True),
+        wide("a weight and more out of a region", True),
     ],
-)
+)  # fmt: skip
 def test_inductor_compiles_what_was_edited(layers, name, dynamic):
     backend = Backend(lambda gm, inputs: compile_graph(gm, inputs, {}))
     compiled = torch.compile(CASES[name], backend=backend, fullgraph=True)

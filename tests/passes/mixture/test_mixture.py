@@ -19,6 +19,7 @@ from marlin_w4a16.report.data import Report
 from mixtures.experts import stacked
 from mixtures.models import FAMILIES
 from mixtures.written import FORMS, H, Mixture, Parts, batched, grouped, halves, inputs, interleaved, native
+from narrow import wide
 from programs.backend import reported
 
 SILU = "silu(gate) * up"
@@ -275,7 +276,7 @@ def test_an_excluded_weight_leaves_the_other_as_a_piece():
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("moe", [True, pytest.param(False, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("moe", [True, wide(False)])
 def test_verify_finds_no_error(form, moe):
     module = Mixture(Parts(form, interleaved, bias=True), quantize_mxfp4, torch.bfloat16)
     args = inputs(dtype=torch.bfloat16)
