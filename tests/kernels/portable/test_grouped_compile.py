@@ -8,7 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
+from kernels.machine import Compiled, assert_no_spills, compiled
+from kernels.portable.limits import CHIPS, FORMATS, HEAVIEST, OWN, assert_limits, assert_unaligned_limits, named
 from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel
@@ -17,13 +18,8 @@ from marlin_w4a16.kernels.launch import Launch, plan_experts
 from marlin_w4a16.kernels.moe import _sum_kernel
 from marlin_w4a16.kernels.portable import grouped as kernels
 from marlin_w4a16.kernels.portable.grouped import FEW, _grouped_kernel
-from marlin_w4a16.kernels.target import SHARED_MEMORY
-from narrow import case, matrix
+from narrow import matrix
 
-CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
-FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
-HEAVIEST = ("fp16", "e8m0", 16)  # the longest loop of all formats, whatever the launch
-OWN = [(8, 0), (9, 0)]  # the others have all but the machine code of SM80
 SWIGLU = Activation("silu", True, 1.702, 7.0, 7.0, 1.0)
 # Products: the first of a gated mixture, the second, a grouped linear; the first two also with a tile for every pair.
 PRODUCTS = ("first", "second", "grouped", "first direct", "second direct")
@@ -77,12 +73,6 @@ def planned(capability: tuple[int, int]) -> list[Launch]:
     return list(dict.fromkeys([plan_experts(*size) or FEW for size in sizes]))
 
 
-def named(capability: tuple[int, int], launch: Launch, *form: Any, narrow: bool) -> Any:
-    tile = "x".join(map(str, (launch.block_n, launch.block_m, launch.block_k)))
-    name = "-".join(map(str, ("sm{}{}".format(*capability), tile, f"{launch.num_warps}warps", *form)))
-    return case(capability, launch, *form, id=name.replace(" ", "-"), narrow=narrow)
-
-
 def variants() -> list[Any]:
     """Every launch of every product on SM80 and SM90, in every format for a few tokens; one where the machine code is
     all but that of SM80. Narrow: one format and, for a few tokens, the heaviest; half of what is all but SM80's."""
@@ -108,19 +98,8 @@ def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, what
         assert not any(i.startswith(("LDL", "STL")) for i in code.loop)
     else:
         assert_no_spills(code)
-    limits = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
-    assert code.registers <= limits[launch.block_n, launch.block_m, launch.num_warps]
-    assert code.loop
-    if launch.block_m == 16:
-        weights = launch.block_n * launch.block_k / (32 * launch.num_warps)
-        assert len(code.loop) / weights <= INSTRUCTIONS[dtype, kind, group]
-    assert code.shared <= SHARED_MEMORY[capability]
-    assert not code.has("SHFL"), "a decoded value crosses lanes"
-    if capability >= (9, 0):
-        assert code.has("HGMMA") and not code.has("HMMA")
-        assert_wgmma_is_awaited(code)
-    else:
-        assert code.has("HMMA")
+    registers = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
+    assert_limits(code, capability, launch, (dtype, kind, group), registers)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +122,7 @@ UNALIGNED = [
 @pytest.mark.parametrize("capability, launch", UNALIGNED)
 def test_rows_of_x_that_are_not_aligned_compile_too(capability, launch):
     code = compiled_product(capability, launch, "first", "bf16", "e4m3", 16, aligned=False)
-    assert code.shared <= SHARED_MEMORY[capability]
-    if capability >= (9, 0):
-        assert_wgmma_is_awaited(code)
-    if launch.block_n * launch.block_m // (32 * launch.num_warps) < 64:  # else sums take a quarter of the registers
-        assert_no_spills(code)
+    assert_unaligned_limits(code, capability, launch, sums=64)  # a quarter of the registers
 
 
 TABLES = ("counts", "tile_experts", "tile_starts", "tile_stops", "count", "order", "places", "expert_map")
