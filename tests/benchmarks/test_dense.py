@@ -138,8 +138,7 @@ def test_plain_and_dense_peers_agree_with_the_exact_product(peers, name):
 
 
 def test_every_peer_has_its_place_in_the_picture(peers, benchmark):
-    drawn = benchmark("roofline")
-    names = [peer.name for peer in peers.peers([1])]
+    drawn, names = benchmark("roofline"), [peer.name for peer in peers.peers([1])]
     assert list(drawn.NAMES) == list(drawn.COLOURS) == names
     assert len(set(drawn.COLOURS.values())) == len(names)
 

@@ -64,8 +64,7 @@ def test_a_row_is_all_that_inspect_and_the_plugin_need(toy, tmp_path):
     assert found.formats == {"MXFP4 group 32": 14}
     model = read(toy)
     assert str(marlin_w4a16.hf.report(model)).count("MXFP4 group 32") >= 7
-    of_compressed = read(written("ct-mxfp4a16", "llama"))
-    tokens = torch.arange(12)[None]
+    of_compressed, tokens = read(written("ct-mxfp4a16", "llama")), torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, of_compressed(tokens).logits)
     model.save_pretrained(tmp_path / "again")

@@ -286,8 +286,7 @@ def test_fp8_is_rounded_once():
     codes = torch.tensor([1.125, 1.375, 1.625, 1.875]).to(torch.float8_e4m3fn).repeat(64, 1)
     ties = 1 + (2 * torch.arange(64, dtype=torch.float64) + 1) / 256
     scale = (ties / codes[:, 0].double()).float()
-    exact = codes.double() * scale.double()[:, None]
-    twice = (codes.float() * scale[:, None]).bfloat16()
+    exact, twice = codes.double() * scale.double()[:, None], (codes.float() * scale[:, None]).bfloat16()
     found = FP8.read({"weight": codes, "weight_scale": scale}, torch.bfloat16)
     assert torch.equal(found.double(), rounded(exact, 8)) and not torch.equal(found, twice)
     written = FP8.write(found, {"weight_scale": scale}, "x")["weight"]

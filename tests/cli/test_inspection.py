@@ -89,8 +89,7 @@ def test_what_is_told_is_what_is_loaded(name, family):
         with pytest.raises(CheckpointError, match="cannot be loaded"):
             loaded(folder)
         return
-    model = loaded(folder)
-    told = found.totals["loaded_bytes"]
+    model, told = loaded(folder), found.totals["loaded_bytes"]
     if family == "deepseekv4":  # without a GPU, transformers decodes FP8 in blocks
         told += sum(one.bf16_bytes - one.loaded_bytes for one in found.lines if one.outcome == "left")
     assert told == held_bytes(model) + shared_rows(model)
@@ -127,8 +126,7 @@ def test_a_mixed_checkpoint():
     assert found.formats == {"NVFP4 group 16": 5}
     assert (found.totals["fp4_linears"], found.totals["fp8_linears"]) == (5, 8)
     up = line(found, "model.layers.{0..1}.mlp.up_proj")
-    stored = 2 * (160 * 48 + 160 * 6 + 4 + 4)
-    packed = 2 * (3 * 2 * (2048 + 256) + 4 * 160 + 4 + 4)
+    stored, packed = 2 * (160 * 48 + 160 * 6 + 4 + 4), 2 * (3 * 2 * (2048 + 256) + 4 * 160 + 4 + 4)
     assert up == Line(up.path, 2, (160, 96), "NVFP4 group 16", "packed", None, stored, packed, 2 * 160 * 96 * 2)
     q = line(found, "model.layers.{0..1}.self_attn.q_proj")
     assert q == Line(q.path, 2, (96, 96), "FP8 E4M3", "decoded", None, 2 * 9224, 2 * 18440, 2 * 18432)

@@ -19,8 +19,7 @@ def test_projections_of_experts_are_packed_and_told_as_one():
     found = inspect(written("ct-nvfp4", "qwen3moe"))
     told = experts(found)
     assert list(told) == [f"model.layers.{{0..1}}.mlp.experts.{{0..3}}.{part}_proj" for part in ("down", "gate", "up")]
-    stored = 8 * (96 * 48 + 96 * 6 + 4 + 4)
-    packed = 8 * (2 * 2 * (2048 + 256) + 4 * 96 + 4 + 4)
+    stored, packed = 8 * (96 * 48 + 96 * 6 + 4 + 4), 8 * (2 * 2 * (2048 + 256) + 4 * 96 + 4 + 4)
     for path, one in told.items():
         assert one == Line(path, 8, (96, 96), "NVFP4 group 16", "packed", None, stored, packed, 8 * 96 * 96 * 2)
     assert found.formats == {"NVFP4 group 16": 8 + 24} and not found.problems

@@ -25,17 +25,9 @@ FORMATS = [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "mxfp4"), ("mxfp4",
 
 def run(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
     return moe(
-        x,
-        experts.w13,
-        experts.w2,
-        weights,
-        ids,
-        activation=experts.activation,
-        bias13=experts.bias13,
-        bias2=experts.bias2,
-        weight_on_input=experts.weight_on_input,
-        expert_map=expert_map,
-    )
+        x, experts.w13, experts.w2, weights, ids, activation=experts.activation, bias13=experts.bias13,
+        bias2=experts.bias2, weight_on_input=experts.weight_on_input, expert_map=expert_map,
+    )  # fmt: skip
 
 
 def arguments(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None = None) -> tuple:

@@ -94,8 +94,7 @@ def test_a_weight_written_in_the_capture_is_read_after_it_is_written(m):
 def test_two_streams_at_once():
     packed = [pack(quantize_nvfp4(torch.randn(4096, 4096, device="cuda"))) for _ in range(2)]
     x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
-    expected = [linear(x, p) for p in packed]
-    streams = [torch.cuda.Stream() for _ in range(2)]
+    expected, streams = [linear(x, p) for p in packed], [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     results: list[list[torch.Tensor]] = [[], []]
     for _ in range(50):

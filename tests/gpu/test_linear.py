@@ -252,8 +252,7 @@ def test_float16_never_clips_an_e8m0_scale_in_silence():
 
 
 def test_float32_goes_through_blocks():
-    weight = random_weight(200, 1120, "e4m3", 16)
-    x = torch.randn(5, 1120, device="cuda")
+    weight, x = random_weight(200, 1120, "e4m3", 16), torch.randn(5, 1120, device="cuda")
     exact = x.double() @ weight.decode().T
     assert ((linear(x, pack(weight)).double() - exact).norm() / exact.norm()).item() < 1e-6
 
@@ -279,8 +278,7 @@ def test_gradients_are_those_of_the_dense_weight():
 
 
 def test_autocast_is_that_of_f_linear():
-    weight = random_weight(200, 1120, "e4m3", 16)
-    x = torch.randn(5, 1120, device="cuda")
+    weight, x = random_weight(200, 1120, "e4m3", 16), torch.randn(5, 1120, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         out = linear(x, pack(weight))
     assert torch.equal(out, linear(x.bfloat16(), pack(weight)))

@@ -53,8 +53,7 @@ def test_a_model(name, dtype, tolerance):
 
     family = next(family for family in FAMILIES if family.name == name)
     for how in family.implementations:
-        model = family.build(how, dtype).cuda()
-        ids = torch.randint(3, 128, (2, 9), device="cuda")
+        model, ids = family.build(how, dtype).cuda(), torch.randint(3, 128, (2, 9), device="cuda")
         run = torch.compile(model, backend="marlin_w4a16", fullgraph=True, options={"strict": True})
         with torch.no_grad():
             found, expected = (f(ids, use_cache=False).logits.float().flatten(0, 1) for f in (run, model))

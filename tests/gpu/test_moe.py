@@ -174,8 +174,7 @@ def test_parts_of_all_experts_add_up(poisoned):
     x, (weights, ids) = torch.randn(60, 96, dtype=torch.float16), draw_routing(60, 3, 8)
     total = torch.zeros(60, 96, dtype=torch.float64)
     for start in range(0, 8, 2):
-        own = slice(start, start + 2)
-        expert_map = torch.full((8,), -1)
+        own, expert_map = slice(start, start + 2), torch.full((8,), -1)
         expert_map[own] = torch.arange(2)
         parts = [replace(w, **{n: getattr(w, n)[own] for n in ("words", "scales", "multiplier")})
                  for w in (whole.w13, whole.w2)]  # fmt: skip
@@ -230,8 +229,7 @@ def test_a_token_alone_equals_the_token_in_a_batch_of_the_same_launch(launch):
     x, (weights, ids) = torch.randn(80, 352, dtype=torch.bfloat16), draw_routing(80, 2, 4)
 
     def call(some: slice) -> Tensor:
-        out = torch.empty_like(x[some])
-        wgmma = Target.of(torch.device("cuda")).hopper
+        out, wgmma = torch.empty_like(x[some]), Target.of(torch.device("cuda")).hopper
         fused(x[some], experts, weights[some], ids[some], None, out, launch, ptx=True, wgmma=wgmma)
         return out
 

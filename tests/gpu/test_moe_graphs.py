@@ -105,8 +105,7 @@ def test_calls_that_start_early_in_a_graph_wait_for_what_they_read(tokens):
 def test_two_streams_at_once(tokens):
     layers = [drawn(torch.bfloat16, 16, 1024, 512)[1] for _ in range(2)]
     x, routing = torch.randn(tokens, 1024, dtype=torch.bfloat16), draw_routing(tokens, 4, 16)
-    expected = [run(layer, x, *routing) for layer in layers]
-    streams = [torch.cuda.Stream() for _ in layers]
+    expected, streams = [run(layer, x, *routing) for layer in layers], [torch.cuda.Stream() for _ in layers]
     torch.cuda.synchronize()
     results: list[list[Tensor]] = [[], []]
     for _ in range(30):

@@ -87,8 +87,7 @@ def test_training_changes_the_adapters_only(name, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     assert all(same(t, before[key]) for key, t in base(model).items())
     model.unload().save_pretrained(tmp_path)
-    quantised = kinds(name, "llama")
-    found = tensors_of(tmp_path)
+    quantised, found = kinds(name, "llama"), tensors_of(tmp_path)
     assert all(same(found[key], t) for key, t in stored(name).items() if key.rpartition(".")[0] in quantised)
 
 

@@ -47,8 +47,7 @@ def test_one_graph(name, family):
 
 @pytest.mark.parametrize("name, family", params(COMPILE.cases, BY_INDUCTOR))
 def test_one_graph_gives_the_logits_of_eager(name, family, caplog):
-    model = loaded(name, family, torch.float32)
-    kind = list(kinds(name, family).values())
+    model, kind = loaded(name, family, torch.float32), list(kinds(name, family).values())
     found = compiled_once(model, told(kind.count("CheckpointLinear"), kind.count("CheckpointExperts")), caplog)
     assert relative(found, logits(model)) <= 1e-5
     assert relative(found, logits(reference(name, family, torch.float32))) <= 1e-5

@@ -40,8 +40,7 @@ def test_teacher_forced_steps_in_bfloat16(name, family):
     assert relative(found, truth) <= 1.02 * relative(plain, truth) and relative(found, plain) <= 1.5e-2
     error = (found - truth).abs().amax(-1).mean()  # the largest of a step, of all steps the mean
     best = truth.topk(2).values
-    compared = best[..., 0] - best[..., 1] > 4 * error
-    equal = found.argmax(-1) == truth.argmax(-1)
+    compared, equal = best[..., 0] - best[..., 1] > 4 * error, found.argmax(-1) == truth.argmax(-1)
     print(f"{name} {family}: {compared.sum()} of {compared.numel()} steps compared, {(~compared).sum()} excused, of "
           f"which {(~equal).sum()} differ; logits are off by {error:.3f}")  # fmt: skip
     assert equal[compared].all()
@@ -56,8 +55,7 @@ def test_kept_inputs_are_the_producers(name, family):
     passed = {}
     for path in linears(name, family):
         model.get_submodule(path).register_forward_hook(lambda m, x, y, path=path: passed.update({path: (x[0], y)}))
-    kept = logits(model)
-    changed = 0
+    kept, changed = logits(model), 0
     for path, (x, y) in passed.items():
         inputs = quantised_input(x, tensors, path, config["quantization_config"])
         changed += not torch.equal(inputs, x)

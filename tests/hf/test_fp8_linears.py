@@ -27,8 +27,7 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("deepseek")])
 def test_fp8_linears_stay_fp8_beside_packed_experts(name, tmp_path):
     folder = written(name, "deepseekv4")
-    before = tensors_of(folder)
-    model = read(folder)
+    before, model = tensors_of(folder), read(folder)
     fp8 = {path for path, module in model.named_modules() if isinstance(module, FP8Linear)}
     assert len(fp8) == sum(t.dtype == torch.float8_e4m3fn for t in before.values())
     assert all(type(layer.mlp.experts) is CheckpointExperts for layer in model.model.layers)

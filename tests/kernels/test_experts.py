@@ -30,8 +30,7 @@ def equal(a: FP4Weight | PackedFP4, b: FP4Weight | PackedFP4) -> bool:
 
 def draw(random_weight, experts: int, hidden: int, intermediate: int, order, first=FORMATS[0], second=FORMATS[0]):
     """Both weights; the second has columns in whole groups."""
-    rows = intermediate * (1 if order is None else 2)
-    columns = -(-intermediate // second[1]) * second[1]
+    rows, columns = intermediate * (1 if order is None else 2), -(-intermediate // second[1]) * second[1]
     w13 = random_weight(rows, hidden, *first, lead=(experts,), e8m0=(0, 254))
     return w13, random_weight(hidden, columns, *second, lead=(experts,), seed=1)
 
@@ -48,8 +47,7 @@ def test_rows_stand_in_pairs_of_eight():
 @EVERY_ORDER
 @pytest.mark.parametrize("intermediate, width", [(64, 64), (100, 112), (1, 16), (2880, 2880), (704, 768), (8, 32)])
 def test_every_row_stands_once_and_beside_its_partner(order, intermediate, width):
-    rows = packed_rows(intermediate, width, order)
-    halves = 1 if order is None else 2
+    rows, halves = packed_rows(intermediate, width, order), 1 if order is None else 2
     assert len(rows) == halves * width
     assert rows[rows >= 0].sort().values.tolist() == list(range(halves * intermediate))
     if order is not None:
@@ -90,16 +88,10 @@ def mixtures(draw) -> dict:
     intermediate = draw(st.integers(1, 150))
     more = draw(st.integers(0, (127 - second[1]) // second[1]))
     return dict(
-        experts=draw(st.integers(0, 5)),
-        hidden=first[1] * draw(st.integers(1, 5)),
-        out=draw(st.integers(1, 130)),
-        intermediate=intermediate,
-        columns=(-(-intermediate // second[1]) + more) * second[1],
-        order=order,
-        first=first,
-        second=second,
-        seed=draw(st.integers(0, 2**32)),
-    )
+        experts=draw(st.integers(0, 5)), hidden=first[1] * draw(st.integers(1, 5)), out=draw(st.integers(1, 130)),
+        intermediate=intermediate, columns=(-(-intermediate // second[1]) + more) * second[1], order=order,
+        first=first, second=second, seed=draw(st.integers(0, 2**32)),
+    )  # fmt: skip
 
 
 def any_stack(experts: int, n: int, k: int, kind: str, group: int) -> FP4Weight:
@@ -198,8 +190,7 @@ def test_packing_takes_the_memory_of_one_expert_at_a_time(random_weight):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_of_packed_rows_is_that_of_the_model(name):
     activation, order = ACTIVATIONS[name]
-    sums = 3 * torch.randn(5, 192, dtype=torch.float64)
-    intermediate = 192 // (2 if activation.gated else 1)
+    sums, intermediate = 3 * torch.randn(5, 192, dtype=torch.float64), 192 // (2 if activation.gated else 1)
     packed = sums[:, packed_rows(intermediate, intermediate, order)]
     torch.testing.assert_close(activation.of_rows(packed), activated(activation, order, sums), rtol=1e-9, atol=1e-9)
 

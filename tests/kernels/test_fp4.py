@@ -76,11 +76,8 @@ def weights(draw) -> FP4Weight:
     multiplier = draw(st.lists(finite | st.floats(-4, 4, width=32), min_size=n, max_size=n))
     return FP4Weight(
         torch.tensor([list(row) for row in codes], dtype=torch.uint8),
-        torch.tensor(scales, dtype=torch.uint8).reshape(n, groups),
-        torch.tensor(multiplier),
-        kind,
-        group,
-    )
+        torch.tensor(scales, dtype=torch.uint8).reshape(n, groups), torch.tensor(multiplier), kind, group,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("group", [16, 32])

@@ -8,13 +8,9 @@ import torch
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
 
 GOOD = dict(
-    codes=torch.zeros(2, 32, dtype=torch.uint8),
-    scales=torch.full((2, 4), 0x38, dtype=torch.uint8),
-    multiplier=torch.ones(2),
-    kind="e4m3",
-    group=16,
-    name="layers.3.up",
-)
+    codes=torch.zeros(2, 32, dtype=torch.uint8), scales=torch.full((2, 4), 0x38, dtype=torch.uint8),
+    multiplier=torch.ones(2), kind="e4m3", group=16, name="layers.3.up",
+)  # fmt: skip
 
 
 def last(parameter: str, value: float) -> torch.Tensor:

@@ -41,12 +41,9 @@ def plans(capability: tuple[int, int]) -> dict[tuple[int, int, int], Launch]:
 
 
 @given(
-    capability=st.sampled_from(list(CHIPS)),
-    processors=st.integers(1, 256),
-    m=st.integers(1, 1 << 20),
-    n=WEIGHT_ROWS,
+    capability=st.sampled_from(list(CHIPS)), processors=st.integers(1, 256), m=st.integers(1, 1 << 20), n=WEIGHT_ROWS,
     k=COLUMNS,
-)
+)  # fmt: skip
 @settings(max_examples=1000)
 def test_every_call_has_a_launch_the_kernel_can_run(capability, processors, m, n, k):
     launch = plan_linear(Target(capability, processors), m, n, k)

@@ -147,11 +147,8 @@ def test_packing_a_slice_is_slicing_the_packed(kind, group, cut, random_weight):
     rows, columns = slice(64 * top, 64 * bottom), slice(64 * left, 64 * right)
     part = FP4Weight(
         weight.codes[rows, columns.start // 2 : columns.stop // 2],
-        weight.scales[rows, columns.start // group : columns.stop // group],
-        weight.multiplier[rows],
-        kind,
-        group,
-    )
+        weight.scales[rows, columns.start // group : columns.stop // group], weight.multiplier[rows], kind, group,
+    )  # fmt: skip
     tiles = (slice(top, bottom), slice(left, right))
     sliced = PackedFP4(packed.words[tiles], packed.scales[tiles], packed.multiplier[rows], part.n, part.k, kind, group)
     assert equal(pack(part), sliced)
@@ -167,8 +164,7 @@ def test_words_hold_the_bits_where_the_docstring_draws_them(kind, group, random_
     codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).flatten(1)
     if kind == "e4m3":  # the sign of a scale is in its codes
         codes ^= (weight.scales >> 7 << 3).repeat_interleave(group, 1)
-    codes = codes.tolist()
-    words = [0] * 512
+    codes, words = codes.tolist(), [0] * 512
     for at, bit, row, column, code_bit in places():
         words[at] |= (codes[row][column] >> code_bit & 1) << bit
     assert [word & 0xFFFFFFFF for word in pack(weight).words.flatten().tolist()] == words

@@ -84,8 +84,7 @@ def test_mxfp4_is_torchaos_bit_for_bit_but_for_the_free_scale_of_zeros(weight, d
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     dense = weight().to(dtype)
     scales, codes = mx.to_mx(dense, torch.float4_e2m1fn_x2, group, mx.ScaleCalculationMode.FLOOR)
-    ours = quantize_mxfp4(dense, group)
-    used = dense.unflatten(1, (-1, group)).any(-1)
+    ours, used = quantize_mxfp4(dense, group), dense.unflatten(1, (-1, group)).any(-1)
     assert torch.equal(ours.codes, codes.view(torch.uint8))
     assert torch.equal(ours.scales[used], scales.view(torch.uint8)[used])
 
@@ -95,8 +94,7 @@ def test_mxfp4_is_torchaos_bit_for_bit_but_for_the_free_scale_of_zeros(weight, d
 def test_mxfp4_is_the_definition_down_to_subnormals_which_torchao_scales_by_half(power, group):
     """torchao divides by 2**-126 where it stores the scale 2**-127."""
     dense = (torch.randn(4, 64).clamp(-7, 7).double() * 2.0**power).float()
-    ours = quantize_mxfp4(dense, group)
-    blocks = dense.unflatten(1, (-1, group)).flatten(0, 1)
+    ours, blocks = quantize_mxfp4(dense, group), dense.unflatten(1, (-1, group)).flatten(0, 1)
     expected = [by_definition(block) for block in blocks.tolist() if any(block)]
     used = blocks.any(-1)
     assert ours.scales.flatten()[used].tolist() == [byte for byte, _ in expected]

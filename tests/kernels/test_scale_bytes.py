@@ -120,8 +120,7 @@ def test_the_ends_of_e4m3():
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 @pytest.mark.parametrize("rounded", [round_once, Tensor.to], ids=["once", "as torch"])
 def test_fp8_codes_come_back_bit_for_bit(rounded, dtype):
-    codes = BYTES.view(torch.float8_e4m3fn).view(2, 128)
-    scale = torch.tensor([[0.0123], [7.0]]).double()
+    codes, scale = BYTES.view(torch.float8_e4m3fn).view(2, 128), torch.tensor([[0.0123], [7.0]]).double()
     found = fp8_codes(rounded(codes.double() * scale, dtype), scale, rounded)
     nan = codes.float().isnan()
     assert found is not None and torch.equal(found.float().isnan(), nan)  # the sign of NaN may be lost

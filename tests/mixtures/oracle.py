@@ -137,8 +137,7 @@ def draw_mixture(
 ) -> Mixture:
     """A mixture with an activation of `ACTIVATIONS`; its second product has columns in whole groups."""
     activation, order = ACTIVATIONS[name]
-    group = GROUPS[formats[1]][1]
-    rows = intermediate * (1 if order is None else 2)
+    group, rows = GROUPS[formats[1]][1], intermediate * (1 if order is None else 2)
     w13 = draw_stack(experts, rows, hidden, formats[0])
     w2 = draw_stack(experts, hidden, -(-intermediate // group) * group, formats[1])
     if biases:

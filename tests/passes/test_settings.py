@@ -88,8 +88,7 @@ def outcomes(rows: tuple[Row, ...], outcome: type) -> set[str]:
 
 @pytest.mark.parametrize("options, replaced", CHOICES.values(), ids=CHOICES)
 def test_weights_are_included_and_excluded(model, trace, assert_near, options, replaced):
-    everything = {"attn.codes", "mlp.0.codes", "mlp.1.codes"}
-    settings = Options(**options).settings
+    everything, settings = {"attn.codes", "mlp.0.codes", "mlp.1.codes"}, Options(**options).settings
     gm, inputs = trace(model, X)
     rewritten = rewrite(gm, inputs, settings)
     assert outcomes(rewritten.rows, Replaced) == replaced

@@ -33,14 +33,9 @@ def llama(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-    )
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
     model = LlamaForCausalLM(config)
     for linear in linears(model):
         if linear.bias is not None:
@@ -95,8 +90,7 @@ def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
         with torch.random.fork_rng():
             torch.manual_seed(1)
             model = quantised(llama(), scheme)
-        folder = tmp_path_factory.mktemp(scheme)
-        compressor = ModelCompressor.from_pretrained_model(model)
+        folder, compressor = tmp_path_factory.mktemp(scheme), ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
         model.save_pretrained(folder)
         compressor.update_config(folder)

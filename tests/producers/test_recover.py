@@ -24,8 +24,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def drawn(kind: ScaleKind, n: int = 12, k: int = 96, seed: int = 0, scales: list[int] | None = None) -> FP4Weight:
     """Any codes, negative zeros too, under scales of a list."""
-    g = torch.Generator().manual_seed(seed)
-    group = 16 if kind == "e4m3" else 32
+    g, group = torch.Generator().manual_seed(seed), 16 if kind == "e4m3" else 32
     choice = torch.tensor(scales or list(BYTES[kind]), dtype=torch.uint8)
     picked = choice[torch.randint(len(choice), (n, k // group), generator=g)]
     codes = torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=g)

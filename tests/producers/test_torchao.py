@@ -58,8 +58,7 @@ def copied(weight: Tensor) -> Tensor:
 
 def refusal(module: nn.Module, **choices) -> str | None:
     """Why it was left, in which case it was left as it was."""
-    model = nn.Sequential(module)
-    weight = copied(module.weight)
+    model, weight = nn.Sequential(module), copied(module.weight)
     (row,) = prepare(model, **choices).rows
     if row.refusal is not None:
         assert model[0] is module and row.producer == "torchao"

@@ -117,8 +117,7 @@ def test_dequantize_does_not_round_twice(dtype, random_weight):
 @pytest.mark.parametrize("dtype", list(GATES))
 @every_format_and_edge
 def test_linear_by_blocks_rounds_its_output_only(kind, group, n, k, dtype, with_bias, random_weight):
-    weight = random_weight(n, k, kind, group)
-    x = torch.randn(1 + 8000 // n, k).to(dtype)
+    weight, x = random_weight(n, k, kind, group), torch.randn(1 + 8000 // n, k).to(dtype)
     bias = torch.randn(n).to(dtype) if with_bias else None
     exact = x.double() @ weight.decode().T + (bias.double() if with_bias else 0)
     out = linear_by_blocks(x, pack(weight), bias)
@@ -129,8 +128,7 @@ def test_linear_by_blocks_rounds_its_output_only(kind, group, n, k, dtype, with_
 @pytest.mark.parametrize("dtype", list(GATES))
 @every_format_and_edge
 def test_linear_grad_input_rounds_its_output_only(kind, group, n, k, dtype, random_weight):
-    weight = random_weight(n, k, kind, group)
-    grad = torch.randn(1 + 8000 // k, n).to(dtype)
+    weight, grad = random_weight(n, k, kind, group), torch.randn(1 + 8000 // k, n).to(dtype)
     result = linear_grad_input(grad, pack(weight))
     assert result.dtype == dtype
     assert relative_error(result, grad.double() @ weight.decode()) <= GATES[dtype]
@@ -174,7 +172,6 @@ def test_an_empty_weight_gives_sums_of_nothing(n, k):
 )  # fmt: skip
 def test_the_whole_weight_is_never_decoded(call, of_packed, random_weight):
     weight = random_weight(2048, 4096, "e8m0", e8m0=(90, 126))  # these scales have to move to fit float16
-    given = pack(weight) if of_packed else weight
-    a_block_in_float64 = 8 * BLOCK_ELEMENTS
+    given, a_block_in_float64 = pack(weight) if of_packed else weight, 8 * BLOCK_ELEMENTS
     assert a_block_in_float64 == given.n * given.k, "half of the weight in 16 bits"
     assert largest_temporary(lambda: call(given), given) <= a_block_in_float64

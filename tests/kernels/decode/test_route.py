@@ -96,8 +96,7 @@ def test_narrow_ids_of_many_experts(dtype, experts, interpret):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 60])
 def test_rows_of_tokens_stand_in_the_order_of_their_experts(tokens, with_map, interpret):
     ids = [random_ids(tokens, 3, 7, how) for how in HOWS]
-    expert_map = torch.randperm(9) - 1 if with_map else None
-    x = torch.randn(70, tokens).half().T
+    expert_map, x = torch.randperm(9) - 1 if with_map else None, torch.randn(70, tokens).half().T
     found = interpret(*(("sorted_tokens", (x, i, expert_map, 7, 8)) for i in ids))
     for (tiles, rows), i in zip(found, ids, strict=True):
         groups = groups_of(i, expert_map, 7)

@@ -83,8 +83,7 @@ def most_instructions(launch: Rows, even: bool, form: tuple[str, str, int]) -> f
     """The limit of the loop that multiplies: a block with its end, or a turn of the ring."""
     tiles = launch.steps * (launch.stages if launch.resident else 1)
     operands = tiles * launch.rows // 16
-    products = 10 * operands if launch.block_m == 16 else 0
-    step = tiles * (6 if even else 14)
+    products, step = 10 * operands if launch.block_m == 16 else 0, tiles * (6 if even else 14)
     return INSTRUCTIONS[form] * 32 * operands + products + step + (97 if launch.resident else 130)
 
 

@@ -50,20 +50,12 @@ def compiled_product(
     recorder = Recorder(_grouped_kernel)
     with patch.object(kernels, "_grouped_kernel", recorder):
         kernels.grouped_product(
-            x,
-            weight_without_memory(n, k, kind, group, experts),
-            bias,
-            out,
-            ids if direct else tiles,
-            launch,
-            choices=8 if which == "first" else 1,
-            ptx=True,
-            wgmma=capability >= (9, 0),
+            x, weight_without_memory(n, k, kind, group, experts), bias, out, ids if direct else tiles, launch,
+            choices=8 if which == "first" else 1, ptx=True, wgmma=capability >= (9, 0),
             activation=activation if which == "first" else None,
-            weights=make(pairs, dtype=x.dtype) if which == "second" else None,
-            weighted="output",
+            weights=make(pairs, dtype=x.dtype) if which == "second" else None, weighted="output",
             expert_map=make(experts, dtype=torch.int32),
-        )
+        )  # fmt: skip
     return recorder.compiled(capability)
 
 

@@ -39,8 +39,7 @@ def owned(n: int = 48) -> PackedLinear:
 
 
 def test_an_owned_weight_that_nothing_reads_is_no_input(trace):
-    x = torch.randn(3, 64)
-    module = Unread(owned(), owned(32))
+    x, module = torch.randn(3, 64), Unread(owned(), owned(32))
     traced = rewrite(*trace(module, x))
     assert calls(traced.graph) == 1
     assert module.unread.multiplier.shape not in {t.shape for t in traced.inputs}

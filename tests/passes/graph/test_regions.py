@@ -112,8 +112,7 @@ def transpose_weights(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphMo
     """
     regions = Regions(gm)
     flat = regions.flatten()
-    constants = find_constants(flat.graph)
-    placeholders = list(flat.graph.find_nodes(op="placeholder"))
+    constants, placeholders = find_constants(flat.graph), list(flat.graph.find_nodes(op="placeholder"))
     last = flat.origin[placeholders[-1]]
     added: list[Tensor] = []
     for product in flat.graph.find_nodes(op="call_function", target=linear):

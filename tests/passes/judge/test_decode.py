@@ -200,8 +200,7 @@ WINDOWS = {
 @pytest.mark.parametrize("function, shape, expected", WINDOWS.values(), ids=WINDOWS)
 def test_windows_are_the_rows_of_what_it_is_a_view_of(decode_of, function, shape, expected):
     (live,) = tensors(shape)
-    decode = decode_of(function, live)
-    rows = function(live).shape[0]
+    decode, rows = decode_of(function, live), function(live).shape[0]
     first, *found = decode.windows
     assert first == Window(0, rows)
     assert {Window(*window) for window in expected} <= set(found)

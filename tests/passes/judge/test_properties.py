@@ -160,17 +160,11 @@ class Composed:
 
 def composed(kind: str) -> st.SearchStrategy[Composed]:
     return st.builds(
-        partial(Composed, kind),
-        held=st.sampled_from(list(SCALES[kind])),
-        arrangement=st.sampled_from(list(ARRANGEMENTS)),
-        values=st.sampled_from(VALUES),
-        order=st.sampled_from(ORDERS),
-        group=st.sampled_from([16, 32]),
-        transposed=st.booleans(),
-        in_place=st.booleans(),
-        dtype=st.sampled_from(list(LIMITS)),
-        matmul=st.booleans(),
-    )
+        partial(Composed, kind), held=st.sampled_from(list(SCALES[kind])),
+        arrangement=st.sampled_from(list(ARRANGEMENTS)), values=st.sampled_from(VALUES),
+        order=st.sampled_from(ORDERS), group=st.sampled_from([16, 32]), transposed=st.booleans(),
+        in_place=st.booleans(), dtype=st.sampled_from(list(LIMITS)), matmul=st.booleans(),
+    )  # fmt: skip
 
 
 COMPOSED = st.sampled_from(["e4m3", "e8m0"]).flatmap(composed)
@@ -191,8 +185,7 @@ def columns(dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def assert_replaced_and_right(composition, seed):
-    module = composition.build(seed)
-    inputs = columns(composition.dtype)
+    module, inputs = composition.build(seed), columns(composition.dtype)
     found, line = through_backend(module, inputs)
     assert line.startswith("replaced 1 of 1 FP4 linears"), line
     assert_elements_near(found, module(*inputs))

@@ -382,8 +382,7 @@ def test_joined_recipes_of_two_graphs_read_alike(decode_of):
 def test_values_that_are_mxfp4(decode_of, dtype, monkeypatch):
     monkeypatch.setattr("marlin_w4a16.passes.judge.recipe.block_rows", partial(block_rows, elements=7 * K))
     dense = quantize_mxfp4(torch.randn(N, K)).decode(dtype)
-    decode = decode_of(lambda w: w.clone(), dense)
-    recipe = FromValue()
+    decode, recipe = decode_of(lambda w: w.clone(), dense), FromValue()
     found, factor = recipe.read(decode, [dense], "fc")
     assert torch.equal(found.decode(dtype), dense)
     assert (found.kind, found.group, recipe.kind, recipe.group) == ("e8m0", 32, "e8m0", 32)

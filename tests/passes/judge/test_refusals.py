@@ -159,8 +159,7 @@ def test_it_is_no_candidate_and_runs_right(module, caplog):
 
 
 def test_what_is_trained_gets_its_gradient():
-    model = Trained()
-    x = torch.randn(3, K)
+    model, x = Trained(), torch.randn(3, K)
     model(x).sum().backward()
     expected, model.factor.grad = model.factor.grad, None
     torch.compile(model, backend="marlin_w4a16")(x).sum().backward()

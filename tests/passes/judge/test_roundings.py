@@ -57,8 +57,7 @@ def traced(name: str, divides: bool, dtype: torch.dtype, weight: FP4Weight, fact
 @EACH
 def test_a_form_is_what_torch_computes(name, divides, dtype):
     weight, factor = weight_of(divides)
-    value = traced(name, divides, dtype, weight, factor)
-    form = Roundings(name, dtype, divides)
+    value, form = traced(name, divides, dtype, weight, factor), Roundings(name, dtype, divides)
     predicted = form.predict(weight, factor)
     assert predicted.dtype == torch.float32 and torch.equal(predicted.to(value.dtype), value)
     assert first_difference(form, weight, factor, value) is None

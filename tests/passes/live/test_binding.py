@@ -249,8 +249,7 @@ def test_leaves_that_hold_the_weight_in_another_way_are_recognised(decoder):
     """As after compile time's weight was zeros, of which many recipes are true."""
     zeros = leaves()
     zeros[0].zero_()
-    bound = bound_to(decoder, zeros)
-    values = leaves()
+    bound, values = bound_to(decoder, zeros), leaves()
     assert_holds(bound.packed(values), values)
 
 

@@ -93,8 +93,7 @@ def test_it_does_not_end_while_a_view_keeps_the_memory():
 
 
 def test_death_is_told_and_ends_it():
-    deaths = []
-    values = tensors()
+    deaths, values = [], tensors()
     at, state = moment(values, lambda _: deaths.append(1)), state_of(values)
     left = values.pop()
     del values

@@ -196,8 +196,7 @@ def test_memory_that_comes_back_with_other_values(fp4_linear, assert_near, devic
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_a_copy_of_a_model_that_was_compiled(fp4_linear, assert_near, levels, how):
-    run = compiled(lambda module, x: module(x))
-    module = fp4_linear()
+    run, module = compiled(lambda module, x: module(x)), fp4_linear()
     run(module, X)
     if how == "deepcopy":
         twin = copy.deepcopy(module)
@@ -362,8 +361,7 @@ def test_grad_mode_switched(fp4_linear, assert_near):
 
 
 def test_threads_that_call_two_instances_at_once(fp4_linear, assert_near):
-    run = compiled(lambda module, x: module(x))
-    modules = [fp4_linear() for _ in range(2)]
+    run, modules = compiled(lambda module, x: module(x)), [fp4_linear() for _ in range(2)]
     run(modules[0], X)
     expected = [module(X) for module in modules]
     results: list[list[Tensor]] = [[], []]

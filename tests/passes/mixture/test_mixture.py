@@ -279,8 +279,7 @@ def test_an_excluded_weight_leaves_the_other_as_a_piece():
 @pytest.mark.parametrize("moe", [True, wide(False)])
 def test_verify_finds_no_error(form, moe):
     module = Mixture(Parts(form, interleaved, bias=True), quantize_mxfp4, torch.bfloat16)
-    args = inputs(dtype=torch.bfloat16)
-    calls = []
+    args, calls = inputs(dtype=torch.bfloat16), []
     torch._dynamo.reset()
     torch.compile(module, backend=lambda gm, given: calls.append((gm, given)) or gm.forward)(*args)
     rows = rewrite(*calls[0], Options(verify=True, moe=moe).settings).rows
