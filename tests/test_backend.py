@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import marlin_w4a16.backend
 from marlin_w4a16 import quantize_mxfp4
+from scripts import LAYER
 
 OP = torch.ops.marlin_w4a16.linear.default
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
@@ -174,25 +175,11 @@ def test_a_training_step_has_the_gradients_of_eager(fp4_linear, said, assert_nea
     assert said()[0][1].startswith("replaced 1 of 1 FP4 linears")
 
 
-SCRIPT = """
+SCRIPT = f"""
 import json, sys
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-        self.register_buffer("table", torch.tensor(table + [-v for v in table]))
-        self.register_buffer("codes", torch.randint(0, 256, (48, 32), dtype=torch.uint8))
-        self.register_buffer("scales", torch.randint(120, 130, (48, 2), dtype=torch.uint8))
-
-    def forward(self, x):
-        codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(-2).int()
-        scales = torch.exp2(self.scales.float() - 127).unsqueeze(-1)
-        return nn.functional.linear(x, (self.table[codes].unflatten(-1, (-1, 32)) * scales).flatten(-2))
-
+{LAYER}
 torch.manual_seed(int(sys.argv[1]))
 model, x = Layer(), torch.randn(3, 64)
 imported = "marlin_w4a16" in sys.modules

@@ -92,8 +92,7 @@ def test_a_setting_of_another_type_is_an_error(options, message):
 def test_a_tolerance_beyond_its_range_is_an_error(tolerance):
     with pytest.raises(ValueError) as caught:
         parse(None, {"tolerance": tolerance})
-    message = f"marlin_w4a16: option 'tolerance': found {tolerance}, expected from 0 to below 1"
-    assert str(caught.value) == message
+    assert str(caught.value) == f"marlin_w4a16: option 'tolerance': found {tolerance}, expected from 0 to below 1"
 
 
 @pytest.mark.parametrize("value, hint", [("drops", " Did you mean 'drop'?"), ("ignore", ""), (None, "")])

@@ -168,8 +168,7 @@ def test_only_peers_that_are_right_are_timed(dense, peers, monkeypatch):
     calls = {"ours": lambda i, x: right, "cublas": lambda i, x: right * 1.1, "humming": fails}
     times = iter((3.0, 9.0, 4.0))
     monkeypatch.setattr(dense, "time_graph", lambda call, copies, repeats: (call(copies - 1), next(times))[1])
-    prepared = {peer: peers.Prepared(call, 4, 100) for peer, call in calls.items()}
-    found = dense.timed(prepared, x, weight, rounds=3)
+    found = dense.timed({peer: peers.Prepared(call, 4, 100) for peer, call in calls.items()}, x, weight, rounds=3)
     assert (found["ours"]["us"], found["ours"]["rounds"]) == (4.0, [3.0, 9.0, 4.0])
     assert found["cublas"]["status"] == "wrong: relative error 1.0e-01"
     assert found["humming"] == {"nbytes": 100, "status": "failed: RuntimeError: no kernel"}

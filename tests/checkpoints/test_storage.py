@@ -101,8 +101,7 @@ def test_fp4_decodes_exactly_and_comes_back(name, scale_dtype, one):
         factor = 1 / stored[part.leaf] if part.role == "divisor" else stored[part.leaf]
         assert part.role == ("multiplier" if name.startswith("modelopt") else "divisor")
     assert torch.equal(weight.decode(), values * scales.repeat_interleave(group, -1) * factor.double())
-    kept = {**beside(made, stored), "bias": torch.zeros(16)}
-    assert_same(made.write(weight, kept, entries_of(stored)), stored)
+    assert_same(made.write(weight, {**beside(made, stored), "bias": torch.zeros(16)}, entries_of(stored)), stored)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

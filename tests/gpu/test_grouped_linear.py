@@ -28,8 +28,7 @@ LAUNCHES = (
 
 def draw_offsets(rows: int, experts: int, tail: int = 0) -> Tensor:
     """Ends of groups of any size, some of none, with ``tail`` rows after the last."""
-    inner = torch.randint(0, rows - tail + 1, (experts - 1,)).sort().values
-    return torch.cat((inner, torch.tensor([rows - tail])))
+    return torch.cat((torch.randint(0, rows - tail + 1, (experts - 1,)).sort().values, torch.tensor([rows - tail])))
 
 
 def assert_right(out: Tensor, weight, x: Tensor, offsets: Tensor) -> None:

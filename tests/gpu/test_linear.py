@@ -101,8 +101,7 @@ def test_every_launch_for_few_tokens_is_right_many_times(launch: Rows, even, kin
     """The last block of rows and the last tile of columns are cut, and programs take two or three blocks."""
     turn = launch.steps * launch.num_warps * 64
     turns = launch.stages if launch.resident else launch.stages + 2
-    k = turn * turns - (32 if even else 5 * 64 - 32)
-    weight = random_weight(9 * launch.rows + 5, k, kind, group, dtype)
+    weight = random_weight(9 * launch.rows + 5, turn * turns - (32 if even else 5 * 64 - 32), kind, group, dtype)
     for m in (1, launch.block_m - 1, launch.block_m):
         for programs in (1, 4, 10):
             assert_right_many_times(weight, m, dtype, replace(launch, programs=programs))

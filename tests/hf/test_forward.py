@@ -59,8 +59,7 @@ def test_kept_inputs_are_the_producers(name, family):
     for path, (x, y) in passed.items():
         inputs = quantised_input(x, tensors, path, config["quantization_config"])
         changed += not torch.equal(inputs, x)
-        expected = linear(inputs, exact(tensors, path).float(), tensors.get(f"{path}.bias"))
-        assert relative(y, expected) <= 1e-5, path
+        assert relative(y, linear(inputs, exact(tensors, path).float(), tensors.get(f"{path}.bias"))) <= 1e-5, path
     assert changed and relative(kept, logits(loaded(name, family, torch.float32))) > 1e-3
 
 

@@ -1,7 +1,7 @@
 """The order in which the rows of experts are packed, its inverse, and what stands between the products."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,17 +15,13 @@ from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import ORDERS, packed_rows
 from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_bias, unpack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
-from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.kernels.scale_bytes import scale_values
 from mixtures.oracle import ACTIVATIONS, activated
+from weights import equal
 
 EVERY_ORDER = pytest.mark.parametrize("order", [None, *ORDERS])
 FORMATS = [("e4m3", 16), ("e4m3", 32), ("e8m0", 32), ("e8m0", 16)]
-
-
-def equal(a: FP4Weight | PackedFP4, b: FP4Weight | PackedFP4) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "name"]
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
 def draw(random_weight, experts: int, hidden: int, intermediate: int, order, first=FORMATS[0], second=FORMATS[0]):
@@ -106,8 +102,7 @@ def any_stack(experts: int, n: int, k: int, kind: str, group: int) -> FP4Weight:
 @settings(max_examples=150, deadline=None)
 def test_any_mixture_comes_back(m):
     torch.manual_seed(m["seed"])
-    rows = m["intermediate"] * (1 if m["order"] is None else 2)
-    w13 = any_stack(m["experts"], rows, m["hidden"], *m["first"])
+    w13 = any_stack(m["experts"], m["intermediate"] * (1 if m["order"] is None else 2), m["hidden"], *m["first"])
     w2 = any_stack(m["experts"], m["out"], m["columns"], *m["second"])
     packed = pack_experts(w13, w2, m["order"])
     found = unpack_experts(*packed, m["order"], m["intermediate"])

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from marlin_w4a16.passes import outcome
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing
 from modules.state import addresses, assert_same, bits
 from narrow import wide
+from weights import equal
 
 HIDDEN, EXPERTS = 64, 4
 KEYS = ["words13", "scales13", "multiplier13", "words2", "scales2", "multiplier2"]
@@ -41,11 +42,6 @@ def inputs(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 def assert_right(module: nn.Module, mixture: Mixture, x: Tensor, ids: Tensor, weights: Tensor) -> None:
     exact = mixture.exact(x, weights, ids)
     assert (module(x, ids, weights).double() - exact).norm() <= 2e-6 * exact.norm()
-
-
-def equal(a: FP4Weight, b: FP4Weight) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "name"]
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -12,6 +12,7 @@ from marlin_w4a16 import FP4Weight, PackedLinear, explain, pack, quantize_mxfp4,
 from marlin_w4a16.passes.outcome import Owned
 from marlin_w4a16.report.table import size
 from modules.state import addresses, assert_same, bits
+from weights import equal
 
 OP = torch.ops.marlin_w4a16.linear.default
 N, K = 48, 96  # neither fills its tiles
@@ -106,9 +107,7 @@ def test_its_repr_without_a_bias(weight):
 
 def test_every_code_and_scale_comes_back(weight, linear):
     found = linear.to_fp4("up")
-    for name in ("codes", "scales", "multiplier"):
-        assert torch.equal(getattr(found, name), getattr(weight, name))
-    assert (found.kind, found.group, found.name) == (weight.kind, weight.group, "up")
+    assert equal(found, weight) and found.name == "up"
 
 
 def test_what_float16_needed_shifted_decodes_to_the_same_values():

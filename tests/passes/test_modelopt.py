@@ -8,6 +8,7 @@ from torch import nn
 
 from marlin_w4a16 import explain
 from narrow import wide
+from swaps import MLP
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < "2.13",
@@ -33,15 +34,6 @@ def compressed(model: nn.Module, config: str, x: torch.Tensor) -> nn.Module:
 PATHS = ("up", "down")
 
 
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
-
-    def forward(self, x):
-        return self.down(self.up(x).relu())
-
-
 @pytest.mark.parametrize(
     "config, dtype",
     [
@@ -56,7 +48,7 @@ class Layer(nn.Module):
 def test_compressed_linears_are_replaced(config, dtype, caplog, assert_near):
     caplog.set_level("INFO", "marlin_w4a16")
     x = torch.randn(2, 3, 64, dtype=dtype)
-    model = compressed(Layer().to(dtype), config, x)
+    model = compressed(MLP().to(dtype), config, x)
     with torch.no_grad():
         assert {row.path: row.format for row in explain(model, x).replaced} == {path: CONFIGS[config] for path in PATHS}
         assert_near(torch.compile(model, backend="marlin_w4a16", fullgraph=True)(x), model(x))

@@ -27,8 +27,7 @@ FIRST = [section.FORMS[0] for section in SECTIONS]
 def each(forms: list[Program], narrow: Container[Program] | None = None) -> pytest.MarkDecorator:
     """Every form; those outside the narrow set, if there is one, are wide."""
     wide = [] if narrow is None else [form for form in forms if form not in narrow]
-    marked = [case(form, narrow=form not in wide) for form in forms]
-    return pytest.mark.parametrize("form", marked, ids=str)
+    return pytest.mark.parametrize("form", [case(form, narrow=form not in wide) for form in forms], ids=str)
 
 
 def product_of_the_exact(module: nn.Module, inputs: tuple) -> Tensor:

@@ -89,8 +89,7 @@ def test_they_run_packed_and_are_restored_bit_for_bit(family, choices):
     assert packed.origin.module is not None and packed.origin.module.down_proj is None
     found = logits(model)
     assert not torch.equal(found, expected) and (found - expected).norm() <= 1e-5 * expected.norm()
-    back = restore(model)
-    assert [(r.path, r.before, r.after) for r in back.rows] == [(r.path, r.after, r.before) for r in rows]
+    assert [(r.path, r.before, r.after) for r in restore(model).rows] == [(r.path, r.after, r.before) for r in rows]
     assert bits(model) == before and torch.equal(logits(model), expected)
 
 

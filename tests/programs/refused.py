@@ -48,8 +48,7 @@ def group_of(size: int) -> dict:
 def straddling(weight: FP4Weight) -> dict:
     """40 columns: groups of 16 run on over the ends of rows."""
     codes = torch.randint(256, (N, 20)).to(torch.uint8)
-    scales = (torch.rand(N * 40 // 16) + 0.5).to(torch.float8_e4m3fn).view(torch.uint8)
-    return {"codes": codes, "scales": scales}
+    return {"codes": codes, "scales": (torch.rand(N * 40 // 16) + 0.5).to(torch.float8_e4m3fn).view(torch.uint8)}
 
 
 def nan_scale(weight: FP4Weight) -> dict:

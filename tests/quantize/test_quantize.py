@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4, restore
 from marlin_w4a16.prepare import Swap
 from narrow import wide
-from swaps import done, refusals
+from swaps import MLP, done, refusals
+from weights import equal
 
 QUANTISERS = {"nvfp4": quantize_nvfp4, "mxfp4": quantize_mxfp4}
 VOCABULARY = 128
@@ -40,15 +41,6 @@ def causal_lm(family: str) -> nn.Module:
     return getattr(transformers, f"{family}ForCausalLM")(config(**sizes, **heads, pad_token_id=0)).eval()
 
 
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu())
-
-
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
 
@@ -71,10 +63,7 @@ def logits(model: nn.Module) -> Tensor:
 def assert_weight(module: nn.Module, dense: Tensor, format: str) -> None:
     """The module holds what the quantiser gives, in every bit."""
     assert isinstance(module, PackedLinear)
-    found, expected = module.to_fp4(), QUANTISERS[format](dense)
-    for name in ("codes", "scales", "multiplier"):
-        assert torch.equal(getattr(found, name), getattr(expected, name))
-    assert (found.kind, found.group) == (expected.kind, expected.group)
+    assert equal(module.to_fp4(), QUANTISERS[format](dense))
 
 
 # Whole models

@@ -20,6 +20,7 @@ from marlin_w4a16.passes.judge.recipe import (
     Source,
     read_codes,
 )
+from weights import equal
 
 N, K = 48, 64
 CODES = torch.arange(256, dtype=torch.uint8).view(8, 32)  # every byte
@@ -45,13 +46,6 @@ def checkpoint(n: int = N) -> tuple[FP4Weight, list[Tensor]]:
     """A weight, and its codes, scales and factor as `plain` takes them."""
     weight = quantize_nvfp4(torch.randn(n, K))
     return weight, [weight.codes, weight.scales.view(torch.float8_e4m3fn), weight.multiplier[:1].clone()]
-
-
-def same(found: FP4Weight, expected: FP4Weight) -> bool:
-    fields = ("codes", "scales", "multiplier")
-    return (found.kind, found.group) == (expected.kind, expected.group) and all(
-        torch.equal(getattr(found, name), getattr(expected, name)) for name in fields
-    )
 
 
 def leaf(decode, index: int) -> int:
@@ -168,7 +162,7 @@ def test_a_weight_is_read_from_its_sources(decode_of):
     decode = decode_of(plain, *live)
     recipe = sources(decode)
     found, factor = recipe.read(decode, live, "fc")
-    assert same(found, weight) and found.name == "fc" and recipe.kind == "e4m3"
+    assert equal(found, weight) and found.name == "fc" and recipe.kind == "e4m3"
     assert torch.equal(factor, weight.multiplier)
     assert torch.equal(found.decode(torch.float32), plain(*live))
     assert recipe.roots(decode) == [0, 1, 2]
@@ -178,7 +172,7 @@ def test_other_live_leaves_give_another_weight(decode_of):
     _, live = checkpoint()
     weight, others = checkpoint()
     decode = decode_of(plain, *live)
-    assert same(sources(decode).read(decode, others, "fc")[0], weight)
+    assert equal(sources(decode).read(decode, others, "fc")[0], weight)
 
 
 def test_the_kind_is_that_of_the_scales(decode_of):
@@ -186,7 +180,7 @@ def test_the_kind_is_that_of_the_scales(decode_of):
     live = [weight.codes, weight.scales.view(torch.float8_e8m0fnu), torch.ones(1)]
     decode = decode_of(plain, *live)
     recipe = sources(decode, scales=Source(leaf(decode, 1), "e8m0 bytes"), group=32)
-    assert recipe.kind == "e8m0" and same(recipe.read(decode, live, "fc")[0], weight)
+    assert recipe.kind == "e8m0" and equal(recipe.read(decode, live, "fc")[0], weight)
 
 
 def test_a_divisor(decode_of):
@@ -196,7 +190,7 @@ def test_a_divisor(decode_of):
     found, factor = sources(decode, factor=Factor(leaf(decode, 2), divides=True)).read(decode, live, "fc")
     assert torch.equal(factor, live[2].expand(N))
     assert torch.equal(found.multiplier, live[2].reciprocal().expand(N))
-    assert same(found, FP4Weight(weight.codes, weight.scales, found.multiplier, "e4m3", 16))
+    assert equal(found, FP4Weight(weight.codes, weight.scales, found.multiplier, "e4m3", 16))
 
 
 def test_a_factor_of_the_scales_and_one_beside_it(decode_of):
@@ -244,7 +238,7 @@ def test_columns_that_lie_below_each_other(decode_of):
     decode = decode_of(transposed, *live)
     codes, scales = Source(leaf(decode, 0), "low nibble first", 1), Source(leaf(decode, 1), "e4m3 bytes", 1)
     found, _ = sources(decode, codes=codes, scales=scales).read(decode, live, "fc")
-    assert same(found, weight) and found.codes.is_contiguous() and found.scales.is_contiguous()
+    assert equal(found, weight) and found.codes.is_contiguous() and found.scales.is_contiguous()
 
 
 def test_blocks_of_columns(decode_of):
@@ -259,7 +253,7 @@ def test_blocks_of_columns(decode_of):
     decode = decode_of(function, *live, multiply=lambda x, w: x @ w)
     codes, scales = Source(leaf(decode, 0), "low nibble first", 2), Source(leaf(decode, 1), "e4m3 bytes", 2)
     found, _ = sources(decode, codes=codes, scales=scales).read(decode, live, "fc")
-    assert same(found, weight) and torch.equal(found.decode(torch.float32), decode.weight(live))
+    assert equal(found, weight) and torch.equal(found.decode(torch.float32), decode.weight(live))
 
 
 @pytest.mark.parametrize("coding", ["a number each", "a value each"])

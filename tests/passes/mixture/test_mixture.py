@@ -187,8 +187,7 @@ def test_routes_that_are_changed_are_followed_or_refused(twist, form):
 def test_a_bias_of_one_product_only():
     class OfTheSecond(Mixture):
         def expert(self, x, weight, chosen, multiply):
-            y = multiply(halves(multiply(x, self.gate_up_proj)), self.down_proj)
-            return (y + self.bias2[chosen]) * weight
+            return (multiply(halves(multiply(x, self.gate_up_proj)), self.down_proj) + self.bias2[chosen]) * weight
 
     module, args = OfTheSecond(Parts(bias=True)), inputs()
     assert ops_of(module, args) == ({"moe"}, {SILU})
