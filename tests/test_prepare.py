@@ -276,8 +276,7 @@ def test_weights_and_biases_that_were_loaded_meanwhile_come_back(model, assign):
     prepare(other)
     model.load_state_dict(other.state_dict(), assign=assign)
     restore(model)
-    assert bits(model) == expected
-    assert torch.equal(model(X), output)
+    assert bits(model) == expected and torch.equal(model(X), output)
 
 
 def test_a_bias_that_was_trained_meanwhile_comes_back(model):
@@ -305,8 +304,7 @@ def test_a_weight_that_the_producer_cannot_hold_stays_packed(model, assert_near)
     up = model.up
     swaps = restore(model)
     assert refusals(swaps) == {"up": "up: found a multiplier per row, expected one for all"}
-    assert [row.path for row in swaps.done] == ["down"]
-    assert model.up is up
+    assert [row.path for row in swaps.done] == ["down"] and model.up is up
     assert_near(model.up(X), nn.functional.linear(X, weight.decode(torch.float32)))
 
 

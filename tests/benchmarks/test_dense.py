@@ -69,8 +69,7 @@ def test_the_geomean_beyond_256_tokens_is_a_bar_of_its_own(dense):
 def test_every_shape_has_a_bar_for_every_m_of_decode(dense):
     roofline = sys.modules["roofline"]
     assert all(len(bars) == len(roofline.BAR_TOKENS) for bars in roofline.BARS.values())
-    assert roofline.BAR_TOKENS[-1] == roofline.DECODE
-    assert not set(roofline.BARS) & set(roofline.OTHER)
+    assert roofline.BAR_TOKENS[-1] == roofline.DECODE and not set(roofline.BARS) & set(roofline.OTHER)
 
 
 @pytest.mark.parametrize("rich", [True, False])
@@ -82,8 +81,7 @@ def test_report_shows_ratios_misses_and_what_was_wrong(dense, capsys, monkeypatc
     rows += [{**SHAPE, "m": m, **wrong} for m in (16, 1024)]
     dense.report(rows)
     text = capsys.readouterr().out
-    assert "7.6!" in text
-    assert "1.75" in text
+    assert "7.6!" in text and "1.75" in text
     assert "1.100" in text
     assert "humming nvfp4 4096x4096 M=16,1024: wrong: relative error 2.0e-01" in text
     assert "misses: 1\n  nvfp4 4096x4096 M=16: 7.6 us, bar 7.5 us" in text
@@ -106,8 +104,7 @@ def test_the_picture_is_written(dense, tmp_path):
     rows += [{**SHAPE, "m": 1, "peer": "humming", "status": "failed: ImportError: no"}]
     dense.picture({"machine": {"device": "A GPU"}, "dtype": "bf16", "rows": rows}, str(tmp_path / "roof.svg"))
     text = (tmp_path / "roof.svg").read_text()
-    assert "this project" in text
-    assert "4096 x 4096" in text
+    assert "this project" in text and "4096 x 4096" in text
 
 
 def test_a_run_without_times_has_no_picture(dense):

@@ -97,8 +97,7 @@ def test_report_shows_ratios_floors_misses_and_what_was_wrong(moe, capsys):
     rows.append({**rows[0], "peer": "humming", "status": "wrong: relative error 2.0e-01"})
     moe.report(rows)
     text = capsys.readouterr().out
-    assert "50.0 (16.0)" in text
-    assert "2.64" in text
+    assert "50.0 (16.0)" in text and "2.64" in text
     assert "0.94" in text
     assert "humming nvfp4 gpt-oss-20b T=1: wrong: relative error 2.0e-01" in text
     assert "up to T=64: 1 of 2\n  nvfp4 gpt-oss-20b T=64: 1.98 times as fast as grouped_mm, bar 2.0" in text

@@ -70,8 +70,7 @@ def measured(clock, ticks=TICKS, **choices) -> tuple[Result, Clocked, list[str]]
 def test_times_are_medians_of_later_runs(clock):
     result, _, told = measured(clock)
     assert result == Result("it", None, 12.0, 3212, 1612, 506.0 - 38.0, 38.0, 20.0, 5.0, 0.4, None, None)
-    assert result.read_rate == 1612 / 5.0
-    assert told == [f"it: {step} ..." for step in STEPS]
+    assert result.read_rate == 1612 / 5.0 and told == [f"it: {step} ..." for step in STEPS]
 
 
 def test_warming_up_takes_no_negative_time(clock):

@@ -73,8 +73,7 @@ def test_a_weight_is_told_in_full_and_last_the_contract(op, of):
     names = [a.name for a in schema]
     start = names.index(f"words{of}")
     assert names[start : start + len(WEIGHT)] == [f"{name}{of}" for name in WEIGHT]
-    assert not any(a.has_default_value() for a in schema)
-    assert arguments(op)[f"contract{of}"] == CONTRACT
+    assert not any(a.has_default_value() for a in schema) and arguments(op)[f"contract{of}"] == CONTRACT
     assert call(op).dtype in DTYPES
 
 

@@ -248,8 +248,7 @@ def test_gradients_with_a_map_and_none_of_what_is_not_local():
     pairs = gradients(draw_mixture(biases=True), x, weights, ids, expert_map)
     for found, exact in pairs:
         assert (found.double() - exact).norm() <= 1e-5 * exact.norm()
-    assert torch.equal(pairs[0][0][1], torch.zeros(64))
-    assert torch.equal(pairs[1][0][1], torch.zeros(2))
+    assert torch.equal(pairs[0][0][1], torch.zeros(64)) and torch.equal(pairs[1][0][1], torch.zeros(2))
     x[1], weights[1] = torch.nan, torch.nan
     assert all(bool(found.isfinite().all()) for found, _ in gradients(draw_mixture(), x, weights, ids, expert_map))
 

@@ -122,8 +122,7 @@ def overwritten_operands(loop: list[str], *, across: bool) -> list[str]:
 
 
 def assert_no_spills(code: Compiled) -> None:
-    assert code.stack == 0
-    assert not code.has("LDL", "STL")
+    assert code.stack == 0 and not code.has("LDL", "STL")
 
 
 def assert_wgmma_is_awaited(code: Compiled) -> None:

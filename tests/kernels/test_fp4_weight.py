@@ -60,8 +60,7 @@ def test_an_empty_weight_is_a_weight(shape):
     *rows, k = shape
     empty = [torch.zeros(*rows, columns, dtype=torch.uint8) for columns in (k // 2, k // 16)]
     weight = FP4Weight(*empty, torch.ones(rows), "e8m0", 16)
-    assert weight.decode(torch.float16).shape == shape
-    assert weight.fit(torch.float16) is weight
+    assert weight.decode(torch.float16).shape == shape and weight.fit(torch.float16) is weight
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -69,8 +68,7 @@ def test_an_empty_weight_is_a_weight(shape):
 def test_a_float8_scale_tells_kind_and_group(dtype, kind, group):
     scales = torch.randint(0x7F, (2, 64 // group), dtype=torch.uint8)
     weight = fp4_weight(GOOD["codes"], scales.view(dtype))
-    assert (weight.kind, weight.group) == (kind, group)
-    assert torch.equal(weight.scales, scales)
+    assert (weight.kind, weight.group) == (kind, group) and torch.equal(weight.scales, scales)
     assert torch.equal(fp4_weight(GOOD["codes"], scales, kind=kind).decode(), weight.decode())
 
 
@@ -89,8 +87,7 @@ def test_int8_codes_are_bytes():
 )  # fmt: skip
 def test_a_multiplier_is_one_number_or_one_for_each_row(multiplier, rows):
     weight = fp4_weight(GOOD["codes"], GOOD["scales"], multiplier, kind="e4m3")
-    assert weight.multiplier.tolist() == rows
-    assert weight.multiplier.is_contiguous()
+    assert weight.multiplier.tolist() == rows and weight.multiplier.is_contiguous()
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,7 @@ def test_unpack_inverts_pack_bit_for_bit(shape):
     for tensor, expected in zip(
         (packed.words, packed.scales, packed.multiplier), packed_shapes(weight.n, weight.k, weight.group), strict=True
     ):
-        assert tensor.shape == (*shape["lead"], *expected)
-        assert tensor.is_contiguous()
+        assert tensor.shape == (*shape["lead"], *expected) and tensor.is_contiguous()
 
 
 @every_format
@@ -75,8 +74,7 @@ def test_every_byte_survives_in_every_place(kind, group):
 
 def test_a_weight_of_many_blocks_comes_back(random_weight):
     weight = random_weight(1000, 2880, lead=(2,))
-    assert equal(pack(weight).unpack(), weight)
-    assert pack(weight).unpack("up").name == "up"
+    assert equal(pack(weight).unpack(), weight) and pack(weight).unpack("up").name == "up"
 
 
 def test_packing_what_is_packed_is_nothing(random_weight):
@@ -133,8 +131,7 @@ def test_padding_is_zero_codes_with_scale_one(n, k, kind, group, random_weight):
     whole = PackedFP4(packed.words, packed.scales, torch.ones(rows), rows, columns, kind, group).unpack()
     outside = torch.ones(rows, columns, dtype=torch.bool)
     outside[:n, :k] = False
-    assert outside.any()
-    assert not whole.codes[outside[:, ::2]].any()
+    assert outside.any() and not whole.codes[outside[:, ::2]].any()
     assert (whole.scales[outside[:, ::group]] == {"e4m3": 0x38, "e8m0": 127}[kind]).all()
 
 
@@ -151,8 +148,7 @@ def test_packing_a_slice_is_slicing_the_packed(kind, group, cut, random_weight):
     )  # fmt: skip
     tiles = (slice(top, bottom), slice(left, right))
     sliced = PackedFP4(packed.words[tiles], packed.scales[tiles], packed.multiplier[rows], part.n, part.k, kind, group)
-    assert equal(pack(part), sliced)
-    assert equal(sliced.unpack(), part)
+    assert equal(pack(part), sliced) and equal(sliced.unpack(), part)
     straight = sliced.contiguous()
     assert equal(straight, sliced) and straight.contiguous() is straight
     assert all(t.is_contiguous() for t in (straight.words, straight.scales, straight.multiplier))

@@ -115,8 +115,7 @@ def test_a_tie_goes_to_the_even_code(quantise, dtype):
 @pytest.mark.parametrize("value", [0.0, -0.0])
 def test_zeros_decode_to_zeros(quantise, value):
     weight = quantise(torch.full((3, 64), value), 32)
-    assert not weight.codes.any()
-    assert not weight.decode().any()
+    assert not weight.codes.any() and not weight.decode().any()
 
 
 @pytest.mark.parametrize("group", [16, 32])

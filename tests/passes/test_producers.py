@@ -191,8 +191,7 @@ def test_a_changed_weight_of_torchao(change, choices, compiler, assert_near, lev
     for _ in range(2):
         after = run(X)
         assert_near(after, module(X))
-    assert (after - before).norm() > 0.01 * before.norm()
-    assert levels() == ["INFO"]
+    assert (after - before).norm() > 0.01 * before.norm() and levels() == ["INFO"]
 
 
 @pytest.mark.parametrize("choices", WEIGHTS.values(), ids=WEIGHTS)
@@ -299,5 +298,4 @@ def test_a_changed_weight_of_modelopt(config, compiler, assert_near, levels):
     model.load_state_dict(other.state_dict())
     after = run(x)
     assert_near(after, other(x))
-    assert (after - before).norm() > 0.01 * before.norm()
-    assert levels() == ["INFO"]
+    assert (after - before).norm() > 0.01 * before.norm() and levels() == ["INFO"]

@@ -8,7 +8,6 @@ from torch.nn.utils import parametrizations, weight_norm
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4
 from swaps import MLP, done, refusals
 
-ITSELF = "it is the model itself: quantize() swaps the modules in a model"
 REGISTERED = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
 HOOKS = "it has hooks, which a PackedLinear would lose"
 

@@ -81,8 +81,7 @@ def test_every_code_times_every_scale_byte_is_the_oracles_bits(kind, group, ever
     weight = every_product(kind, group)
     packed, exact = pack(weight), weight.unscaled(torch.float64)
     (rows,), (columns,) = ([block for _, block in walk(packed)] for walk in (decode_rows, decode_columns))
-    assert same_bits(rows, exact.float())
-    assert same_bits(columns, exact.float())
+    assert same_bits(rows, exact.float()) and same_bits(columns, exact.float())
     assert kind == "e8m0" or torch.equal(rows.double(), exact)
     assert same_bits(dequantize(packed, torch.float32), weight.decode(torch.float32))
 
@@ -95,8 +94,7 @@ def test_decoded_blocks_are_the_oracles_bits(kind, group, n, k, random_weight):
         at, blocks = zip(*walk(packed), strict=True)
         assert [i for part in at for i in range(part.start, part.stop)] == list(range((n, k)[axis]))
         decoded = torch.cat(blocks, axis)
-        assert torch.equal(decoded.double(), exact)
-        assert same_bits(decoded, exact.float())
+        assert torch.equal(decoded.double(), exact) and same_bits(decoded, exact.float())
 
 
 @pytest.mark.parametrize("dtype", list(GATES))
@@ -121,8 +119,7 @@ def test_linear_by_blocks_rounds_its_output_only(kind, group, n, k, dtype, with_
     bias = torch.randn(n).to(dtype) if with_bias else None
     exact = x.double() @ weight.decode().T + (bias.double() if with_bias else 0)
     out = linear_by_blocks(x, pack(weight), bias)
-    assert out.dtype == dtype
-    assert relative_error(out, exact) <= GATES[dtype]
+    assert out.dtype == dtype and relative_error(out, exact) <= GATES[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(GATES))

@@ -17,8 +17,7 @@ def assert_tiles(tiles: Tiles, groups: list[Tensor], block_m: int) -> None:
     """Every pair of every expert is in one tile of that expert, in order; what is past the last says so."""
     wanted = [(expert, part) for expert, pairs in enumerate(groups) if len(pairs) for part in pairs.split(block_m)]
     used = len(wanted)
-    assert tiles.count.tolist() == [used]
-    assert tiles.block_m == block_m
+    assert tiles.count.tolist() == [used] and tiles.block_m == block_m
     assert tiles.experts.tolist() == [expert for expert, _ in wanted] + [-1] * (len(tiles.experts) - used)
     for (_, pairs), start, stop in zip(wanted, tiles.starts.tolist(), tiles.stops.tolist(), strict=False):
         places = torch.arange(start, min(start + block_m, stop))

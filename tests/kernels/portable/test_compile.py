@@ -88,8 +88,7 @@ def test_the_epilogue_is_small(capability, dtype, parts):
     constants = {"GAIN": 2.0**7, "HAS_BIAS": True, "PARTS": parts[0], "BLOCK": parts[1]}
     code = compiled(capability, _epilogue_kernel, pointers, constants, ("n", "stride_out"))
     assert_no_spills(code)
-    assert code.registers <= 64
-    assert code.shared == 0
+    assert code.registers <= 64 and code.shared == 0
 
 
 DECODED = [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)]
@@ -101,5 +100,4 @@ def test_the_decode_kernel_is_small(capability, form):
     pointers = {"words": "*i32", "scales": "*i32", "out": f"*{dtype}"}
     code = compiled(capability, _decode_kernel, pointers, {"kind": kind, "GROUP": group, "PTX": True})
     assert_no_spills(code)
-    assert code.registers <= 40
-    assert code.shared <= 8 << 10
+    assert code.registers <= 40 and code.shared <= 8 << 10

@@ -138,8 +138,7 @@ def test_what_makes_tiles_is_small(capability, ids, made):
     early = {"PDL": capability >= (9, 0)} if "PDL" in kernel.arg_names else {}
     code = compiled(capability, kernel, pointers, constants | early, ("k",), num_warps=warps)
     assert_no_spills(code)
-    assert code.registers <= most
-    assert code.shared <= 8 << 10
+    assert code.registers <= most and code.shared <= 8 << 10
 
 
 SUMS = matrix(lambda h, i: (h + i) % 2 == 1, OWN, [("bf16", 1), ("bf16", 8), ("fp16", 22)])
@@ -152,5 +151,4 @@ def test_the_sum_is_small(capability, summed):
     constants = {"CHOICES": choices, "HAS_MAP": True, "BLOCK": 512, "PDL": capability >= (9, 0)}
     code = compiled(capability, _sum_kernel, pointers, constants, ("n",))
     assert_no_spills(code)
-    assert code.registers <= 96
-    assert code.shared == 0
+    assert code.registers <= 96 and code.shared == 0

@@ -71,8 +71,7 @@ def test_the_decode_kernel_is_exact(interpret, random_weight, every_product):
     for weight, out in zip(weights, interpret(*(("decode", (pack(weight),)) for weight in weights)), strict=True):
         inside = out[: weight.n, : weight.k].double() * UNPACK_GAIN[weight.kind]
         assert torch.equal(inside.view(torch.int64), weight.unscaled(torch.float64).view(torch.int64))
-        assert not out[weight.n :].any()
-        assert not out[:, weight.k :].any()
+        assert not out[weight.n :].any() and not out[:, weight.k :].any()
 
 
 def test_the_epilogue_adds_parts_in_order_then_multiplier_then_bias(interpret, random_weight):
@@ -91,8 +90,7 @@ def test_the_epilogue_adds_parts_in_order_then_multiplier_then_bias(interpret, r
             total += part
         total *= packed.multiplier[rows] * UNPACK_GAIN["e4m3"]
         expected = total if bias is None else total + bias[rows].float()
-        assert torch.equal(out[:, rows], expected.half())
-        assert out[:, : rows.start].isnan().all()
+        assert torch.equal(out[:, rows], expected.half()) and out[:, : rows.start].isnan().all()
         assert out[:, rows.stop :].isnan().all()
 
 

@@ -74,8 +74,7 @@ def test_what_is_written_after_the_product_is_no_part_of_it(decode_of):
 
 def test_roots_are_the_leaves_that_a_node_is_computed_from(decode_of):
     decode = decode_of(lambda a, b, c: a.neg() + c.abs() * b, *tensors((N, K), (1,), (N, 1)))
-    assert decode.roots(node_of(decode, "neg")) == [0]
-    assert decode.roots(node_of(decode, "abs")) == [2]
+    assert decode.roots(node_of(decode, "neg")) == [0] and decode.roots(node_of(decode, "abs")) == [2]
     assert decode.roots(decode.nodes.index(decode.value)) == [0, 1, 2]
     assert decode.roots(decode.nodes.index(decode.leaves[1])) == [1]
 

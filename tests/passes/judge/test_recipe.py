@@ -122,8 +122,7 @@ def test_where_the_rows_of_a_source_lie():
     rows = Source(0, "e4m3 bytes").matrix(value, 6, 4)
     columns = Source(0, "e4m3 bytes", 1).matrix(value.view(4, 6), 6, 4)
     blocks = Source(0, "e4m3 bytes", 2).matrix(value.view(2, 4, 3), 6, 4)
-    assert torch.equal(rows, value.view(6, 4))
-    assert torch.equal(columns, value.view(4, 6).T)
+    assert torch.equal(rows, value.view(6, 4)) and torch.equal(columns, value.view(4, 6).T)
     assert torch.equal(blocks, torch.cat([part.T for part in value.view(2, 4, 3)]))
 
 

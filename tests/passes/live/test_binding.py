@@ -120,8 +120,7 @@ def test_bindings_that_read_the_same_tensors_alike_share_a_copy(decode_of):
     turned = [values[1], values[2], values[0]]
     other_order = bound_to(decode_of(lambda s, f, c: plain(c, s, f), *turned), turned)
     packed = first.packed(values)
-    assert second.packed(values) is packed
-    assert other_order.packed(turned) is packed
+    assert second.packed(values) is packed and other_order.packed(turned) is packed
 
 
 @pytest.mark.parametrize("function", [swapped, rounded])
@@ -163,8 +162,7 @@ def test_a_changed_batch_is_packed_again_at_the_same_addresses(decode_of):
     address = binding.packed(values).words.data_ptr()
     values[0].copy_(others[0])
     again = binding.packed(values)
-    assert again.words.data_ptr() == address
-    assert torch.equal(stack_of(again), plain(*values))
+    assert again.words.data_ptr() == address and torch.equal(stack_of(again), plain(*values))
 
 
 @pytest.mark.parametrize("order", ORDERS)

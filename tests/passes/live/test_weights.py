@@ -111,8 +111,7 @@ def test_a_changed_weight(fp4_linear, assert_near, levels, change, quantize):
     for _ in range(2):
         after = run(X)
         assert_near(after, module(X))
-    assert (after - before).norm() > 0.01 * before.norm()
-    assert levels() == ["INFO"]
+    assert (after - before).norm() > 0.01 * before.norm() and levels() == ["INFO"]
 
 
 UNSEEN = {
@@ -210,8 +209,7 @@ def test_a_copy_of_a_model_that_was_compiled(fp4_linear, assert_near, levels, ho
     module.codes.copy_(fp4_linear().codes)
     for instance in (twin, module, twin):
         assert_near(run(instance, X), instance(X))
-    assert (run(twin, X) - run(module, X)).norm() > 0.01
-    assert levels() == ["INFO"]
+    assert (run(twin, X) - run(module, X)).norm() > 0.01 and levels() == ["INFO"]
 
 
 def copies() -> int:

@@ -81,8 +81,7 @@ def test_the_traced_graph_is_left_as_it_was(trace, block):
     gm, inputs = trace(block, torch.randn(3, 64))
     before, expected = str(gm.graph), gm(*inputs)[0]
     rewrite(gm, inputs)
-    assert str(gm.graph) == before
-    assert torch.equal(gm(*inputs)[0], expected)
+    assert str(gm.graph) == before and torch.equal(gm(*inputs)[0], expected)
 
 
 def test_the_rewritten_graph_computes_the_same(trace, block, assert_near):
@@ -122,8 +121,7 @@ def test_the_op_has_the_dtype_that_autocast_gives_the_product(trace, fp4_linear,
 def test_a_module_called_twice_is_packed_once(trace, fp4_linear):
     module = fp4_linear(64, 64)
     rewritten = rewrite(*trace(lambda x: module(module(x)), torch.randn(3, 64)))
-    assert len(rewritten.bound) == 1
-    assert [row.uses for row in rewritten.rows] == [2]
+    assert len(rewritten.bound) == 1 and [row.uses for row in rewritten.rows] == [2]
 
 
 def test_a_weight_of_two_products_is_packed_once(trace, fp4_linear):
@@ -134,8 +132,7 @@ def test_a_weight_of_two_products_is_packed_once(trace, fp4_linear):
         return linear(x, weight) + linear(x * 2, weight)
 
     rewritten = rewrite(*trace(function, torch.randn(3, 64)))
-    assert len(rewritten.bound) == 1
-    assert [row.uses for row in rewritten.rows] == [2]
+    assert len(rewritten.bound) == 1 and [row.uses for row in rewritten.rows] == [2]
 
 
 def test_a_weight_that_something_else_reads_too_stays(trace, fp4_linear, assert_near):
