@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu.capture import captured
 
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.layout import pack
@@ -15,9 +16,7 @@ def test_a_captured_call_replays_with_new_contents(m):
     packed = pack(quantize_nvfp4(torch.randn(1088, 2048, device="cuda")))
     x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
     linear(x, packed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = linear(x, packed)
+    graph, out = captured(lambda: linear(x, packed))
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         out.fill_(torch.nan)
@@ -32,9 +31,7 @@ def test_a_captured_call_sees_a_weight_packed_over_the_old_one():
     packed = pack(first)
     x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     linear(x, packed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = linear(x, packed)
+    graph, out = captured(lambda: linear(x, packed))
     pack_into(second, packed)
     graph.replay()
     assert torch.equal(out, linear(x, pack(second)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoints.formats import CASES, DENSE_FAMILIES, FORMATS
+from narrow import case
 
 Case = tuple[str, str]
 
@@ -71,7 +72,7 @@ COMPILED: list[Case] = [
 
 def params(cases: Iterable[tuple[Any, ...]], narrow: Container[Case] = NARROW) -> list[Any]:
     """Cases for parametrize, each of a format, a family and more: those that are not in the narrow set are wide."""
-    return [case(*case, narrow=case[:2] in narrow) for case in cases]
+    return [case(*values, narrow=values[:2] in narrow) for values in cases]
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,13 +155,12 @@ TOLD = {
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_loading_is_told_once(name, caplog):
-    caplog.set_level("INFO", "marlin_w4a16")
+def test_loading_is_told_once(name, said):
     load(name)
-    (line, *others), (summary, notes) = [r for r in caplog.records if r.name == "marlin_w4a16"], TOLD[name]
-    assert line.levelname == "INFO" and line.message.startswith(f"loaded {summary}, ")
-    assert {record.levelname for record in others} <= {"WARNING"}
-    warnings = " ".join(record.message for record in others)
+    ((level, line), *others), (summary, notes) = said(), TOLD[name]
+    assert level == "INFO" and line.startswith(f"loaded {summary}, ")
+    assert {level for level, _ in others} <= {"WARNING"}
+    warnings = " ".join(message for _, message in others)
     assert bool(warnings) == bool(notes) and all(note in warnings for note in notes)
 
 

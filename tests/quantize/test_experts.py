@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
-from live import Live
+from live import assert_one_module_at_a_time
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import use_experts_implementation
@@ -318,13 +318,7 @@ def test_no_more_is_held_than_the_weights_of_one_module_and_what_is_packed(dtype
     quantize(built(), format)  # fills tables that stay
     config = transformers.Qwen3MoeConfig(**COMMON | QWEN.settings)
     model = nn.Sequential(*(Experts(config).to(dtype) for _ in range(2)))
-    dense = sum(p.nbytes for p in model.parameters())
-    with Live(*model.parameters()) as live:
-        swaps = quantize(model, format)
-        packed = sum(row.after for row in swaps.done)
-        gc.collect()
-        assert live.now == dense - sum(row.before for row in swaps.done) + packed == packed
-    assert live.peak <= live.start + 36 * 2**20
+    assert_one_module_at_a_time(model, format)
 
 
 def test_dense_weights_go_one_at_a_time(monkeypatch):

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from live import Live
+from live import assert_one_module_at_a_time
 from torch import Tensor, nn
 
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4, restore
@@ -88,15 +88,14 @@ def test_it_generates_what_its_dequantised_twin_does(model, format):
 
 
 @pytest.mark.parametrize("inductor", [False, wide(True)])
-def test_it_compiles(format, inductor, caplog, monkeypatch):
+def test_it_compiles(format, inductor, said, monkeypatch):
     if not inductor:
         monkeypatch.setattr("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward)
-    caplog.set_level("INFO", "marlin_w4a16")
     model = causal_lm("Llama")
     quantize(model, format)
     found, expected = logits(torch.compile(model, backend="marlin_w4a16", fullgraph=True)), logits(model)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
-    (message,) = (r.message for r in caplog.records if r.name == "marlin_w4a16")
+    ((_, message),) = said()
     assert message.startswith("14 packed linears")
 
 
@@ -220,13 +219,7 @@ def test_no_more_is_held_than_one_dense_weight_and_its_packed_copy(dtype, format
     """The gate is 64 MB above packed and largest; nothing else but codes in both orders and blocks is needed."""
     quantize(MLP(), format)  # fills tables that stay
     model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False, dtype=dtype) for _ in range(6)))
-    dense = sum(p.nbytes for p in model.parameters())
-    with Live(*model.parameters()) as live:
-        swaps = quantize(model, format)
-        packed = sum(row.after for row in swaps.done)
-        gc.collect()
-        assert live.now == dense - sum(row.before for row in swaps.done) + packed == packed
-    assert live.peak <= live.start + 36 * 2**20
+    assert_one_module_at_a_time(model, format)
 
 
 @pytest.mark.parametrize("progress", [None, True])
