@@ -29,8 +29,7 @@ def rows_of(m: int, shape=SHAPE, **us: float) -> list[dict]:
 
 def test_a_case_that_reaches_its_bars_has_no_misses(dense):
     (case,) = dense.cases(rows_of(8, ours=7.0, cublas=13.0, humming=7.5))
-    assert case.misses() == []
-    assert case.ratio("humming") == pytest.approx(7.5 / 7)
+    assert case.misses() == [] and case.ratio("humming") == pytest.approx(7.5 / 7)
     assert case.ratio("marlin") is None
     assert case.fraction == pytest.approx((1.8 + PACKED / 4.68e6) / 7)
 
@@ -136,8 +135,7 @@ def test_plain_and_dense_peers_agree_with_the_exact_product(peers, name):
 
 def test_every_peer_has_its_place_in_the_picture(peers, benchmark):
     drawn, names = benchmark("roofline"), [peer.name for peer in peers.peers([1])]
-    assert list(drawn.NAMES) == list(drawn.COLOURS) == names
-    assert len(set(drawn.COLOURS.values())) == len(names)
+    assert list(drawn.NAMES) == list(drawn.COLOURS) == names and len(set(drawn.COLOURS.values())) == len(names)
 
 
 def test_copies_are_apart(peers):
@@ -155,8 +153,7 @@ def test_peers_of_one_global_scale_refuse_several(peers):
 
 
 def test_only_peers_that_are_right_are_timed(dense, peers, monkeypatch):
-    weight = peers.random_weight(16, 32, "e4m3", 16, device="cpu")
-    x = torch.randn(300, 32)
+    weight, x = peers.random_weight(16, 32, "e4m3", 16, device="cpu"), torch.randn(300, 32)
     right = peers.exact_product(x, weight).float()
 
     def fails(i, x):

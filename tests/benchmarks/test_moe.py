@@ -45,8 +45,7 @@ def test_ours_and_the_dense_experts_agree_with_the_exact_mixture(name, model, dt
     assert [(row["peer"], row["tokens"]) for row in rows] == [(peer.name, t) for t in (1, 11) for peer in some]
     for row in rows:
         assert row["status"] == "ok", row
-        assert (row["us"], row["rounds"]) == (3.0, [3.0, 3.0])
-        assert row["floor_us"] > 1.8
+        assert (row["us"], row["rounds"]) == (3.0, [3.0, 3.0]) and row["floor_us"] > 1.8
 
 
 def test_the_floor_is_that_of_the_experts_touched(moe, small, benchmark):

@@ -43,8 +43,7 @@ def test_gpt_oss_is_written_as_it_is_published(benchmark, tmp_path):
 
 def test_qwen3_is_written_as_modelopt_exports_it(benchmark, tmp_path):
     benchmark("mixture_checkpoints").write(tmp_path, "qwen3-30b-a3b", 2)
-    model = benchmark("moe_decode").bf16(tmp_path, "qwen3-30b-a3b", 2)
-    dense = tmp_path / "dense"
+    model, dense = benchmark("moe_decode").bf16(tmp_path, "qwen3-30b-a3b", 2), tmp_path / "dense"
     model.save_pretrained(dense)  # by the published names
     held, wanted = entries(tmp_path), entries(dense)
     assert {name for name in held if not name.endswith(("_scale", "_scale_2"))} == set(wanted)

@@ -277,8 +277,7 @@ def test_a_checkpoint_of_a_producer(name):
     folder = written(name, FORMATS[name].family)
     _, config = files.quantization_of(folder)
     readers = {"modelopt": modelopt.scheme, "compressed-tensors": compressed_tensors.scheme}
-    reader = readers.get(config["quant_method"])
-    own = gpt_oss.scheme if name == "gpt-oss" else deepseek.scheme
+    reader, own = readers.get(config["quant_method"]), gpt_oss.scheme if name == "gpt-oss" else deepseek.scheme
     scheme = reader(config) if reader else own()
     held = contents(files.entries(files.files_of(folder), files.index_of(folder)), scheme)
     assert Counter(layer.format for layer in held.layers.values()) == HELD.get(name, {GROUP16: 14})

@@ -46,8 +46,7 @@ def toy(monkeypatch, tmp_path) -> Path:
     for mapping in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
         monkeypatch.setattr(auto, mapping, dict(getattr(auto, mapping)))
     marlin_w4a16.hf._register()
-    folder = write("ct-mxfp4a16", "llama", tmp_path / "toy")
-    tensors = {}
+    folder, tensors = write("ct-mxfp4a16", "llama", tmp_path / "toy"), {}
     for name, tensor in load_file(folder / files.SINGLE).items():
         path, _, leaf = name.rpartition(".")
         tensors[f"{path}.{LEAVES.get(leaf, leaf)}"] = tensor

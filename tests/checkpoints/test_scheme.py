@@ -32,8 +32,7 @@ def scheme(targets, ignore=(), patterns="glob") -> Scheme:
     ],
 )
 def test_a_pattern(pattern, patterns, matches, others):
-    targeted = scheme({pattern: FIRST}, patterns=patterns)
-    ignoring = scheme({LINEAR: FIRST}, [pattern], patterns)
+    targeted, ignoring = scheme({pattern: FIRST}, patterns=patterns), scheme({LINEAR: FIRST}, [pattern], patterns)
     for path in matches:
         assert targeted.storage(path) is FIRST
         assert ignoring.storage(path) is None and ignoring.ignored_by(path) == pattern

@@ -66,8 +66,7 @@ def tensors(made: FP4Storage, group: int, scale_dtype: torch.dtype, one: tuple[i
     scales = torch.tensor(scale_bytes(made.kind), dtype=torch.uint8)
     scales = torch.cat((scales, scales[len(scales) - 256 :])).view(16, 16)
     blocks = (16, 16, group // 2) if made.stacked else (16, 8 * group)
-    columns = {"codes": blocks, "pre-quant scale": (16 * group,)}
-    found = {}
+    columns, found = {"codes": blocks, "pre-quant scale": (16 * group,)}, {}
     for part in made.parts:
         shape = columns.get(part.role, one)
         if part.role == "codes":

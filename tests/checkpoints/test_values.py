@@ -134,8 +134,7 @@ def test_a_stack_with_a_nan(tmp_path):
         "model.experts.up_proj_scales": scales,
     }
     save_file(stack, tmp_path / "a.safetensors")
-    held = contents(files.entries([tmp_path / "a.safetensors"], {}), gpt_oss.scheme())
-    (found,) = bad_values(held.layers.values())
+    (found,) = bad_values(contents(files.entries([tmp_path / "a.safetensors"], {}), gpt_oss.scheme()).layers.values())
     assert str(found) == (
         "a.safetensors: model.experts.up_proj_scales: found NaN (byte 0xff) at [3, 2, 1], expected finite e8m0 scales"
     )

@@ -34,8 +34,7 @@ def test_json_is_as_documented(name, capsys):
     capsys.readouterr()
     assert main(["bench", str(folder), *SMALL, "--batch", "3", "--json"]) == 0
     out, err = capsys.readouterr()
-    told = json.loads(out)
-    schema = tables("commands.md", "JSON of bench, schema 1")
+    told, schema = json.loads(out), tables("commands.md", "JSON of bench, schema 1")
     assert set(schema) == {"Benchmark", "BenchmarkVersions", "Work", "Result"}
     check(told, "Benchmark", schema)
     assert told["schema"] == 1 and told["folder"] == str(folder) and told["notes"] == []

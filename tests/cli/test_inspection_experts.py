@@ -38,8 +38,7 @@ def test_stacks_of_gpt_oss_are_their_experts():
 
 @pytest.mark.parametrize("name, scale", [("deepseek-v4", 1), ("deepseek-v4.1", 1), ("deepseek-v4-inv", 4)])
 def test_fp8_of_deepseek_is_left_to_transformers(name, scale):
-    found = inspect(written(name, "deepseekv4"), values=True)
-    w1 = "layers.{0..1}.ffn.experts.{0..3}.w1"
+    found, w1 = inspect(written(name, "deepseekv4"), values=True), "layers.{0..1}.ffn.experts.{0..3}.w1"
     stored, packed = 8 * 96 * (48 + 3 * scale), 8 * (2 * 2 * (2048 + 128) + 4 * 96)
     assert experts(found)[w1] == Line(
         w1, 8, (96, 96), "MXFP4 group 32", "packed", None, stored, packed, 8 * 96 * 96 * 2
@@ -59,8 +58,7 @@ def test_fp8_without_fp4_experts_is_left_to_transformers(tmp_path):
 
 
 def test_a_stack_that_is_wrong_is_refused(tmp_path):
-    folder = write("gpt-oss", "gptoss", tmp_path / "model")
-    name = "model.layers.1.mlp.experts.down_proj_scales"
+    folder, name = write("gpt-oss", "gptoss", tmp_path / "model"), "model.layers.1.mlp.experts.down_proj_scales"
     damage.cut_columns(folder, name)
     found = inspect(folder)
     (problem,) = found.problems

@@ -43,8 +43,7 @@ def assert_rounded_once(out: Tensor, x: Tensor, packed: PackedFP4, bias: Tensor)
 @pytest.mark.parametrize("leading", LEADING[:4])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_it_is_the_exact_product_rounded_once(packed, dtype, leading, with_bias):
-    x = torch.randn(*leading, K, dtype=dtype)
-    bias = torch.randn(N, dtype=dtype) if with_bias else None
+    x, bias = torch.randn(*leading, K, dtype=dtype), torch.randn(N, dtype=dtype) if with_bias else None
     out = linear(x, packed, bias)
     assert out.dtype == dtype and out.shape == (*leading, N)
     assert_rounded_once(out, x, packed, torch.zeros(N) if bias is None else bias)

@@ -274,8 +274,7 @@ def test_only_what_asks_for_a_gradient_gets_one(wanted):
 
 def test_a_second_derivative_is_an_error_and_no_silent_zero():
     x, (weights, ids) = torch.randn(3, 64, requires_grad=True), draw_routing(3, 2, 4)
-    out = run(draw_mixture().packed(), x, weights, ids)
-    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(run(draw_mixture().packed(), x, weights, ids).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="marlin_w4a16::moe: its gradient cannot be differentiated"):
         first.square().sum().backward()
 

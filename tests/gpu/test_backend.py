@@ -219,8 +219,7 @@ def test_a_training_step_has_the_gradients_of_eager():
         y = norm(x)
         return (base(y) + up(down(y))).float().square().mean()
 
-    x = torch.randn(64, 512, device="cuda")
-    trained = [norm.weight, down.weight, up.weight, base.bias]
+    x, trained = torch.randn(64, 512, device="cuda"), [norm.weight, down.weight, up.weight, base.bias]
     eager = torch.autograd.grad(step(x), trained)
     compiled = torch.autograd.grad(torch.compile(step, backend="marlin_w4a16")(x), trained)
     for found, expected in zip(compiled, eager, strict=True):

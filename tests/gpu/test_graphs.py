@@ -28,8 +28,7 @@ def test_a_captured_call_sees_a_weight_packed_over_the_old_one():
     from marlin_w4a16.kernels.layout import pack_into
 
     first, second = (quantize_nvfp4(torch.randn(256, 512, device="cuda")) for _ in range(2))
-    packed = pack(first)
-    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    packed, x = pack(first), torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     linear(x, packed)
     graph, out = captured(lambda: linear(x, packed))
     pack_into(second, packed)

@@ -34,8 +34,7 @@ def draw_offsets(rows: int, experts: int, tail: int = 0) -> Tensor:
 
 def assert_right(out: Tensor, weight, x: Tensor, offsets: Tensor) -> None:
     exact = exact_groups(weight, x, offsets)
-    assert (out.dtype, out.shape) == (x.dtype, exact.shape)
-    assert not out.isnan().any()
+    assert (out.dtype, out.shape) == (x.dtype, exact.shape) and not out.isnan().any()
     best = (exact.to(x.dtype).double() - exact).norm()
     assert (out.double() - exact).norm() <= max(GATES[x.dtype] * exact.norm(), 1.02 * best)
     assert not out[int(offsets[-1]) :].any()
@@ -134,8 +133,7 @@ def test_a_captured_call_replays_with_new_rows_and_offsets(rows):
         offsets.copy_(draw_offsets(rows, 8, turn % 3))
         out.fill_(torch.nan)
         graph.replay()
-        assert not out.isnan().any()
-        assert torch.equal(out, grouped_linear(x, packed, offsets))
+        assert not out.isnan().any() and torch.equal(out, grouped_linear(x, packed, offsets))
 
 
 @pytest.mark.parametrize("rows", [3, 700])

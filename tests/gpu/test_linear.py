@@ -32,8 +32,7 @@ def random_weight(n: int, k: int, kind: str, group: int, dtype: torch.dtype = to
         scales[(scales & 0x7F) == 0x7F] = 0x01
         multiplier = (torch.rand(n, device="cuda") + 0.5) * 2.0**-9
     else:
-        scales = scales % 37 + 104
-        multiplier = (torch.rand(n, device="cuda") + 0.5) * 2.0**-14
+        scales, multiplier = scales % 37 + 104, (torch.rand(n, device="cuda") + 0.5) * 2.0**-14
     return FP4Weight(codes, scales, multiplier, kind, group)
 
 
@@ -53,8 +52,7 @@ def test_is_the_rounded_exact_product_for_all_token_counts(n, k, kind, group, dt
     packed, dense = pack(weight), weight.decode()
     bias = torch.randn(n, device="cuda", dtype=dtype)
     for i, m in enumerate(TOKENS):
-        x = torch.randn(m, k, device="cuda", dtype=dtype) * 2**-5
-        with_bias = bias if i % 2 else None
+        x, with_bias = torch.randn(m, k, device="cuda", dtype=dtype) * 2**-5, bias if i % 2 else None
         out = linear(x, packed, with_bias)
         assert out.shape == (m, n) and out.dtype == dtype
         exact = x.double() @ dense.T + (0 if with_bias is None else bias.double())
@@ -76,8 +74,7 @@ def test_every_launch_of_the_tables_is_right_many_times(launch: Launch, kind, gr
 
 
 def assert_right_many_times(weight: FP4Weight, m: int, dtype: torch.dtype, launch: Launch | Rows | Stream) -> None:
-    packed = pack(weight)
-    x = torch.randn(m, weight.k, device="cuda", dtype=dtype) * 2**-5
+    packed, x = pack(weight), torch.randn(m, weight.k, device="cuda", dtype=dtype) * 2**-5
     bias = torch.randn(weight.n, device="cuda", dtype=dtype)
     first = kernel(x, packed, bias, launch)
     assert_rounded_product(first, x.double() @ weight.decode().T + bias.double())
@@ -99,8 +96,7 @@ def hopper(kernel_type: type) -> list:
 @pytest.mark.parametrize("launch, even, kind, group, dtype", hopper(Rows))
 def test_every_launch_for_few_tokens_is_right_many_times(launch: Rows, even, kind, group, dtype, poisoned):
     """The last block of rows and the last tile of columns are cut, and programs take two or three blocks."""
-    turn = launch.steps * launch.num_warps * 64
-    turns = launch.stages if launch.resident else launch.stages + 2
+    turn, turns = launch.steps * launch.num_warps * 64, launch.stages if launch.resident else launch.stages + 2
     weight = random_weight(9 * launch.rows + 5, turn * turns - (32 if even else 5 * 64 - 32), kind, group, dtype)
     for m in (1, launch.block_m - 1, launch.block_m):
         for programs in (1, 4, 10):
@@ -214,8 +210,7 @@ def test_one_to_four_dimensions(lead):
 @pytest.mark.parametrize("few, many", [(1, 8), (9, 16), (17, 32), (33, 64), (65, 128)])
 @pytest.mark.parametrize("n, k", [(1000, 4064), (96, 16384)])
 def test_tokens_alone_equal_the_tokens_in_a_batch_of_the_same_plan(few, many, n, k):
-    packed = pack(random_weight(n, k, "e4m3", 16))
-    x = torch.randn(many, k, device="cuda", dtype=torch.bfloat16)
+    packed, x = pack(random_weight(n, k, "e4m3", 16)), torch.randn(many, k, device="cuda", dtype=torch.bfloat16)
     assert torch.equal(linear(x, packed)[:few], linear(x[:few], packed))
     assert torch.equal(linear(x, packed)[-few:], linear(x[-few:], packed))
 
@@ -224,8 +219,7 @@ def test_tokens_alone_equal_the_tokens_in_a_batch_of_the_same_plan(few, many, n,
 def test_one_hot_inputs_read_every_weight_back_exactly(kind, group):
     weight = random_weight(128, 512, kind, group)
     weight = FP4Weight(weight.codes, weight.scales, torch.full((128,), 2.0**-2, device="cuda"), kind, group)
-    x = torch.eye(512, device="cuda", dtype=torch.bfloat16)
-    exact = weight.decode()
+    x, exact = torch.eye(512, device="cuda", dtype=torch.bfloat16), weight.decode()
     assert torch.equal(linear(x, pack(weight)).double().T, exact)
 
 
@@ -291,8 +285,7 @@ def test_tensors_of_two_devices_are_an_error_that_names_both():
 
 def test_offsets_beyond_two_to_the_31():
     n, k = 1 << 17, 64
-    packed = pack(random_weight(n, k, "e4m3", 16))
-    x = torch.randn(17000, k, device="cuda", dtype=torch.bfloat16)
+    packed, x = pack(random_weight(n, k, "e4m3", 16)), torch.randn(17000, k, device="cuda", dtype=torch.bfloat16)
     out = linear(x, packed)
     assert out.numel() > 1 << 31
     assert torch.equal(out[-16:], linear(x[-16:].repeat(200, 1), packed)[:16])

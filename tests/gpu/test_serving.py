@@ -41,8 +41,7 @@ def packed(name: str, layers: int = 2) -> nn.Module:
 
 def padded(rows: int, length: int) -> dict[str, Tensor]:
     """Prompts of different lengths, padded on the left."""
-    ids = torch.randint(3, 128, (rows, length))
-    mask = torch.arange(length) >= torch.arange(rows)[:, None]
+    ids, mask = torch.randint(3, 128, (rows, length)), torch.arange(length) >= torch.arange(rows)[:, None]
     return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.long().to(DEVICE)}
 
 

@@ -180,8 +180,7 @@ def test_device_maps_count_the_bytes_of_experts(name, family, monkeypatch):
     """They are no parameters of the model yet; the whole model takes what its files do."""
     from marlin_w4a16.hf import quantizer
 
-    counted = []
-    whole = quantizer.FP4Loading._process_model_after_weight_loading
+    counted, whole = [], quantizer.FP4Loading._process_model_after_weight_loading
 
     def count(self, model, **kwargs):
         sizes = (p.numel() * self.param_element_size(model, path, p) for path, p in model.named_parameters())
@@ -201,8 +200,7 @@ def test_device_maps_count_the_bytes_that_layers_will_take(name, family, dequant
     """Of each linear as it is put on the meta device."""
     from marlin_w4a16.hf import quantizer
 
-    counted = {}
-    whole = quantizer.FP4Loading._process_model_after_weight_loading
+    counted, whole = {}, quantizer.FP4Loading._process_model_after_weight_loading
 
     def count(self, model, **kwargs):
         for path in kinds(name, family):

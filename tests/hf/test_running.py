@@ -21,8 +21,7 @@ models = functools.cache(pair)
 
 def padded(rows: int, length: int) -> dict[str, Tensor]:
     """Prompts of different lengths: ``length``, then one token less in each row, padded on the left."""
-    ids = torch.randint(3, 128, (rows, length))
-    mask = torch.arange(length) >= torch.arange(rows)[:, None]
+    ids, mask = torch.randint(3, 128, (rows, length)), torch.arange(length) >= torch.arange(rows)[:, None]
     return {"input_ids": ids * mask, "attention_mask": mask.long()}
 
 

@@ -81,8 +81,7 @@ def test_unpacking_gives_every_bit_back(random_weight, intermediate, order, firs
 def mixtures(draw) -> dict:
     order = draw(st.sampled_from([None, *ORDERS]))
     first, second = draw(st.sampled_from(FORMATS)), draw(st.sampled_from(FORMATS))
-    intermediate = draw(st.integers(1, 150))
-    more = draw(st.integers(0, (127 - second[1]) // second[1]))
+    intermediate, more = draw(st.integers(1, 150)), draw(st.integers(0, (127 - second[1]) // second[1]))
     return dict(
         experts=draw(st.integers(0, 5)), hidden=first[1] * draw(st.integers(1, 5)), out=draw(st.integers(1, 130)),
         intermediate=intermediate, columns=(-(-intermediate // second[1]) + more) * second[1], order=order,

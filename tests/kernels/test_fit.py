@@ -102,8 +102,7 @@ def test_the_scales_of_zeros_are_free(scales):
 def test_a_row_of_zeros_fits():
     weight = make([[0, 254], [ONE, ONE]], 0.7, ((0, 0), (0, 1)))
     fitted = weight.fit(torch.float16)
-    assert fitted.multiplier.tolist() == weight.multiplier.tolist()
-    assert same_bits(weight, fitted)
+    assert fitted.multiplier.tolist() == weight.multiplier.tolist() and same_bits(weight, fitted)
 
 
 @pytest.mark.parametrize("dtype, span", [(torch.float16, 36), (torch.bfloat16, 252), (torch.float32, 252)])
@@ -131,8 +130,7 @@ def test_the_matrices_of_a_stack_are_fitted_row_by_row(lead):
         return FP4Weight(*(t.unflatten(0, lead) for t in tensors), "e8m0", 16, "experts")
 
     weight = stack(parts)
-    fitted = weight.fit(torch.float16)
-    expected = stack([part.fit(torch.float16) for part in parts])
+    fitted, expected = weight.fit(torch.float16), stack([part.fit(torch.float16) for part in parts])
     assert is_exact_in(fitted, torch.float16) and same_bits(fitted, weight)
     for field in ("codes", "scales", "multiplier"):
         assert torch.equal(getattr(fitted, field), getattr(expected, field)), field

@@ -182,8 +182,7 @@ def test_only_the_sign_of_a_negative_e4m3_scale_moves_into_the_words(group, ever
         weight, codes=weight.codes ^ (0x88 * negative).repeat_interleave(group // 2, 1), scales=weight.scales & 0x7F
     )
     packed, folded = pack(weight), pack(positive)
-    assert torch.equal(packed.words, folded.words)
-    assert torch.equal(packed.scales & 0x7F, folded.scales)
+    assert torch.equal(packed.words, folded.words) and torch.equal(packed.scales & 0x7F, folded.scales)
     assert torch.equal(untile_scales(packed.scales, group)[: weight.n], weight.scales)
 
 

@@ -72,8 +72,7 @@ def test_nvfp4_is_modelopts_bit_for_bit(weight, dtype, group):
     dense = weight().to(dtype)
     codes, scales, double_scale = modelopt.NVFP4QTensor.quantize(dense.clone(), group)
     ours = quantize_nvfp4(dense, group)
-    assert torch.equal(ours.codes, codes._quantized_data)
-    assert torch.equal(ours.scales, scales.view(torch.uint8))
+    assert torch.equal(ours.codes, codes._quantized_data) and torch.equal(ours.scales, scales.view(torch.uint8))
     assert torch.equal(ours.multiplier, double_scale.expand(len(dense)))
 
 
@@ -107,8 +106,7 @@ def test_mxfp4_is_the_definition_down_to_subnormals_which_torchao_scales_by_half
 def test_a_tie_goes_to_the_even_code(quantise, dtype):
     dense = torch.tensor([TIES * 4, [-v for v in TIES] * 4, [448 * v for v in TIES] * 4], dtype=dtype)
     codes = nibbles(quantise(dense, 32).codes)
-    assert codes[0].tolist() == TIE_CODES * 4
-    assert codes[1].tolist() == [code + 8 for code in TIE_CODES] * 4
+    assert codes[0].tolist() == TIE_CODES * 4 and codes[1].tolist() == [code + 8 for code in TIE_CODES] * 4
 
 
 @pytest.mark.parametrize("quantise", QUANTISERS)
@@ -134,8 +132,7 @@ def test_a_strided_parameter_gives_what_its_contiguous_copy_gives(quantise):
     strided, contiguous = quantise(dense, 32), quantise(dense.detach().contiguous(), 32)
     for field in ("codes", "scales", "multiplier"):
         tensor = getattr(strided, field)
-        assert torch.equal(tensor, getattr(contiguous, field))
-        assert not tensor.requires_grad
+        assert torch.equal(tensor, getattr(contiguous, field)) and not tensor.requires_grad
 
 
 @pytest.mark.parametrize(

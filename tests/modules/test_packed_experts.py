@@ -63,8 +63,7 @@ def test_any_leading_shape_and_dtype(mixture, dtype, lead):
 
 def test_the_sentinel_of_expert_parallelism_contributes_nothing(mixture):
     x, _, weights = inputs(3)
-    ids = torch.tensor([[0, EXPERTS], [EXPERTS, EXPERTS], [1, 3]])
-    module = module_of(mixture)
+    ids, module = torch.tensor([[0, EXPERTS], [EXPERTS, EXPERTS], [1, 3]]), module_of(mixture)
     assert_right(module, mixture, x, ids, weights)
     assert torch.equal(module(x, ids, weights)[1], torch.zeros(HIDDEN))
 
@@ -87,8 +86,7 @@ def test_what_float16_needed_shifted_decodes_to_the_same_values():
 
 
 def test_its_parameters_are_packed_and_frozen(mixture):
-    module = module_of(mixture)
-    biases = [] if mixture.bias13 is None else ["bias13", "bias2"]
+    module, biases = module_of(mixture), [] if mixture.bias13 is None else ["bias13", "bias2"]
     assert [name for name, _ in module.named_parameters()] == KEYS + biases
     assert not any(p.requires_grad for p in module.parameters())
     assert list(module.state_dict()) == [*KEYS, *biases, "_extra_state"]

@@ -97,8 +97,7 @@ def test_a_bias_that_is_a_tensor_becomes_a_frozen_parameter(weight):
     ],
 )
 def test_its_repr(linear, text):
-    assert repr(linear) == text
-    assert (linear.in_features, linear.out_features) == (K, N)
+    assert repr(linear) == text and (linear.in_features, linear.out_features) == (K, N)
 
 
 def test_its_repr_without_a_bias(weight):
@@ -196,8 +195,7 @@ def test_loading_in_place_keeps_addresses(linear):
 def test_assigning_takes_the_tensors_of_the_state(linear):
     source = another(linear)
     linear.load_state_dict(source.state_dict(), assign=True)
-    assert addresses(linear) == addresses(source)
-    assert not any(p.requires_grad for p in linear.parameters())
+    assert addresses(linear) == addresses(source) and not any(p.requires_grad for p in linear.parameters())
 
 
 OTHERS = {
@@ -266,15 +264,13 @@ def test_a_cast_leaves_the_weight_and_takes_the_bias(linear, cast, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_cast_model_is_right(weight, dtype, assert_near):
     bias = torch.randn(N)
-    module = nn.Sequential(PackedLinear(weight, bias)).to(dtype)
-    x = X.to(dtype)
+    module, x = nn.Sequential(PackedLinear(weight, bias)).to(dtype), X.to(dtype)
     assert_near(module(x), nn.functional.linear(x.double(), weight.decode(), bias.to(dtype).double()).to(dtype))
 
 
 def test_a_deep_copy_has_its_own_tensors(linear):
     copied, expected = copy.deepcopy(linear), linear(X)
-    assert not set(addresses(copied)) & set(addresses(linear))
-    assert torch.equal(copied(X), expected)
+    assert not set(addresses(copied)) & set(addresses(linear)) and torch.equal(copied(X), expected)
     copied.load_state_dict(another(linear).state_dict())
     assert torch.equal(linear(X), expected) and not torch.equal(copied(X), expected)
 

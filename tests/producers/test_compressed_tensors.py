@@ -368,8 +368,7 @@ def test_what_is_recovered_is_what_was_compressed(model, decompressed):
     for path, module in model.named_modules():
         if isinstance(module, PackedLinear):
             found, expected = decompressed.get_submodule(path).to_fp4(), module.to_fp4()
-            assert torch.equal(found.decode(), expected.decode())
-            assert torch.equal(found.scales, expected.scales)
+            assert torch.equal(found.decode(), expected.decode()) and torch.equal(found.scales, expected.scales)
 
 
 def test_a_decompressed_weight_with_an_element_changed_is_refused(decompressed):

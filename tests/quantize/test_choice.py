@@ -140,8 +140,7 @@ class Reads(nn.Module):
 
 
 def test_a_linear_whose_weight_the_code_around_it_reads_is_left():
-    model = Reads()
-    reads = "reads its weight, which is None in a PackedLinear"
+    model, reads = Reads(), "reads its weight, which is None in a PackedLinear"
     assert refusals(quantize(model, "nvfp4")) == {"b": f"Reads.forward {reads}", "c": f"Reads.dtype {reads}"}
     assert model(torch.randn(2, 64)).shape == (2, 64)
 
@@ -208,8 +207,7 @@ def test_linears_that_share_a_weight_are_left_and_untied_by_name():
 
 
 def test_a_buffer_in_the_memory_of_a_weight_counts_and_parts_side_by_side_do_not():
-    fused = torch.randn(192, 64)
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    fused, model = torch.randn(192, 64), nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
     for linear, part in zip(model, fused.split(64), strict=True):
         linear.weight = nn.Parameter(part)
     model.register_buffer("kept", fused[60:64].t())

@@ -141,8 +141,7 @@ def test_sixteen_bits(dtype):
 def test_all_of_a_model_has_rows_and_they_say_what_is_what():
     model = built()
     swaps = quantize(model, "nvfp4", exclude="*v_proj")
-    row = next(row for row in swaps.rows if row.experts)
-    packed = model.model.layers[0].mlp.experts
+    row, packed = next(row for row in swaps.rows if row.experts), model.model.layers[0].mlp.experts
     assert (row.path, row.format) == ("model.layers.0.mlp.experts", "NVFP4 group 16")
     assert row.before == 4 * 6 * (96 * 64 + 64 * 48) and row.after == packed.w13.nbytes + packed.w2.nbytes
     assert swaps.summary().startswith("swapped 7 of 9 linears and 2 of 2 Experts modules: ")
@@ -317,8 +316,7 @@ class Experts(nn.Module):
 def test_no_more_is_held_than_the_weights_of_one_module_and_what_is_packed(dtype, format):
     quantize(built(), format)  # fills tables that stay
     config = transformers.Qwen3MoeConfig(**COMMON | QWEN.settings)
-    model = nn.Sequential(*(Experts(config).to(dtype) for _ in range(2)))
-    assert_one_module_at_a_time(model, format)
+    assert_one_module_at_a_time(nn.Sequential(*(Experts(config).to(dtype) for _ in range(2))), format)
 
 
 def test_dense_weights_go_one_at_a_time(monkeypatch):

@@ -62,8 +62,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def assert_weight(module: nn.Module, dense: Tensor, format: str) -> None:
     """The module holds what the quantiser gives, in every bit."""
-    assert isinstance(module, PackedLinear)
-    assert equal(module.to_fp4(), QUANTISERS[format](dense))
+    assert isinstance(module, PackedLinear) and equal(module.to_fp4(), QUANTISERS[format](dense))
 
 
 # Whole models
@@ -197,8 +196,7 @@ def test_a_linear_of_several_places_is_swapped_once_in_all():
 
 @pytest.mark.parametrize("format", ["nvpf4", "NVFP4", "int4"])
 def test_an_unknown_format_raises(format):
-    model = MLP()
-    hint = r" Did you mean 'nvfp4'\?" if format == "nvpf4" else ".*"
+    model, hint = MLP(), r" Did you mean 'nvfp4'\?" if format == "nvpf4" else ".*"
     with pytest.raises(ValueError, match=rf"unknown format '{format}'\.{hint} Known: mxfp4, nvfp4"):
         quantize(model, format)
     assert type(model.up) is nn.Linear

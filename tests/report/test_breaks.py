@@ -103,13 +103,11 @@ def places(*functions) -> list[str]:
 def test_each_break_is_listed_once_with_its_cause_and_place(model, cause, functions, graphs):
     report = explain(model, X)
     assert sorted(one.where.removesuffix("  # here") for one in report.breaks) == places(*functions)
-    assert all(one.reason.startswith(cause) for one in report.breaks)
-    assert report.graphs == graphs
+    assert all(one.reason.startswith(cause) for one in report.breaks) and report.graphs == graphs
 
 
 def test_another_explain_finds_the_same_breaks():
-    assert explain(several, X).breaks == explain(several, X).breaks
-    assert not explain(unbroken, X).breaks
+    assert explain(several, X).breaks == explain(several, X).breaks and not explain(unbroken, X).breaks
 
 
 class Layer(nn.Module):

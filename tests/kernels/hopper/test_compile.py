@@ -88,8 +88,7 @@ def most_instructions(launch: Rows, even: bool, form: tuple[str, str, int]) -> f
 
 
 def assert_shared_memory_is_as_planned(code: Compiled, planned: int) -> None:
-    assert code.shared <= SHARED_MEMORY[CAPABILITY]
-    assert code.shared - 512 <= planned <= code.shared + 1024
+    assert code.shared <= SHARED_MEMORY[CAPABILITY] and code.shared - 512 <= planned <= code.shared + 1024
 
 
 def test_an_operand_that_is_written_too_early_is_found():

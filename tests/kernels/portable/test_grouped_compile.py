@@ -74,8 +74,7 @@ def variants() -> list[Any]:
         for number, (launch, what) in enumerate(product(planned(capability), PRODUCTS if own else PRODUCTS[:1])):
             if what.endswith("direct") and launch != FEW:
                 continue
-            every = own and launch.block_m == 16 and what == "first"
-            one = FORMATS[number % len(FORMATS)]
+            every, one = own and launch.block_m == 16 and what == "first", FORMATS[number % len(FORMATS)]
             for form in FORMATS if every else [one]:
                 narrow = form in (one, HEAVIEST) and (own or (number + chip) % 2 == 0)
                 found.append(named(capability, launch, what, *form, narrow=narrow))

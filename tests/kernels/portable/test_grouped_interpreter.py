@@ -70,8 +70,7 @@ EVERY = [
 @pytest.mark.parametrize("name, launch, formats", EVERY)
 def test_every_activation_in_every_tile(name, launch, formats, check):
     """Tiles that are full, cut and left out; a format is another one for every activation and tile."""
-    mixture = draw_mixture(3, 96, 96, name, formats, biases=True)
-    tokens = 4 if launch == "direct" else 35
+    mixture, tokens = draw_mixture(3, 96, 96, name, formats, biases=True), 4 if launch == "direct" else 35
     check((mixture, tokens_of(tokens, 96), *draw_routing(tokens, 2, 3), None, LAUNCHES[launch]))
 
 

@@ -224,8 +224,7 @@ def test_what_was_edited_in_regions_trains_alike(layers, name):
 )  # fmt: skip
 def test_inductor_compiles_what_was_edited(layers, name, dynamic):
     backend = Backend(lambda gm, inputs: compile_graph(gm, inputs, {}))
-    compiled = torch.compile(CASES[name], backend=backend, fullgraph=True)
-    x = example()
+    compiled, x = torch.compile(CASES[name], backend=backend, fullgraph=True), example()
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
     assert_trains(compiled, CASES[name], layers, x)

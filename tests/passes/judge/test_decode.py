@@ -81,8 +81,7 @@ def test_roots_are_the_leaves_that_a_node_is_computed_from(decode_of):
 
 def test_an_expression_is_what_a_node_computes_whatever_stands_around_it(decode_of):
     live = tensors((N, K), (1,))
-    one = decode_of(lambda a, b: a.neg() * b, *live)
-    two = decode_of(lambda a, b: (a.neg() + 1) * b.abs(), *live)
+    one, two = decode_of(lambda a, b: a.neg() * b, *live), decode_of(lambda a, b: (a.neg() + 1) * b.abs(), *live)
     other = decode_of(lambda a, b: a.neg().abs() * b, *live)
     assert one.expression(node_of(one, "neg")) == two.expression(node_of(two, "neg"))
     assert one.expression(node_of(one, "neg")) != two.expression(node_of(two, "abs"))
@@ -201,8 +200,7 @@ def test_windows_are_the_rows_of_what_it_is_a_view_of(decode_of, function, shape
     (live,) = tensors(shape)
     decode, rows = decode_of(function, live), function(live).shape[0]
     first, *found = decode.windows
-    assert first == Window(0, rows)
-    assert {Window(*window) for window in expected} <= set(found)
+    assert first == Window(0, rows) and {Window(*window) for window in expected} <= set(found)
     for window in found:
         assert len(range(window.total)[window.rows(rows)]) == rows and window.start >= 0
     assert len(set(found)) == len(found)

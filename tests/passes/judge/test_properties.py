@@ -193,8 +193,7 @@ def assert_replaced_and_right(composition, seed):
 
 
 def assert_refused_or_right(mutation, composition, seed):
-    module = replace(composition, mutation=mutation).build(seed)
-    inputs = columns(composition.dtype)
+    module, inputs = replace(composition, mutation=mutation).build(seed), columns(composition.dtype)
     found, _ = through_backend(module, inputs)
     assert_elements_near(found, module(*inputs))
 

@@ -162,8 +162,7 @@ def test_a_weight_is_read_from_its_sources(decode_of):
     recipe = sources(decode)
     found, factor = recipe.read(decode, live, "fc")
     assert equal(found, weight) and found.name == "fc" and recipe.kind == "e4m3"
-    assert torch.equal(factor, weight.multiplier)
-    assert torch.equal(found.decode(torch.float32), plain(*live))
+    assert torch.equal(factor, weight.multiplier) and torch.equal(found.decode(torch.float32), plain(*live))
     assert recipe.roots(decode) == [0, 1, 2]
 
 
@@ -294,8 +293,7 @@ def test_leaves_that_hold_no_weight_raise(decode_of):
 
 def test_recipes_of_two_graphs_read_alike(decode_of):
     _, live = checkpoint()
-    one = decode_of(plain, *live)
-    other = decode_of(lambda c, s, f: plain(c, s, f) + 0.0, *live)
+    one, other = decode_of(plain, *live), decode_of(lambda c, s, f: plain(c, s, f) + 0.0, *live)
     reading = sources(one).reading(one)
     assert sources(other).reading(other) == reading and isinstance(hash(reading), int)
     choices = {

@@ -112,8 +112,7 @@ def test_float32_may_be_two_units_in_the_last_place_off(ulps, same, sign):
     codes, scales = weight.factors(torch.float32)
     value = ((codes * scales.unsqueeze(-1)) * factor[:, None, None]).flatten(1)
     row, column = (value.sign() == sign).nonzero()[-1].tolist()
-    exact = float(value[row, column])
-    towards = value.new_tensor(torch.inf * sign * (1 if ulps > 0 else -1))
+    exact, towards = float(value[row, column]), value.new_tensor(torch.inf * sign * (1 if ulps > 0 else -1))
     for _ in range(abs(ulps)):
         value[row, column] = torch.nextafter(value[row, column], towards)
     found = first_difference(Roundings(), weight, factor, value)

@@ -166,8 +166,7 @@ def test_powers_of_two_times_a_factor(seed, each_row):
     if bool((factors == 1).all()):
         return
     found, factor = to_e8m0(scales)
-    assert torch.equal(found, byte)
-    assert (factor.dtype, factor.shape) == (torch.float32, (5,))
+    assert torch.equal(found, byte) and (factor.dtype, factor.shape) == (torch.float32, (5,))
     assert torch.equal(factor, factors[:, 0].expand(5))
 
 

@@ -151,8 +151,7 @@ def test_a_batch_is_packed_as_a_stack(decode_of):
     values = leaves()
     decode = decode_of(lambda *v: plain(*v).view(2, N // 2, K).mT, *values, multiply=lambda x, w: x.expand(2, 1, K) @ w)
     packed = bound_to(decode, values).packed(values)
-    assert (len(packed.words), packed.n) == (2, N // 2)
-    assert torch.equal(stack_of(packed), plain(*values))
+    assert (len(packed.words), packed.n) == (2, N // 2) and torch.equal(stack_of(packed), plain(*values))
 
 
 def test_a_changed_batch_is_packed_again_at_the_same_addresses(decode_of):

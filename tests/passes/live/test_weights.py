@@ -288,8 +288,7 @@ def test_a_weight_that_is_no_longer_fp4_runs_eagerly_and_says_so_once(fp4_linear
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_model_that_moves_to_another_device_and_back(fp4_linear, assert_near, device):
-    other = "cpu" if device == "cuda" else "cuda"
-    model = nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
+    other, model = "cpu" if device == "cuda" else "cuda", nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
     run = compiled(model)
     for i, place in enumerate((device, other, device, other, device)):
         model.to(place)

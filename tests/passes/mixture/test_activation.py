@@ -222,6 +222,5 @@ def test_the_gates_of_transformers():
     assert gate(DeepseekV4Experts._apply_gate, act_fn=ACT2FN["silu"], limit=10.0) == (CLAMPED, "gate_up")
     for name, function in (("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu2", "relu2")):
         assert gate(moe._default_apply_gate, act_fn=ACT2FN[name]) == (Activation(function), "gate_up")
-    quick = gate(moe._default_apply_gate, act_fn=ACT2FN["quick_gelu"], x=1.702)
-    assert quick == (Activation(alpha=1.702), "gate_up")
+    assert gate(moe._default_apply_gate, act_fn=ACT2FN["quick_gelu"], x=1.702) == (Activation(alpha=1.702), "gate_up")
     assert isinstance(gate(Step3p7Experts._apply_gate, act_fn=ACT2FN["silu"], limit=7.0), Rejected)

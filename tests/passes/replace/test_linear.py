@@ -182,8 +182,7 @@ def test_a_survey_says_what_does_not_fit_the_dtype_of_the_product(trace, fp4_lin
     with torch.autocast("cpu", dtype=torch.float16):
         gm, inputs = trace(module, torch.randn(3, 64))
         (row,) = rewrite(gm, inputs).rows
-        assert "holds powers of two from" in row.outcome.reason
-        assert survey(gm, inputs) == (row,)
+        assert "holds powers of two from" in row.outcome.reason and survey(gm, inputs) == (row,)
 
 
 @pytest.mark.parametrize(
