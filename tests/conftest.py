@@ -28,8 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--wide"):
-        wide = [item for item in items if item.get_closest_marker("wide")]
-        config.hook.pytest_deselected(items=wide)
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("wide")])
         items[:] = [item for item in items if not item.get_closest_marker("wide")]
     for item in items:
         if item.get_closest_marker("gpu") and (reason := missing_gpu()):
@@ -115,6 +114,19 @@ def fp4_linear() -> type[FP4Linear]:
 
 
 @pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]]:
+    """What the backend has logged so far, as (level, message)."""
+    caplog.set_level("INFO", "marlin_w4a16")
+    return lambda: [(r.levelname, r.message) for r in caplog.records if r.name == "marlin_w4a16"]
+
+
+@pytest.fixture
+def levels(said: Callable[[], list[tuple[str, str]]]) -> Callable[[], list[str]]:
+    """The levels of what the backend has logged so far."""
+    return lambda: [level for level, _ in said()]
+
+
+@pytest.fixture
 def assert_near() -> Callable[[Tensor, Tensor], None]:
     """Two right programs agree so far in relative L2: the weight or the output of one is rounded where the other's
     is not."""
@@ -122,7 +134,6 @@ def assert_near() -> Callable[[Tensor, Tensor], None]:
 
     def near(found: Tensor, expected: Tensor) -> None:
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        difference = (found.double() - expected.double()).norm()
-        assert difference <= limits[expected.dtype] * expected.double().norm()
+        assert (found.double() - expected.double()).norm() <= limits[expected.dtype] * expected.double().norm()
 
     return near

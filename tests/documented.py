@@ -11,7 +11,8 @@ def tables(document: str, heading: str) -> dict[str, dict[str, str]]:
     text = (Path(__file__).parents[1] / "docs" / document).read_text().partition(f"\n## {heading}\n")[2]
     sections = re.split(r"^### ", text.partition("\n## ")[0], flags=re.M)[1:]
     keys = r"^\| `(\w+)` \| ([^|]+) \|"
-    return {part.split("\n", 1)[0]: dict(re.findall(keys, part, flags=re.M)) for part in sections}
+    named = {part.split("\n", 1)[0]: dict(re.findall(keys, part, flags=re.M)) for part in sections}
+    return {name: keys for name, keys in named.items() if keys}
 
 
 def check(value: object, kind: str, schema: dict[str, dict[str, str]]) -> None:
@@ -23,6 +24,8 @@ def check(value: object, kind: str, schema: dict[str, dict[str, str]]) -> None:
         assert isinstance(value, list)
         for item in value:
             check(item, kind.removeprefix("list of "), schema)
+    elif kind == "[int, int]":
+        assert [type(item) for item in value] == [int, int]
     elif kind == "ints":
         check(value, "list of int", schema)
     elif kind == "counts":

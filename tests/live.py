@@ -1,9 +1,12 @@
 """Memory on the CPU, counted."""
 
+import gc
 import weakref
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from marlin_w4a16 import quantize
 
 
 class Live(TorchDispatchMode):
@@ -35,3 +38,14 @@ class Live(TorchDispatchMode):
     def drop(self, key: int, nbytes: int) -> None:
         self.seen.remove(key)
         self.now -= nbytes
+
+
+def assert_one_module_at_a_time(model: nn.Module, format: str) -> None:
+    """quantize() needs little more than the weights of the largest module, and leaves what is packed alone."""
+    dense = sum(p.nbytes for p in model.parameters())
+    with Live(*model.parameters()) as live:
+        swaps = quantize(model, format)
+        packed = sum(row.after for row in swaps.done)
+        gc.collect()
+        assert live.now == dense - sum(row.before for row in swaps.done) + packed == packed
+    assert live.peak <= live.start + 36 * 2**20

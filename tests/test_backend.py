@@ -12,16 +12,10 @@ from torch import Tensor, nn
 
 import marlin_w4a16.backend
 from marlin_w4a16 import quantize_mxfp4
+from scripts import LAYER
 
 OP = torch.ops.marlin_w4a16.linear.default
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
-
-
-@pytest.fixture
-def said(caplog):
-    """What the backend has logged so far, as (level, message)."""
-    caplog.set_level("INFO", "marlin_w4a16")
-    return lambda: [(r.levelname, r.message) for r in caplog.records if r.name == "marlin_w4a16"]
 
 
 def compiled(model, **choices):
@@ -68,13 +62,11 @@ def test_linear_off_leaves_linears_to_inductor(fp4_linear, said):
 @pytest.mark.parametrize(
     "choices, message",
     [
-        (
-            {"options": {"linaer": True}},
-            "unknown option 'linaer'. Did you mean 'linear'? Known: activation_quant, exclude, grouped, include, ",
-        ),
+        ({"options": {"linaer": True}},
+         "unknown option 'linaer'. Did you mean 'linear'? Known: activation_quant, exclude, grouped, include, "),
         ({"mode": "max-autotun"}, "unknown mode 'max-autotun'. Did you mean 'max-autotune'? Known: default, "),
     ],
-)
+)  # fmt: skip
 def test_a_mistyped_choice_raises_with_the_nearest_name(fp4_linear, choices, message):
     with pytest.raises(Exception, match="ValueError") as caught:
         compiled(fp4_linear(), **choices)(X)
@@ -113,11 +105,9 @@ def test_no_global_setting_is_touched(fp4_linear):
         return (
             *(config.get_config_copy() for config in configs),
             logging.getLogger("marlin_w4a16").handlers + logging.getLogger("marlin_w4a16").filters,
-            logging.getLogger("marlin_w4a16").level,
-            torch.get_float32_matmul_precision(),
-            torch.are_deterministic_algorithms_enabled(),
-            dict(os.environ),
-        )
+            logging.getLogger("marlin_w4a16").level, torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(), dict(os.environ),
+        )  # fmt: skip
 
     torch.compile(nn.Identity())(X)
     before = settings()
@@ -185,25 +175,11 @@ def test_a_training_step_has_the_gradients_of_eager(fp4_linear, said, assert_nea
     assert said()[0][1].startswith("replaced 1 of 1 FP4 linears")
 
 
-SCRIPT = """
+SCRIPT = f"""
 import json, sys
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-        self.register_buffer("table", torch.tensor(table + [-v for v in table]))
-        self.register_buffer("codes", torch.randint(0, 256, (48, 32), dtype=torch.uint8))
-        self.register_buffer("scales", torch.randint(120, 130, (48, 2), dtype=torch.uint8))
-
-    def forward(self, x):
-        codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(-2).int()
-        scales = torch.exp2(self.scales.float() - 127).unsqueeze(-1)
-        return nn.functional.linear(x, (self.table[codes].unflatten(-1, (-1, 32)) * scales).flatten(-2))
-
+{LAYER}
 torch.manual_seed(int(sys.argv[1]))
 model, x = Layer(), torch.randn(3, 64)
 imported = "marlin_w4a16" in sys.modules

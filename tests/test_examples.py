@@ -10,6 +10,8 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
+from narrow import wide
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -29,9 +31,7 @@ def run(*names: str, arguments: tuple[str, ...] = (), before: str = "", **enviro
 INSTEAD = "import marlin_w4a16.backend as backend; backend.compile_graph = lambda gm, *_: gm.forward"
 
 
-@pytest.mark.parametrize(
-    "before", [pytest.param(INSTEAD, id="not compiled"), pytest.param("", id="compiled", marks=pytest.mark.wide)]
-)
+@pytest.mark.parametrize("before", [pytest.param(INSTEAD, id="not compiled"), wide("", id="compiled")])
 def test_the_quickstart_replaces_every_linear_of_both_models(before):
     done = run("quickstart", before=before)
     compiled = re.findall(r"replaced (\d+) of (\d+) FP4 linears", done.stderr)

@@ -50,11 +50,7 @@ STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("cli",),),
     (("",),),
 )
-NEVER = {
-    "kernels": ("torch.fx", "torch.library"),
-    "fake_impls": ("torch.fx",),
-    "passes": ("triton",),
-}
+NEVER = {"kernels": ("torch.fx", "torch.library"), "fake_impls": ("torch.fx",), "passes": ("triton",)}
 ALLOWED = {"marlin_w4a16", "torch", "triton", *sys.stdlib_module_names}
 ALLOWED_IN = {
     "marlin_w4a16.hf": {"transformers", "safetensors", "accelerate"},
@@ -117,8 +113,7 @@ def longest(name: str, modules: Collection[str]) -> list[str]:
 
 def problems(module: str, source: str) -> Iterator[str]:
     """What is wrong with the imports of ``module``, a dotted name, given its source."""
-    tree = ast.parse(source)
-    room = module.split(".")[1]
+    tree, room = ast.parse(source), module.split(".")[1]
     lazy = {n for block in ast.walk(tree) if runs_later(block) for n in ast.walk(block) if n is not block}
     for node in ast.walk(tree):
         used = imported(node)
@@ -223,10 +218,8 @@ def test_a_good_import_is_not(module: str, source: str):
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_is_a_link_to_a_namespace(room: str):
     """A package ``kernels`` in the root would shadow Hugging Face's of that name."""
-    assert os.readlink(PACKAGE / room) == f"../../{room}"
-    assert not list((ROOT / room).rglob("__init__.py"))
+    assert os.readlink(PACKAGE / room) == f"../../{room}" and not list((ROOT / room).rglob("__init__.py"))
 
 
 def test_pytest_imports_nothing_from_the_root():
-    assert not (ROOT / "conftest.py").exists()
-    assert not list((ROOT / "tests").rglob("__init__.py"))
+    assert not (ROOT / "conftest.py").exists() and not list((ROOT / "tests").rglob("__init__.py"))

@@ -33,8 +33,7 @@ def test_options_are_frozen_and_leave_what_they_were_made_from():
 
 
 @pytest.mark.parametrize(
-    "name, hint",
-    [("liner", " Did you mean 'linear'?"), ("inductr", " Did you mean 'inductor'?"), ("xyz", ""), (3, "")],
+    "name, hint", [("liner", " Did you mean 'linear'?"), ("inductr", " Did you mean 'inductor'?"), ("xyz", ""), (3, "")]
 )
 def test_an_unknown_option_is_an_error_with_the_nearest_name_and_the_list(name, hint):
     with pytest.raises(ValueError) as caught:
@@ -93,8 +92,7 @@ def test_a_setting_of_another_type_is_an_error(options, message):
 def test_a_tolerance_beyond_its_range_is_an_error(tolerance):
     with pytest.raises(ValueError) as caught:
         parse(None, {"tolerance": tolerance})
-    message = f"marlin_w4a16: option 'tolerance': found {tolerance}, expected from 0 to below 1"
-    assert str(caught.value) == message
+    assert str(caught.value) == f"marlin_w4a16: option 'tolerance': found {tolerance}, expected from 0 to below 1"
 
 
 @pytest.mark.parametrize("value, hint", [("drops", " Did you mean 'drop'?"), ("ignore", ""), (None, "")])

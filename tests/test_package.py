@@ -22,6 +22,5 @@ print("marlin_w4a16" in torch._dynamo.list_backends(), "marlin_w4a16" in sys.mod
 
 def test_runtime_dependencies_are_torch_and_triton():
     required = [r for r in metadata.requires("marlin-w4a16") or [] if "extra ==" not in r]
-    names = {re.match(r"[\w.-]+", r)[0] for r in required}
-    assert names == {"torch", "triton"}
+    assert {re.match(r"[\w.-]+", r)[0] for r in required} == {"torch", "triton"}
     assert all("platform_system" in r for r in required if r.startswith("triton"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from marlin_w4a16 import PackedLinear, prepare, quantize_nvfp4, restore
 from marlin_w4a16.prepare import Swap
 from marlin_w4a16.producers import torchao as producer
+from swaps import refusals
 
 DENSE = "its weight is dense torch.float32, of no producer of FP4"
 X = torch.linspace(-1, 1, 5 * 64).view(5, 64)
@@ -73,10 +74,6 @@ def storages(model: nn.Module) -> list[weakref.ref]:
 def alive(references: list[weakref.ref]) -> list[bool]:
     gc.collect()
     return [reference() is not None for reference in references]
-
-
-def refusals(swaps) -> dict[str, str]:
-    return {row.path: row.refusal for row in swaps.refused}
 
 
 # prepare
@@ -279,8 +276,7 @@ def test_weights_and_biases_that_were_loaded_meanwhile_come_back(model, assign):
     prepare(other)
     model.load_state_dict(other.state_dict(), assign=assign)
     restore(model)
-    assert bits(model) == expected
-    assert torch.equal(model(X), output)
+    assert bits(model) == expected and torch.equal(model(X), output)
 
 
 def test_a_bias_that_was_trained_meanwhile_comes_back(model):
@@ -308,8 +304,7 @@ def test_a_weight_that_the_producer_cannot_hold_stays_packed(model, assert_near)
     up = model.up
     swaps = restore(model)
     assert refusals(swaps) == {"up": "up: found a multiplier per row, expected one for all"}
-    assert [row.path for row in swaps.done] == ["down"]
-    assert model.up is up
+    assert [row.path for row in swaps.done] == ["down"] and model.up is up
     assert_near(model.up(X), nn.functional.linear(X, weight.decode(torch.float32)))
 
 

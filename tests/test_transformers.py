@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4
+from narrow import wide
 
 SEEDS, STEPS, VOCABULARY = 8, 32, 128
 
@@ -15,13 +16,9 @@ def llama(request, fp4_linear) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
-    )
+    )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):
@@ -31,7 +28,7 @@ def llama(request, fp4_linear) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("inductor", [False, wide(True)])
 @torch.no_grad()
 def test_teacher_forced_logits_and_tokens_equal_eager(llama, inductor, caplog, monkeypatch):
     if not inductor:

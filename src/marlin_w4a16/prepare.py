@@ -16,7 +16,7 @@ from marlin_w4a16.modules.swaps import HOOKS, PACKED, Places, Swap, Swaps, has_h
 from marlin_w4a16.modules.transformers_experts import biases_of, holds_packed, is_experts, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers import compressed_tensors, modelopt, torchao, torchao_experts
-from marlin_w4a16.producers.found import Found, Producer
+from marlin_w4a16.producers.found import FoundModule, Producer
 from marlin_w4a16.report.progress import track
 
 LINEARS: dict[str, Producer] = {"ModelOpt": modelopt, "torchao": torchao, "compressed-tensors": compressed_tensors}
@@ -103,7 +103,7 @@ _ROOT = Rejected("it is the model itself: prepare() swaps the modules in a model
 _OUTSIDE = Rejected("the hook that decompresses its model is outside of this part: prepare the whole model")
 
 
-def _read(module: Any, recover: bool) -> tuple[str, Found | Rejected | None]:
+def _read(module: Any, recover: bool) -> tuple[str, FoundModule | Rejected | None]:
     stacked = is_experts(module)
     if isinstance(module, PackedLinear | PackedExperts):
         return "", PACKED
@@ -127,7 +127,7 @@ def _producer(origin: Origin) -> Producer:
 
 
 def _packed(
-    producer: str, found: Found | Rejected, module: nn.Module, keeps_activations: bool
+    producer: str, found: FoundModule | Rejected, module: nn.Module, keeps_activations: bool
 ) -> PackedLinear | PackedExperts | Rejected:
     if isinstance(found, Rejected):
         return found

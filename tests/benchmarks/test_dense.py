@@ -1,9 +1,6 @@
 """The benchmarks' tables, bars, picture and checks, from made-up rows and on the CPU."""
 
-import importlib
-import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,17 +8,6 @@ import torch
 
 SHAPE = {"format": "nvfp4", "n": 4096, "k": 4096}
 PACKED = 9_500_000
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a file of benchmarks/ as a script there would."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if name in ("dense", "peers", "roofline", "timing"):
-            del sys.modules[name]
 
 
 @pytest.fixture
@@ -43,8 +29,7 @@ def rows_of(m: int, shape=SHAPE, **us: float) -> list[dict]:
 
 def test_a_case_that_reaches_its_bars_has_no_misses(dense):
     (case,) = dense.cases(rows_of(8, ours=7.0, cublas=13.0, humming=7.5))
-    assert case.misses() == []
-    assert case.ratio("humming") == pytest.approx(7.5 / 7)
+    assert case.misses() == [] and case.ratio("humming") == pytest.approx(7.5 / 7)
     assert case.ratio("marlin") is None
     assert case.fraction == pytest.approx((1.8 + PACKED / 4.68e6) / 7)
 
@@ -83,8 +68,7 @@ def test_the_geomean_beyond_256_tokens_is_a_bar_of_its_own(dense):
 def test_every_shape_has_a_bar_for_every_m_of_decode(dense):
     roofline = sys.modules["roofline"]
     assert all(len(bars) == len(roofline.BAR_TOKENS) for bars in roofline.BARS.values())
-    assert roofline.BAR_TOKENS[-1] == roofline.DECODE
-    assert not set(roofline.BARS) & set(roofline.OTHER)
+    assert roofline.BAR_TOKENS[-1] == roofline.DECODE and not set(roofline.BARS) & set(roofline.OTHER)
 
 
 @pytest.mark.parametrize("rich", [True, False])
@@ -96,8 +80,7 @@ def test_report_shows_ratios_misses_and_what_was_wrong(dense, capsys, monkeypatc
     rows += [{**SHAPE, "m": m, **wrong} for m in (16, 1024)]
     dense.report(rows)
     text = capsys.readouterr().out
-    assert "7.6!" in text
-    assert "1.75" in text
+    assert "7.6!" in text and "1.75" in text
     assert "1.100" in text
     assert "humming nvfp4 4096x4096 M=16,1024: wrong: relative error 2.0e-01" in text
     assert "misses: 1\n  nvfp4 4096x4096 M=16: 7.6 us, bar 7.5 us" in text
@@ -106,24 +89,6 @@ def test_report_shows_ratios_misses_and_what_was_wrong(dense, capsys, monkeypatc
 def test_report_counts_ours_as_a_miss_where_it_was_not_timed(dense, capsys):
     dense.report([{**SHAPE, "m": 1, "peer": "ours", "status": "failed: RuntimeError: no"}])
     assert "misses: 1\n  ours nvfp4 4096x4096 M=1: failed: RuntimeError: no" in capsys.readouterr().out
-
-
-def test_a_written_run_is_shown_without_a_gpu(dense, tmp_path, capsys, monkeypatch):
-    result = {"machine": {"device": "A GPU"}, "dtype": "bf16", "absent": {}, "rows": rows_of(1, ours=6.0, cublas=12.0)}
-    dense.write(result, str(tmp_path / "run.json"))
-    assert json.loads((tmp_path / "run.json").read_text()) == result
-    monkeypatch.setattr(sys, "argv", ["dense.py", "--from", str(tmp_path / "run.json")])
-    dense.main()
-    text = capsys.readouterr().out
-    assert text.startswith("A GPU, bf16")
-    assert "2.00" in text
-
-
-def test_without_a_gpu_the_command_says_so(dense, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["dense.py"])
-    with pytest.raises(SystemExit, match="needs a CUDA GPU"):
-        dense.main()
 
 
 def test_an_unknown_peer_is_named(dense, monkeypatch):
@@ -136,11 +101,9 @@ def test_the_picture_is_written(dense, tmp_path):
     pytest.importorskip("matplotlib")
     rows = [row for m in (1, 16, 512) for row in rows_of(m, ours=7.0 + m / 16, cublas=13.0 + m / 16)]
     rows += [{**SHAPE, "m": 1, "peer": "humming", "status": "failed: ImportError: no"}]
-    result = {"machine": {"device": "A GPU"}, "dtype": "bf16", "rows": rows}
-    dense.picture(result, str(tmp_path / "roof.svg"))
+    dense.picture({"machine": {"device": "A GPU"}, "dtype": "bf16", "rows": rows}, str(tmp_path / "roof.svg"))
     text = (tmp_path / "roof.svg").read_text()
-    assert "this project" in text
-    assert "4096 x 4096" in text
+    assert "this project" in text and "4096 x 4096" in text
 
 
 def test_a_run_without_times_has_no_picture(dense):
@@ -171,10 +134,8 @@ def test_plain_and_dense_peers_agree_with_the_exact_product(peers, name):
 
 
 def test_every_peer_has_its_place_in_the_picture(peers, benchmark):
-    drawn = benchmark("roofline")
-    names = [peer.name for peer in peers.peers([1])]
-    assert list(drawn.NAMES) == list(drawn.COLOURS) == names
-    assert len(set(drawn.COLOURS.values())) == len(names)
+    drawn, names = benchmark("roofline"), [peer.name for peer in peers.peers([1])]
+    assert list(drawn.NAMES) == list(drawn.COLOURS) == names and len(set(drawn.COLOURS.values())) == len(names)
 
 
 def test_copies_are_apart(peers):
@@ -192,8 +153,7 @@ def test_peers_of_one_global_scale_refuse_several(peers):
 
 
 def test_only_peers_that_are_right_are_timed(dense, peers, monkeypatch):
-    weight = peers.random_weight(16, 32, "e4m3", 16, device="cpu")
-    x = torch.randn(300, 32)
+    weight, x = peers.random_weight(16, 32, "e4m3", 16, device="cpu"), torch.randn(300, 32)
     right = peers.exact_product(x, weight).float()
 
     def fails(i, x):
@@ -202,8 +162,7 @@ def test_only_peers_that_are_right_are_timed(dense, peers, monkeypatch):
     calls = {"ours": lambda i, x: right, "cublas": lambda i, x: right * 1.1, "humming": fails}
     times = iter((3.0, 9.0, 4.0))
     monkeypatch.setattr(dense, "time_graph", lambda call, copies, repeats: (call(copies - 1), next(times))[1])
-    prepared = {peer: peers.Prepared(call, 4, 100) for peer, call in calls.items()}
-    found = dense.timed(prepared, x, weight, rounds=3)
+    found = dense.timed({peer: peers.Prepared(call, 4, 100) for peer, call in calls.items()}, x, weight, rounds=3)
     assert (found["ours"]["us"], found["ours"]["rounds"]) == (4.0, [3.0, 9.0, 4.0])
     assert found["cublas"]["status"] == "wrong: relative error 1.0e-01"
     assert found["humming"] == {"nbytes": 100, "status": "failed: RuntimeError: no kernel"}

@@ -1,7 +1,6 @@
 """The benchmark of whole mixtures: its checkpoints by their names, its loop and its tables on the CPU."""
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,20 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("moe_decode", "mixture_checkpoints", "cuda_graphs", "overhead", "dense", "peers", "roofline", "timing")
 
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a file of benchmarks/ as a script there would; what it would compile runs eagerly, on the CPU."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+@pytest.fixture(autouse=True)
+def eagerly_on_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "compile", lambda function, **choices: function)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if name in FILES:
-            del sys.modules[name]
 
 
 def choices(folder: Path, **others) -> argparse.Namespace:
@@ -37,8 +27,7 @@ def entries(folder: Path) -> dict:
 
 
 def test_gpt_oss_is_written_as_it_is_published(benchmark, tmp_path):
-    made = benchmark("mixture_checkpoints")
-    nbytes = made.write(tmp_path, "gpt-oss-20b", 2)
+    nbytes = benchmark("mixture_checkpoints").write(tmp_path, "gpt-oss-20b", 2)
     held = entries(tmp_path)
     assert nbytes == sum(entry.nbytes for entry in held.values())
     model = benchmark("moe_decode").bf16(tmp_path, "gpt-oss-20b", 2)
@@ -49,14 +38,12 @@ def test_gpt_oss_is_written_as_it_is_published(benchmark, tmp_path):
         e, k, n = model.state_dict()[name].shape
         assert held[f"{name}_blocks"].shape == (e, n, k // 32, 16)
         assert held[f"{name}_scales"].shape == (e, n, k // 32)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "mxfp4"
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
 
 
 def test_qwen3_is_written_as_modelopt_exports_it(benchmark, tmp_path):
     benchmark("mixture_checkpoints").write(tmp_path, "qwen3-30b-a3b", 2)
-    model = benchmark("moe_decode").bf16(tmp_path, "qwen3-30b-a3b", 2)
-    dense = tmp_path / "dense"
+    model, dense = benchmark("moe_decode").bf16(tmp_path, "qwen3-30b-a3b", 2), tmp_path / "dense"
     model.save_pretrained(dense)  # by the published names
     held, wanted = entries(tmp_path), entries(dense)
     assert {name for name in held if not name.endswith(("_scale", "_scale_2"))} == set(wanted)

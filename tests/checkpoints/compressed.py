@@ -25,8 +25,7 @@ def split_experts(model: nn.Module) -> None:
             names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
             module.experts = nn.ModuleList()
             for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
-                linears = map(linear, (*gate_up.chunk(2), down))
-                module.experts.append(nn.ModuleDict(zip(names, linears, strict=True)))
+                module.experts.append(nn.ModuleDict(zip(names, map(linear, (*gate_up.chunk(2), down)), strict=True)))
 
 
 def linear(weight: Tensor) -> nn.Linear:

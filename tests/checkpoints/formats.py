@@ -131,22 +131,11 @@ NEMOTRON = [
     *(rule(f"*experts*{of}_quantizers*", nvfp4()) for of in ("up_proj_weight", "down_proj_weight")),
 ]  # fmt: skip
 MODELOPT_EXPERTS = [
-    of_modelopt(
-        "nemotron",
-        "FP8 mamba, NVFP4 experts, dense attention and latents",
-        "W4A16_NVFP4_CFG",
-        *NEMOTRON,
-        finish=modelopt.name_layers,
-        family="nemotronh",
-    ),
-    of_modelopt(
-        "nemotron-0.47",
-        "the same with marks of ModelOpt 0.47 in the names of its config",
-        "W4A16_NVFP4_CFG",
-        *NEMOTRON,
-        family="nemotronh",
-    ),
-]
+    of_modelopt("nemotron", "FP8 mamba, NVFP4 experts, dense attention and latents", "W4A16_NVFP4_CFG", *NEMOTRON,
+     finish=modelopt.name_layers, family="nemotronh"),
+    of_modelopt("nemotron-0.47", "the same with marks of ModelOpt 0.47 in the names of its config",
+     "W4A16_NVFP4_CFG", *NEMOTRON, family="nemotronh"),
+]  # fmt: skip
 PUBLISHED = [
     as_published("gpt-oss", "MXFP4 stacks, gate and up interleaved, biases", published.write_gpt_oss),
     as_published("deepseek-v4", "MXFP4 experts, FP8 linears, E8M0 scales", published.write_deepseek_v4),

@@ -19,15 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WIDTHS = {
-    "vocab_size": 208,
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "max_position_embeddings": 128,
-}
+    "vocab_size": 208, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 128,
+}  # fmt: skip
 FEW_OF_4 = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
 EXPERTS = {**FEW_OF_4, "num_experts": 4, "num_local_experts": 4}
 ROUTED = {**FEW_OF_4, "n_routed_experts": 4, "n_shared_experts": 1, "topk_group": 1, "routed_scaling_factor": 2.5}

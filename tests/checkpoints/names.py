@@ -6,13 +6,9 @@ import re
 
 # As published, and as in the model: the parts between dots that stand for each other.
 DEEPSEEK_V4 = {
-    "embed": "model.embed_tokens",
-    "head": "lm_head",
-    "norm": "model.norm",
-    "hc_head_fn": "model.hc_head.hc_fn",
-    "hc_head_base": "model.hc_head.hc_base",
-    "hc_head_scale": "model.hc_head.hc_scale",
-}
+    "embed": "model.embed_tokens", "head": "lm_head", "norm": "model.norm", "hc_head_fn": "model.hc_head.hc_fn",
+    "hc_head_base": "model.hc_head.hc_base", "hc_head_scale": "model.hc_head.hc_scale",
+}  # fmt: skip
 DEEPSEEK_V4_LAYER = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",

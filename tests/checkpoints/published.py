@@ -23,12 +23,9 @@ GPT_OSS = {
     ],
 }  # fmt: skip
 DEEPSEEK_V4 = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "scale_fmt": "ue8m0",
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
-}
+}  # fmt: skip
 IN_FP8 = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3")
 
 

@@ -18,8 +18,7 @@ PUBLISHED = {"gptoss": "mxfp4", "deepseekv4": "fp8"}
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def config(folder: Path) -> dict:
@@ -53,8 +52,7 @@ def test_some_scales_are_subnormal_and_global_scales_differ(name):
 def test_experts_are_packed_one_by_one(name, family):
     packed = "weight" if name.startswith("modelopt") else "weight_packed"
     names = {"qwen3moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}[family]
-    block = {"qwen3moe": "mlp", "mixtral": "block_sparse_moe"}[family]
-    found = tensors(written(name, family))
+    block, found = {"qwen3moe": "mlp", "mixtral": "block_sparse_moe"}[family], tensors(written(name, family))
     for part in names:
         assert found[f"model.layers.1.{block}.experts.3.{part}.{packed}"].dtype == torch.uint8
 

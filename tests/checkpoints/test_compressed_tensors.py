@@ -60,17 +60,14 @@ def test_a_format_of_the_group_or_of_the_whole(name, size, kind, top, own):
 @pytest.mark.parametrize(
     "inputs, expected",
     [
-        (None, None),
-        ({}, None),
+        (None, None), ({}, None),
         (args(16, dynamic="local"), Activations(f"{TOLD.format(4, 'float')} (W4A4)", "e4m3", 16)),
         (args(32, dynamic=True), Activations(f"{TOLD.format(4, 'float')} (W4A4)", "e8m0", 32)),
         (args(128, 8, dynamic=True), Activations(TOLD.format(8, "float"))),
-        (args(16, 8), Activations(TOLD.format(8, "float"))),
-        (args(16, 4, "int"), Activations(TOLD.format(4, "int"))),
-        (args(64), Activations(TOLD.format(4, "float"))),
-        (args(None, 8), Activations(TOLD.format(8, "float"))),
+        (args(16, 8), Activations(TOLD.format(8, "float"))), (args(16, 4, "int"), Activations(TOLD.format(4, "int"))),
+        (args(64), Activations(TOLD.format(4, "float"))), (args(None, 8), Activations(TOLD.format(8, "float"))),
     ],
-)
+)  # fmt: skip
 def test_inputs(inputs, expected):
     assert storage(config(NVFP4, group(NVFP4, args(16), input_activations=inputs))).activations == expected
 
@@ -122,20 +119,16 @@ def test_order_is_that_of_compressed_tensors():
 
 
 def test_a_target_of_several_groups_belongs_to_the_last():
-    values = config(MIXED, group(NVFP4, args(16), ALL), group(MXFP4, args(32), ALL))
-    assert storage(values).kind == "e8m0"
+    assert storage(config(MIXED, group(NVFP4, args(16), ALL), group(MXFP4, args(32), ALL))).kind == "e8m0"
 
 
 @pytest.mark.parametrize(
     "ignore, dense",
     [
-        (["lm_head", "re:.*self_attn.*"], {Q, "lm_head"}),
-        (["lm_head", Q], {Q, "lm_head"}),
-        (["re:lm", "re:self_attn"], {"lm_head"}),
-        ([], set()),
-        (None, set()),
+        (["lm_head", "re:.*self_attn.*"], {Q, "lm_head"}), (["lm_head", Q], {Q, "lm_head"}),
+        (["re:lm", "re:self_attn"], {"lm_head"}), ([], set()), (None, set()),
     ],
-)
+)  # fmt: skip
 def test_ignored(ignore, dense):
     values = config(NVFP4, group(NVFP4, args(16)), ignore=ignore)
     assert {path for path in (Q, UP, "lm_head") if storage(values, path) is None} == dense
@@ -170,16 +163,11 @@ def test_a_quantised_cache_is_noted():
 @pytest.mark.parametrize(
     "values",
     [
-        {},
-        config(FP8),
-        config(NVFP4),
-        config(FP8, group(FP8, args(None, 8))),
-        config("pack-quantized", group(None, args(16, kind="int"))),
-        config(MIXED, group(None, None)),
-        config(None, group(None, args(16))),
-        {"config_groups": {"FP8": [ALL]}, "format": NVFP4},
+        {}, config(FP8), config(NVFP4), config(FP8, group(FP8, args(None, 8))),
+        config("pack-quantized", group(None, args(16, kind="int"))), config(MIXED, group(None, None)),
+        config(None, group(None, args(16))), {"config_groups": {"FP8": [ALL]}, "format": NVFP4},
     ],
-)
+)  # fmt: skip
 def test_nothing_is_fp4(values):
     assert not compressed_tensors.is_fp4(values) and compressed_tensors.fp4_groups(values) == set()
     assert compressed_tensors.scheme(values).storage(Q) is None

@@ -38,13 +38,10 @@ def test_experts_of_deepseek_that_are_wrong(leaf, tensor, said):
 @pytest.mark.parametrize(
     "config, beside, fp4",
     [
-        ({"expert_dtype": "fp4"}, {}, True),
-        ({}, {"expert_dtype": "FP4"}, True),
-        ({"expert_dtype": "fp8"}, {"expert_dtype": "fp4"}, True),
-        ({"expert_dtype": "fp8"}, {}, False),
-        ({"expert_dtype": None}, {"expert_dtype": None}, False),
-        ({}, {}, False),
+        ({"expert_dtype": "fp4"}, {}, True), ({}, {"expert_dtype": "FP4"}, True),
+        ({"expert_dtype": "fp8"}, {"expert_dtype": "fp4"}, True), ({"expert_dtype": "fp8"}, {}, False),
+        ({"expert_dtype": None}, {"expert_dtype": None}, False), ({}, {}, False),
     ],
-)
+)  # fmt: skip
 def test_who_says_that_experts_are_fp4(config, beside, fp4):
     assert deepseek.is_fp4(config, beside) is fp4

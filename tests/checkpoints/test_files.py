@@ -91,13 +91,10 @@ def test_packed_pairs_of_fp4_are_half_a_byte_each(tmp_path):
 
 
 CUTS = {
-    "empty": lambda header, size: 0,
-    "in the header's length": lambda header, size: 5,
-    "no header": lambda header, size: 8,
-    "in the header": lambda header, size: 8 + header // 2,
-    "no data": lambda header, size: 8 + header,
-    "one byte missing": lambda header, size: size - 1,
-}
+    "empty": lambda header, size: 0, "in the header's length": lambda header, size: 5,
+    "no header": lambda header, size: 8, "in the header": lambda header, size: 8 + header // 2,
+    "no data": lambda header, size: 8 + header, "one byte missing": lambda header, size: size - 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -34,10 +34,7 @@ CT_NVFP4 = (
     of_compressed(("nvfp4-pack-quantized", "Linear")),
     {"weight_packed": CODES, "weight_scale": SCALES, "weight_global_scale": ("F32", (1,))},
 )
-CT_MXFP4 = (
-    of_compressed(("mxfp4-pack-quantized", "Linear")),
-    {"weight_packed": CODES, "weight_scale": ("U8", (4, 2))},
-)
+CT_MXFP4 = (of_compressed(("mxfp4-pack-quantized", "Linear")), {"weight_packed": CODES, "weight_scale": ("U8", (4, 2))})
 ALL = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp8": FP8, "ct-nvfp4": CT_NVFP4, "ct-mxfp4": CT_MXFP4}
 
 
@@ -120,26 +117,22 @@ def test_a_dense_weight_beside_what_is_left_of_a_packed_one(name, leaf):
 @pytest.mark.parametrize(
     "made, leaf, tensor, expected",
     [
-        (NVFP4, "weight", ("I8", (4, 32)), "dtype U8"),
-        (NVFP4, "weight_scale", ("U8", (4, 4)), "dtype F8_E4M3"),
+        (NVFP4, "weight", ("I8", (4, 32)), "dtype U8"), (NVFP4, "weight_scale", ("U8", (4, 4)), "dtype F8_E4M3"),
         (NVFP4, "weight_scale", ("BF16", (4, 4)), "dtype F8_E4M3"),
-        (NVFP4, "weight_scale_2", ("BF16", ()), "dtype F32"),
-        (NVFP4, "input_scale", ("F16", ()), "dtype F32"),
+        (NVFP4, "weight_scale_2", ("BF16", ()), "dtype F32"), (NVFP4, "input_scale", ("F16", ()), "dtype F32"),
         (NVFP4, "pre_quant_scale", ("F8_E4M3", (64,)), "dtype F32 or BF16 or F16"),
         (MXFP4, "weight_scale", ("F8_E4M3", (4, 2)), "dtype U8 or F8_E8M0"),
         (FP8, "weight", ("U8", (4, 64)), "dtype F8_E4M3"),
         (FP8, "weight_scale", ("F8_E4M3", (4,)), "dtype F32 or BF16 or F16"),
         (CT_NVFP4, "weight_packed", ("I32", (4, 8)), "dtype U8"),
         (CT_NVFP4, "weight_global_scale", ("BF16", (1,)), "dtype F32"),
-        (NVFP4, "weight_scale_2", ("F32", (4,)), "one element"),
-        (NVFP4, "input_scale", ("F32", (0,)), "one element"),
+        (NVFP4, "weight_scale_2", ("F32", (4,)), "one element"), (NVFP4, "input_scale", ("F32", (0,)), "one element"),
         (NVFP4, "pre_quant_scale", ("BF16", (4,)), "shape [64]"),
         (NVFP4, "weight_scale", ("F8_E4M3", (3, 4)), "shape [4, 4]"),
         (NVFP4, "weight_scale", ("F8_E4M3", (4, 3)), "[n, k / 16 or 32] for codes U8 [4, 32]"),
         (NVFP4, "weight_scale", ("F8_E4M3", (16,)), "[n, k / 16 or 32] for codes U8 [4, 32]"),
         (MXFP4, "weight_scale", ("U8", (4, 4)), "[n, k / 32] for codes U8 [4, 32]"),
-        (FP8, "weight_scale", ("F32", (64,)), "shape [4]"),
-        (FP8, "input_scale", ("F32", (4,)), "one element"),
+        (FP8, "weight_scale", ("F32", (64,)), "shape [4]"), (FP8, "input_scale", ("F32", (4,)), "one element"),
         (CT_NVFP4, "weight_scale", ("F8_E4M3", (4, 2)), "[n, k / 16] for codes U8 [4, 32]"),
         (NVFP4, "weight_global_scale", ONE, "no such tensor in ModelOpt NVFP4"),
         (NVFP4, "weight_zero_point", ("U8", (4, 4)), "no such tensor in ModelOpt NVFP4"),
@@ -149,7 +142,7 @@ def test_a_dense_weight_beside_what_is_left_of_a_packed_one(name, leaf):
         (CT_NVFP4, "pre_quant_scale", ("BF16", (64,)), "no such tensor in compressed-tensors nvfp4-pack-quantized"),
         (CT_MXFP4, "weight_global_scale", ONE, "no such tensor in compressed-tensors mxfp4-pack-quantized"),
     ],
-)
+)  # fmt: skip
 def test_a_tensor_that_does_not_belong(made, leaf, tensor, expected):
     found = f"{tensor[0]} {list(tensor[1])}"
     assert problem(made[0], {**made[1], leaf: tensor}) == (
@@ -284,8 +277,7 @@ def test_a_checkpoint_of_a_producer(name):
     folder = written(name, FORMATS[name].family)
     _, config = files.quantization_of(folder)
     readers = {"modelopt": modelopt.scheme, "compressed-tensors": compressed_tensors.scheme}
-    reader = readers.get(config["quant_method"])
-    own = gpt_oss.scheme if name == "gpt-oss" else deepseek.scheme
+    reader, own = readers.get(config["quant_method"]), gpt_oss.scheme if name == "gpt-oss" else deepseek.scheme
     scheme = reader(config) if reader else own()
     held = contents(files.entries(files.files_of(folder), files.index_of(folder)), scheme)
     assert Counter(layer.format for layer in held.layers.values()) == HELD.get(name, {GROUP16: 14})

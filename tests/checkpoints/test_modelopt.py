@@ -12,7 +12,6 @@ PRODUCER = {"producer": {"name": "modelopt", "version": "0.47.0"}}
 W4A4 = "ModelOpt quantises the inputs to FP4 (W4A4)"
 W4A8 = "ModelOpt quantises the inputs to FP8 (W4A8)"
 CACHE = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",)
-INPUTS = {"input_scale": ("F32",)}
 NVFP4 = {"weight": ("U8",), "weight_scale": ("F8_E4M3",), "weight_scale_2": ("F32",)}
 MXFP4 = {"weight": ("U8",), "weight_scale": ("U8", "F8_E8M0")}
 

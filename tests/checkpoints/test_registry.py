@@ -17,10 +17,7 @@ from marlin_w4a16.cli import bench
 from marlin_w4a16.cli.inspection import inspect
 from marlin_w4a16.cli.measure import Work
 
-PARTS = (
-    Part("toy_codes", "codes", ("U8",), ("n", "k/2")),
-    Part("toy_scales", "scales", ("U8",), ("n", "k/g")),
-)
+PARTS = (Part("toy_codes", "codes", ("U8",), ("n", "k/2")), Part("toy_scales", "scales", ("U8",), ("n", "k/g")))
 TOY = FP4Storage("toy MXFP4", "e8m0", (32,), PARTS)
 LEAVES = {"weight_packed": "toy_codes", "weight_scale": "toy_scales"}
 
@@ -49,8 +46,7 @@ def toy(monkeypatch, tmp_path) -> Path:
     for mapping in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
         monkeypatch.setattr(auto, mapping, dict(getattr(auto, mapping)))
     marlin_w4a16.hf._register()
-    folder = write("ct-mxfp4a16", "llama", tmp_path / "toy")
-    tensors = {}
+    folder, tensors = write("ct-mxfp4a16", "llama", tmp_path / "toy"), {}
     for name, tensor in load_file(folder / files.SINGLE).items():
         path, _, leaf = name.rpartition(".")
         tensors[f"{path}.{LEAVES.get(leaf, leaf)}"] = tensor
@@ -67,8 +63,7 @@ def test_a_row_is_all_that_inspect_and_the_plugin_need(toy, tmp_path):
     assert found.formats == {"MXFP4 group 32": 14}
     model = read(toy)
     assert str(marlin_w4a16.hf.report(model)).count("MXFP4 group 32") >= 7
-    of_compressed = read(written("ct-mxfp4a16", "llama"))
-    tokens = torch.arange(12)[None]
+    of_compressed, tokens = read(written("ct-mxfp4a16", "llama")), torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, of_compressed(tokens).logits)
     model.save_pretrained(tmp_path / "again")

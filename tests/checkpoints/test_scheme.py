@@ -32,8 +32,7 @@ def scheme(targets, ignore=(), patterns="glob") -> Scheme:
     ],
 )
 def test_a_pattern(pattern, patterns, matches, others):
-    targeted = scheme({pattern: FIRST}, patterns=patterns)
-    ignoring = scheme({LINEAR: FIRST}, [pattern], patterns)
+    targeted, ignoring = scheme({pattern: FIRST}, patterns=patterns), scheme({LINEAR: FIRST}, [pattern], patterns)
     for path in matches:
         assert targeted.storage(path) is FIRST
         assert ignoring.storage(path) is None and ignoring.ignored_by(path) == pattern
@@ -62,18 +61,14 @@ def test_what_is_ignored_goes_before_all():
 @pytest.mark.parametrize(
     "name, joined, path, leaf",
     [
-        (f"{UP}.weight", (), UP, "weight"),
-        ("weight", (), "", "weight"),
-        ("", (), "", ""),
-        (f"{UP}_scales", (), *f"{UP}_scales".rsplit(".", 1)),
-        (f"{UP}_scales", ("blocks", "scales"), UP, "scales"),
+        (f"{UP}.weight", (), UP, "weight"), ("weight", (), "", "weight"), ("", (), "", ""),
+        (f"{UP}_scales", (), *f"{UP}_scales".rsplit(".", 1)), (f"{UP}_scales", ("blocks", "scales"), UP, "scales"),
         (f"{UP}_blocks", ("blocks", "scales"), UP, "blocks"),
         (f"{UP}_bias", ("blocks", "scales"), *f"{UP}_bias".rsplit(".", 1)),
         (f"{UP}.weight", ("blocks", "scales"), UP, "weight"),
-        (f"{UP}scales", ("scales",), *f"{UP}scales".rsplit(".", 1)),
-        ("up_scales", ("scales",), "up", "scales"),
+        (f"{UP}scales", ("scales",), *f"{UP}scales".rsplit(".", 1)), ("up_scales", ("scales",), "up", "scales"),
     ],
-)
+)  # fmt: skip
 def test_a_name_is_a_path_and_a_leaf(name, joined, path, leaf):
     made = Scheme("OpenAI", "MXFP4", {}, joined=joined)
     assert made.split(name) == (path, leaf) and made.name(path, leaf) == name

@@ -26,15 +26,12 @@ def of_compressed(name: str, group: int) -> Storage:
 
 
 FP4: dict[str, tuple[FP4Storage, int]] = {
-    "modelopt-nvfp4": (of_modelopt("NVFP4", 16), 16),
-    "modelopt-group32": (of_modelopt("W4A16_NVFP4", 32), 32),
-    "modelopt-awq-32": (of_modelopt("NVFP4_AWQ"), 32),
-    "modelopt-mxfp4": (of_modelopt("mxfp4"), 32),
+    "modelopt-nvfp4": (of_modelopt("NVFP4", 16), 16), "modelopt-group32": (of_modelopt("W4A16_NVFP4", 32), 32),
+    "modelopt-awq-32": (of_modelopt("NVFP4_AWQ"), 32), "modelopt-mxfp4": (of_modelopt("mxfp4"), 32),
     "ct-nvfp4": (of_compressed("nvfp4-pack-quantized", 16), 16),
-    "ct-mxfp4": (of_compressed("mxfp4-pack-quantized", 32), 32),
-    "gpt-oss": (gpt_oss.EXPERTS, 32),
+    "ct-mxfp4": (of_compressed("mxfp4-pack-quantized", 32), 32), "gpt-oss": (gpt_oss.EXPERTS, 32),
     "deepseek": (deepseek.EXPERTS, 32),
-}
+}  # fmt: skip
 FP8: FP8Storage = of_modelopt("FP8")
 
 
@@ -69,8 +66,7 @@ def tensors(made: FP4Storage, group: int, scale_dtype: torch.dtype, one: tuple[i
     scales = torch.tensor(scale_bytes(made.kind), dtype=torch.uint8)
     scales = torch.cat((scales, scales[len(scales) - 256 :])).view(16, 16)
     blocks = (16, 16, group // 2) if made.stacked else (16, 8 * group)
-    columns = {"codes": blocks, "pre-quant scale": (16 * group,)}
-    found = {}
+    columns, found = {"codes": blocks, "pre-quant scale": (16 * group,)}, {}
     for part in made.parts:
         shape = columns.get(part.role, one)
         if part.role == "codes":
@@ -104,8 +100,7 @@ def test_fp4_decodes_exactly_and_comes_back(name, scale_dtype, one):
         factor = 1 / stored[part.leaf] if part.role == "divisor" else stored[part.leaf]
         assert part.role == ("multiplier" if name.startswith("modelopt") else "divisor")
     assert torch.equal(weight.decode(), values * scales.repeat_interleave(group, -1) * factor.double())
-    kept = {**beside(made, stored), "bias": torch.zeros(16)}
-    assert_same(made.write(weight, kept, entries_of(stored)), stored)
+    assert_same(made.write(weight, {**beside(made, stored), "bias": torch.zeros(16)}, entries_of(stored)), stored)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -250,13 +245,9 @@ EVERY_CODE = torch.arange(256, dtype=torch.uint8).repeat(8, 1).view(torch.float8
 FINITE = [byte & 0x7F != 0x7F for byte in range(256)]
 PER_ROW = torch.tensor([1.0, 0.3, 0.0123, 1 / 3, 2**-5, 1.7, 0.9, 0.05])
 SCALES = {
-    "tensor": PER_ROW[1],
-    "one": PER_ROW[1:2],
-    "row": PER_ROW,
-    "column": PER_ROW[:, None],
-    "bfloat16": PER_ROW[:, None].bfloat16(),
-    "float16": PER_ROW.half(),
-}
+    "tensor": PER_ROW[1], "one": PER_ROW[1:2], "row": PER_ROW, "column": PER_ROW[:, None],
+    "bfloat16": PER_ROW[:, None].bfloat16(), "float16": PER_ROW.half(),
+}  # fmt: skip
 
 
 def rounded(exact: Tensor, bits: int) -> Tensor:
@@ -293,8 +284,7 @@ def test_fp8_is_rounded_once():
     codes = torch.tensor([1.125, 1.375, 1.625, 1.875]).to(torch.float8_e4m3fn).repeat(64, 1)
     ties = 1 + (2 * torch.arange(64, dtype=torch.float64) + 1) / 256
     scale = (ties / codes[:, 0].double()).float()
-    exact = codes.double() * scale.double()[:, None]
-    twice = (codes.float() * scale[:, None]).bfloat16()
+    exact, twice = codes.double() * scale.double()[:, None], (codes.float() * scale[:, None]).bfloat16()
     found = FP8.read({"weight": codes, "weight_scale": scale}, torch.bfloat16)
     assert torch.equal(found.double(), rounded(exact, 8)) and not torch.equal(found, twice)
     written = FP8.write(found, {"weight_scale": scale}, "x")["weight"]

@@ -116,8 +116,7 @@ def test_a_float_that_is_no_byte_of_e8m0(value, tmp_path):
     scales = torch.ones(N, K // 32)
     scales[2, 1] = value
     (found,) = write(tmp_path, "float32", "scale", scales)
-    value = float(scales[2, 1])
-    expected = "expected powers of two, 2**-127 to 2**127"
+    value, expected = float(scales[2, 1]), "expected powers of two, 2**-127 to 2**127"
     assert found == f"b.safetensors: b.scale: found {value} at [2, 1], {expected}"
 
 
@@ -135,8 +134,7 @@ def test_a_stack_with_a_nan(tmp_path):
         "model.experts.up_proj_scales": scales,
     }
     save_file(stack, tmp_path / "a.safetensors")
-    held = contents(files.entries([tmp_path / "a.safetensors"], {}), gpt_oss.scheme())
-    (found,) = bad_values(held.layers.values())
+    (found,) = bad_values(contents(files.entries([tmp_path / "a.safetensors"], {}), gpt_oss.scheme()).layers.values())
     assert str(found) == (
         "a.safetensors: model.experts.up_proj_scales: found NaN (byte 0xff) at [3, 2, 1], expected finite e8m0 scales"
     )

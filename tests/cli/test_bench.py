@@ -34,8 +34,7 @@ def test_json_is_as_documented(name, capsys):
     capsys.readouterr()
     assert main(["bench", str(folder), *SMALL, "--batch", "3", "--json"]) == 0
     out, err = capsys.readouterr()
-    told = json.loads(out)
-    schema = tables("commands.md", "JSON of bench, schema 1")
+    told, schema = json.loads(out), tables("commands.md", "JSON of bench, schema 1")
     assert set(schema) == {"Benchmark", "BenchmarkVersions", "Work", "Result"}
     check(told, "Benchmark", schema)
     assert told["schema"] == 1 and told["folder"] == str(folder) and told["notes"] == []
@@ -64,15 +63,9 @@ def test_the_text_of_one_model(capsys):
     assert head.startswith(f"{folder}: compressed-tensors nvfp4-pack-quantized; batch 1, 6 + 4 tokens, float16; CPU ")
     assert columns.split() == ["packed"]
     assert [line.split("  ")[0] for line in lines] == [
-        "compiled by",
-        "load",
-        "model in memory",
-        "first token",
-        "step of decode",
-        "tokens a second",
-        "weights read at",
-        "whole generate()",
-    ]
+        "compiled by", "load", "model in memory", "first token", "step of decode", "tokens a second",
+        "weights read at", "whole generate()",
+    ]  # fmt: skip
 
 
 def test_a_config_that_stands_in_hf_quant_config_alone(tmp_path, capsys):
@@ -197,20 +190,13 @@ def test_the_table_of_two(stubbed, capsys):
     assert main(["bench", folder, *SMALL]) == 0
     _, *lines = capsys.readouterr().out.splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "packed dequantised ratio",
-        "compiled by marlin_w4a16 inductor",
-        "load 2.0 s 1.0 s 0.50",
-        "peak memory meanwhile 4.00 GiB 7.00 GiB 1.75",
-        "model in memory 3.00 GiB 6.00 GiB 2.00",
-        "compile 30.0 s 15.0 s 0.50",
-        "first token 20.0 ms 10.0 ms 0.50",
-        "step of decode 4.00 ms 6.00 ms 1.50",
-        "tokens a second 250.0 166.7 1.50",
-        "weights read at 536.9 GB/s 1074 GB/s",
-        "whole generate() 0.50 s 1.00 s 2.00",
-        "peak memory in it 5.00 GiB 8.00 GiB 1.60",
+        "packed dequantised ratio", "compiled by marlin_w4a16 inductor", "load 2.0 s 1.0 s 0.50",
+        "peak memory meanwhile 4.00 GiB 7.00 GiB 1.75", "model in memory 3.00 GiB 6.00 GiB 2.00",
+        "compile 30.0 s 15.0 s 0.50", "first token 20.0 ms 10.0 ms 0.50", "step of decode 4.00 ms 6.00 ms 1.50",
+        "tokens a second 250.0 166.7 1.50", "weights read at 536.9 GB/s 1074 GB/s",
+        "whole generate() 0.50 s 1.00 s 2.00", "peak memory in it 5.00 GiB 8.00 GiB 1.60",
         "ratio: how many times as fast, or as small, packed is",
-    ]
+    ]  # fmt: skip
 
 
 # on a GPU

@@ -31,15 +31,10 @@ def test_a_good_machine_has_no_complaint():
 @pytest.mark.parametrize(
     "version, minimum, expected",
     [
-        ("2.10.1", "2.11", True),
-        ("2.11.0", "2.11", False),
-        ("2.11.0a0+git1234", "2.11", False),
-        ("2.9", "2.11", True),
-        ("3.0", "2.11", False),
-        ("5", "5.17", True),
-        ("unknown", "2.11", True),
+        ("2.10.1", "2.11", True), ("2.11.0", "2.11", False), ("2.11.0a0+git1234", "2.11", False),
+        ("2.9", "2.11", True), ("3.0", "2.11", False), ("5", "5.17", True), ("unknown", "2.11", True),
     ],
-)
+)  # fmt: skip
 def test_versions_are_compared_as_numbers(version, minimum, expected):
     assert older(version, minimum) is expected
 
@@ -92,14 +87,10 @@ def test_an_old_optional_package_is_a_warning():
 @pytest.mark.parametrize(
     "capability, status, words",
     [
-        ((7, 5), "warning", "not supported"),
-        ((8, 0), "ok", ""),
-        ((8, 9), "ok", ""),
-        ((9, 0), "ok", ""),
-        ((10, 0), "warning", "FP4 tensor cores"),
-        ((12, 0), "warning", "FP4 tensor cores"),
+        ((7, 5), "warning", "not supported"), ((8, 0), "ok", ""), ((8, 9), "ok", ""), ((9, 0), "ok", ""),
+        ((10, 0), "warning", "FP4 tensor cores"), ((12, 0), "warning", "FP4 tensor cores"),
     ],
-)
+)  # fmt: skip
 def test_a_gpu_by_its_capability(capability, status, words, monkeypatch):
     machine = replace(SERVER, devices=(replace(H200, index=2, capability=capability),))
     check = found(machine, "gpu 2")
@@ -117,10 +108,8 @@ TORCH_13 = replace(DRIVER, cuda="13.0")
 @pytest.mark.parametrize(
     "machine, status, words",
     [
-        (BARE, "skipped", "no NVIDIA driver"),
-        (replace(BARE, cuda="13.0"), "skipped", "no NVIDIA driver"),
-        (replace(BARE, rocm="7.0"), "warning", "NVIDIA's GPUs"),
-        (DRIVER, "warning", "install torch for CUDA"),
+        (BARE, "skipped", "no NVIDIA driver"), (replace(BARE, cuda="13.0"), "skipped", "no NVIDIA driver"),
+        (replace(BARE, rocm="7.0"), "warning", "NVIDIA's GPUs"), (DRIVER, "warning", "install torch for CUDA"),
         (TORCH_13, "skipped", "none that torch can use, NVIDIA driver for CUDA 12.2, torch for CUDA 13.0"),
         (replace(TORCH_13, error="No CUDA GPUs are available"), "skipped", "none that torch can use"),
         (replace(TORCH_13, hidden="", error="No CUDA GPUs are available"), "skipped", "unset CUDA_VISIBLE_DEVICES"),
@@ -128,7 +117,7 @@ TORCH_13 = replace(DRIVER, cuda="13.0")
         (replace(TORCH_13, hidden="0", error="the driver is too old"), "problem", "torch for CUDA 12.2 or older"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_why_there_is_no_gpu(machine, status, words):
     check = found(machine, "gpu")
     assert check.status == status and words in f"{check.found}: {check.advice}"
@@ -147,10 +136,8 @@ ERRORS = {
     "gcc gone": (FileNotFoundError(2, "No such file or directory", "gcc"), "install a C and a C++ compiler"),
     "g++ gone": (FileNotFoundError(2, "No such file or directory", "/usr/bin/g++"), "install a C and a C++ compiler"),
     "headers": (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), "python3-dev"),
-    "cache": (
-        PermissionError(13, "Permission denied", "/root/.triton"),
-        "TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR",
-    ),
+    "cache": (PermissionError(13, "Permission denied", "/root/.triton"),
+     "TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR"),
     "disk": (OSError(28, "No space left on device"), "TRITON_CACHE_DIR"),
     "no folder": (FileNotFoundError(2, "No such file or directory", "/proc/x"), "TRITON_CACHE_DIR"),
     "backend": (RuntimeError("Invalid backend: 'marlin_w4a16', see `torch._dynamo.list_backends()`"), "pip install"),
@@ -159,7 +146,7 @@ ERRORS = {
     "ptxas": (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
     "triton": (ModuleNotFoundError("No module named 'triton.language'"), "install triton"),
     "unknown": (RuntimeError("the moon is full"), checks.REPORT),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("error, advice", ERRORS.values(), ids=ERRORS)

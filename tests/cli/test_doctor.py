@@ -160,8 +160,7 @@ def test_an_exception_of_a_check_is_a_row(tried, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied", "/root/.triton")
 
     monkeypatch.setattr(doctor, "try_linears", fails)
-    done = list(doctor.diagnose(SERVER, tell=True))
-    (row,) = [check for check in done if check.name == "linears, cuda:0"]
+    (row,) = [check for check in list(doctor.diagnose(SERVER, tell=True)) if check.name == "linears, cuda:0"]
     assert row.status == "problem" and "/root/.triton" in row.found and "TRITON_CACHE_DIR" in row.advice
     assert [name for name, _ in tried] == ["try_compiled", "try_graph"]
     assert capsys.readouterr().err.splitlines() == [f"checking {name} ..." for name in names(SERVER)]
@@ -190,12 +189,10 @@ def diagnosed(monkeypatch):
 def test_plain_text(diagnosed, capsys):
     assert diagnosed(ROWS) == 0
     assert [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()] == [
-        ["check", "status", "found"],
-        ["python", "ok", "3.11"],
-        ["gpu 0", "warning", "a [bold] T4; expected 8.0; buy another"],
-        ["peft", "skipped", "not installed"],
+        ["check", "status", "found"], ["python", "ok", "3.11"],
+        ["gpu 0", "warning", "a [bold] T4; expected 8.0; buy another"], ["peft", "skipped", "not installed"],
         ["3 checks: 1 ok, 1 warning, 0 problem, 1 skipped"],
-    ]
+    ]  # fmt: skip
 
 
 def test_a_problem_is_exit_code_1(diagnosed, capsys):
@@ -223,12 +220,9 @@ def test_json(diagnosed, capsys):
     assert (data["schema"], data["problems"]) == (1, 1)
     assert set(data["versions"]) == {"marlin_w4a16", "torch", "triton", "python"}
     assert data["checks"][-1] == {
-        "name": "backend",
-        "status": "problem",
-        "found": "not found",
-        "expected": "to be found",
+        "name": "backend", "status": "problem", "found": "not found", "expected": "to be found",
         "advice": "pip install it",
-    }
+    }  # fmt: skip
 
 
 def whole(*words: str) -> subprocess.CompletedProcess[str]:
@@ -262,5 +256,4 @@ def test_a_gpu_is_found_well():
     machine = doctor.look()
     done = list(doctor.diagnose(machine))
     assert machine.devices and machine.driver and not [check for check in done if check.status == "problem"], done
-    graph = next(check for check in done if check.name.startswith("CUDA graph"))
-    assert graph.status == "ok"
+    assert next(check for check in done if check.name.startswith("CUDA graph")).status == "ok"

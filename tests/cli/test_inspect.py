@@ -20,6 +20,7 @@ from marlin_w4a16.checkpoints.layers import Problem
 from marlin_w4a16.cli import inspection, show
 from marlin_w4a16.cli.inspect import _WORDS, as_dict, problem_lines, summary
 from marlin_w4a16.cli.inspection import Inspection, inspect, local
+from narrow import wide
 
 FILE = "model.safetensors"
 
@@ -78,12 +79,9 @@ def test_notes_and_problems_stand_under_the_table():
     problems = (Problem(None, "a", "b", "c"), Problem(None, "d", "b", "c"))
     found = Inspection(Path("x"), "config.json", "ModelOpt", "NVFP4", 1, 1, (), (), ("told",), problems)
     assert summary(found) == [
-        "0 FP4 linears; 0.0 KiB in files",
-        "note: told",
-        "problem: a: found b, expected c",
-        "problem: d: found b, expected c",
-        "it cannot be loaded: 2 problems",
-    ]
+        "0 FP4 linears; 0.0 KiB in files", "note: told", "problem: a: found b, expected c",
+        "problem: d: found b, expected c", "it cannot be loaded: 2 problems",
+    ]  # fmt: skip
 
 
 NAMES = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-kv-fp8", "modelopt-svdquant", "ct-nvfp4-fp8", "ct-embedding"]
@@ -174,7 +172,7 @@ def big(folder: Path, files: int, linears: int = 374) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("files", [20, pytest.param(100, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("files", [20, wide(100)])
 def test_half_a_terabyte_takes_seconds(files, tmp_path):
     folder = big(tmp_path, files)
     start = time.process_time()  # 4.4 s for 100 files; the clock on the wall would count what runs beside

@@ -22,13 +22,9 @@ Q = "model.layers.0.self_attn.q_proj"
 FILE = "model.safetensors"
 PUBLISHED = {"gptoss": "OpenAI", "deepseekv4": "DeepSeek"}
 CASES = [(name, made.family) for name, made in FORMATS.items()] + [
-    ("modelopt-w4a16", "gemma3-tied"),
-    ("modelopt-head", "llama-tied"),
-    ("ct-nvfp4a16", "llama-bias"),
-    ("ct-nvfp4", "qwen3moe"),
-    ("modelopt-nvfp4", "mixtral"),
-    ("ct-mxfp4a16", "deepseekv3"),
-]
+    ("modelopt-w4a16", "gemma3-tied"), ("modelopt-head", "llama-tied"), ("ct-nvfp4a16", "llama-bias"),
+    ("ct-nvfp4", "qwen3moe"), ("modelopt-nvfp4", "mixtral"), ("ct-mxfp4a16", "deepseekv3"),
+]  # fmt: skip
 
 
 def stored_bytes(folder: Path) -> int:
@@ -93,8 +89,7 @@ def test_what_is_told_is_what_is_loaded(name, family):
         with pytest.raises(CheckpointError, match="cannot be loaded"):
             loaded(folder)
         return
-    model = loaded(folder)
-    told = found.totals["loaded_bytes"]
+    model, told = loaded(folder), found.totals["loaded_bytes"]
     if family == "deepseekv4":  # without a GPU, transformers decodes FP8 in blocks
         told += sum(one.bf16_bytes - one.loaded_bytes for one in found.lines if one.outcome == "left")
     assert told == held_bytes(model) + shared_rows(model)
@@ -131,8 +126,7 @@ def test_a_mixed_checkpoint():
     assert found.formats == {"NVFP4 group 16": 5}
     assert (found.totals["fp4_linears"], found.totals["fp8_linears"]) == (5, 8)
     up = line(found, "model.layers.{0..1}.mlp.up_proj")
-    stored = 2 * (160 * 48 + 160 * 6 + 4 + 4)
-    packed = 2 * (3 * 2 * (2048 + 256) + 4 * 160 + 4 + 4)
+    stored, packed = 2 * (160 * 48 + 160 * 6 + 4 + 4), 2 * (3 * 2 * (2048 + 256) + 4 * 160 + 4 + 4)
     assert up == Line(up.path, 2, (160, 96), "NVFP4 group 16", "packed", None, stored, packed, 2 * 160 * 96 * 2)
     q = line(found, "model.layers.{0..1}.self_attn.q_proj")
     assert q == Line(q.path, 2, (96, 96), "FP8 E4M3", "decoded", None, 2 * 9224, 2 * 18440, 2 * 18432)
@@ -239,8 +233,7 @@ def test_an_algorithm_that_is_not_known(tmp_path, capsys):
 def test_values_are_read_if_asked_for(name, tmp_path, capsys):
     folder = write(name, "llama", tmp_path / "model")
     damage.not_a_number(folder, f"{Q}.weight_scale")
-    assert main(["inspect", str(folder)]) == 0
-    assert main(["inspect", str(folder), "--values"]) == 1
+    assert main(["inspect", str(folder)]) == 0 and main(["inspect", str(folder), "--values"]) == 1
     assert f"problem: {FILE}: {Q}.weight_scale: found NaN" in capsys.readouterr().out
 
 
@@ -317,8 +310,7 @@ def quantised(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_a_config_that_no_tensor_bears_out(tmp_path, capsys):
-    folder = plain(tmp_path, quant_method="modelopt", quant_algo="NVFP4")
-    assert main(["inspect", str(folder)]) == 0
+    assert main(["inspect", str(plain(tmp_path, quant_method="modelopt", quant_algo="NVFP4"))]) == 0
     assert "nothing here is FP4: no tensor is quantised\n" in capsys.readouterr().out
 
 

@@ -19,8 +19,7 @@ def test_projections_of_experts_are_packed_and_told_as_one():
     found = inspect(written("ct-nvfp4", "qwen3moe"))
     told = experts(found)
     assert list(told) == [f"model.layers.{{0..1}}.mlp.experts.{{0..3}}.{part}_proj" for part in ("down", "gate", "up")]
-    stored = 8 * (96 * 48 + 96 * 6 + 4 + 4)
-    packed = 8 * (2 * 2 * (2048 + 256) + 4 * 96 + 4 + 4)
+    stored, packed = 8 * (96 * 48 + 96 * 6 + 4 + 4), 8 * (2 * 2 * (2048 + 256) + 4 * 96 + 4 + 4)
     for path, one in told.items():
         assert one == Line(path, 8, (96, 96), "NVFP4 group 16", "packed", None, stored, packed, 8 * 96 * 96 * 2)
     assert found.formats == {"NVFP4 group 16": 8 + 24} and not found.problems
@@ -39,8 +38,7 @@ def test_stacks_of_gpt_oss_are_their_experts():
 
 @pytest.mark.parametrize("name, scale", [("deepseek-v4", 1), ("deepseek-v4.1", 1), ("deepseek-v4-inv", 4)])
 def test_fp8_of_deepseek_is_left_to_transformers(name, scale):
-    found = inspect(written(name, "deepseekv4"), values=True)
-    w1 = "layers.{0..1}.ffn.experts.{0..3}.w1"
+    found, w1 = inspect(written(name, "deepseekv4"), values=True), "layers.{0..1}.ffn.experts.{0..3}.w1"
     stored, packed = 8 * 96 * (48 + 3 * scale), 8 * (2 * 2 * (2048 + 128) + 4 * 96)
     assert experts(found)[w1] == Line(
         w1, 8, (96, 96), "MXFP4 group 32", "packed", None, stored, packed, 8 * 96 * 96 * 2
@@ -60,8 +58,7 @@ def test_fp8_without_fp4_experts_is_left_to_transformers(tmp_path):
 
 
 def test_a_stack_that_is_wrong_is_refused(tmp_path):
-    folder = write("gpt-oss", "gptoss", tmp_path / "model")
-    name = "model.layers.1.mlp.experts.down_proj_scales"
+    folder, name = write("gpt-oss", "gptoss", tmp_path / "model"), "model.layers.1.mlp.experts.down_proj_scales"
     damage.cut_columns(folder, name)
     found = inspect(folder)
     (problem,) = found.problems

@@ -54,16 +54,11 @@ def test_the_words_are_those_of_the_process(command, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        [],
-        ["benhc"],
-        ["bench"],
-        ["bench", "folder", "more"],
-        ["bench", "folder", "--row", "5"],
-        ["--json", "bench", "folder"],
-        ["--vers"],
+        [], ["benhc"], ["bench"], ["bench", "folder", "more"], ["bench", "folder", "--row", "5"],
+        ["--json", "bench", "folder"], ["--vers"],
     ],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_a_wrong_command_line_is_2_with_the_usage(command, words, capsys):
     with pytest.raises(SystemExit) as exit:
         main(words)
@@ -75,15 +70,13 @@ def test_a_wrong_command_line_is_2_with_the_usage(command, words, capsys):
 @pytest.mark.parametrize(
     "error, line",
     [
-        (ValueError("no FP4 weight in it"), "no FP4 weight in it"),
-        (ValueError("one\n  two"), "one two"),
-        (ValueError(), "ValueError"),
-        (OSError("disk on fire"), "disk on fire"),
+        (ValueError("no FP4 weight in it"), "no FP4 weight in it"), (ValueError("one\n  two"), "one two"),
+        (ValueError(), "ValueError"), (OSError("disk on fire"), "disk on fire"),
         (FileNotFoundError(2, "No such file or directory", "folder"), "folder: No such file or directory"),
         (ImportError("bench needs transformers: pip install transformers"),) * 2,
     ],
     ids=repr,
-)
+)  # fmt: skip
 def test_an_error_of_the_user_is_one_line(command, error, line, capsys):
     command.gives = error
     assert main(["bench", "folder"]) == 1

@@ -52,11 +52,9 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 # before the prompt is handed over, prefill, four steps of decode, and after the last
 TICKS = [
-    [1.0, 500.0, 1.0, 1.0, 1.0, 1.0, 1.0],
-    [1.0, 20.0, 7.0, 3.0, 3.0, 3.0, 1.0],
-    [1.0, 10.0, 9.0, 3.0, 4.0, 6.0, 1.0],
+    [1.0, 500.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 20.0, 7.0, 3.0, 3.0, 3.0, 1.0], [1.0, 10.0, 9.0, 3.0, 4.0, 6.0, 1.0],
     [1.0, 40.0, 8.0, 3.0, 6.0, 7.0, 1.0],
-]
+]  # fmt: skip
 
 
 def measured(clock, ticks=TICKS, **choices) -> tuple[Result, Clocked, list[str]]:
@@ -72,8 +70,7 @@ def measured(clock, ticks=TICKS, **choices) -> tuple[Result, Clocked, list[str]]
 def test_times_are_medians_of_later_runs(clock):
     result, _, told = measured(clock)
     assert result == Result("it", None, 12.0, 3212, 1612, 506.0 - 38.0, 38.0, 20.0, 5.0, 0.4, None, None)
-    assert result.read_rate == 1612 / 5.0
-    assert told == [f"it: {step} ..." for step in STEPS]
+    assert result.read_rate == 1612 / 5.0 and told == [f"it: {step} ..." for step in STEPS]
 
 
 def test_warming_up_takes_no_negative_time(clock):
@@ -88,13 +85,9 @@ def test_every_run_is_the_same(clock):
     mask = choices.pop("attention_mask")
     assert mask.shape == tokens.shape and mask.all()
     assert choices == {
-        "max_new_tokens": 5,
-        "min_new_tokens": 5,
-        "do_sample": False,
-        "cache_implementation": "static",
-        "disable_compile": True,
-        "pad_token_id": 0,
-    }
+        "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "cache_implementation": "static",
+        "disable_compile": True, "pad_token_id": 0,
+    }  # fmt: skip
     assert all(torch.equal(other, tokens) for other, _ in model.calls)
     assert torch.equal(measured(clock)[1].calls[0][0], tokens)
 

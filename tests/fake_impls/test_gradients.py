@@ -89,8 +89,7 @@ class Adapted(nn.Module):
 
 def test_a_compiled_training_step_has_the_gradients_of_eager(packed):
     eager = Adapted(packed)
-    model = copy.deepcopy(eager)
-    x = torch.randn(5, K)
+    model, x = copy.deepcopy(eager), torch.randn(5, K)
     eager(x).pow(2).sum().backward()
     torch.compile(model, fullgraph=True)(x).pow(2).sum().backward()
     for (name, p), (_, q) in zip(eager.named_parameters(), model.named_parameters(), strict=True):

@@ -21,13 +21,9 @@ N, K, EXPERTS = 40, 96, 4
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 FORMATS = pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "e4m3 group 32"])
 OFFSETS = {
-    "some each": [2, 5, 6, 9],
-    "empty experts": [0, 4, 4, 9],
-    "all on the first": [9, 9, 9, 9],
-    "all on the last": [0, 0, 0, 9],
-    "rows past the end": [1, 1, 3, 5],
-    "none": [0, 0, 0, 0],
-}
+    "some each": [2, 5, 6, 9], "empty experts": [0, 4, 4, 9], "all on the first": [9, 9, 9, 9],
+    "all on the last": [0, 0, 0, 9], "rows past the end": [1, 1, 3, 5], "none": [0, 0, 0, 0],
+}  # fmt: skip
 EVERY_OFFSET = pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
 
 
@@ -113,10 +109,8 @@ def test_a_gradient_can_be_differentiated_again():
         return torch.autograd.grad(first.pow(2).sum(), x)[0]
 
     x = torch.randn(9, K, requires_grad=True)
-    found = penalty(grouped_linear(x, pack(weight), offsets), x)
-    double = x.detach().double().requires_grad_()
-    parts = [p @ w.T for p, w in zip(double.split([2, 3, 1, 3]), dense, strict=True)]
-    expected = penalty(torch.cat(parts), double)
+    found, double = penalty(grouped_linear(x, pack(weight), offsets), x), x.detach().double().requires_grad_()
+    expected = penalty(torch.cat([p @ w.T for p, w in zip(double.split([2, 3, 1, 3]), dense, strict=True)]), double)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -150,8 +144,7 @@ def test_the_fakes_are_laid_out_like_the_real_results(dtype):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_any_number_of_rows_runs_one_compiled_graph(backend):
-    packed = pack(draw_stack(EXPERTS, N, K))
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    packed, counter = pack(draw_stack(EXPERTS, N, K)), torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(lambda x, ends: grouped_linear(x, packed, ends), backend=counter, fullgraph=True)
     for rows in (7, 3, 64):
         x, offsets = torch.randn(rows, K, requires_grad=True), ends([1, 1, rows - 1, rows])

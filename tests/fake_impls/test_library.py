@@ -37,20 +37,11 @@ def arguments(op: str) -> dict[str, Any]:
         for name, value in zip(WEIGHT, weight_args(weight), strict=True)
     }
     given |= {
-        "x": torch.ones(3, 96),
-        "grad": torch.ones(3, 96 if lead and "2" in packed else 40),
-        "dtype": "float32",
-        "offsets": torch.tensor([1, 3]),
-        "topk_weights": torch.ones(3, 1),
-        "topk_ids": torch.tensor([[0], [1], [0]]),
-        "function": "silu",
-        "gated": True,
-        "alpha": 1.0,
-        "up_offset": 0.0,
-        "weight_on_input": False,
-    }
-    schema = getattr(OPS, op).default._schema
-    return {a.name: given.get(a.name) for a in schema.arguments}
+        "x": torch.ones(3, 96), "grad": torch.ones(3, 96 if lead and "2" in packed else 40), "dtype": "float32",
+        "offsets": torch.tensor([1, 3]), "topk_weights": torch.ones(3, 1), "topk_ids": torch.tensor([[0], [1], [0]]),
+        "function": "silu", "gated": True, "alpha": 1.0, "up_offset": 0.0, "weight_on_input": False,
+    }  # fmt: skip
+    return {a.name: given.get(a.name) for a in getattr(OPS, op).default._schema.arguments}
 
 
 def call(op: str, changes: dict[str, Any] | None = None) -> torch.Tensor:
@@ -82,8 +73,7 @@ def test_a_weight_is_told_in_full_and_last_the_contract(op, of):
     names = [a.name for a in schema]
     start = names.index(f"words{of}")
     assert names[start : start + len(WEIGHT)] == [f"{name}{of}" for name in WEIGHT]
-    assert not any(a.has_default_value() for a in schema)
-    assert arguments(op)[f"contract{of}"] == CONTRACT
+    assert not any(a.has_default_value() for a in schema) and arguments(op)[f"contract{of}"] == CONTRACT
     assert call(op).dtype in DTYPES
 
 
@@ -98,8 +88,7 @@ def test_a_weight_is_the_inverse_of_its_arguments():
 
 def wrong(t: torch.Tensor, **changes: Any) -> torch.Tensor:
     """An empty tensor like another but for what is changed."""
-    like = {"size": t.shape, "dtype": t.dtype, "device": t.device} | changes
-    return torch.empty(**like)
+    return torch.empty(**{"size": t.shape, "dtype": t.dtype, "device": t.device} | changes)
 
 
 WRONG = {

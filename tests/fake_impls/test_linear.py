@@ -43,8 +43,7 @@ def assert_rounded_once(out: Tensor, x: Tensor, packed: PackedFP4, bias: Tensor)
 @pytest.mark.parametrize("leading", LEADING[:4])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_it_is_the_exact_product_rounded_once(packed, dtype, leading, with_bias):
-    x = torch.randn(*leading, K, dtype=dtype)
-    bias = torch.randn(N, dtype=dtype) if with_bias else None
+    x, bias = torch.randn(*leading, K, dtype=dtype), torch.randn(N, dtype=dtype) if with_bias else None
     out = linear(x, packed, bias)
     assert out.dtype == dtype and out.shape == (*leading, N)
     assert_rounded_once(out, x, packed, torch.zeros(N) if bias is None else bias)
@@ -84,10 +83,7 @@ def test_opcheck_with_gradients(packed, strides):
 @STRIDED
 @DTYPES
 def test_the_fake_is_laid_out_like_the_real_result(packed, strides, dtype):
-    for op, x in (
-        (OPS.linear, strided(strides, dtype)),
-        (OPS.linear_grad_input, strided(strides, dtype)[..., :N]),
-    ):
+    for op, x in ((OPS.linear, strided(strides, dtype)), (OPS.linear_grad_input, strided(strides, dtype)[..., :N])):
         tail = (None,) if op is OPS.linear else ()
         real = op(x, *weight_args(packed), *tail)
         with FakeTensorMode(allow_non_fake_inputs=True):

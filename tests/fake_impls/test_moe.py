@@ -25,17 +25,9 @@ FORMATS = [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "mxfp4"), ("mxfp4",
 
 def run(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
     return moe(
-        x,
-        experts.w13,
-        experts.w2,
-        weights,
-        ids,
-        activation=experts.activation,
-        bias13=experts.bias13,
-        bias2=experts.bias2,
-        weight_on_input=experts.weight_on_input,
-        expert_map=expert_map,
-    )
+        x, experts.w13, experts.w2, weights, ids, activation=experts.activation, bias13=experts.bias13,
+        bias2=experts.bias2, weight_on_input=experts.weight_on_input, expert_map=expert_map,
+    )  # fmt: skip
 
 
 def arguments(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None = None) -> tuple:
@@ -46,8 +38,7 @@ def arguments(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_
 
 @pytest.mark.parametrize("op, before", [("moe", 0), ("moe_grad", 1)])
 def test_every_argument_of_the_schema_is_found_by_its_name(op, before):
-    schema = getattr(OPS, op).default._schema.arguments[before:]
-    found = arguments_of([argument.name for argument in schema])
+    found = arguments_of([argument.name for argument in getattr(OPS, op).default._schema.arguments[before:]])
     weight = ("words", "scales", "multiplier", "n", "k", "group", "kind", "layout", "contract")
     for field in fields(Arguments):
         expected: Any = field.name
@@ -118,16 +109,12 @@ def test_any_number_of_tokens(tokens, weight_on_input):
 
 
 IDS = {
-    "all on one expert": [[2], [2], [2]],
-    "none on some": [[0, 3], [3, 0], [0, 3]],
-    "the same expert twice": [[1, 1], [2, 2], [1, 2]],
-    "three times": [[1, 1, 1], [1, 1, 1], [0, 0, 1]],
-    "-1": [[-1, 0], [1, -1], [-1, -1]],
-    "their number": [[4, 0], [1, 4], [4, 4]],
-    "beyond": [[5, 0], [2**31 - 1, 1], [100, -(2**31)]],
-    "nothing local": [[-1, 9], [4, -7], [-1, -1]],
+    "all on one expert": [[2], [2], [2]], "none on some": [[0, 3], [3, 0], [0, 3]],
+    "the same expert twice": [[1, 1], [2, 2], [1, 2]], "three times": [[1, 1, 1], [1, 1, 1], [0, 0, 1]],
+    "-1": [[-1, 0], [1, -1], [-1, -1]], "their number": [[4, 0], [1, 4], [4, 4]],
+    "beyond": [[5, 0], [2**31 - 1, 1], [100, -(2**31)]], "nothing local": [[-1, 9], [4, -7], [-1, -1]],
     "no choices": [[], [], []],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
@@ -261,8 +248,7 @@ def test_gradients_with_a_map_and_none_of_what_is_not_local():
     pairs = gradients(draw_mixture(biases=True), x, weights, ids, expert_map)
     for found, exact in pairs:
         assert (found.double() - exact).norm() <= 1e-5 * exact.norm()
-    assert torch.equal(pairs[0][0][1], torch.zeros(64))
-    assert torch.equal(pairs[1][0][1], torch.zeros(2))
+    assert torch.equal(pairs[0][0][1], torch.zeros(64)) and torch.equal(pairs[1][0][1], torch.zeros(2))
     x[1], weights[1] = torch.nan, torch.nan
     assert all(bool(found.isfinite().all()) for found, _ in gradients(draw_mixture(), x, weights, ids, expert_map))
 
@@ -288,8 +274,7 @@ def test_only_what_asks_for_a_gradient_gets_one(wanted):
 
 def test_a_second_derivative_is_an_error_and_no_silent_zero():
     x, (weights, ids) = torch.randn(3, 64, requires_grad=True), draw_routing(3, 2, 4)
-    out = run(draw_mixture().packed(), x, weights, ids)
-    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(run(draw_mixture().packed(), x, weights, ids).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="marlin_w4a16::moe: its gradient cannot be differentiated"):
         first.square().sum().backward()
 
@@ -373,15 +358,10 @@ def test_under_autocast_it_computes_in_the_lower_dtype_and_returns_that_of_x(dty
 def call() -> dict[str, Any]:
     experts = draw_mixture(biases=True).packed()
     return {
-        "x": torch.randn(3, 64),
-        "w13": experts.w13,
-        "w2": experts.w2,
-        "topk_weights": torch.rand(3, 2),
-        "topk_ids": torch.zeros(3, 2, dtype=torch.int64),
-        "activation": Activation(),
-        "bias13": experts.bias13,
+        "x": torch.randn(3, 64), "w13": experts.w13, "w2": experts.w2, "topk_weights": torch.rand(3, 2),
+        "topk_ids": torch.zeros(3, 2, dtype=torch.int64), "activation": Activation(), "bias13": experts.bias13,
         "bias2": experts.bias2,
-    }
+    }  # fmt: skip
 
 
 def matrix_of(packed):

@@ -14,3 +14,10 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def on_the_gpu() -> Iterator[None]:
+    """Tensors are made there."""
+    with torch.device("cuda"):
+        yield

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import torch._inductor.cudagraph_trees
+from gpu.capture import captured
 from torch import nn
 
 from marlin_w4a16 import PackedLinear, refresh
@@ -133,20 +134,13 @@ def test_reduce_overhead_of_packed_modules_records_once():
     assert manager.new_graph_id().id == 1, "recorded more than once"
 
 
-def captured(compiled, x):
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compiled(x)
-    return graph, out
-
-
 @torch.no_grad()
 def test_a_captured_graph_of_packed_modules_sees_what_is_loaded_in_place():
     model, other = packed_layers(), packed_layers()
     compiled = torch.compile(model, backend="marlin_w4a16")
     x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     compiled(x)
-    graph, out = captured(compiled, x)
+    graph, out = captured(lambda: compiled(x))
     graph.replay()
     assert near(out, model(x))
     model.load_state_dict(other.state_dict())
@@ -162,11 +156,10 @@ def test_a_captured_graph_of_the_bare_backend_keeps_its_weights_until_the_next_c
     compiled = torch.compile(model, backend="marlin_w4a16")
     x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     before = compiled(x)
-    graph, out = captured(compiled, x)
+    graph, out = captured(lambda: compiled(x))
     model.load_state_dict(other.state_dict())
     graph.replay()
-    assert torch.equal(out, before)
-    assert near(compiled(x), other(x))
+    assert torch.equal(out, before) and near(compiled(x), other(x))
     graph.replay()
     assert near(out, other(x))
 
@@ -190,7 +183,7 @@ def test_manual_capture_and_replay():
     compiled = torch.compile(model, backend="marlin_w4a16")
     x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     compiled(x)
-    graph, out = captured(compiled, x)
+    graph, out = captured(lambda: compiled(x))
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert near(out, model(x))
@@ -226,8 +219,7 @@ def test_a_training_step_has_the_gradients_of_eager():
         y = norm(x)
         return (base(y) + up(down(y))).float().square().mean()
 
-    x = torch.randn(64, 512, device="cuda")
-    trained = [norm.weight, down.weight, up.weight, base.bias]
+    x, trained = torch.randn(64, 512, device="cuda"), [norm.weight, down.weight, up.weight, base.bias]
     eager = torch.autograd.grad(step(x), trained)
     compiled = torch.autograd.grad(torch.compile(step, backend="marlin_w4a16")(x), trained)
     for found, expected in zip(compiled, eager, strict=True):

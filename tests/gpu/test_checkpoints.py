@@ -73,8 +73,7 @@ def test_loading_takes_the_packed_model_one_tensor_and_64_mb(form, tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
-    model = load(tmp_path)
-    largest = 14336 * 4096 // 2
+    model, largest = load(tmp_path), 14336 * 4096 // 2
     assert torch.cuda.max_memory_allocated() - start <= held(model) + largest + SLACK
     dense = sum(p.numel() for n, p in load(tmp_path, quantization_config=dense_config()).named_parameters()) * 2
     assert held(model) < 0.35 * dense
@@ -91,8 +90,7 @@ def test_logits_are_those_of_the_decoded_model(folder, tokens):
     reference = dense(tokens).logits
     rounded = load(folder, quantization_config=dense_config())(tokens).logits
     assert difference(packed(tokens).logits, reference) <= 1.1 * difference(rounded, reference) + 1e-3
-    exact = load(folder, dtype=torch.float32)
-    assert difference(exact(tokens).logits, reference) <= 1e-5
+    assert difference(load(folder, dtype=torch.float32)(tokens).logits, reference) <= 1e-5
 
 
 @torch.no_grad()
@@ -103,8 +101,7 @@ def test_generate_decodes_in_cuda_graphs(folder, tokens):
     counters.clear()
     choices = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     out = model.generate(tokens, cache_implementation="static", **choices)
-    again = model.generate(tokens, cache_implementation="static", **choices)
-    assert torch.equal(out, again)
+    assert torch.equal(out, model.generate(tokens, cache_implementation="static", **choices))
     assert counters["stats"]["unique_graphs"] == 1 and counters["inductor"]["cudagraph_skips"] == 0
     logits = model(out).logits[:, tokens.shape[1] - 1 : -1].float()
     top = logits.topk(2).values

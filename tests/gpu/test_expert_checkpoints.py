@@ -14,12 +14,9 @@ from marlin_w4a16.hf.experts.modules import CheckpointExperts  # noqa: E402
 pytestmark = pytest.mark.gpu
 SLACK = 64 << 20
 CASES = [
-    ("gpt-oss", "gptoss"),
-    ("deepseek-v4", "deepseekv4"),
-    ("ct-nvfp4a16", "qwen3moe"),
-    ("ct-mxfp4a16", "mixtral"),
+    ("gpt-oss", "gptoss"), ("deepseek-v4", "deepseekv4"), ("ct-nvfp4a16", "qwen3moe"), ("ct-mxfp4a16", "mixtral"),
     ("modelopt-nemotron", "nemotronh"),
-]
+]  # fmt: skip
 every_case = pytest.mark.parametrize("name, family", CASES)
 
 
@@ -34,8 +31,7 @@ def experts_of(model):
 @every_case
 def test_logits_are_those_of_the_decoded_model(name, family):
     folder, tokens = written(name, family), prompts().cuda()
-    truth = logits(dense(folder, torch.float32).cuda(), tokens)
-    model = load(folder, dtype=torch.float32)
+    truth, model = logits(dense(folder, torch.float32).cuda(), tokens), load(folder, dtype=torch.float32)
     assert len(experts_of(model)) == 2 and all(e.w13.words.is_cuda for e in experts_of(model))
     assert relative(logits(model, tokens), truth) <= 1e-5
     plain, found = dense(folder, torch.bfloat16).cuda(), load(folder, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu.capture import captured
 
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.layout import pack
@@ -15,9 +16,7 @@ def test_a_captured_call_replays_with_new_contents(m):
     packed = pack(quantize_nvfp4(torch.randn(1088, 2048, device="cuda")))
     x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
     linear(x, packed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = linear(x, packed)
+    graph, out = captured(lambda: linear(x, packed))
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         out.fill_(torch.nan)
@@ -29,12 +28,9 @@ def test_a_captured_call_sees_a_weight_packed_over_the_old_one():
     from marlin_w4a16.kernels.layout import pack_into
 
     first, second = (quantize_nvfp4(torch.randn(256, 512, device="cuda")) for _ in range(2))
-    packed = pack(first)
-    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    packed, x = pack(first), torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
     linear(x, packed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = linear(x, packed)
+    graph, out = captured(lambda: linear(x, packed))
     pack_into(second, packed)
     graph.replay()
     assert torch.equal(out, linear(x, pack(second)))
@@ -62,8 +58,7 @@ def test_linears_that_start_early_in_a_graph_wait_for_what_they_read(m, sizes, w
             tensor.fill_(torch.nan)
         graph.replay()
         expected = linear(linear(x, first, bias), second)
-        assert not expected.isnan().any()
-        assert torch.equal(out, expected)
+        assert not expected.isnan().any() and torch.equal(out, expected)
         assert torch.equal(again, linear(linear(expected, first, bias), second))
 
 
@@ -87,15 +82,13 @@ def test_a_weight_written_in_the_capture_is_read_after_it_is_written(m):
         write(chosen, weight)
         expected = linear(x, packed)
         graph.replay()
-        assert torch.equal(before, expected)
-        assert torch.equal(out, linear(x, weight))
+        assert torch.equal(before, expected) and torch.equal(out, linear(x, weight))
 
 
 def test_two_streams_at_once():
     packed = [pack(quantize_nvfp4(torch.randn(4096, 4096, device="cuda"))) for _ in range(2)]
     x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
-    expected = [linear(x, p) for p in packed]
-    streams = [torch.cuda.Stream() for _ in range(2)]
+    expected, streams = [linear(x, p) for p in packed], [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     results: list[list[torch.Tensor]] = [[], []]
     for _ in range(50):

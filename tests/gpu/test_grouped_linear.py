@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu.capture import captured
 from torch import Tensor
 
 from marlin_w4a16.fake_impls.grouped_linear import grouped_linear as op
@@ -13,7 +14,7 @@ from marlin_w4a16.kernels.target import Target
 from mixtures.exact import exact_groups
 from mixtures.oracle import draw_stack
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 
 ROWS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 129, 255, 257, 1000, 4096)
 SHAPES = ((64, 64), (200, 1120), (96, 2880), (2880, 192), (1000, 96))
@@ -21,29 +22,19 @@ FORMATS = ("nvfp4", "mxfp4", "e4m3 group 32")
 GATES = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}
 DTYPES = pytest.mark.parametrize("dtype", GATES, ids=str)
 LAUNCHES = (
-    Launch(64, 16, 128, 1, 4, 4),
-    Launch(64, 32, 128, 1, 4, 4),
-    Launch(64, 64, 64, 1, 4, 4),
+    Launch(64, 16, 128, 1, 4, 4), Launch(64, 32, 128, 1, 4, 4), Launch(64, 64, 64, 1, 4, 4),
     Launch(128, 128, 64, 1, 8, 3),
-)
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu():
-    with torch.device("cuda"):
-        yield
+)  # fmt: skip
 
 
 def draw_offsets(rows: int, experts: int, tail: int = 0) -> Tensor:
     """Ends of groups of any size, some of none, with ``tail`` rows after the last."""
-    inner = torch.randint(0, rows - tail + 1, (experts - 1,)).sort().values
-    return torch.cat((inner, torch.tensor([rows - tail])))
+    return torch.cat((torch.randint(0, rows - tail + 1, (experts - 1,)).sort().values, torch.tensor([rows - tail])))
 
 
 def assert_right(out: Tensor, weight, x: Tensor, offsets: Tensor) -> None:
     exact = exact_groups(weight, x, offsets)
-    assert (out.dtype, out.shape) == (x.dtype, exact.shape)
-    assert not out.isnan().any()
+    assert (out.dtype, out.shape) == (x.dtype, exact.shape) and not out.isnan().any()
     best = (exact.to(x.dtype).double() - exact).norm()
     assert (out.double() - exact).norm() <= max(GATES[x.dtype] * exact.norm(), 1.02 * best)
     assert not out[int(offsets[-1]) :].any()
@@ -136,16 +127,13 @@ def test_a_captured_call_replays_with_new_rows_and_offsets(rows):
     packed, x = pack(draw_stack(8, 352, 1120)), torch.randn(rows, 1120, dtype=torch.bfloat16)
     offsets = draw_offsets(rows, 8)
     grouped_linear(x, packed, offsets)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = grouped_linear(x, packed, offsets)
+    graph, out = captured(lambda: grouped_linear(x, packed, offsets))
     for turn in range(5):
         x.normal_()
         offsets.copy_(draw_offsets(rows, 8, turn % 3))
         out.fill_(torch.nan)
         graph.replay()
-        assert not out.isnan().any()
-        assert torch.equal(out, grouped_linear(x, packed, offsets))
+        assert not out.isnan().any() and torch.equal(out, grouped_linear(x, packed, offsets))
 
 
 @pytest.mark.parametrize("rows", [3, 700])

@@ -32,8 +32,7 @@ def random_weight(n: int, k: int, kind: str, group: int, dtype: torch.dtype = to
         scales[(scales & 0x7F) == 0x7F] = 0x01
         multiplier = (torch.rand(n, device="cuda") + 0.5) * 2.0**-9
     else:
-        scales = scales % 37 + 104
-        multiplier = (torch.rand(n, device="cuda") + 0.5) * 2.0**-14
+        scales, multiplier = scales % 37 + 104, (torch.rand(n, device="cuda") + 0.5) * 2.0**-14
     return FP4Weight(codes, scales, multiplier, kind, group)
 
 
@@ -42,8 +41,7 @@ def assert_rounded_product(out: torch.Tensor, exact: torch.Tensor) -> None:
     assert not out.isnan().any()
     size = exact.norm()
     best = ((exact.to(out.dtype).double() - exact).norm() / size).item()
-    error = ((out.double() - exact).norm() / size).item()
-    assert error <= max(GATES[out.dtype], 1.02 * best)
+    assert ((out.double() - exact).norm() / size).item() <= max(GATES[out.dtype], 1.02 * best)
 
 
 @pytest.mark.parametrize("n, k", SHAPES)
@@ -54,8 +52,7 @@ def test_is_the_rounded_exact_product_for_all_token_counts(n, k, kind, group, dt
     packed, dense = pack(weight), weight.decode()
     bias = torch.randn(n, device="cuda", dtype=dtype)
     for i, m in enumerate(TOKENS):
-        x = torch.randn(m, k, device="cuda", dtype=dtype) * 2**-5
-        with_bias = bias if i % 2 else None
+        x, with_bias = torch.randn(m, k, device="cuda", dtype=dtype) * 2**-5, bias if i % 2 else None
         out = linear(x, packed, with_bias)
         assert out.shape == (m, n) and out.dtype == dtype
         exact = x.double() @ dense.T + (0 if with_bias is None else bias.double())
@@ -77,8 +74,7 @@ def test_every_launch_of_the_tables_is_right_many_times(launch: Launch, kind, gr
 
 
 def assert_right_many_times(weight: FP4Weight, m: int, dtype: torch.dtype, launch: Launch | Rows | Stream) -> None:
-    packed = pack(weight)
-    x = torch.randn(m, weight.k, device="cuda", dtype=dtype) * 2**-5
+    packed, x = pack(weight), torch.randn(m, weight.k, device="cuda", dtype=dtype) * 2**-5
     bias = torch.randn(weight.n, device="cuda", dtype=dtype)
     first = kernel(x, packed, bias, launch)
     assert_rounded_product(first, x.double() @ weight.decode().T + bias.double())
@@ -100,10 +96,8 @@ def hopper(kernel_type: type) -> list:
 @pytest.mark.parametrize("launch, even, kind, group, dtype", hopper(Rows))
 def test_every_launch_for_few_tokens_is_right_many_times(launch: Rows, even, kind, group, dtype, poisoned):
     """The last block of rows and the last tile of columns are cut, and programs take two or three blocks."""
-    turn = launch.steps * launch.num_warps * 64
-    turns = launch.stages if launch.resident else launch.stages + 2
-    k = turn * turns - (32 if even else 5 * 64 - 32)
-    weight = random_weight(9 * launch.rows + 5, k, kind, group, dtype)
+    turn, turns = launch.steps * launch.num_warps * 64, launch.stages if launch.resident else launch.stages + 2
+    weight = random_weight(9 * launch.rows + 5, turn * turns - (32 if even else 5 * 64 - 32), kind, group, dtype)
     for m in (1, launch.block_m - 1, launch.block_m):
         for programs in (1, 4, 10):
             assert_right_many_times(weight, m, dtype, replace(launch, programs=programs))
@@ -163,14 +157,10 @@ def strided(x: torch.Tensor, how: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     "how",
     [
-        "transposed",
-        "every second column",
-        "rows apart",
-        "rows far apart",
-        "rows apart by an odd number",
+        "transposed", "every second column", "rows apart", "rows far apart", "rows apart by an odd number",
         "one row repeated",
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("m", [1, 5, 16, 33, 300, 2100])
 @pytest.mark.parametrize("k", [1120, 16384])  # x is kept whole, or passes through a ring
 def test_any_strides(how, m, k):
@@ -220,8 +210,7 @@ def test_one_to_four_dimensions(lead):
 @pytest.mark.parametrize("few, many", [(1, 8), (9, 16), (17, 32), (33, 64), (65, 128)])
 @pytest.mark.parametrize("n, k", [(1000, 4064), (96, 16384)])
 def test_tokens_alone_equal_the_tokens_in_a_batch_of_the_same_plan(few, many, n, k):
-    packed = pack(random_weight(n, k, "e4m3", 16))
-    x = torch.randn(many, k, device="cuda", dtype=torch.bfloat16)
+    packed, x = pack(random_weight(n, k, "e4m3", 16)), torch.randn(many, k, device="cuda", dtype=torch.bfloat16)
     assert torch.equal(linear(x, packed)[:few], linear(x[:few], packed))
     assert torch.equal(linear(x, packed)[-few:], linear(x[-few:], packed))
 
@@ -230,8 +219,7 @@ def test_tokens_alone_equal_the_tokens_in_a_batch_of_the_same_plan(few, many, n,
 def test_one_hot_inputs_read_every_weight_back_exactly(kind, group):
     weight = random_weight(128, 512, kind, group)
     weight = FP4Weight(weight.codes, weight.scales, torch.full((128,), 2.0**-2, device="cuda"), kind, group)
-    x = torch.eye(512, device="cuda", dtype=torch.bfloat16)
-    exact = weight.decode()
+    x, exact = torch.eye(512, device="cuda", dtype=torch.bfloat16), weight.decode()
     assert torch.equal(linear(x, pack(weight)).double().T, exact)
 
 
@@ -248,8 +236,7 @@ def test_e8m0_scales_at_the_edges_are_exact_in_bfloat16(byte):
 def test_float16_never_clips_an_e8m0_scale_in_silence():
     weight = random_weight(64, 64, "e8m0", 32)
     weight.scales[0, 0] = 90
-    x = torch.ones(1, 64, device="cuda", dtype=torch.float16)
-    assert linear(x, pack(weight))[0, 0].isnan()
+    assert linear(torch.ones(1, 64, device="cuda", dtype=torch.float16), pack(weight))[0, 0].isnan()
     fitted = weight.fit(torch.bfloat16)
     with pytest.raises(ValueError, match="span of at most 36"):
         FP4Weight(weight.codes, weight.scales.index_fill(1, torch.tensor(1, device="cuda"), 140),
@@ -258,8 +245,7 @@ def test_float16_never_clips_an_e8m0_scale_in_silence():
 
 
 def test_float32_goes_through_blocks():
-    weight = random_weight(200, 1120, "e4m3", 16)
-    x = torch.randn(5, 1120, device="cuda")
+    weight, x = random_weight(200, 1120, "e4m3", 16), torch.randn(5, 1120, device="cuda")
     exact = x.double() @ weight.decode().T
     assert ((linear(x, pack(weight)).double() - exact).norm() / exact.norm()).item() < 1e-6
 
@@ -285,8 +271,7 @@ def test_gradients_are_those_of_the_dense_weight():
 
 
 def test_autocast_is_that_of_f_linear():
-    weight = random_weight(200, 1120, "e4m3", 16)
-    x = torch.randn(5, 1120, device="cuda")
+    weight, x = random_weight(200, 1120, "e4m3", 16), torch.randn(5, 1120, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         out = linear(x, pack(weight))
     assert torch.equal(out, linear(x.bfloat16(), pack(weight)))
@@ -300,8 +285,7 @@ def test_tensors_of_two_devices_are_an_error_that_names_both():
 
 def test_offsets_beyond_two_to_the_31():
     n, k = 1 << 17, 64
-    packed = pack(random_weight(n, k, "e4m3", 16))
-    x = torch.randn(17000, k, device="cuda", dtype=torch.bfloat16)
+    packed, x = pack(random_weight(n, k, "e4m3", 16)), torch.randn(17000, k, device="cuda", dtype=torch.bfloat16)
     out = linear(x, packed)
     assert out.numel() > 1 << 31
     assert torch.equal(out[-16:], linear(x[-16:].repeat(200, 1), packed)[:16])

@@ -12,11 +12,9 @@ from mixtures.written import Mixture, Parts, batched, halves, inputs, interleave
 pytestmark = pytest.mark.gpu
 
 WHOLE = {
-    "batched": Parts(batched, interleaved, bias=True),
-    "grouped": Parts(native, halves),
-    "relu2": Parts(native, lambda z: torch.relu(z).square(), gated=False),
-    "on input": Parts(native, on_input=True),
-}
+    "batched": Parts(batched, interleaved, bias=True), "grouped": Parts(native, halves),
+    "relu2": Parts(native, lambda z: torch.relu(z).square(), gated=False), "on input": Parts(native, on_input=True),
+}  # fmt: skip
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -55,8 +53,7 @@ def test_a_model(name, dtype, tolerance):
 
     family = next(family for family in FAMILIES if family.name == name)
     for how in family.implementations:
-        model = family.build(how, dtype).cuda()
-        ids = torch.randint(3, 128, (2, 9), device="cuda")
+        model, ids = family.build(how, dtype).cuda(), torch.randint(3, 128, (2, 9), device="cuda")
         run = torch.compile(model, backend="marlin_w4a16", fullgraph=True, options={"strict": True})
         with torch.no_grad():
             found, expected = (f(ids, use_cache=False).logits.float().flatten(0, 1) for f in (run, model))

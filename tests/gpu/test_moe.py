@@ -17,7 +17,7 @@ from marlin_w4a16.kernels.target import Target
 from mixtures.exact import drawn, exact_mixture
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_routing
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 129, 255, 257, 1000, 4096)
 FORMATS = [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "mxfp4"), ("mxfp4", "e4m3 group 32")]
@@ -26,18 +26,9 @@ GATES = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}  # the rounding of the 
 DTYPES = pytest.mark.parametrize("dtype", GATES, ids=str)
 # Of the portable kernel: a tile for every pair, and each size of a tile that pairs share.
 LAUNCHES = (
-    None,
-    Launch(64, 16, 128, 1, 4, 4),
-    Launch(64, 32, 128, 1, 4, 4),
-    Launch(64, 64, 64, 1, 4, 4),
+    None, Launch(64, 16, 128, 1, 4, 4), Launch(64, 32, 128, 1, 4, 4), Launch(64, 64, 64, 1, 4, 4),
     Launch(128, 128, 64, 1, 8, 3),
-)
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu():
-    with torch.device("cuda"):
-        yield
+)  # fmt: skip
 
 
 def assert_right(out: Tensor, mixture: Mixture, x: Tensor, *routing: Tensor | None) -> None:
@@ -121,15 +112,11 @@ def test_every_launch_of_the_portable_kernel_is_right_many_times(launch, wgmma, 
 
 
 IDS = {
-    "all on one": [[2], [2], [2]],
-    "none on some": [[0, 3], [3, 0], [0, 3]],
-    "the same twice": [[1, 1], [2, 2], [1, 2]],
-    "three times": [[1, 1, 1], [1, 1, 1], [0, 0, 1]],
-    "-1": [[-1, 0], [1, -1], [-1, -1]],
-    "their number": [[4, 0], [1, 4], [4, 4]],
-    "beyond": [[5, 0], [1 << 31, 1], [100, -(1 << 31)]],
-    "nothing local": [[-1, 9], [4, -7], [-1, -1]],
-}
+    "all on one": [[2], [2], [2]], "none on some": [[0, 3], [3, 0], [0, 3]],
+    "the same twice": [[1, 1], [2, 2], [1, 2]], "three times": [[1, 1, 1], [1, 1, 1], [0, 0, 1]],
+    "-1": [[-1, 0], [1, -1], [-1, -1]], "their number": [[4, 0], [1, 4], [4, 4]],
+    "beyond": [[5, 0], [1 << 31, 1], [100, -(1 << 31)]], "nothing local": [[-1, 9], [4, -7], [-1, -1]],
+}  # fmt: skip
 
 
 @DTYPES
@@ -187,8 +174,7 @@ def test_parts_of_all_experts_add_up(poisoned):
     x, (weights, ids) = torch.randn(60, 96, dtype=torch.float16), draw_routing(60, 3, 8)
     total = torch.zeros(60, 96, dtype=torch.float64)
     for start in range(0, 8, 2):
-        own = slice(start, start + 2)
-        expert_map = torch.full((8,), -1)
+        own, expert_map = slice(start, start + 2), torch.full((8,), -1)
         expert_map[own] = torch.arange(2)
         parts = [replace(w, **{n: getattr(w, n)[own] for n in ("words", "scales", "multiplier")})
                  for w in (whole.w13, whole.w2)]  # fmt: skip
@@ -224,8 +210,7 @@ def test_weights_of_more_than_two_to_the_31_elements():
     assert mixture.w13.codes.numel() * 2 > 1 << 31
     for tokens in (2, 70):
         x, weights = torch.randn(tokens, k, dtype=torch.bfloat16), torch.rand(tokens, 2)
-        ids = torch.tensor([experts - 1, experts - 2]).expand(tokens, 2)
-        check(mixture, packed, x, weights, ids)
+        check(mixture, packed, x, weights, torch.tensor([experts - 1, experts - 2]).expand(tokens, 2))
 
 
 def test_pairs_of_more_than_two_to_the_31_values():
@@ -244,8 +229,7 @@ def test_a_token_alone_equals_the_token_in_a_batch_of_the_same_launch(launch):
     x, (weights, ids) = torch.randn(80, 352, dtype=torch.bfloat16), draw_routing(80, 2, 4)
 
     def call(some: slice) -> Tensor:
-        out = torch.empty_like(x[some])
-        wgmma = Target.of(torch.device("cuda")).hopper
+        out, wgmma = torch.empty_like(x[some]), Target.of(torch.device("cuda")).hopper
         fused(x[some], experts, weights[some], ids[some], None, out, launch, ptx=True, wgmma=wgmma)
         return out
 
@@ -275,8 +259,7 @@ def test_the_op_runs_the_kernels_and_float32_goes_through_blocks():
     x, routing = torch.randn(40, 64, dtype=torch.bfloat16), draw_routing(40, 2, 4)
     how = {"activation": experts.activation, "bias13": experts.bias13, "bias2": experts.bias2}
     assert torch.equal(op(x, experts.w13, experts.w2, *routing, **how), run(experts, x, *routing))
-    wide = op(x.float(), experts.w13, experts.w2, *routing, **how)
-    exact = exact_mixture(mixture, x, *routing)
+    wide, exact = op(x.float(), experts.w13, experts.w2, *routing, **how), exact_mixture(mixture, x, *routing)
     assert (wide.double() - exact).norm() <= 1e-5 * exact.norm()
 
 

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from gpu.capture import captured
 from torch import Tensor
 
 from marlin_w4a16.kernels.experts import Experts
@@ -12,13 +13,7 @@ from marlin_w4a16.kernels.moe import moe
 from mixtures.exact import drawn
 from mixtures.oracle import draw_routing
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu():
-    with torch.device("cuda"):
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 
 
 def run(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
@@ -36,9 +31,7 @@ def test_a_captured_call_replays_with_new_tokens_choices_and_weights(tokens):
     x, (weights, ids) = torch.randn(tokens, 352, dtype=torch.bfloat16), draw_routing(tokens, 2, 8)
     expert_map = torch.arange(8)
     run(experts, x, weights, ids, expert_map)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(experts, x, weights, ids, expert_map)
+    graph, out = captured(lambda: run(experts, x, weights, ids, expert_map))
     for turn in range(6):
         if turn % 3:
             for own, new in zip(tensors(experts), tensors(others[turn % 2]), strict=True):
@@ -59,9 +52,7 @@ def test_a_captured_call_sees_weights_packed_over_the_old_ones():
     first, second = (drawn(torch.bfloat16, 4, 96, 96) for _ in range(2))
     x, routing = torch.randn(6, 96, dtype=torch.bfloat16), draw_routing(6, 2, 4)
     run(first[1], x, *routing)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(first[1], x, *routing)
+    graph, out = captured(lambda: run(first[1], x, *routing))
     for expert in range(4):
         w2 = second[0].w2
         matrix = replace(w2, codes=w2.codes[expert], scales=w2.scales[expert], multiplier=w2.multiplier[expert])
@@ -88,9 +79,7 @@ def test_calls_that_start_early_in_a_graph_wait_for_what_they_read(tokens):
         return y
 
     forward()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = forward()
+    graph, out = captured(forward)
     for _ in range(10):
         source.normal_()
         for weights, ids in choices:
@@ -103,16 +92,14 @@ def test_calls_that_start_early_in_a_graph_wait_for_what_they_read(tokens):
             ids.fill_(-1)
         graph.replay()
         found = out.clone()
-        assert not found.isnan().any()
-        assert torch.equal(found, forward())
+        assert not found.isnan().any() and torch.equal(found, forward())
 
 
 @pytest.mark.parametrize("tokens", [2, 200])
 def test_two_streams_at_once(tokens):
     layers = [drawn(torch.bfloat16, 16, 1024, 512)[1] for _ in range(2)]
     x, routing = torch.randn(tokens, 1024, dtype=torch.bfloat16), draw_routing(tokens, 4, 16)
-    expected = [run(layer, x, *routing) for layer in layers]
-    streams = [torch.cuda.Stream() for _ in layers]
+    expected, streams = [run(layer, x, *routing) for layer in layers], [torch.cuda.Stream() for _ in layers]
     torch.cuda.synchronize()
     results: list[list[Tensor]] = [[], []]
     for _ in range(30):

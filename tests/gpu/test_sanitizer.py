@@ -96,10 +96,7 @@ def test_memcheck_is_clean_for_mixtures():
     assert "ERROR SUMMARY: 0 errors" in said, said[-3000:]
 
 
-RACES = {
-    "linear": (((200, 1120),), (1, 9, 33, 129, 257), PROGRAM),
-    "mixtures": ((), (1, 9, 300), MIXTURES),
-}
+RACES = {"linear": (((200, 1120),), (1, 9, 33, 129, 257), PROGRAM), "mixtures": ((), (1, 9, 300), MIXTURES)}
 
 
 @pytest.mark.parametrize("calls", RACES.values(), ids=RACES)

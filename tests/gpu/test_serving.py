@@ -41,8 +41,7 @@ def packed(name: str, layers: int = 2) -> nn.Module:
 
 def padded(rows: int, length: int) -> dict[str, Tensor]:
     """Prompts of different lengths, padded on the left."""
-    ids = torch.randint(3, 128, (rows, length))
-    mask = torch.arange(length) >= torch.arange(rows)[:, None]
+    ids, mask = torch.randint(3, 128, (rows, length)), torch.arange(length) >= torch.arange(rows)[:, None]
     return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.long().to(DEVICE)}
 
 
@@ -80,8 +79,7 @@ def test_decode_with_a_static_cache_in_cuda_graphs(name):
     model.generation_config.compile_config._compile_all_devices = True
     for rows in (4, 4, 1):
         inputs = padded(rows, 9)
-        tokens = generate(model, cache_implementation="static", **inputs)
-        assert_best(gaps(model, tokens, **inputs))
+        assert_best(gaps(model, generate(model, cache_implementation="static", **inputs), **inputs))
     assert_recorded(2, 6)  # one for each batch size; up to three where sliding windows fill; not one for each token
 
 

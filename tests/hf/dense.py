@@ -136,8 +136,7 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
         return near
     bits = near.view(torch.int16)
     choices = torch.stack([near, (bits - 1).view(dtype), (bits + 1).view(dtype)])
-    wrong = (choices.double() - exact).abs().nan_to_num(torch.inf)
-    odd = (choices.view(torch.int16) & 1).double()
+    wrong, odd = (choices.double() - exact).abs().nan_to_num(torch.inf), (choices.view(torch.int16) & 1).double()
     best = torch.where(wrong == wrong.amin(0), odd, 2).argmin(0, keepdim=True)
     return torch.where(near == 0, near, choices.gather(0, best)[0])
 

@@ -8,32 +8,18 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
-
 from checkpoints.formats import CASES, DENSE_FAMILIES, FORMATS
+from narrow import case
 
 Case = tuple[str, str]
 
 FAMILIES = {
-    "llama": "Llama",
-    "llama-tied": "Llama, tied",
-    "llama-bias": "Llama, biases",
-    "llama-zeros": "Llama, blocks of zeros",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen3-tied": "Qwen3, tied",
-    "mistral": "Mistral",
-    "mistral-tied": "Mistral, tied",
-    "gemma3": "Gemma-3",
-    "gemma3-tied": "Gemma-3, tied",
-    "qwen3moe": "Qwen3-MoE",
-    "mixtral": "Mixtral",
-    "glm4moe": "GLM-4-MoE",
-    "deepseekv3": "DeepSeek-V3",
-    "nemotronh": "NemotronH",
-    "gptoss": "gpt-oss",
-    "deepseekv4": "DeepSeek-V4",
-}
+    "llama": "Llama", "llama-tied": "Llama, tied", "llama-bias": "Llama, biases",
+    "llama-zeros": "Llama, blocks of zeros", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3-tied": "Qwen3, tied",
+    "mistral": "Mistral", "mistral-tied": "Mistral, tied", "gemma3": "Gemma-3", "gemma3-tied": "Gemma-3, tied",
+    "qwen3moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4moe": "GLM-4-MoE", "deepseekv3": "DeepSeek-V3",
+    "nemotronh": "NemotronH", "gptoss": "gpt-oss", "deepseekv4": "DeepSeek-V4",
+}  # fmt: skip
 # A head of its own beside the embedding, under a config that ties them: both producers write that.
 OWN_HEADS = [(name, family) for name in ("modelopt-head", "ct-head") for family in ("llama-tied", "gemma3-tied")]
 # The words of the error, by format and family.
@@ -43,24 +29,17 @@ REFUSED: dict[Case, str] = {
 }
 # Mixtures of experts: those that every step is tested for, and those that some are.
 MIXTURES: list[Case] = [
-    ("modelopt-w4a16", "qwen3moe"),
-    ("modelopt-nvfp4", "mixtral"),
-    ("modelopt-nemotron", "nemotronh"),
-    ("ct-nvfp4a16", "mixtral"),
-    ("ct-nvfp4a16", "glm4moe"),
-    ("ct-mxfp4a16", "deepseekv3"),
-    ("gpt-oss", "gptoss"),
+    ("modelopt-w4a16", "qwen3moe"), ("modelopt-nvfp4", "mixtral"), ("modelopt-nemotron", "nemotronh"),
+    ("ct-nvfp4a16", "mixtral"), ("ct-nvfp4a16", "glm4moe"), ("ct-mxfp4a16", "deepseekv3"), ("gpt-oss", "gptoss"),
     ("deepseek-v4", "deepseekv4"),
-]
+]  # fmt: skip
 MORE_MIXTURES: list[Case] = [
     *((name, "qwen3moe") for name in ("modelopt-nvfp4", "modelopt-mxfp4", "ct-nvfp4a16", "ct-nvfp4", "ct-mxfp4a16")),
     *((name, "mixtral") for name in ("modelopt-w4a16", "ct-mxfp4a16")),
-    *((name, "glm4moe") for name in ("modelopt-nvfp4", "ct-mxfp4a16")),
-    ("ct-nvfp4a16", "deepseekv3"),
-    ("modelopt-w4a16", "nemotronh"),
-    ("modelopt-nemotron-0.47", "nemotronh"),
+    *((name, "glm4moe") for name in ("modelopt-nvfp4", "ct-mxfp4a16")), ("ct-nvfp4a16", "deepseekv3"),
+    ("modelopt-w4a16", "nemotronh"), ("modelopt-nemotron-0.47", "nemotronh"),
     *((f"deepseek-{name}", "deepseekv4") for name in ("v4.1", "v4-fp32", "v4-inv", "v4-weight-scale")),
-]
+]  # fmt: skip
 # Without a layer in FP4 there is nothing for this package to do.
 LEFT = "ct-fp8"
 LOADED: list[Case] = [case for case in [*CASES, *OWN_HEADS] if case not in REFUSED]
@@ -68,18 +47,11 @@ OWN = [case for case in LOADED if case[0] != LEFT]
 ON_LLAMA = [case for case in OWN if case[1] == "llama"]
 # What runs without --wide: every format, most classes, each kind of mixture, tied heads and heads of their own.
 NARROW: set[Case] = {
-    *((made.name, made.family) for made in FORMATS.values()),
-    *MIXTURES,
-    ("modelopt-awq", "gemma3-tied"),
-    ("modelopt-nvfp4", "llama-zeros"),
-    ("modelopt-nvfp4", "mistral"),
-    ("modelopt-w4a16", "qwen2"),
-    ("ct-nvfp4a16", "llama-tied"),
-    ("ct-nvfp4", "qwen3"),
-    ("ct-mxfp4a16", "llama-bias"),
-    ("modelopt-head", "gemma3-tied"),
-    ("ct-head", "llama-tied"),
-}
+    *((made.name, made.family) for made in FORMATS.values()), *MIXTURES, ("modelopt-awq", "gemma3-tied"),
+    ("modelopt-nvfp4", "llama-zeros"), ("modelopt-nvfp4", "mistral"), ("modelopt-w4a16", "qwen2"),
+    ("ct-nvfp4a16", "llama-tied"), ("ct-nvfp4", "qwen3"), ("ct-mxfp4a16", "llama-bias"),
+    ("modelopt-head", "gemma3-tied"), ("ct-head", "llama-tied"),
+}  # fmt: skip
 KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-mxfp4", "modelopt-fp8",
         "ct-nvfp4", "ct-mxfp4", "ct-two-groups"]  # fmt: skip
 # Formats that differ most, for what is alike for all others.
@@ -94,15 +66,13 @@ TRACED = [case for case in ON_LLAMA if case[0] != "ct-nvfp4-fp8"] + MIXTURES
 COMPILED: list[Case] = [
     *((n, "llama") for n in ("ct-nvfp4a16", "ct-mxfp4a16", "modelopt-group32", "modelopt-mixed", "modelopt-awq")),
     *(("ct-nvfp4a16", family) for family in DENSE_FAMILIES if family not in ("llama", "llama-zeros")),
-    ("modelopt-w4a16", "qwen3moe"),
-    ("modelopt-nemotron", "nemotronh"),
-    ("gpt-oss", "gptoss"),
-]
+    ("modelopt-w4a16", "qwen3moe"), ("modelopt-nemotron", "nemotronh"), ("gpt-oss", "gptoss"),
+]  # fmt: skip
 
 
 def params(cases: Iterable[tuple[Any, ...]], narrow: Container[Case] = NARROW) -> list[Any]:
     """Cases for parametrize, each of a format, a family and more: those that are not in the narrow set are wide."""
-    return [pytest.param(*case, marks=() if case[:2] in narrow else pytest.mark.wide) for case in cases]
+    return [case(*values, narrow=values[:2] in narrow) for values in cases]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +97,7 @@ LOAD = Step(
     LARGELY,
 )
 FLOAT32 = Step(
-    "float32",
-    "logits within 1e-5 of the dense model that the exact decode gives, all tokens equal",
-    LARGELY,
+    "float32", "logits within 1e-5 of the dense model that the exact decode gives, all tokens equal", LARGELY
 )
 BFLOAT16 = Step(
     "bfloat16",
@@ -139,9 +107,7 @@ BFLOAT16 = Step(
     FULLY,
 )
 GENERATE = Step(
-    "generate",
-    "greedy tokens with a static cache, in DeepSeek-V4 with its own, equal those of the dense model",
-    FULLY,
+    "generate", "greedy tokens with a static cache, in DeepSeek-V4 with its own, equal those of the dense model", FULLY
 )
 SAVE = Step(
     "save", "every tensor bit for bit, config.json equal, in any dtype, whole or in shards; loads again", LARGELY

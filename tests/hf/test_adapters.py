@@ -87,8 +87,7 @@ def test_training_changes_the_adapters_only(name, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     assert all(same(t, before[key]) for key, t in base(model).items())
     model.unload().save_pretrained(tmp_path)
-    quantised = kinds(name, "llama")
-    found = tensors_of(tmp_path)
+    quantised, found = kinds(name, "llama"), tensors_of(tmp_path)
     assert all(same(found[key], t) for key, t in stored(name).items() if key.rpartition(".")[0] in quantised)
 
 
@@ -163,8 +162,7 @@ def test_a_dequantized_model_can_be_merged():
 
 
 def test_a_compiled_model_with_adapters():
-    model = adapted(load(NAME, dtype=torch.float32))
-    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    layer = adapted(load(NAME, dtype=torch.float32)).base_model.model.model.layers[0].mlp.down_proj
     x = torch.randn(3, 160)
     expected = torch.autograd.grad(layer(x).square().sum(), list(layer.lora_A.parameters()))[0]
     run = torch.compile(layer, backend="marlin_w4a16", fullgraph=True)

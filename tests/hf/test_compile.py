@@ -11,13 +11,9 @@ from hf.loading import choosing, kinds, load, loaded, logits, reference
 from hf.matrix import COMPILE, FEW_ON_LLAMA, MIXTURES, TRACE, params
 
 BY_INDUCTOR = [
-    ("ct-nvfp4a16", "llama"),
-    ("ct-nvfp4a16", "gemma3-tied"),
-    ("modelopt-awq", "llama"),
-    ("modelopt-w4a16", "qwen3moe"),
-    ("modelopt-nemotron", "nemotronh"),
-    ("gpt-oss", "gptoss"),
-]
+    ("ct-nvfp4a16", "llama"), ("ct-nvfp4a16", "gemma3-tied"), ("modelopt-awq", "llama"),
+    ("modelopt-w4a16", "qwen3moe"), ("modelopt-nemotron", "nemotronh"), ("gpt-oss", "gptoss"),
+]  # fmt: skip
 
 
 def told(linears: int, experts: int) -> list[str]:
@@ -45,14 +41,12 @@ def test_one_graph(name, family):
     counters.clear()
     torch._dynamo.reset()
     found = logits(torch.compile(model, backend="eager", fullgraph=True))
-    assert counters["stats"]["unique_graphs"] == 1
-    assert relative(found, expected) <= 1e-6
+    assert counters["stats"]["unique_graphs"] == 1 and relative(found, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("name, family", params(COMPILE.cases, BY_INDUCTOR))
 def test_one_graph_gives_the_logits_of_eager(name, family, caplog):
-    model = loaded(name, family, torch.float32)
-    kind = list(kinds(name, family).values())
+    model, kind = loaded(name, family, torch.float32), list(kinds(name, family).values())
     found = compiled_once(model, told(kind.count("CheckpointLinear"), kind.count("CheckpointExperts")), caplog)
     assert relative(found, logits(model)) <= 1e-5
     assert relative(found, logits(reference(name, family, torch.float32))) <= 1e-5

@@ -22,10 +22,8 @@ def through_torch(model):
 
 
 COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_torch,
-}
+    "deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save": through_torch,
+}  # fmt: skip
 
 
 def expect_the_quantised_tensors(folder, name):
@@ -63,8 +61,7 @@ def test_a_deepcopy_shares_nothing():
 @pytest.mark.parametrize("name, family", params(ON_LLAMA, FEW_ON_LLAMA))
 def test_state_dicts(name, family, tmp_path):
     model, other = load(name), load(name)
-    state = {key: t.clone() for key, t in model.state_dict().items()}
-    assert torch.save(state, tmp_path / "state.pt") is None
+    assert torch.save({key: t.clone() for key, t in model.state_dict().items()}, tmp_path / "state.pt") is None
     for parameter in other.parameters():
         parameter.data.zero_()
     loading = other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))

@@ -70,8 +70,7 @@ def test_gpt_oss_by_transformers_convert_function(projection):
 
 @pytest.mark.parametrize("name, family", [("ct-mxfp4a16", "deepseekv3"), ("ct-mxfp4a16", "mixtral")])
 def test_mxfp4_as_compressed_tensors_dequantises_it(name, family, upstream):
-    model = upstream(name, family, dtype=torch.bfloat16)
-    expected = reference(name, family, torch.bfloat16)
+    model, expected = upstream(name, family, dtype=torch.bfloat16), reference(name, family, torch.bfloat16)
     assert relative(logits(model), logits(expected)) <= 1e-2
     for key, tensor in expected.state_dict().items():
         if ".experts." in key:

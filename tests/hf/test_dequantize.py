@@ -24,8 +24,7 @@ def expect_dense(model, name, family, dtype):
     files = {renamed(path, model_type(name, family)): path for path in codes_of(tensors)}
     for path in loading.linears(name, family):
         weight, columns = exact(tensors, files[path]), pre_quant_scale(tensors, files[path])
-        weight = weight if columns is None else weight * columns.double()
-        found = linears[path].weight
+        weight, found = weight if columns is None else weight * columns.double(), linears[path].weight
         if name == UPSTREAM and "self_attn" in path:  # computed in bfloat16
             assert relative(found.detach(), weight) <= 3e-3
         else:

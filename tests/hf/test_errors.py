@@ -58,8 +58,7 @@ def damaged(tmp_path, error) -> Callable[..., str]:
         folder = write(name, family, tmp_path / "model", shards)
         for change in changes:
             change(folder)
-        message = error(folder)
-        head, _, problems = message.partition(" cannot be loaded:\n  ")
+        head, _, problems = error(folder).partition(" cannot be loaded:\n  ")
         assert head == str(folder)
         return problems
 
@@ -84,12 +83,10 @@ def test_weights_of_a_whole_checkpoint_are_reached(monkeypatch):
 # Tensors
 
 LEAVES = {
-    "modelopt-nvfp4": ("weight", "weight_scale", "weight_scale_2"),
-    "modelopt-mxfp4": ("weight", "weight_scale"),
-    "modelopt-fp8": ("weight", "weight_scale"),
-    "ct-nvfp4": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "modelopt-nvfp4": ("weight", "weight_scale", "weight_scale_2"), "modelopt-mxfp4": ("weight", "weight_scale"),
+    "modelopt-fp8": ("weight", "weight_scale"), "ct-nvfp4": ("weight_packed", "weight_scale", "weight_global_scale"),
     "ct-mxfp4a16": ("weight_packed", "weight_scale"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["whole", "shards"])
@@ -184,20 +181,14 @@ def test_every_problem_is_told(damaged):
 @pytest.mark.parametrize(
     "family, change, problem",
     [
-        (
-            "llama-bias",
-            lambda f: damage.drop(f, of("bias")),
-            "found no such tensor, expected [96], since the model has",
-        ),
+        ("llama-bias", lambda f: damage.drop(f, of("bias")),
+         "found no such tensor, expected [96], since the model has"),
         ("llama-bias", lambda f: damage.cut_columns(f, of("bias")), "found BF16 [95], expected shape [96]"),
-        (
-            "llama",
-            lambda f: damage.put(f, of("bias"), torch.ones(96)),
-            "found a bias, expected none, since the model has",
-        ),
+        ("llama", lambda f: damage.put(f, of("bias"), torch.ones(96)),
+         "found a bias, expected none, since the model has"),
     ],
     ids=["missing", "shape", "surplus"],
-)
+)  # fmt: skip
 def test_a_bias(name, family, change, problem, damaged):
     assert damaged(name, change, family=family).startswith(f"{SINGLE}: {Q}.bias: {problem}")
 
@@ -264,29 +255,17 @@ def test_a_model_of_another_depth(name, codes, damaged):
 @pytest.mark.parametrize(
     "name, change, problem",
     [
-        (
-            "modelopt-nvfp4",
-            {"quant_algo": "NVFP4_SVD"},
-            "and 13 more: found ModelOpt's NVFP4_SVD, expected one of NVFP4,",
-        ),
-        (
-            "modelopt-nvfp4",
-            {"quant_algo": "INT4_AWQ"},
-            "and 13 more: found ModelOpt's INT4_AWQ, expected one of NVFP4,",
-        ),
-        (
-            "modelopt-nvfp4",
-            {"group_size": 64},
-            "and 13 more: found ModelOpt's NVFP4 with group_size 64, expected one of",
-        ),
+        ("modelopt-nvfp4", {"quant_algo": "NVFP4_SVD"},
+         "and 13 more: found ModelOpt's NVFP4_SVD, expected one of NVFP4,"),
+        ("modelopt-nvfp4", {"quant_algo": "INT4_AWQ"},
+         "and 13 more: found ModelOpt's INT4_AWQ, expected one of NVFP4,"),
+        ("modelopt-nvfp4", {"group_size": 64},
+         "and 13 more: found ModelOpt's NVFP4 with group_size 64, expected one of"),
         ("modelopt-mxfp4", {"quant_algo": "W4A16_NVFP4"}, "weight_scale: found U8 [96, 5], expected dtype F8_E4M3"),
-        (
-            "modelopt-mixed",
-            {"quantized_layers": {Q: {"quant_algo": "FP8"}}},
-            "the config says it is not among the quan",
-        ),
+        ("modelopt-mixed", {"quantized_layers": {Q: {"quant_algo": "FP8"}}},
+         "the config says it is not among the quan"),
     ],
-)
+)  # fmt: skip
 def test_a_config_that_belongs_to_another_checkpoint(name, change, problem, damaged):
     assert problem in damaged(name, of_quantisation(**change)).split("\n")[0]
 
@@ -448,8 +427,7 @@ def test_a_state_dict_in_place_of_files(error):
     folder = written("modelopt-nvfp4", "llama")
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    said = error(None, config=config, state_dict={}, auto="LlamaForCausalLM")
+    said = error(None, config=AutoConfig.from_pretrained(folder), state_dict={}, auto="LlamaForCausalLM")
     assert "found a state dict, expected a checkpoint's files: its headers are read" in said
 
 

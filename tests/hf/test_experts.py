@@ -15,10 +15,11 @@ from marlin_w4a16.hf.experts import implementation as plugin
 from marlin_w4a16.passes.outcome import Rejected
 from mixtures.experts import stacked
 from mixtures.models import COMMON, FAMILIES, Family
+from narrow import case
 
 IDS = torch.arange(1, 19).view(2, 9)
 SAME = [family for family in FAMILIES if family.name != "Llama4"]  # its experts have no router's arguments
-FEW = [pytest.param(f, marks=() if f.name in ("Qwen3Moe", "GptOss") else pytest.mark.wide) for f in SAME]
+FEW = [case(f, narrow=f.name in ("Qwen3Moe", "GptOss")) for f in SAME]
 every_family = pytest.mark.parametrize("family", SAME, ids=str)
 
 
@@ -85,10 +86,7 @@ def test_logits_are_those_of_the_exactly_decoded_model(family):
 
 @pytest.mark.parametrize(
     "family, backend",
-    [
-        *((family, "aot_eager") for family in SAME),
-        *(pytest.param(f, "marlin_w4a16", marks=() if f.name == "GptOss" else pytest.mark.wide) for f in SAME),
-    ],
+    [*((family, "aot_eager") for family in SAME), *(case(f, "marlin_w4a16", narrow=f.name == "GptOss") for f in SAME)],
     ids=str,
 )
 def test_they_compile_in_one_graph(family, backend):
@@ -110,8 +108,7 @@ def test_gradients_go_through_them_to_the_router(family):
     assert routers
     for name, parameter in expected.items():
         if parameter.grad is not None:
-            difference = (found[name].grad - parameter.grad).norm()
-            assert difference <= 1e-4 * parameter.grad.norm() + 1e-9, name
+            assert (found[name].grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-9, name
     assert any(expected[name].grad.abs().sum() > 0 for name in routers)
 
 
@@ -237,8 +234,7 @@ def test_a_clamp_after_silu_is_refused():
     module = a_module("Qwen3Moe.Qwen3MoeExperts", **QWEN)
     module.limit = 7.0
     module._apply_gate = step.Step3p7Experts._apply_gate.__get__(module)
-    found = pack_experts_of(module, *drawn(module))
-    assert "the nearest is silu(gate) * up in +-7: at gate 7" in found.detail
+    assert "the nearest is silu(gate) * up in +-7: at gate 7" in pack_experts_of(module, *drawn(module)).detail
 
 
 def test_quick_gelu_and_limits_of_a_config_are_found():

@@ -19,8 +19,7 @@ FP8_INPUTS = ["modelopt-w4a8-nvfp4", "modelopt-w4a8-mxfp4", "ct-mxfp4-fp8"]
 @pytest.mark.parametrize("name, family", params(FLOAT32.cases))
 def test_logits_and_tokens_in_float32(name, family):
     found, expected = (logits(of(name, family, torch.float32)) for of in (loaded, reference))
-    assert relative(found, expected) <= 1e-5
-    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    assert relative(found, expected) <= 1e-5 and torch.equal(found.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("name, family", [case for case in ON_LLAMA if case[0] != "ct-nvfp4-fp8"])
@@ -40,8 +39,7 @@ def test_teacher_forced_steps_in_bfloat16(name, family):
     assert relative(found, truth) <= 1.02 * relative(plain, truth) and relative(found, plain) <= 1.5e-2
     error = (found - truth).abs().amax(-1).mean()  # the largest of a step, of all steps the mean
     best = truth.topk(2).values
-    compared = best[..., 0] - best[..., 1] > 4 * error
-    equal = found.argmax(-1) == truth.argmax(-1)
+    compared, equal = best[..., 0] - best[..., 1] > 4 * error, found.argmax(-1) == truth.argmax(-1)
     print(f"{name} {family}: {compared.sum()} of {compared.numel()} steps compared, {(~compared).sum()} excused, of "
           f"which {(~equal).sum()} differ; logits are off by {error:.3f}")  # fmt: skip
     assert equal[compared].all()
@@ -56,13 +54,11 @@ def test_kept_inputs_are_the_producers(name, family):
     passed = {}
     for path in linears(name, family):
         model.get_submodule(path).register_forward_hook(lambda m, x, y, path=path: passed.update({path: (x[0], y)}))
-    kept = logits(model)
-    changed = 0
+    kept, changed = logits(model), 0
     for path, (x, y) in passed.items():
         inputs = quantised_input(x, tensors, path, config["quantization_config"])
         changed += not torch.equal(inputs, x)
-        expected = linear(inputs, exact(tensors, path).float(), tensors.get(f"{path}.bias"))
-        assert relative(y, expected) <= 1e-5, path
+        assert relative(y, linear(inputs, exact(tensors, path).float(), tensors.get(f"{path}.bias"))) <= 1e-5, path
     assert changed and relative(kept, logits(loaded(name, family, torch.float32))) > 1e-3
 
 

@@ -27,8 +27,7 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("deepseek")])
 def test_fp8_linears_stay_fp8_beside_packed_experts(name, tmp_path):
     folder = written(name, "deepseekv4")
-    before = tensors_of(folder)
-    model = read(folder)
+    before, model = tensors_of(folder), read(folder)
     fp8 = {path for path, module in model.named_modules() if isinstance(module, FP8Linear)}
     assert len(fp8) == sum(t.dtype == torch.float8_e4m3fn for t in before.values())
     assert all(type(layer.mlp.experts) is CheckpointExperts for layer in model.model.layers)
@@ -54,5 +53,4 @@ def test_gpus_that_this_project_leaves_are_left_to_transformers(monkeypatch):
     for capability, left in (((8, 0), False), ((9, 0), False), ((7, 5), True), ((10, 0), True), ((12, 0), True)):
         monkeypatch.setattr(Target, "of", lambda _, found=capability: Target(found, 1))
         assert marlin_w4a16.hf.quantizer.left_to_transformers() == left
-        scheme = marlin_w4a16.hf.quantizer.Mxfp4Quantizer(config, pre_quantized=True).scheme
-        assert (scheme is None) == left
+        assert (marlin_w4a16.hf.quantizer.Mxfp4Quantizer(config, pre_quantized=True).scheme is None) == left

@@ -126,8 +126,7 @@ def test_a_class_that_keeps_modules_in_float32(name, tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"self_attn", "mlp"})
-    model = load(name)
-    model.save_pretrained(tmp_path)
+    load(name).save_pretrained(tmp_path)
     found, quantised = tensors_of(tmp_path), kinds(name, "llama")
     assert all(same(found[key], t) for key, t in stored(name).items() if key.rpartition(".")[0] in quantised)
 
@@ -156,13 +155,12 @@ TOLD = {
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_loading_is_told_once(name, caplog):
-    caplog.set_level("INFO", "marlin_w4a16")
+def test_loading_is_told_once(name, said):
     load(name)
-    (line, *others), (summary, notes) = [r for r in caplog.records if r.name == "marlin_w4a16"], TOLD[name]
-    assert line.levelname == "INFO" and line.message.startswith(f"loaded {summary}, ")
-    assert {record.levelname for record in others} <= {"WARNING"}
-    warnings = " ".join(record.message for record in others)
+    ((level, line), *others), (summary, notes) = said(), TOLD[name]
+    assert level == "INFO" and line.startswith(f"loaded {summary}, ")
+    assert {level for level, _ in others} <= {"WARNING"}
+    warnings = " ".join(message for _, message in others)
     assert bool(warnings) == bool(notes) and all(note in warnings for note in notes)
 
 
@@ -182,8 +180,7 @@ def test_device_maps_count_the_bytes_of_experts(name, family, monkeypatch):
     """They are no parameters of the model yet; the whole model takes what its files do."""
     from marlin_w4a16.hf import quantizer
 
-    counted = []
-    whole = quantizer.FP4Loading._process_model_after_weight_loading
+    counted, whole = [], quantizer.FP4Loading._process_model_after_weight_loading
 
     def count(self, model, **kwargs):
         sizes = (p.numel() * self.param_element_size(model, path, p) for path, p in model.named_parameters())
@@ -203,8 +200,7 @@ def test_device_maps_count_the_bytes_that_layers_will_take(name, family, dequant
     """Of each linear as it is put on the meta device."""
     from marlin_w4a16.hf import quantizer
 
-    counted = {}
-    whole = quantizer.FP4Loading._process_model_after_weight_loading
+    counted, whole = {}, quantizer.FP4Loading._process_model_after_weight_loading
 
     def count(self, model, **kwargs):
         for path in kinds(name, family):

@@ -1,31 +1,27 @@
-"""generate() of mixtures of experts and of hybrids: greedy tokens are those of the dense model."""
+"""generate() of mixtures of experts and of hybrids: greedy tokens are those of the dense model; continuous batching by
+transformers' own manager gives each request the tokens it gets alone."""
 
 import functools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
-from hf.running import generate, pair
+from hf.running import batch, family, generate, pair
 from marlin_w4a16.hf.generation import compile_blocks, compile_decode
 
 STATIC = ["Qwen3Moe", "Mixtral", "DeepseekV3", "Glm4Moe", "GptOss", "NemotronH"]
 STATEFUL = ["NemotronH", "DeepseekV4"]
+BACKEND = CompileConfig(backend="marlin_w4a16", mode="default", dynamic=True)
 
 models = functools.cache(pair)
 
 
-@pytest.fixture
-def as_traced(monkeypatch) -> None:
-    """Graphs run as this backend hands them to Inductor, which takes most of the time."""
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
-
-
 def padded(rows: int, length: int) -> dict[str, Tensor]:
     """Prompts of different lengths: ``length``, then one token less in each row, padded on the left."""
-    ids = torch.randint(3, 128, (rows, length))
-    mask = torch.arange(length) >= torch.arange(rows)[:, None]
+    ids, mask = torch.randint(3, 128, (rows, length)), torch.arange(length) >= torch.arange(rows)[:, None]
     return {"input_ids": ids * mask, "attention_mask": mask.long()}
 
 
@@ -105,3 +101,48 @@ def test_transformers_assists_no_model_with_a_state(name, options):
     options = {key: packed if value is True else value for key, value in options.items()}
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         generate(packed, input_ids=torch.ones(1, 4, dtype=torch.long), **options)
+
+
+# Continuous batching
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    return [torch.randint(3, 128, (length,)).tolist() for length in (5, 9, 3, 12, 7)]
+
+
+def alone(model: nn.Module, prompts: list[list[int]]) -> list[list[int]]:
+    """Tokens of each prompt by itself."""
+    return [generate(model, torch.tensor([prompt]), eos_token_id=-1)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "Glm4Moe", "GptOss"])
+def test_requests_get_their_own_tokens(name, prompts):
+    packed, dense = pair(name)
+    assert batch(packed, prompts) == alone(dense, prompts)
+
+
+@pytest.mark.wide
+def test_layers_share_compiled_graphs(prompts, as_traced, caplog):
+    """Paged attention breaks the graph in each layer, so a graph serves all layers: its weights are those it is
+    called with."""
+    packed, dense = pair("Qwen3Moe", layers=3)
+    caplog.set_level("INFO", "marlin_w4a16")
+    assert batch(packed, prompts, varlen_compile_config=BACKEND) == alone(dense, prompts)
+    assert caplog.text.count(" packed stacks of experts") < 3
+
+
+def test_packed_copies_of_a_shared_graph_are_those_of_each_layer(prompts, as_traced, caplog):
+    """Here the model decodes FP4 itself, and the backend packs what it finds."""
+    model = family("Qwen3Moe", 3).build()
+    expected = alone(model, prompts)
+    caplog.set_level("INFO", "marlin_w4a16")
+    assert batch(model, prompts, varlen_compile_config=BACKEND) == expected
+    assert 1 <= caplog.text.count("replaced 2 of 2 stacks of FP4 matrices") < 3
+
+
+@pytest.mark.parametrize("name", ["NemotronH", "DeepseekV4"])
+def test_transformers_has_no_paged_cache_for_states(name, prompts):
+    packed, _ = pair(name)
+    with pytest.raises(ValueError, match="Invalid layer type"):
+        batch(packed, prompts)

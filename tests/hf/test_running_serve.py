@@ -69,7 +69,6 @@ def test_answers_are_those_of_the_dense_model(address):
     body = {"messages": [message], "max_tokens": 6, "temperature": 0}
     headers = {"content-type": "application/json"}
     answer = urlopen(Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers), timeout=60)
-    text = json.load(answer)["choices"][0]["message"]["content"]
-    dense = reference(NAME, "llama", torch.float32)
+    text, dense = json.load(answer)["choices"][0]["message"]["content"], reference(NAME, "llama", torch.float32)
     expected = dense.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 4:]
     assert text.split() == [str(token) for token in expected.tolist()]

@@ -60,11 +60,9 @@ def dtype_of(key, tensor, name, family, dtype) -> torch.dtype:
 
 @pytest.mark.parametrize("name, family", params(SAVE.cases))
 def test_what_is_saved_is_what_was_loaded(name, family, tmp_path):
-    model = load(name, family)
-    model.save_pretrained(tmp_path)
+    load(name, family).save_pretrained(tmp_path)
     expect_the_checkpoint(tmp_path, name, family)
-    again = read(tmp_path)
-    assert torch.equal(logits(again), logits(loaded(name, family, torch.bfloat16)))
+    assert torch.equal(logits(read(tmp_path)), logits(loaded(name, family, torch.bfloat16)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -78,8 +76,7 @@ def test_a_model_of_another_dtype(name, family, dtype, tmp_path):
 
 @pytest.mark.parametrize("name, family", MIXTURES)
 def test_mixtures_in_shards_and_another_dtype(name, family, tmp_path):
-    model = load(name, family, shards=True, dtype=torch.float32)
-    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    load(name, family, shards=True, dtype=torch.float32).save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     expect_the_checkpoint(tmp_path, name, family, torch.float32)
     assert torch.equal(logits(read(tmp_path)), logits(loaded(name, family, torch.float32)))

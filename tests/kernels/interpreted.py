@@ -39,8 +39,7 @@ def fused(x: Tensor, packed: PackedFP4, bias: Tensor | None, launch: Launch) -> 
 
 def decode(packed: PackedFP4) -> Tensor:
     rows, columns = packed.words.shape[:2]
-    out = torch.empty((64 * rows, 64 * columns), dtype=torch.float16)
-    scales = packed.scales.view(torch.int32)
+    out, scales = torch.empty((64 * rows, 64 * columns), dtype=torch.float16), packed.scales.view(torch.int32)
     kernels._decode_kernel[(rows, columns)](
         packed.words, scales, out, columns, kind=packed.kind, GROUP=packed.group, PTX=False
     )

@@ -16,15 +16,9 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Instructions of a lane for each weight that it decodes, in the loop of a launch for a few tokens.
 INSTRUCTIONS = {
-    ("bf16", "e4m3", 16): 4.4,
-    ("bf16", "e4m3", 32): 4.15,
-    ("bf16", "e8m0", 16): 4.8,
-    ("bf16", "e8m0", 32): 4.6,
-    ("fp16", "e4m3", 16): 4.65,
-    ("fp16", "e4m3", 32): 4.45,
-    ("fp16", "e8m0", 16): 6.4,
-    ("fp16", "e8m0", 32): 5.6,
-}
+    ("bf16", "e4m3", 16): 4.4, ("bf16", "e4m3", 32): 4.15, ("bf16", "e8m0", 16): 4.8, ("bf16", "e8m0", 32): 4.6,
+    ("fp16", "e4m3", 16): 4.65, ("fp16", "e4m3", 32): 4.45, ("fp16", "e8m0", 16): 6.4, ("fp16", "e8m0", 32): 5.6,
+}  # fmt: skip
 
 
 @dataclass
@@ -128,8 +122,7 @@ def overwritten_operands(loop: list[str], *, across: bool) -> list[str]:
 
 
 def assert_no_spills(code: Compiled) -> None:
-    assert code.stack == 0
-    assert not code.has("LDL", "STL")
+    assert code.stack == 0 and not code.has("LDL", "STL")
 
 
 def assert_wgmma_is_awaited(code: Compiled) -> None:

@@ -9,20 +9,8 @@ from marlin_w4a16.kernels.target import Target
 
 PROCESSORS = 132  # multiprocessors of an H200
 TOKENS = [
-    1,
-    2,
-    3,
-    7,
-    8,
-    9,
-    *range(15, 18),
-    *range(31, 34),
-    *range(63, 66),
-    *range(127, 130),
-    *range(255, 258),
-    1000,
-    4096,
-]
+    1, 2, 3, 7, 8, 9, *range(15, 18), *range(31, 34), *range(63, 66), *range(127, 130), *range(255, 258), 1000, 4096,
+]  # fmt: skip
 SIZES = [1, 16, 64, 65, 96, 200, 1120, 2048, 2880, 4096, 5120, 8192, 14336, 25599, 25600, 28672, 57344, 151936]
 
 

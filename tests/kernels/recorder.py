@@ -12,11 +12,8 @@ from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
 CAPABILITY = (9, 0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    **{dtype: name for name, dtype in DTYPES.items()},
-}
+    torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", **{dtype: name for name, dtype in DTYPES.items()},
+}  # fmt: skip
 RUNTIME = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 

@@ -1,7 +1,7 @@
 """The order in which the rows of experts are packed, its inverse, and what stands between the products."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,23 +15,18 @@ from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import ORDERS, packed_rows
 from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_bias, unpack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
-from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.kernels.scale_bytes import scale_values
 from mixtures.oracle import ACTIVATIONS, activated
+from weights import equal
 
 EVERY_ORDER = pytest.mark.parametrize("order", [None, *ORDERS])
 FORMATS = [("e4m3", 16), ("e4m3", 32), ("e8m0", 32), ("e8m0", 16)]
 
 
-def equal(a: FP4Weight | PackedFP4, b: FP4Weight | PackedFP4) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "name"]
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
-
-
 def draw(random_weight, experts: int, hidden: int, intermediate: int, order, first=FORMATS[0], second=FORMATS[0]):
     """Both weights; the second has columns in whole groups."""
-    rows = intermediate * (1 if order is None else 2)
-    columns = -(-intermediate // second[1]) * second[1]
+    rows, columns = intermediate * (1 if order is None else 2), -(-intermediate // second[1]) * second[1]
     w13 = random_weight(rows, hidden, *first, lead=(experts,), e8m0=(0, 254))
     return w13, random_weight(hidden, columns, *second, lead=(experts,), seed=1)
 
@@ -48,8 +43,7 @@ def test_rows_stand_in_pairs_of_eight():
 @EVERY_ORDER
 @pytest.mark.parametrize("intermediate, width", [(64, 64), (100, 112), (1, 16), (2880, 2880), (704, 768), (8, 32)])
 def test_every_row_stands_once_and_beside_its_partner(order, intermediate, width):
-    rows = packed_rows(intermediate, width, order)
-    halves = 1 if order is None else 2
+    rows, halves = packed_rows(intermediate, width, order), 1 if order is None else 2
     assert len(rows) == halves * width
     assert rows[rows >= 0].sort().values.tolist() == list(range(halves * intermediate))
     if order is not None:
@@ -87,19 +81,12 @@ def test_unpacking_gives_every_bit_back(random_weight, intermediate, order, firs
 def mixtures(draw) -> dict:
     order = draw(st.sampled_from([None, *ORDERS]))
     first, second = draw(st.sampled_from(FORMATS)), draw(st.sampled_from(FORMATS))
-    intermediate = draw(st.integers(1, 150))
-    more = draw(st.integers(0, (127 - second[1]) // second[1]))
+    intermediate, more = draw(st.integers(1, 150)), draw(st.integers(0, (127 - second[1]) // second[1]))
     return dict(
-        experts=draw(st.integers(0, 5)),
-        hidden=first[1] * draw(st.integers(1, 5)),
-        out=draw(st.integers(1, 130)),
-        intermediate=intermediate,
-        columns=(-(-intermediate // second[1]) + more) * second[1],
-        order=order,
-        first=first,
-        second=second,
-        seed=draw(st.integers(0, 2**32)),
-    )
+        experts=draw(st.integers(0, 5)), hidden=first[1] * draw(st.integers(1, 5)), out=draw(st.integers(1, 130)),
+        intermediate=intermediate, columns=(-(-intermediate // second[1]) + more) * second[1], order=order,
+        first=first, second=second, seed=draw(st.integers(0, 2**32)),
+    )  # fmt: skip
 
 
 def any_stack(experts: int, n: int, k: int, kind: str, group: int) -> FP4Weight:
@@ -114,8 +101,7 @@ def any_stack(experts: int, n: int, k: int, kind: str, group: int) -> FP4Weight:
 @settings(max_examples=150, deadline=None)
 def test_any_mixture_comes_back(m):
     torch.manual_seed(m["seed"])
-    rows = m["intermediate"] * (1 if m["order"] is None else 2)
-    w13 = any_stack(m["experts"], rows, m["hidden"], *m["first"])
+    w13 = any_stack(m["experts"], m["intermediate"] * (1 if m["order"] is None else 2), m["hidden"], *m["first"])
     w2 = any_stack(m["experts"], m["out"], m["columns"], *m["second"])
     packed = pack_experts(w13, w2, m["order"])
     found = unpack_experts(*packed, m["order"], m["intermediate"])
@@ -198,8 +184,7 @@ def test_packing_takes_the_memory_of_one_expert_at_a_time(random_weight):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_of_packed_rows_is_that_of_the_model(name):
     activation, order = ACTIVATIONS[name]
-    sums = 3 * torch.randn(5, 192, dtype=torch.float64)
-    intermediate = 192 // (2 if activation.gated else 1)
+    sums, intermediate = 3 * torch.randn(5, 192, dtype=torch.float64), 192 // (2 if activation.gated else 1)
     packed = sums[:, packed_rows(intermediate, intermediate, order)]
     torch.testing.assert_close(activation.of_rows(packed), activated(activation, order, sums), rtol=1e-9, atol=1e-9)
 

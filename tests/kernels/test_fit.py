@@ -36,8 +36,7 @@ def is_exact_in(weight: FP4Weight, dtype: torch.dtype) -> bool:
 def test_a_weight_in_range_is_returned_as_it_is(dtype):
     low, high = BYTES[dtype]
     weight = make([[low, high], [high, low], [ONE, ONE]], multiplier=0.7)
-    assert is_exact_in(weight, dtype)
-    assert weight.fit(dtype) is weight
+    assert is_exact_in(weight, dtype) and weight.fit(dtype) is weight
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,16 +44,14 @@ def test_one_byte_further_is_not_in_range(dtype):
     low, high = BYTES[dtype]
     for byte in {max(low - 1, 0), high + 1} - {0}:
         weight = make([[byte]])
-        assert not is_exact_in(weight, dtype)
-        assert weight.fit(dtype) is not weight
+        assert not is_exact_in(weight, dtype) and weight.fit(dtype) is not weight
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_e4m3_fits_every_dtype(dtype, random_weight):
     weight = random_weight(8, 64)
     weight.scales.copy_(torch.arange(32).reshape(8, 4) * 4)
-    assert is_exact_in(weight, dtype)
-    assert weight.fit(dtype) is weight
+    assert is_exact_in(weight, dtype) and weight.fit(dtype) is weight
 
 
 @given(
@@ -70,8 +67,7 @@ def test_e4m3_fits_every_dtype(dtype, random_weight):
 def test_a_fitted_weight_has_the_same_values_and_is_exact(dtype, rows, zeros, multiplier):
     weight = make(rows, multiplier, tuple(zeros))
     fitted = weight.fit(dtype)
-    assert same_bits(weight, fitted)
-    assert is_exact_in(fitted, dtype)
+    assert same_bits(weight, fitted) and is_exact_in(fitted, dtype)
     assert torch.equal(fitted.codes, weight.codes)
     assert (fitted.kind, fitted.group, fitted.name) == ("e8m0", 16, "layers.3.up")
 
@@ -80,8 +76,7 @@ def test_a_fitted_weight_has_the_same_values_and_is_exact(dtype, rows, zeros, mu
 def test_every_single_scale_fits_float16(byte):
     weight = make([[byte]])
     fitted = weight.fit(torch.float16)
-    assert same_bits(weight, fitted)
-    assert is_exact_in(fitted, torch.float16)
+    assert same_bits(weight, fitted) and is_exact_in(fitted, torch.float16)
 
 
 @pytest.mark.parametrize("byte, power", [(103, -1), (141, 1), (0, -104), (254, 114)])
@@ -92,27 +87,22 @@ def test_a_row_moves_no_further_than_it_must(byte, power):
 def test_only_the_rows_that_need_it_are_moved():
     weight = make([[ONE, ONE - 20], [200, 190], [3, 9]], multiplier=1.5)
     fitted = weight.fit(torch.float16)
-    assert fitted.scales[0].tolist() == [ONE, ONE - 20]
-    assert fitted.multiplier[0] == 1.5
-    assert (fitted.multiplier[1:] != 1.5).all()
-    assert same_bits(weight, fitted)
+    assert fitted.scales[0].tolist() == [ONE, ONE - 20] and fitted.multiplier[0] == 1.5
+    assert (fitted.multiplier[1:] != 1.5).all() and same_bits(weight, fitted)
 
 
 @pytest.mark.parametrize("scales", [[254, 0, ONE], [ONE, 254, 0], [0, ONE, 254]])
 def test_the_scales_of_zeros_are_free(scales):
-    zeros = tuple((0, group) for group, byte in enumerate(scales) if byte != ONE)
-    weight = make([scales], 0.7, zeros)
+    weight = make([scales], 0.7, tuple((0, group) for group, byte in enumerate(scales) if byte != ONE))
     fitted = weight.fit(torch.float16)
     assert fitted.multiplier.tolist() == weight.multiplier.tolist()
-    assert same_bits(weight, fitted)
-    assert is_exact_in(fitted, torch.float16)
+    assert same_bits(weight, fitted) and is_exact_in(fitted, torch.float16)
 
 
 def test_a_row_of_zeros_fits():
     weight = make([[0, 254], [ONE, ONE]], 0.7, ((0, 0), (0, 1)))
     fitted = weight.fit(torch.float16)
-    assert fitted.multiplier.tolist() == weight.multiplier.tolist()
-    assert same_bits(weight, fitted)
+    assert fitted.multiplier.tolist() == weight.multiplier.tolist() and same_bits(weight, fitted)
 
 
 @pytest.mark.parametrize("dtype, span", [(torch.float16, 36), (torch.bfloat16, 252), (torch.float32, 252)])
@@ -140,8 +130,7 @@ def test_the_matrices_of_a_stack_are_fitted_row_by_row(lead):
         return FP4Weight(*(t.unflatten(0, lead) for t in tensors), "e8m0", 16, "experts")
 
     weight = stack(parts)
-    fitted = weight.fit(torch.float16)
-    expected = stack([part.fit(torch.float16) for part in parts])
+    fitted, expected = weight.fit(torch.float16), stack([part.fit(torch.float16) for part in parts])
     assert is_exact_in(fitted, torch.float16) and same_bits(fitted, weight)
     for field in ("codes", "scales", "multiplier"):
         assert torch.equal(getattr(fitted, field), getattr(expected, field)), field

@@ -76,11 +76,8 @@ def weights(draw) -> FP4Weight:
     multiplier = draw(st.lists(finite | st.floats(-4, 4, width=32), min_size=n, max_size=n))
     return FP4Weight(
         torch.tensor([list(row) for row in codes], dtype=torch.uint8),
-        torch.tensor(scales, dtype=torch.uint8).reshape(n, groups),
-        torch.tensor(multiplier),
-        kind,
-        group,
-    )
+        torch.tensor(scales, dtype=torch.uint8).reshape(n, groups), torch.tensor(multiplier), kind, group,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -145,8 +142,7 @@ def test_row_blocks_walk_every_row_once_as_views(n, elements):
     blocks = list(weight.row_blocks(elements))
     assert [row for rows, _ in blocks for row in range(n)[rows]] == list(range(n))
     for rows, part in blocks:
-        assert (part.kind, part.group, part.name) == ("e8m0", 16, "w")
-        assert part.n <= max(1, elements // 32)
+        assert (part.kind, part.group, part.name) == ("e8m0", 16, "w") and part.n <= max(1, elements // 32)
         for tensor in ("codes", "scales", "multiplier"):
             view, whole = getattr(part, tensor), getattr(weight, tensor)
             assert torch.equal(view, whole[rows])

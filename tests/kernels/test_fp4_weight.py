@@ -8,13 +8,9 @@ import torch
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
 
 GOOD = dict(
-    codes=torch.zeros(2, 32, dtype=torch.uint8),
-    scales=torch.full((2, 4), 0x38, dtype=torch.uint8),
-    multiplier=torch.ones(2),
-    kind="e4m3",
-    group=16,
-    name="layers.3.up",
-)
+    codes=torch.zeros(2, 32, dtype=torch.uint8), scales=torch.full((2, 4), 0x38, dtype=torch.uint8),
+    multiplier=torch.ones(2), kind="e4m3", group=16, name="layers.3.up",
+)  # fmt: skip
 
 
 def last(parameter: str, value: float) -> torch.Tensor:
@@ -64,8 +60,7 @@ def test_an_empty_weight_is_a_weight(shape):
     *rows, k = shape
     empty = [torch.zeros(*rows, columns, dtype=torch.uint8) for columns in (k // 2, k // 16)]
     weight = FP4Weight(*empty, torch.ones(rows), "e8m0", 16)
-    assert weight.decode(torch.float16).shape == shape
-    assert weight.fit(torch.float16) is weight
+    assert weight.decode(torch.float16).shape == shape and weight.fit(torch.float16) is weight
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -73,8 +68,7 @@ def test_an_empty_weight_is_a_weight(shape):
 def test_a_float8_scale_tells_kind_and_group(dtype, kind, group):
     scales = torch.randint(0x7F, (2, 64 // group), dtype=torch.uint8)
     weight = fp4_weight(GOOD["codes"], scales.view(dtype))
-    assert (weight.kind, weight.group) == (kind, group)
-    assert torch.equal(weight.scales, scales)
+    assert (weight.kind, weight.group) == (kind, group) and torch.equal(weight.scales, scales)
     assert torch.equal(fp4_weight(GOOD["codes"], scales, kind=kind).decode(), weight.decode())
 
 
@@ -86,18 +80,14 @@ def test_int8_codes_are_bytes():
 @pytest.mark.parametrize(
     "multiplier, rows",
     [
-        (0.5, [0.5, 0.5]),
-        (3, [3.0, 3.0]),
-        (torch.tensor(0.5), [0.5, 0.5]),
-        (torch.tensor([0.5]), [0.5, 0.5]),
+        (0.5, [0.5, 0.5]), (3, [3.0, 3.0]), (torch.tensor(0.5), [0.5, 0.5]), (torch.tensor([0.5]), [0.5, 0.5]),
         (torch.tensor([0.5, -2.0], dtype=torch.bfloat16), [0.5, -2.0]),
         (torch.tensor([1.0, 9.0, 2.0, 9.0])[::2], [1.0, 2.0]),
     ],
-)
+)  # fmt: skip
 def test_a_multiplier_is_one_number_or_one_for_each_row(multiplier, rows):
     weight = fp4_weight(GOOD["codes"], GOOD["scales"], multiplier, kind="e4m3")
-    assert weight.multiplier.tolist() == rows
-    assert weight.multiplier.is_contiguous()
+    assert weight.multiplier.tolist() == rows and weight.multiplier.is_contiguous()
 
 
 @pytest.mark.parametrize(

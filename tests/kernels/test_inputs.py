@@ -49,8 +49,7 @@ def test_without_a_global_scale_it_is_one():
      (3.0, "up", -1), (3.01, "up", 0)],
 )  # fmt: skip
 def test_e8m0_scales(amax, rounding, exponent):
-    x = torch.linspace(-amax, amax, 32)[None]
-    step = 2.0**exponent
+    x, step = torch.linspace(-amax, amax, 32)[None], 2.0**exponent
     assert torch.equal(fake_quantize(x, "e8m0", 32, rounding=rounding), round_e2m1(x / step) * step)
 
 

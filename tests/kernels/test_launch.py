@@ -41,21 +41,16 @@ def plans(capability: tuple[int, int]) -> dict[tuple[int, int, int], Launch]:
 
 
 @given(
-    capability=st.sampled_from(list(CHIPS)),
-    processors=st.integers(1, 256),
-    m=st.integers(1, 1 << 20),
-    n=WEIGHT_ROWS,
+    capability=st.sampled_from(list(CHIPS)), processors=st.integers(1, 256), m=st.integers(1, 1 << 20), n=WEIGHT_ROWS,
     k=COLUMNS,
-)
+)  # fmt: skip
 @settings(max_examples=1000)
 def test_every_call_has_a_launch_the_kernel_can_run(capability, processors, m, n, k):
     launch = plan_linear(Target(capability, processors), m, n, k)
-    assert launch.block_n in (64, 128)
-    assert launch.block_k in (64, 128)
+    assert launch.block_n in (64, 128) and launch.block_k in (64, 128)
     assert is_power_of_two(launch.block_m) and 16 <= launch.block_m <= 256
     assert launch.num_warps in (4, 8) and launch.num_warps * 16 <= launch.block_n
-    assert 1 <= launch.num_stages <= 5
-    assert is_power_of_two(launch.split_k)
+    assert 1 <= launch.num_stages <= 5 and is_power_of_two(launch.split_k)
     tiles = -(-n // launch.block_n) * -(-m // launch.block_m)
     if launch.split_k > 1:
         assert tiles * launch.split_k <= 4 * processors, "more programs than a wave or two"

@@ -59,8 +59,7 @@ def test_unpack_inverts_pack_bit_for_bit(shape):
     for tensor, expected in zip(
         (packed.words, packed.scales, packed.multiplier), packed_shapes(weight.n, weight.k, weight.group), strict=True
     ):
-        assert tensor.shape == (*shape["lead"], *expected)
-        assert tensor.is_contiguous()
+        assert tensor.shape == (*shape["lead"], *expected) and tensor.is_contiguous()
 
 
 @every_format
@@ -75,8 +74,7 @@ def test_every_byte_survives_in_every_place(kind, group):
 
 def test_a_weight_of_many_blocks_comes_back(random_weight):
     weight = random_weight(1000, 2880, lead=(2,))
-    assert equal(pack(weight).unpack(), weight)
-    assert pack(weight).unpack("up").name == "up"
+    assert equal(pack(weight).unpack(), weight) and pack(weight).unpack("up").name == "up"
 
 
 def test_packing_what_is_packed_is_nothing(random_weight):
@@ -112,14 +110,11 @@ def test_packing_over_a_packed_weight_keeps_its_addresses(kind, group, random_we
 @pytest.mark.parametrize(
     "other",
     [
-        dict(n=71, k=96),
-        dict(n=70, k=64),
-        dict(n=70, k=96, kind="e8m0"),
-        dict(n=70, k=96, group=32),
+        dict(n=71, k=96), dict(n=70, k=64), dict(n=70, k=96, kind="e8m0"), dict(n=70, k=96, group=32),
         dict(n=70, k=96, lead=(1,)),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_packing_over_another_shape_or_format_is_refused_and_changes_nothing(other, random_weight):
     weight = random_weight(70, 96)
     packed = pack(weight)
@@ -136,8 +131,7 @@ def test_padding_is_zero_codes_with_scale_one(n, k, kind, group, random_weight):
     whole = PackedFP4(packed.words, packed.scales, torch.ones(rows), rows, columns, kind, group).unpack()
     outside = torch.ones(rows, columns, dtype=torch.bool)
     outside[:n, :k] = False
-    assert outside.any()
-    assert not whole.codes[outside[:, ::2]].any()
+    assert outside.any() and not whole.codes[outside[:, ::2]].any()
     assert (whole.scales[outside[:, ::group]] == {"e4m3": 0x38, "e8m0": 127}[kind]).all()
 
 
@@ -150,15 +144,11 @@ def test_packing_a_slice_is_slicing_the_packed(kind, group, cut, random_weight):
     rows, columns = slice(64 * top, 64 * bottom), slice(64 * left, 64 * right)
     part = FP4Weight(
         weight.codes[rows, columns.start // 2 : columns.stop // 2],
-        weight.scales[rows, columns.start // group : columns.stop // group],
-        weight.multiplier[rows],
-        kind,
-        group,
-    )
+        weight.scales[rows, columns.start // group : columns.stop // group], weight.multiplier[rows], kind, group,
+    )  # fmt: skip
     tiles = (slice(top, bottom), slice(left, right))
     sliced = PackedFP4(packed.words[tiles], packed.scales[tiles], packed.multiplier[rows], part.n, part.k, kind, group)
-    assert equal(pack(part), sliced)
-    assert equal(sliced.unpack(), part)
+    assert equal(pack(part), sliced) and equal(sliced.unpack(), part)
     straight = sliced.contiguous()
     assert equal(straight, sliced) and straight.contiguous() is straight
     assert all(t.is_contiguous() for t in (straight.words, straight.scales, straight.multiplier))
@@ -170,8 +160,7 @@ def test_words_hold_the_bits_where_the_docstring_draws_them(kind, group, random_
     codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).flatten(1)
     if kind == "e4m3":  # the sign of a scale is in its codes
         codes ^= (weight.scales >> 7 << 3).repeat_interleave(group, 1)
-    codes = codes.tolist()
-    words = [0] * 512
+    codes, words = codes.tolist(), [0] * 512
     for at, bit, row, column, code_bit in places():
         words[at] |= (codes[row][column] >> code_bit & 1) << bit
     assert [word & 0xFFFFFFFF for word in pack(weight).words.flatten().tolist()] == words
@@ -190,13 +179,10 @@ def test_only_the_sign_of_a_negative_e4m3_scale_moves_into_the_words(group, ever
     weight = every_product("e4m3", group)
     negative = weight.scales >> 7
     positive = replace(
-        weight,
-        codes=weight.codes ^ (0x88 * negative).repeat_interleave(group // 2, 1),
-        scales=weight.scales & 0x7F,
+        weight, codes=weight.codes ^ (0x88 * negative).repeat_interleave(group // 2, 1), scales=weight.scales & 0x7F
     )
     packed, folded = pack(weight), pack(positive)
-    assert torch.equal(packed.words, folded.words)
-    assert torch.equal(packed.scales & 0x7F, folded.scales)
+    assert torch.equal(packed.words, folded.words) and torch.equal(packed.scales & 0x7F, folded.scales)
     assert torch.equal(untile_scales(packed.scales, group)[: weight.n], weight.scales)
 
 

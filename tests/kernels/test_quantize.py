@@ -72,8 +72,7 @@ def test_nvfp4_is_modelopts_bit_for_bit(weight, dtype, group):
     dense = weight().to(dtype)
     codes, scales, double_scale = modelopt.NVFP4QTensor.quantize(dense.clone(), group)
     ours = quantize_nvfp4(dense, group)
-    assert torch.equal(ours.codes, codes._quantized_data)
-    assert torch.equal(ours.scales, scales.view(torch.uint8))
+    assert torch.equal(ours.codes, codes._quantized_data) and torch.equal(ours.scales, scales.view(torch.uint8))
     assert torch.equal(ours.multiplier, double_scale.expand(len(dense)))
 
 
@@ -84,8 +83,7 @@ def test_mxfp4_is_torchaos_bit_for_bit_but_for_the_free_scale_of_zeros(weight, d
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     dense = weight().to(dtype)
     scales, codes = mx.to_mx(dense, torch.float4_e2m1fn_x2, group, mx.ScaleCalculationMode.FLOOR)
-    ours = quantize_mxfp4(dense, group)
-    used = dense.unflatten(1, (-1, group)).any(-1)
+    ours, used = quantize_mxfp4(dense, group), dense.unflatten(1, (-1, group)).any(-1)
     assert torch.equal(ours.codes, codes.view(torch.uint8))
     assert torch.equal(ours.scales[used], scales.view(torch.uint8)[used])
 
@@ -95,8 +93,7 @@ def test_mxfp4_is_torchaos_bit_for_bit_but_for_the_free_scale_of_zeros(weight, d
 def test_mxfp4_is_the_definition_down_to_subnormals_which_torchao_scales_by_half(power, group):
     """torchao divides by 2**-126 where it stores the scale 2**-127."""
     dense = (torch.randn(4, 64).clamp(-7, 7).double() * 2.0**power).float()
-    ours = quantize_mxfp4(dense, group)
-    blocks = dense.unflatten(1, (-1, group)).flatten(0, 1)
+    ours, blocks = quantize_mxfp4(dense, group), dense.unflatten(1, (-1, group)).flatten(0, 1)
     expected = [by_definition(block) for block in blocks.tolist() if any(block)]
     used = blocks.any(-1)
     assert ours.scales.flatten()[used].tolist() == [byte for byte, _ in expected]
@@ -109,16 +106,14 @@ def test_mxfp4_is_the_definition_down_to_subnormals_which_torchao_scales_by_half
 def test_a_tie_goes_to_the_even_code(quantise, dtype):
     dense = torch.tensor([TIES * 4, [-v for v in TIES] * 4, [448 * v for v in TIES] * 4], dtype=dtype)
     codes = nibbles(quantise(dense, 32).codes)
-    assert codes[0].tolist() == TIE_CODES * 4
-    assert codes[1].tolist() == [code + 8 for code in TIE_CODES] * 4
+    assert codes[0].tolist() == TIE_CODES * 4 and codes[1].tolist() == [code + 8 for code in TIE_CODES] * 4
 
 
 @pytest.mark.parametrize("quantise", QUANTISERS)
 @pytest.mark.parametrize("value", [0.0, -0.0])
 def test_zeros_decode_to_zeros(quantise, value):
     weight = quantise(torch.full((3, 64), value), 32)
-    assert not weight.codes.any()
-    assert not weight.decode().any()
+    assert not weight.codes.any() and not weight.decode().any()
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -137,8 +132,7 @@ def test_a_strided_parameter_gives_what_its_contiguous_copy_gives(quantise):
     strided, contiguous = quantise(dense, 32), quantise(dense.detach().contiguous(), 32)
     for field in ("codes", "scales", "multiplier"):
         tensor = getattr(strided, field)
-        assert torch.equal(tensor, getattr(contiguous, field))
-        assert not tensor.requires_grad
+        assert torch.equal(tensor, getattr(contiguous, field)) and not tensor.requires_grad
 
 
 @pytest.mark.parametrize(

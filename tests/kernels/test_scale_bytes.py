@@ -120,10 +120,8 @@ def test_the_ends_of_e4m3():
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 @pytest.mark.parametrize("rounded", [round_once, Tensor.to], ids=["once", "as torch"])
 def test_fp8_codes_come_back_bit_for_bit(rounded, dtype):
-    codes = BYTES.view(torch.float8_e4m3fn).view(2, 128)
-    scale = torch.tensor([[0.0123], [7.0]]).double()
-    values = rounded(codes.double() * scale, dtype)
-    found = fp8_codes(values, scale, rounded)
+    codes, scale = BYTES.view(torch.float8_e4m3fn).view(2, 128), torch.tensor([[0.0123], [7.0]]).double()
+    found = fp8_codes(rounded(codes.double() * scale, dtype), scale, rounded)
     nan = codes.float().isnan()
     assert found is not None and torch.equal(found.float().isnan(), nan)  # the sign of NaN may be lost
     assert torch.equal(found.view(torch.uint8)[~nan], codes.view(torch.uint8)[~nan])
@@ -131,7 +129,6 @@ def test_fp8_codes_come_back_bit_for_bit(rounded, dtype):
 
 def test_values_that_are_no_fp8_codes_are_refused():
     one = torch.ones((), dtype=torch.float64)
-    good = torch.tensor([1.0, -448.0, 2.0**-9, 0.0])
-    assert fp8_codes(good, one, round_once) is not None
+    assert fp8_codes(torch.tensor([1.0, -448.0, 2.0**-9, 0.0]), one, round_once) is not None
     for bad in (1.0625, 449.0, 2.0**-10, torch.inf, -torch.inf):
         assert fp8_codes(torch.tensor([1.0, bad]), one, round_once) is None

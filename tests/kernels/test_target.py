@@ -13,8 +13,7 @@ OLD, AMPERE, NEW = [(7, 5)], [(8, 0), (8, 6), (8, 9)], [(10, 0), (12, 0)]
 def test_a_capability_from_8_to_below_10_is_served(capability, monkeypatch):
     target = Target(capability, 132)
     assert target.supported and target.why_not is None
-    assert target.hopper == (capability == (9, 0))
-    assert target.gluon == (target.hopper and gluon_is_known())
+    assert target.hopper == (capability == (9, 0)) and target.gluon == (target.hopper and gluon_is_known())
     monkeypatch.setattr(Target, "of", lambda device: target)
     assert supports(torch.device("cuda", 1))
 

@@ -11,18 +11,10 @@ from marlin_w4a16 import FP4Weight, quantize_mxfp4, quantize_nvfp4
 from mixtures.experts import hold_fp4
 
 COMMON = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +68,9 @@ class Family:
 
 
 DEEPSEEK = {
-    "head_dim": 8,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-}
+    "head_dim": 8, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1}
 FAMILIES = [
     Family("Qwen3Moe", "Qwen3MoeExperts", "silu(gate) * up",

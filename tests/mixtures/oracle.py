@@ -16,15 +16,11 @@ GROUPS = {"nvfp4": ("e4m3", 16), "mxfp4": ("e8m0", 32), "e4m3 group 32": ("e4m3"
 SILU, CLAMPED = Activation(), Activation(gate_limit=1.5, up_limit=1.0)
 GPT_OSS, RELU2 = Activation("silu", True, 1.702, 1.5, 1.0, 1.0), Activation("relu2", False)
 ACTIVATIONS: dict[str, tuple[Activation, Order | None]] = {
-    "Qwen3": (SILU, "gate_up"),
-    "DeepSeek-V4": (CLAMPED, "gate_up"),
-    "gpt-oss": (GPT_OSS, "interleaved"),
-    "NemotronH": (RELU2, None),
-    "gelu, up first": (Activation("gelu"), "up_gate"),
+    "Qwen3": (SILU, "gate_up"), "DeepSeek-V4": (CLAMPED, "gate_up"), "gpt-oss": (GPT_OSS, "interleaved"),
+    "NemotronH": (RELU2, None), "gelu, up first": (Activation("gelu"), "up_gate"),
     "gelu tanh, interleaved up first": (Activation("gelu_tanh"), "interleaved_up_gate"),
-    "relu": (Activation("relu"), "gate_up"),
-    "silu without gates": (Activation("silu", False, gate_limit=1.0), None),
-}
+    "relu": (Activation("relu"), "gate_up"), "silu without gates": (Activation("silu", False, gate_limit=1.0), None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +83,10 @@ class Mixture:
 def activated(activation: Activation, order: Order | None, sums: Tensor) -> Tensor:
     """An activation of sums ``[..., rows]``, written apart from the class."""
     gate, up = {
-        None: lambda: (sums, None),
-        "gate_up": lambda: sums.chunk(2, -1),
-        "up_gate": lambda: sums.chunk(2, -1)[::-1],
+        None: lambda: (sums, None), "gate_up": lambda: sums.chunk(2, -1), "up_gate": lambda: sums.chunk(2, -1)[::-1],
         "interleaved": lambda: (sums[..., ::2], sums[..., 1::2]),
         "interleaved_up_gate": lambda: (sums[..., 1::2], sums[..., ::2]),
-    }[order]()
+    }[order]()  # fmt: skip
     if activation.gate_limit is not None:
         gate = torch.where(gate > activation.gate_limit, activation.gate_limit, gate)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
@@ -143,8 +137,7 @@ def draw_mixture(
 ) -> Mixture:
     """A mixture with an activation of `ACTIVATIONS`; its second product has columns in whole groups."""
     activation, order = ACTIVATIONS[name]
-    group = GROUPS[formats[1]][1]
-    rows = intermediate * (1 if order is None else 2)
+    group, rows = GROUPS[formats[1]][1], intermediate * (1 if order is None else 2)
     w13 = draw_stack(experts, rows, hidden, formats[0])
     w2 = draw_stack(experts, hidden, -(-intermediate // group) * group, formats[1])
     if biases:
@@ -154,6 +147,5 @@ def draw_mixture(
 
 def draw_routing(tokens: int, k: int, experts: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Routing weights and different experts for each token."""
-    scores = torch.rand(tokens, experts)
-    weights, ids = scores.topk(min(k, experts))
+    weights, ids = torch.rand(tokens, experts).topk(min(k, experts))
     return weights.to(dtype), ids

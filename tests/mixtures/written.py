@@ -64,8 +64,7 @@ def added(m: "Mixture", x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
 
 def batched(m: "Mixture", x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """A matrix for each row, as transformers' ``batched_mm``."""
-    k = ids.shape[1]
-    chosen = ids.reshape(-1)
+    k, chosen = ids.shape[1], ids.reshape(-1)
     rows, weight = x.repeat_interleave(k, dim=0), weights.reshape(-1, 1)
     y = m.expert(rows, weight, chosen, lambda x, w: torch.bmm(w[chosen], x.unsqueeze(-1)).squeeze(-1))
     return m.total(y.view(len(x), k, -1))

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ from marlin_w4a16 import Activation, FP4Weight, PackedExperts, explain
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.passes import outcome
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing
+from modules.state import addresses, assert_same, bits
+from narrow import wide
+from weights import equal
 
 HIDDEN, EXPERTS = 64, 4
 KEYS = ["words13", "scales13", "multiplier13", "words2", "scales2", "multiplier2"]
@@ -41,21 +44,6 @@ def assert_right(module: nn.Module, mixture: Mixture, x: Tensor, ids: Tensor, we
     assert (module(x, ids, weights).double() - exact).norm() <= 2e-6 * exact.norm()
 
 
-def bits(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
-
-
-def equal(a: FP4Weight, b: FP4Weight) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "name"]
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
-
-
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("weight_on_input", [False, True])
 def test_it_is_the_mixture_of_the_exact_decodes(name, weight_on_input):
@@ -66,8 +54,7 @@ def test_it_is_the_mixture_of_the_exact_decodes(name, weight_on_input):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 1, 3), (0, 3)], ids=str)
 def test_any_leading_shape_and_dtype(mixture, dtype, lead):
-    tokens = int(torch.tensor(lead).prod())
-    x, ids, weights = inputs(tokens)
+    x, ids, weights = inputs(int(torch.tensor(lead).prod()))
     out = module_of(mixture)(x.view(*lead, HIDDEN).to(dtype), ids.view(*lead, 2), weights.view(*lead, 2))
     assert out.shape == (*lead, HIDDEN) and out.dtype == dtype
     exact = mixture.exact(x.to(dtype), weights, ids).view(*lead, HIDDEN)
@@ -76,8 +63,7 @@ def test_any_leading_shape_and_dtype(mixture, dtype, lead):
 
 def test_the_sentinel_of_expert_parallelism_contributes_nothing(mixture):
     x, _, weights = inputs(3)
-    ids = torch.tensor([[0, EXPERTS], [EXPERTS, EXPERTS], [1, 3]])
-    module = module_of(mixture)
+    ids, module = torch.tensor([[0, EXPERTS], [EXPERTS, EXPERTS], [1, 3]]), module_of(mixture)
     assert_right(module, mixture, x, ids, weights)
     assert torch.equal(module(x, ids, weights)[1], torch.zeros(HIDDEN))
 
@@ -100,8 +86,7 @@ def test_what_float16_needed_shifted_decodes_to_the_same_values():
 
 
 def test_its_parameters_are_packed_and_frozen(mixture):
-    module = module_of(mixture)
-    biases = [] if mixture.bias13 is None else ["bias13", "bias2"]
+    module, biases = module_of(mixture), [] if mixture.bias13 is None else ["bias13", "bias2"]
     assert [name for name, _ in module.named_parameters()] == KEYS + biases
     assert not any(p.requires_grad for p in module.parameters())
     assert list(module.state_dict()) == [*KEYS, *biases, "_extra_state"]
@@ -130,19 +115,18 @@ def test_a_deep_copy_has_its_own_tensors(mixture):
     module = module_of(mixture)
     other = copy.deepcopy(module)
     assert_same(bits(other), bits(module))
-    assert {p.data_ptr() for p in other.parameters()}.isdisjoint(p.data_ptr() for p in module.parameters())
+    assert not set(addresses(other)) & set(addresses(module))
     assert_right(other, mixture, *inputs())
 
 
 def test_it_goes_through_a_file_and_into_another_instance(mixture, tmp_path):
     module = module_of(mixture)
     torch.save(module.state_dict(), tmp_path / "state.pt")
-    other = draw_mixture(name="Qwen3", intermediate=100)
     other = replace(mixture, w13=shuffled(mixture.w13), w2=shuffled(mixture.w2))
     loaded = module_of(other)
-    addresses = [p.data_ptr() for p in loaded.parameters()]
+    before = addresses(loaded)
     loaded.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert [p.data_ptr() for p in loaded.parameters()] == addresses
+    assert addresses(loaded) == before
     assert_same(bits(loaded), bits(module))
     assert_right(loaded, mixture, *inputs())
 
@@ -191,7 +175,7 @@ def test_a_state_of_other_experts_is_refused_and_nothing_is_overwritten(other, s
     assert_same(bits(model), before)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.wide), "marlin_w4a16"])
+@pytest.mark.parametrize("backend", ["aot_eager", wide("inductor"), "marlin_w4a16"])
 def test_it_compiles_as_one_graph_for_any_number_of_tokens(mixture, backend):
     module = module_of(mixture)
     compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
@@ -219,8 +203,7 @@ def test_gradients_reach_the_input_the_router_and_the_biases(compiled):
     x.requires_grad_(), weights.requires_grad_()
     run(x, ids, weights).square().sum().backward()
     leaves = [t.detach().double().requires_grad_() for t in (x, weights, *biases)]
-    exact = replace(mixture, bias13=leaves[2], bias2=leaves[3]).exact(*leaves[:2], ids)
-    exact.square().sum().backward()
+    replace(mixture, bias13=leaves[2], bias2=leaves[3]).exact(*leaves[:2], ids).square().sum().backward()
     rows = module.bias13.grad  # in packed order: as many values
     assert torch.allclose(rows.double().norm(), leaves[2].grad.norm(), rtol=1e-5)
     for found, expected in zip((x, weights, module.bias2), (leaves[0], leaves[1], leaves[3]), strict=True):

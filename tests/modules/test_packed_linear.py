@@ -11,6 +11,8 @@ import marlin_w4a16.backend
 from marlin_w4a16 import FP4Weight, PackedLinear, explain, pack, quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.passes.outcome import Owned
 from marlin_w4a16.report.table import size
+from modules.state import addresses, assert_same, bits
+from weights import equal
 
 OP = torch.ops.marlin_w4a16.linear.default
 N, K = 48, 96  # neither fills its tiles
@@ -34,31 +36,10 @@ def linear(weight) -> PackedLinear:
     return PackedLinear(weight, torch.randn(N))
 
 
-@pytest.fixture
-def said(caplog):
-    """What the backend has logged so far, as (level, message)."""
-    caplog.set_level("INFO", "marlin_w4a16")
-    return lambda: [(r.levelname, r.message) for r in caplog.records if r.name == "marlin_w4a16"]
-
-
 def another(linear: PackedLinear) -> PackedLinear:
     """A module of the same format and shape with another weight and bias."""
     quantise = quantize_nvfp4 if linear.packed.kind == "e4m3" else quantize_mxfp4
     return PackedLinear(quantise(torch.randn(linear.out_features, linear.in_features)), torch.randn(N))
-
-
-def bits(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
-
-
-def addresses(module: nn.Module) -> list[int]:
-    return [p.data_ptr() for p in module.parameters()]
 
 
 def wide() -> FP4Weight:
@@ -99,8 +80,7 @@ def test_its_parameters_are_the_packed_tensors_and_are_frozen(linear):
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_a_bias_that_is_a_parameter_keeps_its_identity(weight, requires_grad):
     bias = nn.Parameter(torch.randn(N), requires_grad=requires_grad)
-    module = PackedLinear(weight, bias)
-    assert module.bias is bias and bias.requires_grad == requires_grad
+    assert PackedLinear(weight, bias).bias is bias and bias.requires_grad == requires_grad
 
 
 def test_a_bias_that_is_a_tensor_becomes_a_frozen_parameter(weight):
@@ -117,8 +97,7 @@ def test_a_bias_that_is_a_tensor_becomes_a_frozen_parameter(weight):
     ],
 )
 def test_its_repr(linear, text):
-    assert repr(linear) == text
-    assert (linear.in_features, linear.out_features) == (K, N)
+    assert repr(linear) == text and (linear.in_features, linear.out_features) == (K, N)
 
 
 def test_its_repr_without_a_bias(weight):
@@ -127,9 +106,7 @@ def test_its_repr_without_a_bias(weight):
 
 def test_every_code_and_scale_comes_back(weight, linear):
     found = linear.to_fp4("up")
-    for name in ("codes", "scales", "multiplier"):
-        assert torch.equal(getattr(found, name), getattr(weight, name))
-    assert (found.kind, found.group, found.name) == (weight.kind, weight.group, "up")
+    assert equal(found, weight) and found.name == "up"
 
 
 def test_what_float16_needed_shifted_decodes_to_the_same_values():
@@ -162,8 +139,7 @@ def test_three_dimensions_are_refused(quantise, experts, n, packs):
 
 def test_a_call_changes_no_parameter(linear):
     before, versions = bits(linear), [p._version for p in linear.parameters()]
-    x = X.clone().requires_grad_()
-    linear(x).sum().backward()
+    linear(X.clone().requires_grad_()).sum().backward()
     linear(X.bfloat16())
     assert_same(linear.state_dict(), before)
     assert [p._version for p in linear.parameters()] == versions
@@ -183,12 +159,8 @@ def test_the_state_says_how_it_is_packed(linear):
     packed = linear.packed
     assert state.dtype == torch.uint8
     assert json.loads(bytes(state.tolist())) == {
-        "layout": packed.layout,
-        "kind": packed.kind,
-        "group": packed.group,
-        "n": N,
-        "k": K,
-    }
+        "layout": packed.layout, "kind": packed.kind, "group": packed.group, "n": N, "k": K,
+    }  # fmt: skip
 
 
 def through_torch(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -223,8 +195,7 @@ def test_loading_in_place_keeps_addresses(linear):
 def test_assigning_takes_the_tensors_of_the_state(linear):
     source = another(linear)
     linear.load_state_dict(source.state_dict(), assign=True)
-    assert addresses(linear) == addresses(source)
-    assert not any(p.requires_grad for p in linear.parameters())
+    assert addresses(linear) == addresses(source) and not any(p.requires_grad for p in linear.parameters())
 
 
 OTHERS = {
@@ -277,34 +248,29 @@ def test_a_state_that_does_not_say_how_it_is_packed_is_missing_something(linear)
 # Casts, moves and copies
 
 CASTS = {
-    "half": (lambda m: m.half(), torch.float16),
-    "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
-    "to float64": (lambda m: m.to(torch.float64), torch.float64),
-    "double": (lambda m: m.double(), torch.float64),
+    "half": (lambda m: m.half(), torch.float16), "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
+    "to float64": (lambda m: m.to(torch.float64), torch.float64), "double": (lambda m: m.double(), torch.float64),
     "there and back": (lambda m: m.half().float(), torch.float32),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cast, dtype", CASTS.values(), ids=CASTS)
 def test_a_cast_leaves_the_weight_and_takes_the_bias(linear, cast, dtype):
     before, bias = bits(linear), cast(nn.ParameterList([linear.bias.clone()]))[0]
-    assert cast(nn.Sequential(linear))[0] is linear
-    assert linear.bias.dtype == dtype
+    assert cast(nn.Sequential(linear))[0] is linear and linear.bias.dtype == dtype
     assert_same(linear.state_dict(), before | {"bias": bias.detach()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_cast_model_is_right(weight, dtype, assert_near):
     bias = torch.randn(N)
-    module = nn.Sequential(PackedLinear(weight, bias)).to(dtype)
-    x = X.to(dtype)
+    module, x = nn.Sequential(PackedLinear(weight, bias)).to(dtype), X.to(dtype)
     assert_near(module(x), nn.functional.linear(x.double(), weight.decode(), bias.to(dtype).double()).to(dtype))
 
 
 def test_a_deep_copy_has_its_own_tensors(linear):
     copied, expected = copy.deepcopy(linear), linear(X)
-    assert not set(addresses(copied)) & set(addresses(linear))
-    assert torch.equal(copied(X), expected)
+    assert not set(addresses(copied)) & set(addresses(linear)) and torch.equal(copied(X), expected)
     copied.load_state_dict(another(linear).state_dict())
     assert torch.equal(linear(X), expected) and not torch.equal(copied(X), expected)
 

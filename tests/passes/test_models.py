@@ -8,6 +8,7 @@ from marlin_w4a16 import explain
 from marlin_w4a16.passes.outcome import Replaced
 from marlin_w4a16.report.data import Report
 from mixtures.models import FAMILIES, Family
+from narrow import wide
 from programs.backend import reported
 
 # One implementation is enough where the other families show what is between the products by both.
@@ -64,7 +65,7 @@ def test_the_pieces_alone_compute_the_same(family: Family, how: str | None):
     assert {row.outcome.op for row in report.rows} == {"marlin_w4a16::grouped_linear"}
 
 
-@pytest.mark.parametrize("name", ["GptOss", pytest.param("DeepseekV4", marks=pytest.mark.wide), "Llama4"])
+@pytest.mark.parametrize("name", ["GptOss", wide("DeepseekV4"), "Llama4"])
 def test_in_bfloat16(name: str):
     family = next(family for family in FAMILIES if family.name == name)
     model, ids = family.build(family.implementations[0], torch.bfloat16), tokens()
@@ -72,12 +73,11 @@ def test_in_bfloat16(name: str):
     assert float((found - expected).norm() / expected.norm()) < 3e-2
 
 
-@pytest.mark.parametrize("name", ["Qwen3Moe", pytest.param("Llama4", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("name", ["Qwen3Moe", wide("Llama4")])
 def test_through_inductor(name: str):
     family = next(family for family in FAMILIES if family.name == name)
     model, ids = family.build(family.implementations[0]), tokens()
-    compiled = torch.compile(model, backend="marlin_w4a16", fullgraph=True)
-    assert_same(logits(compiled, ids), logits(model, ids))
+    assert_same(logits(torch.compile(model, backend="marlin_w4a16", fullgraph=True), ids), logits(model, ids))
 
 
 def test_explain_says_so():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from marlin_w4a16 import explain
 from marlin_w4a16.kernels.fp4 import round_once
+from narrow import case
 from programs.backend import through_backend
 from programs.hand import FORMS, SECTIONS
 from programs.program import Program
@@ -26,8 +27,7 @@ FIRST = [section.FORMS[0] for section in SECTIONS]
 def each(forms: list[Program], narrow: Container[Program] | None = None) -> pytest.MarkDecorator:
     """Every form; those outside the narrow set, if there is one, are wide."""
     wide = [] if narrow is None else [form for form in forms if form not in narrow]
-    marked = [pytest.param(form, marks=pytest.mark.wide if form in wide else ()) for form in forms]
-    return pytest.mark.parametrize("form", marked, ids=str)
+    return pytest.mark.parametrize("form", [case(form, narrow=form not in wide) for form in forms], ids=str)
 
 
 def product_of_the_exact(module: nn.Module, inputs: tuple) -> Tensor:

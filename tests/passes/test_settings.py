@@ -50,19 +50,14 @@ def excluded(settings: Settings, *paths: str) -> list[str | None]:
         ("layers.*.mlp", ["layers.0.mlp.codes", "layers.11.mlp.codes"]),
         ("layers.*", ["layers.0.mlp.codes", "layers.11.mlp.codes", "layers.0.attn.codes"]),
         ("layers.0.mlp.codes", ["layers.0.mlp.codes"]),
-        ("*.mlp.codes", ["layers.0.mlp.codes", "layers.11.mlp.codes"]),
-        ("layers.[!0]*", ["layers.11.mlp.codes"]),
-        ("layers.?.mlp", ["layers.0.mlp.codes"]),
-        ("mlp", []),
-        ("LAYERS.*", []),
-        ("layers", []),
+        ("*.mlp.codes", ["layers.0.mlp.codes", "layers.11.mlp.codes"]), ("layers.[!0]*", ["layers.11.mlp.codes"]),
+        ("layers.?.mlp", ["layers.0.mlp.codes"]), ("mlp", []), ("LAYERS.*", []), ("layers", []),
         ("lm_head", ["lm_head.codes"]),
     ],
-)
+)  # fmt: skip
 def test_globs_are_of_the_path_of_a_weight_or_of_its_module(pattern, paths):
     known = ["layers.0.mlp.codes", "layers.11.mlp.codes", "layers.0.attn.codes", "lm_head.codes"]
-    named = [path for path in known if Settings(exclude=(pattern,)).excluded(path)]
-    assert named == paths
+    assert [path for path in known if Settings(exclude=(pattern,)).excluded(path)] == paths
     assert [path for path in known if not Settings(include=(pattern,)).excluded(path)] == paths
 
 
@@ -93,8 +88,7 @@ def outcomes(rows: tuple[Row, ...], outcome: type) -> set[str]:
 
 @pytest.mark.parametrize("options, replaced", CHOICES.values(), ids=CHOICES)
 def test_weights_are_included_and_excluded(model, trace, assert_near, options, replaced):
-    everything = {"attn.codes", "mlp.0.codes", "mlp.1.codes"}
-    settings = Options(**options).settings
+    everything, settings = {"attn.codes", "mlp.0.codes", "mlp.1.codes"}, Options(**options).settings
     gm, inputs = trace(model, X)
     rewritten = rewrite(gm, inputs, settings)
     assert outcomes(rewritten.rows, Replaced) == replaced
@@ -165,8 +159,7 @@ def error_of(row: Row) -> float:
 
 def test_verify_gives_the_error_of_each_weight(model, trace):
     gm, inputs = trace(model, X)
-    rows = rewrite(gm, inputs, Settings(verify=True)).rows
-    assert [0 <= error_of(row) < 1e-6 for row in rows] == [True] * 3
+    assert [0 <= error_of(row) < 1e-6 for row in rewrite(gm, inputs, Settings(verify=True)).rows] == [True] * 3
     assert [error_of(row) for row in rewrite(gm, inputs).rows] == [None] * 3
 
 
@@ -212,8 +205,7 @@ def test_verify_shows_a_packed_weight_that_is_wrong(fp4_linear, trace, monkeypat
         return packed
 
     monkeypatch.setattr(binding.Binding, "adopt", spoiled)
-    module = fp4_linear()
-    (row,) = rewrite(*trace(module, X), Settings(verify=True)).rows
+    (row,) = rewrite(*trace(fp4_linear(), X), Settings(verify=True)).rows
     assert error_of(row) > 0.05
 
 

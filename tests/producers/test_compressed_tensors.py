@@ -33,14 +33,9 @@ def llama(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-    )
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
     model = LlamaForCausalLM(config)
     for linear in linears(model):
         if linear.bias is not None:
@@ -95,8 +90,7 @@ def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
         with torch.random.fork_rng():
             torch.manual_seed(1)
             model = quantised(llama(), scheme)
-        folder = tmp_path_factory.mktemp(scheme)
-        compressor = ModelCompressor.from_pretrained_model(model)
+        folder, compressor = tmp_path_factory.mktemp(scheme), ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
         model.save_pretrained(folder)
         compressor.update_config(folder)
@@ -374,8 +368,7 @@ def test_what_is_recovered_is_what_was_compressed(model, decompressed):
     for path, module in model.named_modules():
         if isinstance(module, PackedLinear):
             found, expected = decompressed.get_submodule(path).to_fp4(), module.to_fp4()
-            assert torch.equal(found.decode(), expected.decode())
-            assert torch.equal(found.scales, expected.scales)
+            assert torch.equal(found.decode(), expected.decode()) and torch.equal(found.scales, expected.scales)
 
 
 def test_a_decompressed_weight_with_an_element_changed_is_refused(decompressed):
@@ -406,8 +399,7 @@ def fake(scheme: str, dtype: torch.dtype, negative_zeros: bool, cast: torch.dtyp
 
     model = quantised(llama(dtype), scheme).to(cast)
     for linear in linears(model):
-        rounded = forward_quantize(linear, linear.weight, "weight", linear.quantization_scheme.weights)
-        small = rounded == 0
+        small = forward_quantize(linear, linear.weight, "weight", linear.quantization_scheme.weights) == 0
         assert (small & (linear.weight < 0)).any()
         if not negative_zeros:
             linear.weight.data = torch.where(small, linear.weight.abs(), linear.weight)
@@ -496,8 +488,7 @@ def test_quantised_activations_are_dropped_and_restored(load, assert_near):
     assert len(prepare(model, activation_quant="drop").done) == 7
     assert_near(logits(model), logits(weights_only))
     restore(model)
-    assert state(model) == state(load())
-    assert torch.equal(logits(model), logits(load()))
+    assert state(model) == state(load()) and torch.equal(logits(model), logits(load()))
 
 
 def integers() -> object:

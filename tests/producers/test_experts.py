@@ -73,13 +73,9 @@ def experts_rows(swaps) -> list:
 
 
 CASES = [
-    (QWEN, {}),
-    (QWEN, {"scale": "per tensor"}),
-    (QWEN, {"scale": None}),
-    (WIDE, {"is_swizzled_scales": True}),
-    (GPT_OSS, {}),
-    (NEMOTRON, {}),
-]
+    (QWEN, {}), (QWEN, {"scale": "per tensor"}), (QWEN, {"scale": None}), (WIDE, {"is_swizzled_scales": True}),
+    (GPT_OSS, {}), (NEMOTRON, {}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("family, choices", CASES, ids=str)
@@ -93,8 +89,7 @@ def test_they_run_packed_and_are_restored_bit_for_bit(family, choices):
     assert packed.origin.module is not None and packed.origin.module.down_proj is None
     found = logits(model)
     assert not torch.equal(found, expected) and (found - expected).norm() <= 1e-5 * expected.norm()
-    back = restore(model)
-    assert [(r.path, r.before, r.after) for r in back.rows] == [(r.path, r.after, r.before) for r in rows]
+    assert [(r.path, r.before, r.after) for r in restore(model).rows] == [(r.path, r.after, r.before) for r in rows]
     assert bits(model) == before and torch.equal(logits(model), expected)
 
 
@@ -181,8 +176,7 @@ def test_others_are_left_with_the_reason(make, producer, reason):
 
 def test_what_the_op_does_not_compute_is_left():
     model = built()
-    first = model.get_submodule(FIRST)
-    a_hook(first)
+    a_hook(model.get_submodule(FIRST))
     model.model.layers[1].mlp.experts.act_fn = nn.Sigmoid()
     before = bits(model)
     reasons = [row.refusal for row in experts_rows(prepare(model))]

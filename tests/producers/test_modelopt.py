@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from marlin_w4a16 import E2M1_VALUES, PackedLinear, prepare, restore
 from marlin_w4a16.kernels.quantize import encode
 from marlin_w4a16.producers import modelopt as producer
-from marlin_w4a16.producers.found import Found
+from marlin_w4a16.producers.found import FoundModule
+from swaps import MLP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Real quantization has been applied:UserWarning"),
@@ -23,21 +24,10 @@ pytestmark = [
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 # the format each makes
 CONFIGS = {
-    "W4A16_NVFP4_CFG": "NVFP4 group 16",
-    "NVFP4_DEFAULT_CFG": "NVFP4 group 16",
-    "MXFP4_DEFAULT_CFG": "MXFP4 group 32",
-}
+    "W4A16_NVFP4_CFG": "NVFP4 group 16", "NVFP4_DEFAULT_CFG": "NVFP4 group 16", "MXFP4_DEFAULT_CFG": "MXFP4 group 32",
+}  # fmt: skip
 NVFP4 = ["W4A16_NVFP4_CFG", "NVFP4_DEFAULT_CFG"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu())
 
 
 def quantised(model: nn.Module, config: str, activations: bool = False) -> nn.Module:
@@ -65,7 +55,7 @@ def config(request) -> str:
 
 @pytest.fixture
 def model(config) -> nn.Module:
-    return compressed(Layer().bfloat16(), config)
+    return compressed(MLP().bfloat16(), config)
 
 
 def state(model: nn.Module) -> list[tuple]:
@@ -90,9 +80,9 @@ def refusal(model: nn.Module, **choices) -> str | None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_decode_is_what_modelopt_dequantises(config, dtype):
-    module = compressed(Layer().to(dtype), config).up
+    module = compressed(MLP().to(dtype), config).up
     found = producer.read(module, False)
-    assert isinstance(found, Found) and found.activations is None and found.dtype == dtype
+    assert isinstance(found, FoundModule) and found.activations is None and found.dtype == dtype
     expected, decoded = module.weight_quantizer(module.weight), found.weights[0].decode(dtype)
     assert expected.dtype == dtype
     if config == "MXFP4_DEFAULT_CFG":
@@ -105,7 +95,7 @@ def test_the_decode_is_what_modelopt_dequantises(config, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_runs_as_modelopt_runs_it(config, dtype, assert_near):
-    model, x = compressed(Layer().to(dtype), config), X.to(dtype)
+    model, x = compressed(MLP().to(dtype), config), X.to(dtype)
     expected = model(x)
     swaps = prepare(model)
     assert [(row.path, row.producer, row.format) for row in swaps.done] == [
@@ -125,8 +115,7 @@ def test_it_is_restored_bit_for_bit(model, training):
     assert all(module.weight is None for module in modules if isinstance(module, nn.Linear))
     assert [row.before for row in swaps.done] == [row.after for row in restore(model).done]
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
-    assert state(model) == before
-    assert torch.equal(model(x), output)
+    assert state(model) == before and torch.equal(model(x), output)
 
 
 def test_bytes_before_are_those_of_codes_and_scales(model):
@@ -157,7 +146,7 @@ def tiny(weight: Tensor) -> None:
 @pytest.mark.parametrize("spoil", [zeros, tiny])
 def test_unusual_blocks_are_restored_bit_for_bit(config, dtype, spoil):
     """float16 does not hold their scales."""
-    model = Layer().to(dtype)
+    model = MLP().to(dtype)
     spoil(model.up.weight.data)
     compressed(model, config)
     before, output = state(model), model(X.to(dtype))
@@ -169,7 +158,7 @@ def test_unusual_blocks_are_restored_bit_for_bit(config, dtype, spoil):
 @pytest.mark.parametrize("config", ["MXFP4_DEFAULT_CFG"])
 @pytest.mark.parametrize("spoil", [zeros, tiny])
 def test_unusual_blocks_that_were_loaded_over_are_forgotten(config, spoil):
-    model, other = Layer().half(), compressed(Layer().half(), config)
+    model, other = MLP().half(), compressed(MLP().half(), config)
     spoil(model.up.weight.data)
     compressed(model, config)
     expected = state(other)
@@ -182,7 +171,7 @@ def test_unusual_blocks_that_were_loaded_over_are_forgotten(config, spoil):
 
 @pytest.mark.parametrize("config", ["W4A16_NVFP4_CFG"])
 def test_a_weight_that_was_loaded_meanwhile_comes_back(config, model):
-    other = compressed(Layer().bfloat16(), config)
+    other = compressed(MLP().bfloat16(), config)
     expected, output = state(other), other(X.bfloat16())
     prepare(model)
     prepare(other)
@@ -205,14 +194,13 @@ def test_a_multiplier_that_mxfp4_cannot_hold_stays_packed(model):
 
 
 def test_quantised_activations_are_refused():
-    model = compressed(Layer().bfloat16(), "NVFP4_DEFAULT_CFG", activations=True)
-    reason = refusal(model)
+    reason = refusal(compressed(MLP().bfloat16(), "NVFP4_DEFAULT_CFG", activations=True))
     assert reason.startswith("its input quantiser is on (TensorQuantizer(")
     assert reason.endswith("prepare(model, activation_quant='drop') leaves that out")
 
 
 def test_quantised_activations_are_dropped_and_restored(assert_near):
-    model = compressed(Layer().bfloat16(), "NVFP4_DEFAULT_CFG", activations=True)
+    model = compressed(MLP().bfloat16(), "NVFP4_DEFAULT_CFG", activations=True)
     before, x = state(model), X.bfloat16()
     for linear in (model.up, model.down):
         linear.input_quantizer.disable()
@@ -266,9 +254,9 @@ def test_a_linear_that_computes_something_else_is_refused():
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    model = Layer()
+    model = MLP()
     model.up.__class__ = Doubled
-    mtq.register(original_cls=Doubled, quantized_cls=type(quantised(Layer(), "W4A16_NVFP4_CFG").down))
+    mtq.register(original_cls=Doubled, quantized_cls=type(quantised(MLP(), "W4A16_NVFP4_CFG").down))
     try:
         quantised(model, "W4A16_NVFP4_CFG")
         assert refusal(model) == "a Doubled computes something else than nn.Linear"
@@ -277,7 +265,7 @@ def test_a_linear_that_computes_something_else_is_refused():
 
 
 def test_another_format_is_refused_by_its_name():
-    assert refusal(compressed(Layer(), "FP8_DEFAULT_CFG")) == "its weight is a FP8QTensor, which is not FP4"
+    assert refusal(compressed(MLP(), "FP8_DEFAULT_CFG")) == "its weight is a FP8QTensor, which is not FP4"
 
 
 def test_other_modules_have_no_row():
@@ -297,7 +285,7 @@ def test_a_weight_on_the_meta_device_is_left(model):
 
 @pytest.fixture
 def fake(config) -> nn.Module:
-    return quantised(Layer().bfloat16(), config)
+    return quantised(MLP().bfloat16(), config)
 
 
 def test_a_dense_weight_is_left_with_a_hint(fake):
@@ -313,15 +301,14 @@ def test_a_fake_quantiser_that_does_not_run_is_refused(fake):
 
 
 def test_a_dense_weight_of_another_format_is_refused():
-    model = quantised(Layer(), "FP8_DEFAULT_CFG")
-    reason = "its weight is dense, and its quantiser is not one of dynamic FP4 blocks"
-    assert refusal(model, recover=True) == reason
+    model = quantised(MLP(), "FP8_DEFAULT_CFG")
+    assert refusal(model, recover=True) == "its weight is dense, and its quantiser is not one of dynamic FP4 blocks"
 
 
 @pytest.fixture
 def folded(config) -> nn.Module:
     """What mtq.fold_weight(keep_attrs=True) leaves, which needs CUDA: rounded weights, quantisers off."""
-    dense = Layer().bfloat16()
+    dense = MLP().bfloat16()
     model, twin = quantised(copy.deepcopy(dense), config), compressed(dense, config)
     for name in ("up", "down"):
         module, source = getattr(model, name), getattr(twin, name)
@@ -384,8 +371,7 @@ def on_cpu(
 
     def forward(weight: Tensor) -> Tensor:
         blocks = weight.float().unflatten(1, (-1, 16))
-        scale = blocks.abs().amax(-1, keepdim=True) / (6 * factor)
-        step = rounded(scale).float() * factor
+        step = rounded(blocks.abs().amax(-1, keepdim=True) / (6 * factor)).float() * factor
         magnitude = torch.tensor(E2M1_VALUES)[encode(blocks.abs() / step).int()] * step
         return signed(magnitude, blocks).flatten(1).to(weight.dtype)
 
@@ -394,7 +380,7 @@ def on_cpu(
 
 @pytest.fixture
 def simulated() -> nn.Module:
-    model = quantised(Layer(), "W4A16_NVFP4_CFG")
+    model = quantised(MLP(), "W4A16_NVFP4_CFG")
     for linear in (model.up, model.down):
         linear.weight_quantizer._amax = linear.weight.detach().abs().amax()
     return model
@@ -408,8 +394,7 @@ def test_a_fake_quantised_weight_is_recovered_and_comes_back_rounded(simulated, 
         on_cpu(linear.weight_quantizer, **how)
     expected, rounded = simulated(X), simulated.up.weight_quantizer(simulated.up.weight).detach()
     keys, gradients = list(simulated.state_dict()), [p.requires_grad for p in simulated.parameters()]
-    swaps = prepare(simulated, recover=True)
-    assert [row.refusal for row in swaps.rows] == [None, None]
+    assert [row.refusal for row in prepare(simulated, recover=True).rows] == [None, None]
     assert_near(simulated(X), expected)
     restore(simulated)
     assert torch.equal(simulated.up.weight, rounded) and torch.equal(simulated(X), expected)

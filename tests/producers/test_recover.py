@@ -24,8 +24,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def drawn(kind: ScaleKind, n: int = 12, k: int = 96, seed: int = 0, scales: list[int] | None = None) -> FP4Weight:
     """Any codes, negative zeros too, under scales of a list."""
-    g = torch.Generator().manual_seed(seed)
-    group = 16 if kind == "e4m3" else 32
+    g, group = torch.Generator().manual_seed(seed), 16 if kind == "e4m3" else 32
     choice = torch.tensor(scales or list(BYTES[kind]), dtype=torch.uint8)
     picked = choice[torch.randint(len(choice), (n, k // group), generator=g)]
     codes = torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=g)
@@ -63,8 +62,7 @@ def test_a_dense_weight_gives_its_codes_and_they_give_it_again(kind, formula, dt
     assert torch.equal(found.multiplier, (1 / factor if "/" in formula else factor).expand(weight.n))
     if dtype != torch.float16:  # some codes are one in its subnormals
         used = (weight.scales != 0).repeat_interleave(weight.group // 2, 1) | (kind == "e8m0")
-        assert torch.equal(found.codes[used], weight.codes[used])
-        assert not (found.codes[~used] & 0x77).any()
+        assert torch.equal(found.codes[used], weight.codes[used]) and not (found.codes[~used] & 0x77).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,8 +77,7 @@ def test_the_dense_weight_is_near_the_exact_decode(formula, dtype):
 def test_the_formula_that_was_used_is_found(formula):
     """They differ in float32 where the factor has many bits."""
     weight, factor = drawn("e4m3", scales=list(range(0x7F))), factor_for(formula, "e4m3")
-    value = dense(weight, factor, formula, torch.float32)
-    assert again(value, weight, factor, formula)[1] == formula
+    assert again(dense(weight, factor, formula, torch.float32), weight, factor, formula)[1] == formula
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from marlin_w4a16 import PackedLinear, prepare, quantize_nvfp4, restore
 from marlin_w4a16.producers import torchao as producer
-from marlin_w4a16.producers.found import Found
+from marlin_w4a16.producers.found import FoundModule
 from marlin_w4a16.producers.torchao import swizzle, unswizzle
 
 N, K = 144, 96  # neither fills its tiles of scales
@@ -58,8 +58,7 @@ def copied(weight: Tensor) -> Tensor:
 
 def refusal(module: nn.Module, **choices) -> str | None:
     """Why it was left, in which case it was left as it was."""
-    model = nn.Sequential(module)
-    weight = copied(module.weight)
+    model, weight = nn.Sequential(module), copied(module.weight)
     (row,) = prepare(model, **choices).rows
     if row.refusal is not None:
         assert model[0] is module and row.producer == "torchao"
@@ -69,7 +68,7 @@ def refusal(module: nn.Module, **choices) -> str | None:
 
 def test_the_exact_decode_is_what_torchao_dequantises_but_for_its_second_rounding(quantised):
     found = producer.read(quantised[0], False)
-    assert isinstance(found, Found) and found.activations is None and found.dtype == torch.bfloat16
+    assert isinstance(found, FoundModule) and found.activations is None and found.dtype == torch.bfloat16
     decoded, expected = found.weights[0].decode(torch.bfloat16), quantised[0].weight.dequantize()
     apart = (decoded.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
     assert apart.max() <= 1 and (apart == 0).float().mean() > 0.99

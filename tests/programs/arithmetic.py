@@ -44,8 +44,7 @@ DIVIDED = {
 
 def once(dtype: torch.dtype) -> list:
     """Accepted as exact."""
-    form = partial(written, section="16-bit arithmetic", dtype=dtype)
-    name = NAMES[dtype]
+    form, name = partial(written, section="16-bit arithmetic", dtype=dtype), NAMES[dtype]
     return [
         form(f"{name}: cast from float32"),
         form(f"{name}: cast from float32, e8m0", scale=float8, saved={"kind": "e8m0", "factor": "none"}),

@@ -37,8 +37,7 @@ def nested_where(m) -> Tensor:
 def gather_ldexp(m) -> Tensor:
     """The whole weight of MXFP4, ``[k, n]``."""
     values = torch.gather(TABLE.expand(m.codes.shape[0], 16), 1, m.unpack(m).long())
-    exponents = m.scales.int().sub(127).repeat_interleave(m.group, -1)
-    return torch.ldexp(values, exponents).T
+    return torch.ldexp(values, m.scales.int().sub(127).repeat_interleave(m.group, -1)).T
 
 
 def take_repeat_interleave(m) -> Tensor:
@@ -93,8 +92,7 @@ ARRANGEMENTS = {
         lambda packed, group: torch.stack((packed >> 4, packed & 15), -1).flatten(-2),
     ),
     "planes of nibbles in a row": Arrangement(
-        lambda codes, group: pack_planes(codes),
-        lambda packed, group: planes(packed),
+        lambda codes, group: pack_planes(codes), lambda packed, group: planes(packed)
     ),
     "planes of nibbles in a group": Arrangement(
         lambda codes, group: pack_planes(codes.unflatten(-1, (-1, group))).flatten(-2),
@@ -107,20 +105,8 @@ ARRANGEMENTS = {
 }
 
 
-def buffer_table(m) -> Tensor:
-    return m.table[m.unpack(m).long()]
-
-
-def table_as_embedding(m) -> Tensor:
-    return embedding(m.unpack(m).int(), m.table[:, None]).squeeze(-1)
-
-
 def literal_table(m) -> Tensor:
     return torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])[m.unpack(m).long()]
-
-
-def list_as_tensor(m) -> Tensor:
-    return torch.tensor(VALUES, device=m.codes.device)[m.unpack(m).long()]
 
 
 def list_of_choices(m) -> Tensor:
@@ -134,18 +120,6 @@ def list_of_choices(m) -> Tensor:
 def table_of_magnitudes(m) -> Tensor:
     codes = m.unpack(m).int()
     return m.table[codes & 7] * (1 - 2 * (codes >> 3))
-
-
-def table_of_pairs(m) -> Tensor:
-    return PAIRS[m.codes.int()].flatten(-2)
-
-
-def pairs_selected(m) -> Tensor:
-    return torch.index_select(PAIRS, 0, m.codes.flatten().int()).view(m.codes.shape[0], -1)
-
-
-def one_hot_product(m) -> Tensor:
-    return one_hot(m.unpack(m).long(), 16).float() @ m.table
 
 
 def bytes_viewed(m) -> Tensor:
@@ -188,17 +162,19 @@ FORMS = [
          saved={"kind": "e8m0", "factor": "none"}),
     form("take + repeat_interleave", decode=take_repeat_interleave),
     form("% and // in floats", unpack=pairs_of_floats, values=float_arithmetic),
-    form("table in a buffer", values=buffer_table, store=with_table),
-    form("table as an embedding", values=table_as_embedding, store=with_table),
+    form("table in a buffer", values=lambda m: m.table[m.unpack(m).long()], store=with_table),
+    form("table as an embedding",
+         values=lambda m: embedding(m.unpack(m).int(), m.table[:, None]).squeeze(-1), store=with_table),
     form("table as a literal", values=literal_table),
-    form("table as a Python list", values=list_as_tensor),
+    form("table as a Python list", values=lambda m: torch.tensor(VALUES, device=m.codes.device)[m.unpack(m).long()]),
     form("table as a Python list of choices", values=list_of_choices),
     form("table of magnitudes and a sign", values=table_of_magnitudes, store=lambda w: {"table": TABLE[:8].clone()}),
-    form("table of 256 pairs", values=table_of_pairs),
-    form("table of 256 pairs, index_select", values=pairs_selected),
+    form("table of 256 pairs", values=lambda m: PAIRS[m.codes.int()].flatten(-2)),
+    form("table of 256 pairs, index_select",
+         values=lambda m: torch.index_select(PAIRS, 0, m.codes.flatten().int()).view(m.codes.shape[0], -1)),
     form("table in bfloat16", values=lambda m: m.table[m.unpack(m).int()].float(),
          store=lambda w: {"table": TABLE.bfloat16()}),
-    form("one_hot @ table", values=one_hot_product, store=with_table),
+    form("one_hot @ table", values=lambda m: one_hot(m.unpack(m).long(), 16).float() @ m.table, store=with_table),
     form("int8 bytes, viewed as uint8", unpack=bytes_viewed, store=lambda w: {"codes": w.codes.view(torch.int8)}),
     form("int8 bytes, masked", unpack=arithmetic_shift, store=lambda w: {"codes": w.codes.view(torch.int8)}),
     form("blocks of a group in an axis of their own", decode=blocks_by_table,

@@ -190,8 +190,7 @@ def roundings() -> list[tuple[str, ...]]:
 
 
 def options() -> list[tuple[str, str, str]]:
-    meanings = attributes(Options)
-    fields = dataclasses.fields(Options)
+    meanings, fields = attributes(Options), dataclasses.fields(Options)
     defaults = [f.default if f.default is not dataclasses.MISSING else f.default_factory() for f in fields]
     return [(f"`{f.name}`", f"`{default!r}`", meanings[f.name]) for f, default in zip(fields, defaults, strict=True)]
 

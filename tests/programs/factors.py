@@ -36,10 +36,6 @@ def as_float(weight: FP4Weight) -> dict:
     return {"factor": weight.multiplier[0].item()}
 
 
-def after_the_codes(m) -> Tensor:
-    return by_groups(m.values(m) * m.factor, float8(m))
-
-
 def after_the_scales(m) -> Tensor:
     return by_groups(m.values(m), float8(m)) * m.factor
 
@@ -63,7 +59,7 @@ FORMS = [
     form("two factors, multiplied", store=two_factors, scale=lambda m: float8(m) * (m.first * m.second)),
     form("two factors, one after the other", store=two_factors, scale=lambda m: float8(m) * m.first * m.second),
     form("over codes times scales", decode=after_the_scales),
-    form("over the codes", decode=after_the_codes),
+    form("over the codes", decode=lambda m: by_groups(m.values(m) * m.factor, float8(m))),
     form("amax over 6 * 448", store=largest, scale=lambda m: float8(m) * (m.amax / (6 * 448))),
     form("bfloat16 buffer", store=lambda w: {"factor": w.multiplier[:1].bfloat16()},
          scale=lambda m: float8(m) * m.factor.float(), saved={"factor": "power of two"}),

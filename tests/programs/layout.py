@@ -27,10 +27,6 @@ def decode_transposed(m) -> Tensor:
     return (values * m.scale(m).repeat_interleave(m.group, 0)).to(m.dtype)
 
 
-def decode_packed_along_n(m) -> Tensor:
-    return (by_table(m) * m.scale(m).repeat_interleave(m.group, 0)).to(m.dtype)
-
-
 def multiply_transposed(m, weight: Tensor, x: Tensor) -> Tensor:
     return x @ weight
 
@@ -40,8 +36,7 @@ def swizzle(scales: Tensor) -> Tensor:
     n, groups = scales.shape
     padded = scales.new_zeros(-(-n // 128) * 128, -(-groups // 4) * 4)
     padded[:n, :groups] = scales
-    tiles = padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).flatten()
+    return padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4).permute(0, 3, 2, 1, 4).flatten()
 
 
 def unswizzled(m) -> Tensor:
@@ -111,14 +106,6 @@ def swapped(t: Tensor) -> Tensor:
     return torch.cat((t[1:2], t[0:1], t[2:]))
 
 
-def two_rows_swapped(weight: FP4Weight) -> dict:
-    return {"scales": swapped(weight.scales)}
-
-
-def swapped_back(m) -> Tensor:
-    return swapped(scale_times_factor(m))
-
-
 form = partial(written, section="layout")
 # What neither lies in rows or columns nor is ever put in order before it is multiplied.
 UNREAD = {"outcome": "refused", "reason": "it is not NVFP4"}
@@ -128,7 +115,8 @@ FORMS = [
          arrange=Tensor.t, multiply=multiply_transposed),
     form("[k, n], MXFP4", store=transposed, decode=decode_transposed, scale=float8, arrange=Tensor.t,
          multiply=multiply_transposed, saved={"kind": "e8m0", "factor": "none"}),
-    form("[k, n], two outputs a byte", store=packed_along_n, decode=decode_packed_along_n, arrange=Tensor.t,
+    form("[k, n], two outputs a byte", store=packed_along_n,
+         decode=lambda m: (by_table(m) * m.scale(m).repeat_interleave(m.group, 0)).to(m.dtype), arrange=Tensor.t,
          multiply=multiply_transposed),
     form("[k, n] in F.linear(x, w.T)", store=transposed, decode=lambda m: decode_transposed(m).T),
     form("sub-blocks of rows with cat, of one tensor", decode=row_blocks_of_one),
@@ -143,7 +131,8 @@ FORMS = [
          saved={"n": 128}),
     form("scales swizzled 128 x 4, padded", scale=unswizzled, store=lambda w: {"scales": swizzle(w.scales)}),
     form("scales stored one group on, rolled back", store=rolled, scale=lambda m: scale_times_factor(m).roll(1, 1)),
-    form("scales of two rows stored for each other", store=two_rows_swapped, scale=swapped_back),
+    form("scales of two rows stored for each other",
+         store=lambda weight: {"scales": swapped(weight.scales)}, scale=lambda m: swapped(scale_times_factor(m))),
     form("two rows swapped after decoding", decode=lambda m: swapped(by_groups(m.values(m), m.scale(m))),
          arrange=swapped),
     form("groups in the first axis", decode=lambda m: (

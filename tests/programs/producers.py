@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4
 from programs.program import Program
+from swaps import MLP
 
 N, K = 144, 96  # neither fills torchao's tiles of scales
 EXPERTS = 3
@@ -30,20 +31,11 @@ def in_both(name: str, section: str, build: Callable[..., Built], *args: Any, **
     ]
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(64, K), nn.Linear(K, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu())
-
-
 def modelopt(config: str, group: int | None, activations: bool, dtype: torch.dtype) -> Built:
     """What ``mtq.compress`` leaves of a model."""
     import modelopt.torch.quantization as mtq
 
-    model, x = Layer().to(dtype), torch.randn(2, 3, 64, dtype=dtype)
+    model, x = MLP().to(dtype), torch.randn(2, 3, 64, dtype=dtype)
     chosen = copy.deepcopy(getattr(mtq, config))
     for entry in chosen["quant_cfg"]:
         if group is not None and entry["quantizer_name"] == "*weight_quantizer":
@@ -61,7 +53,7 @@ def modelopt_restored(config: str, dtype: torch.dtype) -> Built:
     model, inputs = modelopt(config, None, False, dtype)
     with tempfile.TemporaryDirectory() as folder:
         mto.save(model, f"{folder}/model.pt")
-        return mto.restore(Layer().to(dtype), f"{folder}/model.pt"), inputs
+        return mto.restore(MLP().to(dtype), f"{folder}/model.pt"), inputs
 
 
 def modelopt_w4a4(config: str, dtype: torch.dtype) -> Built:
@@ -95,8 +87,7 @@ def mxfp4_w4a4(dense: Tensor) -> Tensor:
     """A weight of torchao whose products quantise their input, though no node says so."""
     from torchao.prototype.mx_formats.mx_tensor import QuantizeTensorToMXKwargs
 
-    inputs = QuantizeTensorToMXKwargs(elem_dtype=torch.float4_e2m1fn_x2)
-    return mxfp4(dense, act_quant_kwargs=inputs)
+    return mxfp4(dense, act_quant_kwargs=QuantizeTensorToMXKwargs(elem_dtype=torch.float4_e2m1fn_x2))
 
 
 class Torchao(nn.Module):

@@ -30,18 +30,10 @@ def integers(m: Written) -> Tensor:
     return m.unpack(m).float() - 8
 
 
-def integers_with_zero_points(m: Written) -> Tensor:
-    return (m.unpack(m).view(N, -1, m.group).float() - m.zeros.unsqueeze(-1)).flatten(-2)
-
-
 def one_element_changed(m: Written) -> Tensor:
     weight = decode_by_groups(m)
     weight[N - 1, K - 1] += 1
     return weight
-
-
-def columns_rolled(m: Written) -> Tensor:
-    return decode_by_groups(m).roll(1, 1)
 
 
 def group_of(size: int) -> dict:
@@ -56,12 +48,7 @@ def group_of(size: int) -> dict:
 def straddling(weight: FP4Weight) -> dict:
     """40 columns: groups of 16 run on over the ends of rows."""
     codes = torch.randint(256, (N, 20)).to(torch.uint8)
-    scales = (torch.rand(N * 40 // 16) + 0.5).to(torch.float8_e4m3fn).view(torch.uint8)
-    return {"codes": codes, "scales": scales}
-
-
-def decode_straddling(m: Written) -> Tensor:
-    return (by_table(m).view(-1, 16) * (float8(m) * m.factor)[:, None]).view(N, 40)
+    return {"codes": codes, "scales": (torch.rand(N * 40 // 16) + 0.5).to(torch.float8_e4m3fn).view(torch.uint8)}
 
 
 def nan_scale(weight: FP4Weight) -> dict:
@@ -118,18 +105,20 @@ FORMS = [
     refused("NF4 with float32 scales in groups of 64", values=another_table, scale=lambda m: m.scales,
             store=lambda w: {"table": NF4, "scales": torch.rand(N, K // 64)}),
     refused("INT4, symmetric", values=integers),
-    refused("INT4 with zero points", values=integers_with_zero_points,
+    refused("INT4 with zero points",
+         values=lambda m: (m.unpack(m).view(N, -1, m.group).float() - m.zeros.unsqueeze(-1)).flatten(-2),
             store=lambda w: {"zeros": torch.randint(16, w.scales.shape).to(torch.uint8)}),
     refused("one wrong entry in the table", values=another_table, store=with_wrong_entry),
     refused("one element changed", decode=one_element_changed),
     refused("a constant added", decode=lambda m: decode_by_groups(m) + 0.01),
     refused("abs", decode=lambda m: decode_by_groups(m).abs()),
     refused("clamped", decode=lambda m: decode_by_groups(m).clamp(-1, 1)),
-    refused("columns rolled by one after decoding", decode=columns_rolled),
+    refused("columns rolled by one after decoding", decode=lambda m: decode_by_groups(m).roll(1, 1)),
     refused("a square weight multiplied along its outputs", saved=SQUARE, multiply=wrong_axis),
     refused("E5M2 scales", store=e5m2, scale=lambda m: m.scales.float() * m.factor),
     *(refused(f"groups of {size}", **group_of(size)) for size in (8, 64, 128)),
-    refused("groups of 16 that run over the ends of rows", store=straddling, decode=decode_straddling, x=(3, 40)),
+    refused("groups of 16 that run over the ends of rows", store=straddling,
+         decode=lambda m: (by_table(m).view(-1, 16) * (float8(m) * m.factor)[:, None]).view(N, 40), x=(3, 40)),
     form("a NaN among e4m3 scales", store=nan_scale, **because("NaN")),
     form("a NaN among e8m0 scales", store=nan_exponent, scale=float8,
          saved={"kind": "e8m0", "factor": "none"}, **because("NaN")),

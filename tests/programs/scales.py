@@ -21,8 +21,7 @@ def held_as_float8(weight: FP4Weight) -> dict:
 
 def folded(dtype: torch.dtype, weight: FP4Weight) -> dict:
     """Scale times global scale, once for each group."""
-    scales = weight.scales.view(FLOAT8[weight.kind]).float()
-    return {"scales": (scales * weight.multiplier[:, None]).to(dtype)}
+    return {"scales": (weight.scales.view(FLOAT8[weight.kind]).float() * weight.multiplier[:, None]).to(dtype)}
 
 
 def reciprocal(weight: FP4Weight) -> dict:
@@ -57,16 +56,11 @@ def shift(m) -> Tensor:
     return (m.scales.int() << 23).view(torch.float32)
 
 
-def shift_bfloat16(m) -> Tensor:
-    return (m.scales.to(torch.int16) << 7).view(torch.bfloat16).float()
-
-
 def bits_of_e4m3(m) -> Tensor:
     """Sign, exponent and mantissa, subnormals included."""
     bits = m.scales.int()
     exponent, mantissa = bits >> 3 & 15, bits & 7
-    normal = torch.ldexp(1 + mantissa / 8, exponent - 7)
-    return torch.where(exponent == 0, mantissa * 2.0**-9, normal)
+    return torch.where(exponent == 0, mantissa * 2.0**-9, torch.ldexp(1 + mantissa / 8, exponent - 7))
 
 
 form = partial(written, section="scales")
@@ -90,7 +84,8 @@ FORMS = [
     e8m0("e8m0 as uint8, 2.0 ** n", scale=power),
     e8m0("e8m0 as uint8, ldexp", scale=ldexp),
     e8m0("e8m0 as uint8, shifted 23 bits and viewed as float32", scale=shift),
-    e8m0("e8m0 as uint8, shifted 7 bits and viewed as bfloat16", scale=shift_bfloat16),
+    e8m0("e8m0 as uint8, shifted 7 bits and viewed as bfloat16",
+         scale=lambda m: (m.scales.to(torch.int16) << 7).view(torch.bfloat16).float()),
     e8m0("e8m0 as int8 exponents without a bias", scale=lambda m: torch.exp2(m.scales.float()),
          store=lambda w: {"scales": (w.scales.int() - 127).to(torch.int8)}),
     *(e8m0(f"e8m0 as {name}", store=partial(held_as, dtype), scale=plain) for dtype, name in NAMES.items()),

@@ -115,14 +115,6 @@ def twice(m: Written, weight: Tensor, x: Tensor) -> Tensor:
     return linear(x, weight) + linear(x * 2, weight)
 
 
-def decoded_twice(m: Written, x: Tensor) -> Tensor:
-    return linear(x, m.weight()) + linear(x * 2, m.weight())
-
-
-def with_sum(m: Written, weight: Tensor, x: Tensor) -> Tensor:
-    return linear(x, weight) + weight.sum()
-
-
 def two_factors(m: Written, x: Tensor) -> Tensor:
     weight = m.weight()
     return torch.cat((linear(x, weight), linear(x, weight * m.second)), -1)
@@ -139,14 +131,6 @@ def rows_of_a_bigger(weight: FP4Weight) -> dict:
     return {"codes": within(weight.codes), "scales": within(weight.scales)}
 
 
-def slice_of_rows(m: Written) -> Tensor:
-    return dequantise(m.codes[16:64], m.scales[16:64], m.factor)
-
-
-def slice_after_decoding(m: Written) -> Tensor:
-    return dequantise(m.codes, m.scales, m.factor)[16:64]
-
-
 def view_of_columns(weight: FP4Weight) -> dict:
     """Buffers that are views: columns of wider tensors, so not contiguous."""
 
@@ -156,10 +140,6 @@ def view_of_columns(weight: FP4Weight) -> dict:
         return wider[:, 2:-3]
 
     return {"codes": within(weight.codes), "scales": within(weight.scales)}
-
-
-def view_of_rows(weight: FP4Weight) -> dict:
-    return {name: t[16:64] for name, t in rows_of_a_bigger(weight).items()}
 
 
 def one_tensor_of_bytes(weight: FP4Weight) -> dict:
@@ -189,14 +169,18 @@ FORMS = [
          arrange=lambda w: w.unflatten(0, (LAYERS, -1)), saved={"n": LAYERS * K, "factor": "per row"},
          expect={"weights": LAYERS}),
     form("in two products", multiply=twice),
-    form("in two products, decoded twice", call=decoded_twice, multiply=twice),
-    form("in a product and elsewhere", multiply=with_sum),
+    form("in two products, decoded twice",
+         call=lambda m, x: linear(x, m.weight()) + linear(x * 2, m.weight()), multiply=twice),
+    form("in a product and elsewhere", multiply=lambda m, weight, x: linear(x, weight) + weight.sum()),
     form("codes with two global scales", store=lambda w: {"second": torch.tensor(0.37)}, call=two_factors,
          multiply=lambda m, w, x: torch.cat((linear(x, w), linear(x, w * m.second.double())), -1),
          expect={"weights": 2}),
-    form("slice of a bigger packed tensor", store=rows_of_a_bigger, decode=slice_of_rows),
-    form("slice of a bigger weight", store=rows_of_a_bigger, decode=slice_after_decoding),
-    form("buffers that are rows of bigger tensors", store=view_of_rows),
+    form("slice of a bigger packed tensor", store=rows_of_a_bigger,
+         decode=lambda m: dequantise(m.codes[16:64], m.scales[16:64], m.factor)),
+    form("slice of a bigger weight", store=rows_of_a_bigger,
+         decode=lambda m: dequantise(m.codes, m.scales, m.factor)[16:64]),
+    form("buffers that are rows of bigger tensors",
+         store=lambda weight: {name: t[16:64] for name, t in rows_of_a_bigger(weight).items()}),
     form("buffers that are columns of wider tensors", store=view_of_columns),
     form("codes and scales in one tensor of bytes", store=one_tensor_of_bytes, decode=parts_of_bytes),
 ]  # fmt: skip

@@ -17,11 +17,9 @@ FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}
 QUANTIZERS = {"e4m3": quantize_nvfp4, "e8m0": quantize_mxfp4}
 # What becomes of the global scale ``[n]`` of a quantised weight.
 FACTORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "general": lambda g: g * 0.9321,
-    "none": torch.ones_like,
-    "power of two": lambda g: g.log2().round().exp2(),
+    "general": lambda g: g * 0.9321, "none": torch.ones_like, "power of two": lambda g: g.log2().round().exp2(),
     "per row": lambda g: g * (0.5 + torch.rand_like(g)),
-}
+}  # fmt: skip
 
 
 def checkpoint(
@@ -61,10 +59,6 @@ def decode_by_groups(m: "Written") -> Tensor:
     return by_groups(m.values(m), m.scale(m)).to(m.dtype)
 
 
-def multiply_linear(m: "Written", weight: Tensor, x: Tensor) -> Tensor:
-    return linear(x, weight, m.bias)
-
-
 class Written(nn.Module):
     """An FP4 linear as its author wrote it.
 
@@ -94,7 +88,7 @@ class Written(nn.Module):
         values: Callable[..., Tensor] = by_table,
         scale: Callable[..., Tensor] = scale_times_factor,
         decode: Callable[..., Tensor] = decode_by_groups,
-        multiply: Callable[..., Tensor] = multiply_linear,
+        multiply: Callable[..., Tensor] = lambda m, weight, x: linear(x, weight, m.bias),
         arrange: Callable[[Tensor], Tensor] = lambda weight: weight,
         call: Callable[..., Tensor] = lambda m, *inputs: m.product(m.weight(), *inputs),
         bias: bool = False,

@@ -6,16 +6,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4
+from swaps import MLP, done, refusals
 
-ITSELF = "it is the model itself: quantize() swaps the modules in a model"
 REGISTERED = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
 HOOKS = "it has hooks, which a PackedLinear would lose"
-
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
 
 
 class Tied(nn.Module):
@@ -28,14 +22,6 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self.embed(x)))
-
-
-def refusals(swaps) -> dict[str, str]:
-    return {row.path: row.refusal for row in swaps.refused}
-
-
-def done(swaps) -> list[str]:
-    return [row.path for row in swaps.done]
 
 
 # What is left as it is
@@ -74,10 +60,8 @@ COMPUTED = "its weight is computed, by a parametrisation or a hook"
 SMALL = "its weight is 4 x 64, 1.0 KiB; packed, in whole tiles, it would be 2.3 KiB"
 LEFT = [
     (lambda: nn.Linear(72, 64), "its weight is 64 x 72, expected columns in groups of 16"),
-    (
-        lambda: with_(nn.Linear(64, 64), weight=nn.Parameter(torch.empty(0, 64))),
-        "its weight is 0 x 64, expected columns in groups of 16",
-    ),
+    (lambda: with_(nn.Linear(64, 64), weight=nn.Parameter(torch.empty(0, 64))),
+     "its weight is 0 x 64, expected columns in groups of 16"),
     (lambda: nn.Linear(64, 4), SMALL),
     (lambda: nn.Linear(64, 64, device="meta"), "its weight holds no values: it is on the meta device"),
     (lambda: nn.Linear(64, 64).double(), "its weight is torch.float64, expected one of"),
@@ -90,11 +74,10 @@ LEFT = [
     (lambda: parametrizations.weight_norm(nn.Linear(64, 64)), COMPUTED),
     (lambda: parametrizations.orthogonal(nn.Linear(64, 64), "weight"), COMPUTED),
     pytest.param(lambda: weight_norm(nn.Linear(64, 64)), COMPUTED, marks=pytest.mark.filterwarnings("ignore")),
-    (lambda: filled(torch.nan), NOT_FINITE),
-    (lambda: filled(-torch.inf), NOT_FINITE),
+    (lambda: filled(torch.nan), NOT_FINITE), (lambda: filled(-torch.inf), NOT_FINITE),
     *((lambda name=name: hooked(f"register_{name}"), HOOKS) for name in REGISTERED),
     (lambda: with_(nn.Linear(64, 64), _hf_hook=object()), HOOKS),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("make, reason", LEFT)
@@ -123,8 +106,7 @@ def test_typed_weights_are_left():
 
 
 def test_a_subclass_that_computes_what_nn_linear_does_is_swapped():
-    model = nn.Sequential(type("Renamed", (nn.Linear,), {})(64, 64))
-    assert done(quantize(model, "nvfp4")) == ["0"]
+    assert done(quantize(nn.Sequential(type("Renamed", (nn.Linear,), {})(64, 64)), "nvfp4")) == ["0"]
 
 
 def test_the_model_itself_is_left():
@@ -158,8 +140,7 @@ class Reads(nn.Module):
 
 
 def test_a_linear_whose_weight_the_code_around_it_reads_is_left():
-    model = Reads()
-    reads = "reads its weight, which is None in a PackedLinear"
+    model, reads = Reads(), "reads its weight, which is None in a PackedLinear"
     assert refusals(quantize(model, "nvfp4")) == {"b": f"Reads.forward {reads}", "c": f"Reads.dtype {reads}"}
     assert model(torch.randn(2, 64)).shape == (2, 64)
 
@@ -226,8 +207,7 @@ def test_linears_that_share_a_weight_are_left_and_untied_by_name():
 
 
 def test_a_buffer_in_the_memory_of_a_weight_counts_and_parts_side_by_side_do_not():
-    fused = torch.randn(192, 64)
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    fused, model = torch.randn(192, 64), nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
     for linear, part in zip(model, fused.split(64), strict=True):
         linear.weight = nn.Parameter(part)
     model.register_buffer("kept", fused[60:64].t())
@@ -242,21 +222,13 @@ def test_a_buffer_in_the_memory_of_a_weight_counts_and_parts_side_by_side_do_not
 @pytest.mark.parametrize(
     "include, exclude, expected",
     [
-        (None, (), ["up", "down", "lm_head", "x.router"]),
-        (None, None, ["up", "down"]),
-        ("*p", None, ["up"]),
-        (("up", "d*"), None, ["up", "down"]),
-        ("*.weight", None, ["up", "down"]),
-        ("*", "up", ["down", "lm_head", "x.router"]),
-        (None, ["up.weight", "l*"], ["down", "x.router"]),
-        ("up", "u*", []),
-        ("lm_head", None, ["lm_head"]),
-        (("*", "x.router"), None, ["up", "down", "x.router"]),
-        ("lm_head", "lm_head", []),
-        ("UP", None, []),
-        ((), None, []),
+        (None, (), ["up", "down", "lm_head", "x.router"]), (None, None, ["up", "down"]), ("*p", None, ["up"]),
+        (("up", "d*"), None, ["up", "down"]), ("*.weight", None, ["up", "down"]),
+        ("*", "up", ["down", "lm_head", "x.router"]), (None, ["up.weight", "l*"], ["down", "x.router"]),
+        ("up", "u*", []), ("lm_head", None, ["lm_head"]), (("*", "x.router"), None, ["up", "down", "x.router"]),
+        ("lm_head", "lm_head", []), ("UP", None, []), ((), None, []),
     ],
-)
+)  # fmt: skip
 def test_globs_choose(include, exclude, expected):
     model = MLP()
     model.lm_head, model.x = nn.Linear(64, 64), nn.ModuleDict({"router": nn.Linear(64, 64)})

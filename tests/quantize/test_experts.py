@@ -8,13 +8,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
-from live import Live
+from live import assert_one_module_at_a_time
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import use_experts_implementation
 
 from marlin_w4a16 import FP4Weight, PackedExperts, prepare, quantize, quantize_mxfp4, quantize_nvfp4, restore
 from mixtures.models import COMMON, FAMILIES, Family
+from narrow import wide
+from swaps import done, refusals
+from weights import equal
 
 QUANTISERS = {"nvfp4": (quantize_nvfp4, 16), "mxfp4": (quantize_mxfp4, 32)}
 IDS = torch.arange(1, 19).view(2, 9)
@@ -96,29 +99,18 @@ def logits(model: nn.Module) -> Tensor:
         return model(IDS, use_cache=False).logits
 
 
-def refusals(swaps) -> dict[str, str]:
-    return {row.path: row.refusal for row in swaps.refused}
-
-
-def done(swaps) -> list[str]:
-    return [row.path for row in swaps.done]
-
-
 @pytest.mark.parametrize(
     "family, format", [*((family, "nvfp4") for family in SAME), (GPT_OSS, "mxfp4"), (NEMOTRON, "mxfp4")], ids=str
 )
 def test_a_model_computes_what_its_dequantised_twin_does(family, format):
     model = built(family)
     exact, weights = twin(model, format)
-    swaps = quantize(model, format, include=ALL_EXPERTS)
-    assert done(swaps) == list(weights) and len(weights) == family.mixtures
+    assert done(quantize(model, format, include=ALL_EXPERTS)) == list(weights) and len(weights) == family.mixtures
     for path, expected in weights.items():
         module = model.get_submodule(path)
         assert isinstance(module, PackedExperts) and str(module.activation) == family.activation
         for found, weight in zip(module.to_fp4(), expected, strict=True):
-            for name in FIELDS:
-                assert torch.equal(getattr(found, name), getattr(weight, name)), name
-            assert (found.kind, found.group) == (weight.kind, weight.group)
+            assert equal(found, weight)
     expected = logits(exact)
     assert (logits(model) - expected).norm() <= 1e-5 * expected.norm()
 
@@ -149,8 +141,7 @@ def test_sixteen_bits(dtype):
 def test_all_of_a_model_has_rows_and_they_say_what_is_what():
     model = built()
     swaps = quantize(model, "nvfp4", exclude="*v_proj")
-    row = next(row for row in swaps.rows if row.experts)
-    packed = model.model.layers[0].mlp.experts
+    row, packed = next(row for row in swaps.rows if row.experts), model.model.layers[0].mlp.experts
     assert (row.path, row.format) == ("model.layers.0.mlp.experts", "NVFP4 group 16")
     assert row.before == 4 * 6 * (96 * 64 + 64 * 48) and row.after == packed.w13.nbytes + packed.w2.nbytes
     assert swaps.summary().startswith("swapped 7 of 9 linears and 2 of 2 Experts modules: ")
@@ -199,20 +190,13 @@ FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 @pytest.mark.parametrize(
     "include, exclude, expected",
     [
-        (None, None, [FIRST, SECOND]),
-        (FIRST, None, [FIRST]),
-        ("*.1.mlp.*", None, [SECOND]),
-        ("*proj", None, [FIRST, SECOND]),
-        ("*down_proj", None, []),
-        (None, "*down_proj", []),
-        (None, "*.0.*", [SECOND]),
-        (f"{FIRST}.gate_up_proj", None, []),
-        (None, f"{FIRST}.gate_up_proj", [SECOND]),
+        (None, None, [FIRST, SECOND]), (FIRST, None, [FIRST]), ("*.1.mlp.*", None, [SECOND]),
+        ("*proj", None, [FIRST, SECOND]), ("*down_proj", None, []), (None, "*down_proj", []),
+        (None, "*.0.*", [SECOND]), (f"{FIRST}.gate_up_proj", None, []), (None, f"{FIRST}.gate_up_proj", [SECOND]),
     ],
-)
+)  # fmt: skip
 def test_globs_choose(include, exclude, expected):
-    swaps = quantize(built(), "nvfp4", include, exclude)
-    assert [row.path for row in swaps.done if row.experts] == expected
+    assert [row.path for row in quantize(built(), "nvfp4", include, exclude).done if row.experts] == expected
 
 
 def test_what_the_paths_leave_says_why():
@@ -250,25 +234,23 @@ LEFT = {
     "its own forward": (lambda m: setattr(m, "__class__", Doubled), "a Doubled has a forward of its own"),
     "replaced": (lambda m: setattr(m, "forward", lambda *_: None), "its forward has been replaced"),
     "hooks": (hook, "it has hooks, which a PackedExperts would lose"),
-    "computed": (
-        lambda m: parametrize.register_parametrization(m, "down_proj", nn.Identity()),
-        "its down_proj is computed, by a parametrisation or a hook",
-    ),
+    "computed": (lambda m: parametrize.register_parametrization(m, "down_proj", nn.Identity()),
+     "its down_proj is computed, by a parametrisation or a hook"),
     "more": (lambda m: setattr(m, "adapter", nn.ReLU()), "it also holds adapter, which a PackedExperts would lose"),
     "a learnt gate": (lambda m: setattr(m, "act_fn", nn.PReLU()), "it also holds act_fn, which"),
     "another gate": (lambda m: setattr(m, "act_fn", nn.Sigmoid()), "what stands between the two products is no"),
     "a norm": (lambda m: setattr(m, "has_post_expert_norm", True), "it normalises what each expert gives"),
     "float64": (lambda m: m.double(), "its gate_up_proj is torch.float64, expected one of"),
-    "dtypes": (lambda m: setattr(m, "down_proj", nn.Parameter(m.down_proj.half())), "its weights are torch.float32 on"),
+    "dtypes": (lambda m: setattr(m, "down_proj", nn.Parameter(m.down_proj.half())),
+     "its weights are torch.float32 on"),
     "meta": (lambda m: m.to("meta"), "its weight holds no values: it is on the meta device"),
     "groups": (hidden(72), "its weights are 6 x 96 x 72 and 6 x 72 x 48, expected a hidden size in groups of 16"),
-    "shapes": (
-        lambda m: setattr(m, "down_proj", nn.Parameter(torch.randn(6, 64, 40))),
-        "its weights are 6 x 96 x 64 and 6 x 64 x 40, expected [experts, 2 i, hidden] and [experts, hidden, i]",
-    ),
-    "small": (hidden(16), "its weights are 6 x 96 x 16 and 6 x 16 x 48, 54.0 KiB; packed, in whole tiles, they would"),
+    "shapes": (lambda m: setattr(m, "down_proj", nn.Parameter(torch.randn(6, 64, 40))),
+     "its weights are 6 x 96 x 64 and 6 x 64 x 40, expected [experts, 2 i, hidden] and [experts, hidden, i]"),
+    "small": (hidden(16),
+     "its weights are 6 x 96 x 16 and 6 x 16 x 48, 54.0 KiB; packed, in whole tiles, they would"),
     "NaN": (poison, "its down_proj, expert 3: found NaN or Inf, expected finite values"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change, reason", LEFT.values(), ids=LEFT)
@@ -330,20 +312,11 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(
-    "dtype, format", [pytest.param(torch.bfloat16, "nvfp4", marks=pytest.mark.wide), (torch.float32, "mxfp4")], ids=str
-)
+@pytest.mark.parametrize("dtype, format", [wide(torch.bfloat16, "nvfp4"), (torch.float32, "mxfp4")], ids=str)
 def test_no_more_is_held_than_the_weights_of_one_module_and_what_is_packed(dtype, format):
     quantize(built(), format)  # fills tables that stay
     config = transformers.Qwen3MoeConfig(**COMMON | QWEN.settings)
-    model = nn.Sequential(*(Experts(config).to(dtype) for _ in range(2)))
-    dense = sum(p.nbytes for p in model.parameters())
-    with Live(*model.parameters()) as live:
-        swaps = quantize(model, format)
-        packed = sum(row.after for row in swaps.done)
-        gc.collect()
-        assert live.now == dense - sum(row.before for row in swaps.done) + packed == packed
-    assert live.peak <= live.start + 36 * 2**20
+    assert_one_module_at_a_time(nn.Sequential(*(Experts(config).to(dtype) for _ in range(2))), format)
 
 
 def test_dense_weights_go_one_at_a_time(monkeypatch):

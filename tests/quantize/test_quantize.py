@@ -7,11 +7,14 @@ import weakref
 
 import pytest
 import torch
-from live import Live
+from live import assert_one_module_at_a_time
 from torch import Tensor, nn
 
 from marlin_w4a16 import PackedLinear, prepare, quantize, quantize_mxfp4, quantize_nvfp4, restore
 from marlin_w4a16.prepare import Swap
+from narrow import wide
+from swaps import MLP, done, refusals
+from weights import equal
 
 QUANTISERS = {"nvfp4": quantize_nvfp4, "mxfp4": quantize_mxfp4}
 VOCABULARY = 128
@@ -38,15 +41,6 @@ def causal_lm(family: str) -> nn.Module:
     return getattr(transformers, f"{family}ForCausalLM")(config(**sizes, **heads, pad_token_id=0)).eval()
 
 
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu())
-
-
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
 
@@ -68,19 +62,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def assert_weight(module: nn.Module, dense: Tensor, format: str) -> None:
     """The module holds what the quantiser gives, in every bit."""
-    assert isinstance(module, PackedLinear)
-    found, expected = module.to_fp4(), QUANTISERS[format](dense)
-    for name in ("codes", "scales", "multiplier"):
-        assert torch.equal(getattr(found, name), getattr(expected, name))
-    assert (found.kind, found.group) == (expected.kind, expected.group)
-
-
-def refusals(swaps) -> dict[str, str]:
-    return {row.path: row.refusal for row in swaps.refused}
-
-
-def done(swaps) -> list[str]:
-    return [row.path for row in swaps.done]
+    assert isinstance(module, PackedLinear) and equal(module.to_fp4(), QUANTISERS[format](dense))
 
 
 # Whole models
@@ -104,16 +86,15 @@ def test_it_generates_what_its_dequantised_twin_does(model, format):
     assert found.shape == (1, 20) and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.wide)])
-def test_it_compiles(format, inductor, caplog, monkeypatch):
+@pytest.mark.parametrize("inductor", [False, wide(True)])
+def test_it_compiles(format, inductor, said, monkeypatch):
     if not inductor:
         monkeypatch.setattr("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward)
-    caplog.set_level("INFO", "marlin_w4a16")
     model = causal_lm("Llama")
     quantize(model, format)
     found, expected = logits(torch.compile(model, backend="marlin_w4a16", fullgraph=True)), logits(model)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
-    (message,) = (r.message for r in caplog.records if r.name == "marlin_w4a16")
+    ((_, message),) = said()
     assert message.startswith("14 packed linears")
 
 
@@ -215,8 +196,7 @@ def test_a_linear_of_several_places_is_swapped_once_in_all():
 
 @pytest.mark.parametrize("format", ["nvpf4", "NVFP4", "int4"])
 def test_an_unknown_format_raises(format):
-    model = MLP()
-    hint = r" Did you mean 'nvfp4'\?" if format == "nvpf4" else ".*"
+    model, hint = MLP(), r" Did you mean 'nvfp4'\?" if format == "nvpf4" else ".*"
     with pytest.raises(ValueError, match=rf"unknown format '{format}'\.{hint} Known: mxfp4, nvfp4"):
         quantize(model, format)
     assert type(model.up) is nn.Linear
@@ -228,24 +208,16 @@ def test_an_unknown_format_raises(format):
 @pytest.mark.parametrize(
     "dtype, format",
     [
-        (torch.bfloat16, "nvfp4"),
-        pytest.param(torch.float32, "nvfp4", marks=pytest.mark.wide),
-        pytest.param(torch.bfloat16, "mxfp4", marks=pytest.mark.wide),
-        pytest.param(torch.float32, "mxfp4", marks=pytest.mark.wide),
+        (torch.bfloat16, "nvfp4"), wide(torch.float32, "nvfp4"), wide(torch.bfloat16, "mxfp4"),
+        wide(torch.float32, "mxfp4"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_no_more_is_held_than_one_dense_weight_and_its_packed_copy(dtype, format):
     """The gate is 64 MB above packed and largest; nothing else but codes in both orders and blocks is needed."""
     quantize(MLP(), format)  # fills tables that stay
     model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False, dtype=dtype) for _ in range(6)))
-    dense = sum(p.nbytes for p in model.parameters())
-    with Live(*model.parameters()) as live:
-        swaps = quantize(model, format)
-        packed = sum(row.after for row in swaps.done)
-        gc.collect()
-        assert live.now == dense - sum(row.before for row in swaps.done) + packed == packed
-    assert live.peak <= live.start + 36 * 2**20
+    assert_one_module_at_a_time(model, format)
 
 
 @pytest.mark.parametrize("progress", [None, True])
@@ -274,7 +246,6 @@ def test_the_memory_of_a_gpu(format):
     quantize(nn.Sequential(nn.Linear(64, 64, device="cuda")), format)
     torch.cuda.reset_peak_memory_stats()
     start, dense = torch.cuda.memory_allocated(), 4 * 8192 * 8192 * 2
-    swaps = quantize(model, format)
-    packed = sum(row.after for row in swaps.done)
+    packed = sum(row.after for row in quantize(model, format).done)
     assert torch.cuda.max_memory_allocated() - start <= packed // 4 + dense // 4 + (64 << 20)
     assert torch.cuda.memory_allocated() == start - dense + packed

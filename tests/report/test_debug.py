@@ -18,6 +18,7 @@ from marlin_w4a16 import Report, debug
 from marlin_w4a16.passes.outcome import Rejected, Replaced, Row
 from marlin_w4a16.report.breaks import Break
 from marlin_w4a16.report.debug import publish
+from scripts import LAYER
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 OP = "torch.ops.marlin_w4a16.linear.default"
@@ -202,21 +203,7 @@ def test_a_graph_is_told_to_the_logger_row_by_row(caplog):
 
 SCRIPT = """
 import {first}, {second}
-from torch import nn
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-        self.register_buffer("table", torch.tensor(table + [-v for v in table]))
-        self.register_buffer("codes", torch.randint(0, 256, (48, 32), dtype=torch.uint8))
-        self.register_buffer("scales", torch.randint(120, 130, (48, 2), dtype=torch.uint8))
-
-    def forward(self, x):
-        codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(-2).int()
-        scales = torch.exp2(self.scales.float() - 127).unsqueeze(-1)
-        return nn.functional.linear(x, (self.table[codes].unflatten(-1, (-1, 32)) * scales).flatten(-2))
-
+{layer}
 import marlin_w4a16.backend
 marlin_w4a16.backend.compile_graph = lambda gm, *_: gm.forward
 {then}
@@ -226,7 +213,7 @@ torch.compile(nn.Sequential(Layer()), backend="marlin_w4a16")(torch.ones(3, 64))
 
 def run(folder: Path, then: str, order: tuple[str, str], **environment: str) -> str:
     """What a fresh process of that environment writes to stderr."""
-    code = SCRIPT.format(first=order[0], second=order[1], then=then)
+    code = SCRIPT.format(layer=LAYER, first=order[0], second=order[1], then=then)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=os.environ | environment, capture_output=True, text=True
     )

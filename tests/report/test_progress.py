@@ -31,8 +31,7 @@ def look(monkeypatch) -> Callable[[], Terminal]:
 
 @pytest.mark.parametrize("show", [None, False])
 def test_there_is_no_bar_where_nobody_looks(capsys, show):
-    assert list(track([1, 2, 3], "packing", show=show)) == [1, 2, 3]
-    assert capsys.readouterr() == ("", "")
+    assert list(track([1, 2, 3], "packing", show=show)) == [1, 2, 3] and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("show", [None, True])
@@ -45,19 +44,16 @@ def test_there_is_one_on_a_terminal(look, capsys, show):
 
 def test_a_terminal_can_be_left_alone(look):
     terminal = look()
-    assert list(track([1, 2, 3], "packing", show=False)) == [1, 2, 3]
-    assert terminal.getvalue() == ""
+    assert list(track([1, 2, 3], "packing", show=False)) == [1, 2, 3] and terminal.getvalue() == ""
 
 
 def test_a_bar_that_is_asked_for_needs_no_terminal(capsys):
-    assert list(track([1, 2, 3], "packing", show=True)) == [1, 2, 3]
-    assert "packing" in capsys.readouterr().err
+    assert list(track([1, 2, 3], "packing", show=True)) == [1, 2, 3] and "packing" in capsys.readouterr().err
 
 
 def test_items_that_cannot_be_counted(look):
     terminal = look()
-    assert list(track((i for i in range(3)), "packing")) == [0, 1, 2]
-    assert "3/?" in terminal.getvalue()
+    assert list(track((i for i in range(3)), "packing")) == [0, 1, 2] and "3/?" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("show", [None, True])
@@ -66,8 +62,7 @@ def test_without_rich_there_is_none(monkeypatch, look, show):
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert list(track([1, 2, 3], "packing", show=show)) == [1, 2, 3]
-    assert terminal.getvalue() == ""
+    assert list(track([1, 2, 3], "packing", show=show)) == [1, 2, 3] and terminal.getvalue() == ""
 
 
 def test_without_stderr_there_is_none(monkeypatch):

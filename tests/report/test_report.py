@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documented import check, tables
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from marlin_w4a16.report.table import WORDS
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 OP = "marlin_w4a16::linear"
 DOC = Path(__file__).parents[2] / "docs" / "report.md"
+SCHEMA = tables("report.md", "JSON, schema 1")
 
 
 def row(path: str, outcome: Replaced | Owned | Rejected | Excluded, uses: int = 1) -> Row:
@@ -58,8 +60,7 @@ def every_outcome() -> Report:
 
 def test_rows_are_told_apart(report, every_outcome):
     assert [r.path for r in report.replaced] == ["layers.0.up", "layers.1.up", "mlp.down"]
-    assert [r.path for r in report.rejected] == ["odd"]
-    assert [r.path for r in every_outcome.owned] == ["owned"]
+    assert [r.path for r in report.rejected] == ["odd"] and [r.path for r in every_outcome.owned] == ["owned"]
     assert [r.path for r in every_outcome.excluded] == ["excluded"]
 
 
@@ -228,8 +229,7 @@ def test_html_of_nothing_has_no_table():
 
 
 def test_html_styles_every_outcome_on_light_and_dark_screens():
-    text = Report(())._repr_html_()
-    light, dark = text.split("@media (prefers-color-scheme: dark)")
+    light, dark = Report(())._repr_html_().split("@media (prefers-color-scheme: dark)")
     for word in WORDS.values():
         assert f"--{word}: #" in light and f"--{word}: #" in dark and f".mw4 .{word} {{ color: var(--{word})" in dark
 
@@ -242,52 +242,23 @@ def test_a_page_is_a_whole_document_that_loads_nothing(every_outcome):
     assert every_outcome._repr_html_() in text
 
 
-def documented() -> dict[str, dict[str, str]]:
-    """The tables of the schema in the documentation: name -> key -> type."""
-    schema = DOC.read_text().partition("## JSON, schema 1")[2]
-    sections = re.split(r"^### ", schema, flags=re.M)[1:]
-    keys = r"^\| `(\w+)` \| ([^|]+) \|"
-    return {s.partition("\n")[0]: dict(re.findall(keys, s, re.M)) for s in sections if not s.startswith("Example")}
-
-
-def check(value: object, kind: str, schema: dict[str, dict[str, str]], where: str) -> None:
-    """Holds a value against a documented type."""
-    if kind.endswith(" or null"):
-        if value is not None:
-            check(value, kind.removesuffix(" or null"), schema, where)
-    elif kind.startswith("list of "):
-        assert isinstance(value, list), where
-        for i, item in enumerate(value):
-            check(item, kind.removeprefix("list of "), schema, f"{where}[{i}]")
-    elif kind in schema:
-        assert isinstance(value, dict) and list(value) == list(schema[kind]), where
-        for key, item in value.items():
-            check(item, schema[kind][key], schema, f"{where}.{key}")
-    else:
-        types = {"int": int, "str": str, "float": float, "[int, int]": list}
-        assert type(value) is types[kind], f"{where}: found {value!r}, documented as {kind}"
-        assert kind != "[int, int]" or [type(item) for item in value] == [int, int], where
-
-
 def test_json_is_as_documented(every_outcome, report):
-    schema = documented()
-    assert set(schema) == {"Report", "Versions", "Break", "Totals", "Weight", "Experts"}
+    assert set(SCHEMA) == {"Report", "Versions", "Break", "Totals", "Weight", "Experts"}
     for one in (every_outcome, report, Report(())):
-        check(json.loads(one.to_json()), "Report", schema, "report")
+        check(json.loads(one.to_json()), "Report", SCHEMA)
 
 
 def test_every_nullable_key_is_tried_with_and_without_a_value(every_outcome):
     for name, key in (("Weight", "weights"), ("Break", "breaks")):
         found = json.loads(every_outcome.to_json())[key]
-        for field, kind in documented()[name].items():
+        for field, kind in SCHEMA[name].items():
             values = [item[field] for item in found]
             assert (None in values) == kind.endswith(" or null"), field
             assert any(value is not None for value in values), field
 
 
 def test_the_documented_example_is_of_the_schema():
-    example = json.loads(DOC.read_text().partition("```json\n")[2].partition("```")[0])
-    check(example, "Report", documented(), "example")
+    check(json.loads(DOC.read_text().partition("```json\n")[2].partition("```")[0]), "Report", SCHEMA)
 
 
 def test_the_documented_outcomes_are_all():
@@ -352,7 +323,7 @@ def test_a_model_is_explained_weight_by_weight(model):
 
 
 def test_its_json_is_as_documented(model):
-    check(json.loads(explain(model, X).to_json()), "Report", documented(), "report")
+    check(json.loads(explain(model, X).to_json()), "Report", SCHEMA)
 
 
 def test_bytes_before_are_those_of_the_tensors_of_a_weight(model):

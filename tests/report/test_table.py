@@ -37,40 +37,27 @@ def test_layers_of_experts_are_one_line():
 def test_only_a_full_product_is_one_line():
     paths = [f"layers.{i}.experts.{j}.up" for i in range(3) for j in range(4)]
     paths.remove("layers.1.experts.2.up")
-    assert collapsed(*paths) == [
-        ("layers.{0,2}.experts.{0..3}.up", 8),
-        ("layers.1.experts.{0..1,3}.up", 3),
-    ]
+    assert collapsed(*paths) == [("layers.{0,2}.experts.{0..3}.up", 8), ("layers.1.experts.{0..1,3}.up", 3)]
 
 
 @pytest.mark.parametrize(
     "paths",
     [
-        ("up", "down"),
-        ("layers.0.up", "layers.1.down"),
-        ("layers.0.up", "blocks.1.up"),
-        ("layer0.up", "layer1.up"),
-        ("a.0", "a.1.b"),
-        ("a.01", "a.1"),
+        ("up", "down"), ("layers.0.up", "layers.1.down"), ("layers.0.up", "blocks.1.up"), ("layer0.up", "layer1.up"),
+        ("a.0", "a.1.b"), ("a.01", "a.1"),
     ],
-)
+)  # fmt: skip
 def test_other_paths_stay_apart(paths):
     assert collapsed(*paths) == [(path, 1) for path in paths]
 
 
 CHANGES = {
-    "outcome": {"outcome": Rejected("it is NF4")},
-    "kernel": {"outcome": Replaced(OP, "CPU blocks", 10)},
+    "outcome": {"outcome": Rejected("it is NF4")}, "kernel": {"outcome": Replaced(OP, "CPU blocks", 10)},
     "packed bytes": {"outcome": Replaced(OP, "Triton", 11)},
-    "note": {"outcome": Replaced(OP, "Triton", 10, "rounded twice")},
-    "owned": {"outcome": Owned(OP, "Triton", 10)},
-    "shape": {"shape": (64, 96)},
-    "format": {"format": None},
-    "form": {"spelling": "matmul"},
-    "bytes": {"nbytes": 8},
-    "uses": {"uses": 2},
-    "producer": {"producer": "torchao"},
-}
+    "note": {"outcome": Replaced(OP, "Triton", 10, "rounded twice")}, "owned": {"outcome": Owned(OP, "Triton", 10)},
+    "shape": {"shape": (64, 96)}, "format": {"format": None}, "form": {"spelling": "matmul"}, "bytes": {"nbytes": 8},
+    "uses": {"uses": 2}, "producer": {"producer": "torchao"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -95,23 +82,16 @@ def test_a_weight_of_two_graphs_is_two_lines():
 
 def test_every_row_is_in_one_line():
     rows = [row(f"layers.{i % 5}.experts.{i % 7}.up", uses=1 + i % 2) for i in range(60)]
-    found = [one for line in collapse(rows) for one in line.rows]
-    assert sorted(found, key=repr) == sorted(rows, key=repr)
+    assert sorted([one for line in collapse(rows) for one in line.rows], key=repr) == sorted(rows, key=repr)
 
 
 def test_a_line_has_the_sum_of_bytes_and_the_worst_error():
     rows = [row(f"layers.{i}.up", Replaced(OP, "Triton", 2048, "exact here", 10.0**-i), nbytes=1024) for i in (3, 4)]
     (line,) = collapse(rows)
     assert line.cells == (
-        "layers.{3..4}.up",
-        "2",
-        "96 x 64",
-        "NVFP4 group 16",
-        "F.linear",
-        "2.0 KiB",
-        "4.0 KiB",
+        "layers.{3..4}.up", "2", "96 x 64", "NVFP4 group 16", "F.linear", "2.0 KiB", "4.0 KiB",
         "replaced: linear (Triton); exact here; worst error 1.0e-03",
-    )
+    )  # fmt: skip
 
 
 def test_an_error_of_zero_is_told():

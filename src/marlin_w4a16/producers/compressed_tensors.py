@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
 from marlin_w4a16.kernels.scale_bytes import ScaleKind, first_nan, scale_bytes
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factors_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundModule, bytes_of, factors_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense, found_dense, quantised
 from marlin_w4a16.producers.recover import recover as recover_codes
 
 _KINDS: dict[int, ScaleKind] = {16: "e4m3", 32: "e8m0"}
 
 
-def read(module: Any, recover: bool) -> Found | Rejected | None:
+def read(module: Any, recover: bool) -> FoundModule | Rejected | None:
     """See `marlin_w4a16.producers`."""
     scheme: Any = getattr(module, "quantization_scheme", None)
     if not is_of("compressed_tensors", scheme) or not issubclass(type(module), nn.Linear):
@@ -32,7 +32,7 @@ def read(module: Any, recover: bool) -> Found | Rejected | None:
     needed = ("weight_packed" if status == "compressed" else "weight", "weight_scale")
     held = [name for name, value in _parameters(module).items() if value is not None]
     if not set(needed) <= set(held):
-        found: Found | Rejected = Rejected(
+        found: FoundModule | Rejected = Rejected(
             f"a linear that is {status} holds {', '.join(held)}: expected {' and '.join(needed)}"
         )
     elif status == "compressed":
@@ -42,7 +42,7 @@ def read(module: Any, recover: bool) -> Found | Rejected | None:
     else:
         found = Rejected(f"its weight is dense ({status}): prepare(model, recover=True) reads the codes back")
     args = scheme.input_activations
-    if isinstance(found, Found) and args is not None:
+    if isinstance(found, FoundModule) and args is not None:
         return replace(found, activations=f"its inputs are quantised to {args.num_bits} bit {args.type}")
     return found
 
@@ -136,7 +136,7 @@ def _refusal(module: nn.Module, scheme: Any) -> str | None:
     return None
 
 
-def _compressed(module: nn.Module, scheme: Any) -> Found:
+def _compressed(module: nn.Module, scheme: Any) -> FoundModule:
     parameters = _parameters(module)
     codes, scales = parameters["weight_packed"].detach(), parameters["weight_scale"].detach()
     kind = _KINDS[scheme.weights.group_size]
@@ -145,10 +145,10 @@ def _compressed(module: nn.Module, scheme: Any) -> Found:
     kept = {"names": ("weight_packed", "weight_scale"), "scale": scales.dtype}
     weight = fp4_weight(codes, scales, factor, kind=kind)
     # compressed-tensors decompresses to bfloat16, whatever the model's dtype
-    return Found((weight,), torch.bfloat16, bytes_of(codes, scales), kept)
+    return FoundModule((weight,), torch.bfloat16, bytes_of(codes, scales), kept)
 
 
-def _dense(module: nn.Module, scheme: Any, status: str) -> Found | Rejected:
+def _dense(module: nn.Module, scheme: Any, status: str) -> FoundModule | Rejected:
     parameters = _parameters(module)
     weight, scale = parameters["weight"].detach(), parameters["weight_scale"].detach()
     group = scheme.weights.group_size

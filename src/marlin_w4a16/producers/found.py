@@ -14,7 +14,7 @@ NO_VALUES = Rejected("its weight holds no values: it is on the meta device")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundModule:
     """An FP4 linear, or FP4 experts, as their producer left them.
 
     Attributes:
@@ -36,7 +36,7 @@ class Found:
 class Producer(Protocol):
     """Reads the modules of a producer, lets their weights go, and gives them back."""
 
-    def read(self, module: Any, recover: bool) -> Found | Rejected | None:
+    def read(self, module: Any, recover: bool) -> FoundModule | Rejected | None:
         """What a module holds; None: it is not of this producer.
 
         ``recover`` allows a dense weight to be read back as the codes it was decoded from.

@@ -12,7 +12,7 @@ from marlin_w4a16.kernels.quantize import nvfp4_scales
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind, e8m0_of
 from marlin_w4a16.modules.transformers_experts import is_experts
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factors_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundModule, bytes_of, factors_of, holds_values, is_linear, is_of
 from marlin_w4a16.producers.recover import dense, found_dense, quantised
 from marlin_w4a16.producers.recover import recover as recover_codes
 
@@ -21,7 +21,7 @@ _EXPERTS = Rejected("its weights are dense under the quantisers of ModelOpt, whi
 _SCALE_BITS: dict[Any, ScaleKind] = {(4, 3): "e4m3", (8, 0): "e8m0"}
 
 
-def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
+def read(module: nn.Module, recover: bool) -> FoundModule | Rejected | None:
     """See `marlin_w4a16.producers`."""
     if is_experts(module):
         return _EXPERTS if any(is_of("modelopt", child) for child in module.modules() if child is not module) else None
@@ -38,7 +38,7 @@ def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
         found = _compressed(quantizer, weight)
     else:
         found = _dense(quantizer, weight, recover)
-    if isinstance(found, Found) and _is_on(module, "input_quantizer"):
+    if isinstance(found, FoundModule) and _is_on(module, "input_quantizer"):
         return replace(found, activations=f"its input quantiser is on ({module.input_quantizer})")
     return found
 
@@ -88,7 +88,7 @@ def _is_on(module: nn.Module, name: str) -> bool:
     return bool(getattr(getattr(module, name, None), "is_enabled", False))
 
 
-def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
+def _compressed(quantizer: Any, weight: Any) -> FoundModule | Rejected:
     kind = _KINDS.get(weight.metadata["qtensor_class"].__name__)
     if kind is None:
         return Rejected(f"its weight is a {weight.metadata['qtensor_class'].__name__}, which is not FP4")
@@ -103,10 +103,10 @@ def _compressed(quantizer: Any, weight: Any) -> Found | Rejected:
     kept["scale"] = scale.shape, scale.dtype
     rows, scales = codes.reshape(shape[0], -1), scale.reshape(shape[0], -1)
     held = fp4_weight(rows, scales, 1.0 if factor is None else factor, kind=kind)
-    return Found((held,), weight.metadata["dtype"], bytes_of(codes, scale), kept)
+    return FoundModule((held,), weight.metadata["dtype"], bytes_of(codes, scale), kept)
 
 
-def _dense(quantizer: Any, weight: Tensor, recover: bool) -> Found | Rejected:
+def _dense(quantizer: Any, weight: Tensor, recover: bool) -> FoundModule | Rejected:
     sizes: dict[Any, Any] = quantizer.block_sizes or {}
     kind = _SCALE_BITS.get(sizes.get("scale_bits")) if quantizer.num_bits == (2, 1) else None
     if kind is None or sizes.get("type") != "dynamic" or weight.ndim != 2 or weight.shape[1] % sizes.get(-1, 1 << 62):

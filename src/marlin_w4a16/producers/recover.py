@@ -11,7 +11,7 @@ from marlin_w4a16.kernels.layout import PAD_SCALE
 from marlin_w4a16.kernels.quantize import encode, pack_nibbles
 from marlin_w4a16.kernels.scale_bytes import ScaleKind, scale_table
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import Found, bytes_of
+from marlin_w4a16.producers.found import FoundModule, bytes_of
 
 # How producers multiply code, scale and factor, in float32.
 FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -54,12 +54,12 @@ def quantised(run: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor | Rejec
     return value
 
 
-def found_dense(weight: Tensor, recovered: tuple[FP4Weight, str] | Rejected, **kept: Any) -> Found | Rejected:
+def found_dense(weight: Tensor, recovered: tuple[FP4Weight, str] | Rejected, **kept: Any) -> FoundModule | Rejected:
     """What a module with a dense weight holds, by what `recover` found in it; `dense` needs what is kept."""
     if isinstance(recovered, Rejected):
         return recovered
     kept |= {"formula": recovered[1], "dtype": weight.dtype, "requires_grad": weight.requires_grad}
-    return Found((recovered[0],), weight.dtype, bytes_of(weight), kept)
+    return FoundModule((recovered[0],), weight.dtype, bytes_of(weight), kept)
 
 
 def dense(weight: FP4Weight, factor: Tensor, formula: str, dtype: torch.dtype) -> Tensor:

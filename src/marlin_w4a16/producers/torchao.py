@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import FP4Weight, as_bytes, fp4_weight
 from marlin_w4a16.passes.judge.tensors import swizzle, unswizzle
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, Found, bytes_of, factors_of, holds_values, is_linear, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundModule, bytes_of, factors_of, holds_values, is_linear, is_of
 
 
-def read(module: nn.Module, recover: bool) -> Found | Rejected | None:
+def read(module: nn.Module, recover: bool) -> FoundModule | Rejected | None:
     """See `marlin_w4a16.producers`."""
     weight: Any = module._parameters.get("weight")
     if not is_of("torchao", weight):
@@ -62,12 +62,12 @@ def weight_of(tensor: Any, name: str) -> FP4Weight | Rejected:
     return fp4_weight(as_bytes(tensor.qdata), scales, factor, name=name)
 
 
-def found_of(tensors: Sequence[Any], weights: tuple[FP4Weight, ...], kept: Mapping[str, Any]) -> Found:
+def found_of(tensors: Sequence[Any], weights: tuple[FP4Weight, ...], kept: Mapping[str, Any]) -> FoundModule:
     """What a module holds whose weights were some ``NVFP4Tensor``s."""
     nbytes = bytes_of(*(part for tensor in tensors for part in (tensor.qdata, tensor.scale)))
     quantised = next((tensor.act_quant_kwargs for tensor in tensors if tensor.act_quant_kwargs is not None), None)
     activations = None if quantised is None else f"its inputs are quantised ({quantised})"
-    return Found(weights, tensors[0].orig_dtype, nbytes, kept, activations)
+    return FoundModule(weights, tensors[0].orig_dtype, nbytes, kept, activations)
 
 
 def kept_of(tensor: Any) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.transformers_experts import names_of
 from marlin_w4a16.passes.outcome import Rejected
-from marlin_w4a16.producers.found import NO_VALUES, Found, factors_of, holds_values, is_of
+from marlin_w4a16.producers.found import NO_VALUES, FoundModule, factors_of, holds_values, is_of
 from marlin_w4a16.producers.torchao import found_of, kept_of, tensor_of, weight_of
 
 
-def read(module: Any, recover: bool) -> Found | Rejected | None:
+def read(module: Any, recover: bool) -> FoundModule | Rejected | None:
     """See `marlin_w4a16.producers`."""
     names = names_of(module)
     held = [module._parameters.get(name) for name in names]

@@ -81,8 +81,7 @@ def test_every_code_times_every_scale_byte_is_the_oracles_bits(kind, group, ever
     weight = every_product(kind, group)
     packed, exact = pack(weight), weight.unscaled(torch.float64)
     (rows,), (columns,) = ([block for _, block in walk(packed)] for walk in (decode_rows, decode_columns))
-    assert same_bits(rows, exact.float())
-    assert same_bits(columns, exact.float())
+    assert same_bits(rows, exact.float()) and same_bits(columns, exact.float())
     assert kind == "e8m0" or torch.equal(rows.double(), exact)
     assert same_bits(dequantize(packed, torch.float32), weight.decode(torch.float32))
 
@@ -95,8 +94,7 @@ def test_decoded_blocks_are_the_oracles_bits(kind, group, n, k, random_weight):
         at, blocks = zip(*walk(packed), strict=True)
         assert [i for part in at for i in range(part.start, part.stop)] == list(range((n, k)[axis]))
         decoded = torch.cat(blocks, axis)
-        assert torch.equal(decoded.double(), exact)
-        assert same_bits(decoded, exact.float())
+        assert torch.equal(decoded.double(), exact) and same_bits(decoded, exact.float())
 
 
 @pytest.mark.parametrize("dtype", list(GATES))
@@ -117,20 +115,17 @@ def test_dequantize_does_not_round_twice(dtype, random_weight):
 @pytest.mark.parametrize("dtype", list(GATES))
 @every_format_and_edge
 def test_linear_by_blocks_rounds_its_output_only(kind, group, n, k, dtype, with_bias, random_weight):
-    weight = random_weight(n, k, kind, group)
-    x = torch.randn(1 + 8000 // n, k).to(dtype)
+    weight, x = random_weight(n, k, kind, group), torch.randn(1 + 8000 // n, k).to(dtype)
     bias = torch.randn(n).to(dtype) if with_bias else None
     exact = x.double() @ weight.decode().T + (bias.double() if with_bias else 0)
     out = linear_by_blocks(x, pack(weight), bias)
-    assert out.dtype == dtype
-    assert relative_error(out, exact) <= GATES[dtype]
+    assert out.dtype == dtype and relative_error(out, exact) <= GATES[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(GATES))
 @every_format_and_edge
 def test_linear_grad_input_rounds_its_output_only(kind, group, n, k, dtype, random_weight):
-    weight = random_weight(n, k, kind, group)
-    grad = torch.randn(1 + 8000 // k, n).to(dtype)
+    weight, grad = random_weight(n, k, kind, group), torch.randn(1 + 8000 // k, n).to(dtype)
     result = linear_grad_input(grad, pack(weight))
     assert result.dtype == dtype
     assert relative_error(result, grad.double() @ weight.decode()) <= GATES[dtype]
@@ -167,16 +162,13 @@ def test_an_empty_weight_gives_sums_of_nothing(n, k):
     [
         (lambda packed: linear_by_blocks(torch.ones(3, packed.k), packed, None), True),
         (lambda packed: linear_grad_input(torch.ones(3, packed.n), packed), True),
-        (lambda packed: dequantize(packed, torch.bfloat16), True),
-        (PackedFP4.unpack, True),
-        (pack, False),
+        (lambda packed: dequantize(packed, torch.bfloat16), True), (PackedFP4.unpack, True), (pack, False),
         (lambda weight: weight.fit(torch.float16), False),
     ],
     ids=["linear", "linear_grad_input", "dequantize", "unpack", "pack", "fit"],
-)
+)  # fmt: skip
 def test_the_whole_weight_is_never_decoded(call, of_packed, random_weight):
     weight = random_weight(2048, 4096, "e8m0", e8m0=(90, 126))  # these scales have to move to fit float16
-    given = pack(weight) if of_packed else weight
-    a_block_in_float64 = 8 * BLOCK_ELEMENTS
+    given, a_block_in_float64 = pack(weight) if of_packed else weight, 8 * BLOCK_ELEMENTS
     assert a_block_in_float64 == given.n * given.k, "half of the weight in 16 bits"
     assert largest_temporary(lambda: call(given), given) <= a_block_in_float64

@@ -28,21 +28,15 @@ def on_halves(dtype: torch.dtype, function):
 
 
 OPERATIONS = {
-    "mov.b32": lambda a: a,
-    "and.b32": lambda a, b: a & b,
-    "or.b32": lambda a, b: a | b,
-    "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
-    "shr.b32": lambda a, b: a >> b,
-    "bfe.u32": lambda a, at, length: a >> at & (1 << length) - 1,
-    "sub.u32": lambda a, b: a - b & 0xFFFFFFFF,
-    "setp.gt.u32": lambda a, b: a > b,
-    "setp.ne.and.u32": lambda a, b, p: (a != b) & p,
-    "selp.b32": lambda a, b, p: torch.where(p, a, b),
-    "mul.rn.f16x2": on_halves(torch.float16, lambda a, b: a * b),
+    "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
+    "shl.b32": lambda a, b: a << b & 0xFFFFFFFF, "shr.b32": lambda a, b: a >> b,
+    "bfe.u32": lambda a, at, length: a >> at & (1 << length) - 1, "sub.u32": lambda a, b: a - b & 0xFFFFFFFF,
+    "setp.gt.u32": lambda a, b: a > b, "setp.ne.and.u32": lambda a, b, p: (a != b) & p,
+    "selp.b32": lambda a, b, p: torch.where(p, a, b), "mul.rn.f16x2": on_halves(torch.float16, lambda a, b: a * b),
     "fma.rn.bf16x2": on_halves(torch.bfloat16, lambda a, b, c: a * b + c),
     "max.bf16x2": on_halves(torch.bfloat16, torch.maximum),
     "cvt.rn.f16x2.f32": lambda a, b: register(torch.stack((b, a), -1).int().view(torch.float32), torch.float16),
-}
+}  # fmt: skip
 
 
 def run(program: str, **registers: Tensor) -> dict[str, Tensor]:

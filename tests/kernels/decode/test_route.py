@@ -8,6 +8,7 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.blocks.experts import local_experts
 from marlin_w4a16.kernels.decode.tiles import Tiles, most_tiles
+from narrow import wide
 
 BLOCKS = (16, 32, 64)
 
@@ -16,8 +17,7 @@ def assert_tiles(tiles: Tiles, groups: list[Tensor], block_m: int) -> None:
     """Every pair of every expert is in one tile of that expert, in order; what is past the last says so."""
     wanted = [(expert, part) for expert, pairs in enumerate(groups) if len(pairs) for part in pairs.split(block_m)]
     used = len(wanted)
-    assert tiles.count.tolist() == [used]
-    assert tiles.block_m == block_m
+    assert tiles.count.tolist() == [used] and tiles.block_m == block_m
     assert tiles.experts.tolist() == [expert for expert, _ in wanted] + [-1] * (len(tiles.experts) - used)
     for (_, pairs), start, stop in zip(wanted, tiles.starts.tolist(), tiles.stops.tolist(), strict=False):
         places = torch.arange(start, min(start + block_m, stop))
@@ -79,13 +79,11 @@ def test_a_map_gives_the_place_of_an_expert(known, dtype, interpret):
 @pytest.mark.parametrize(
     "dtype, experts",
     [
-        (torch.uint8, 256),
-        (torch.int16, 200),
-        pytest.param(torch.uint8, 200, marks=pytest.mark.wide),
-        pytest.param(torch.int16, 256, marks=pytest.mark.wide),
+        (torch.uint8, 256), (torch.int16, 200), wide(torch.uint8, 200),
+        wide(torch.int16, 256),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_narrow_ids_of_many_experts(dtype, experts, interpret):
     """256 pairs that are no whole block: what lies past the last has no expert, not even the last of a byte."""
     ids = torch.arange(256).view(64, 4).to(dtype)
@@ -97,8 +95,7 @@ def test_narrow_ids_of_many_experts(dtype, experts, interpret):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 60])
 def test_rows_of_tokens_stand_in_the_order_of_their_experts(tokens, with_map, interpret):
     ids = [random_ids(tokens, 3, 7, how) for how in HOWS]
-    expert_map = torch.randperm(9) - 1 if with_map else None
-    x = torch.randn(70, tokens).half().T
+    expert_map, x = torch.randperm(9) - 1 if with_map else None, torch.randn(70, tokens).half().T
     found = interpret(*(("sorted_tokens", (x, i, expert_map, 7, 8)) for i in ids))
     for (tiles, rows), i in zip(found, ids, strict=True):
         groups = groups_of(i, expert_map, 7)
@@ -113,14 +110,9 @@ def of_offsets(offsets: Tensor, rows: int) -> list[Tensor]:
 
 
 OFFSETS = {
-    "even": ([20, 40, 60, 80], 80),
-    "empty groups": ([0, 0, 33, 33, 34], 34),
-    "a tail": ([5, 5, 21], 60),
-    "only a tail": ([0, 0], 40),
-    "past the rows": ([10, 50], 40),
-    "one group": ([129], 129),
-    "one row": ([0, 1], 1),
-}
+    "even": ([20, 40, 60, 80], 80), "empty groups": ([0, 0, 33, 33, 34], 34), "a tail": ([5, 5, 21], 60),
+    "only a tail": ([0, 0], 40), "past the rows": ([10, 50], 40), "one group": ([129], 129), "one row": ([0, 1], 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("offsets, rows", OFFSETS.values(), ids=OFFSETS)

@@ -8,11 +8,11 @@ import torch
 import triton
 
 from kernels.machine import Compiled, assert_no_spills, overwritten_operands
-from kernels.matrix import case
 from kernels.plans import evenly, hopper_launches, named
 from marlin_w4a16.kernels.launch import Rows, Stream
 from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
 from marlin_w4a16.kernels.target import SHARED_MEMORY, gluon_is_known
+from narrow import case
 
 if not gluon_is_known():
     pytest.skip(f"the Gluon kernels are not used with Triton {triton.__version__}", allow_module_level=True)
@@ -31,11 +31,8 @@ SPILLS = {
 }
 # Instructions of a lane for each weight that it decodes, and for each tile: see `most_instructions`.
 INSTRUCTIONS = {
-    ("bf16", "e4m3", 16): 2.69,
-    ("bf16", "e8m0", 32): 2.90,
-    ("fp16", "e4m3", 16): 2.95,
-    ("fp16", "e8m0", 32): 3.93,
-}
+    ("bf16", "e4m3", 16): 2.69, ("bf16", "e8m0", 32): 2.90, ("fp16", "e4m3", 16): 2.95, ("fp16", "e8m0", 32): 3.93,
+}  # fmt: skip
 
 
 def launched(launch: Rows | Stream, k: int, dtype: str, kind: str, group: int, n: int) -> list[Recorder]:
@@ -86,14 +83,12 @@ def most_instructions(launch: Rows, even: bool, form: tuple[str, str, int]) -> f
     """The limit of the loop that multiplies: a block with its end, or a turn of the ring."""
     tiles = launch.steps * (launch.stages if launch.resident else 1)
     operands = tiles * launch.rows // 16
-    products = 10 * operands if launch.block_m == 16 else 0
-    step = tiles * (6 if even else 14)
+    products, step = 10 * operands if launch.block_m == 16 else 0, tiles * (6 if even else 14)
     return INSTRUCTIONS[form] * 32 * operands + products + step + (97 if launch.resident else 130)
 
 
 def assert_shared_memory_is_as_planned(code: Compiled, planned: int) -> None:
-    assert code.shared <= SHARED_MEMORY[CAPABILITY]
-    assert code.shared - 512 <= planned <= code.shared + 1024
+    assert code.shared <= SHARED_MEMORY[CAPABILITY] and code.shared - 512 <= planned <= code.shared + 1024
 
 
 def test_an_operand_that_is_written_too_early_is_found():

@@ -7,13 +7,13 @@ import torch
 import triton
 
 from kernels.machine import Compiled, assert_no_spills, overwritten_operands
-from kernels.matrix import case, matrix
 from kernels.plans import hopper_expert_launches, named
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.tiles import Tiles
 from marlin_w4a16.kernels.launch import Stream, plan_hopper_experts
 from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
 from marlin_w4a16.kernels.target import SHARED_MEMORY, gluon_is_known
+from narrow import case, matrix
 
 if not gluon_is_known():
     pytest.skip(f"the Gluon kernels are not used with Triton {triton.__version__}", allow_module_level=True)
@@ -90,8 +90,7 @@ def assert_limits(code: Compiled, launch: Stream, per: int) -> None:
 
 @pytest.mark.parametrize("launch, what, dtype, kind, group", forms())
 def test_a_launch_keeps_its_limits(launch, what, dtype, kind, group):
-    code = launched(launch, what, dtype, kind, group).compiled()
-    assert_limits(code, launch, FORMS[launch])
+    assert_limits(launched(launch, what, dtype, kind, group).compiled(), launch, FORMS[launch])
 
 
 @pytest.mark.parametrize("function, gated", matrix(lambda *places: sum(places) % 2 == 0, FUNCTIONS, [True, False]))

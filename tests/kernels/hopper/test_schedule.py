@@ -31,12 +31,9 @@ for name in ("add", "sub", "mul", "floordiv", "mod", "radd", "rsub", "rmul", "rf
     setattr(Scalar, f"__{name}__", lambda a, b, operation=operation: Scalar(operation(a, b)))
 
 LANGUAGE = SimpleNamespace(
-    minimum=lambda a, b: Scalar(min(a, b)),
-    maximum=lambda a, b: Scalar(max(a, b)),
-    where=lambda condition, a, b: Scalar(a if condition else b),
-    int32=None,
-    int64=None,
-)
+    minimum=lambda a, b: Scalar(min(a, b)), maximum=lambda a, b: Scalar(max(a, b)),
+    where=lambda condition, a, b: Scalar(a if condition else b), int32=None, int64=None,
+)  # fmt: skip
 SIZE, K_BLOCKS = st.integers(1, 12), st.integers(1, 30)
 
 

@@ -1,45 +1,30 @@
 """The kernels compiled ahead of time for every supported chip: what each launch takes, read from its machine code."""
 
-from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
-from kernels.matrix import case, matrix
+from kernels.machine import Compiled, assert_no_spills, compiled
 from kernels.plans import launches
+from kernels.portable.limits import CHIPS, FORMATS, HEAVIEST, OWN, assert_limits, assert_unaligned_limits, named
 from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.portable import linear as kernels
 from marlin_w4a16.kernels.portable.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
-from marlin_w4a16.kernels.target import SHARED_MEMORY
+from narrow import matrix
 
-CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
-OWN = [(8, 0), (9, 0)]  # the others have all but the machine code of SM80
-FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
-HEAVIEST = ("fp16", "e8m0", 16)  # the longest loop of all formats, whatever the launch
 # Registers by (rows, tokens, warps) of a program: 9, 6, 4 and 1 of them fit on a multiprocessor, ...
 AMPERE_REGISTERS = {(64, 16, 4): 56, (64, 32, 4): 80, (64, 64, 4): 128, (128, 128, 8): 176}
 # ... or 8, 7, 6, 3, 2 and 2.
 HOPPER_REGISTERS = {
-    (64, 16, 4): 64,
-    (64, 32, 4): 72,
-    (64, 64, 4): 80,
-    (128, 64, 4): 168,
-    (128, 128, 4): 255,
-    (128, 128, 8): 128,
-}
+    (64, 16, 4): 64, (64, 32, 4): 72, (64, 64, 4): 80, (128, 64, 4): 168, (128, 128, 4): 255, (128, 128, 8): 128,
+}  # fmt: skip
 
 
 def compiled_linear(
-    capability: tuple[int, int],
-    launch: Launch,
-    dtype: str,
-    kind: str,
-    group: int,
-    aligned: bool = True,
+    capability: tuple[int, int], launch: Launch, dtype: str, kind: str, group: int, aligned: bool = True
 ) -> Compiled:
     m, (n, k) = 32, (4096, 4096) if aligned else (4095, 4096)
     strides = (k, 1) if aligned else (3 * k + 1, 3)
@@ -50,12 +35,6 @@ def compiled_linear(
         wgmma = capability >= (9, 0)
         kernels.fused(x, weight_without_memory(n, k, kind, group), bias, out, launch, ptx=True, wgmma=wgmma)
     return recorder.compiled(capability)
-
-
-def named(capability: tuple[int, int], launch: Launch, *form: Any, narrow: bool) -> Any:
-    tile = "x".join(map(str, (launch.block_n, launch.block_m, launch.block_k, launch.split_k)))
-    name = "-".join(map(str, ("sm{}{}".format(*capability), tile, f"{launch.num_warps}warps", *form)))
-    return case(capability, launch, *form, id=name, narrow=narrow)
 
 
 def variants() -> list[Any]:
@@ -81,19 +60,8 @@ def variants() -> list[Any]:
 def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, dtype, kind, group):
     code = compiled_linear(capability, launch, dtype, kind, group)
     assert_no_spills(code)
-    limits = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
-    assert code.registers <= limits[launch.block_n, launch.block_m, launch.num_warps]
-    assert code.loop
-    if launch.block_m == 16:
-        weights = launch.block_n * launch.block_k / (32 * launch.num_warps)
-        assert len(code.loop) / weights <= INSTRUCTIONS[dtype, kind, group]
-    assert code.shared <= SHARED_MEMORY[capability]
-    assert not code.has("SHFL"), "a decoded value crosses lanes"
-    if capability >= (9, 0):
-        assert code.has("HGMMA") and not code.has("HMMA")
-        assert_wgmma_is_awaited(code)
-    else:
-        assert code.has("HMMA")
+    registers = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
+    assert_limits(code, capability, launch, (dtype, kind, group), registers)
 
 
 UNALIGNED = [
@@ -106,11 +74,7 @@ UNALIGNED = [
 @pytest.mark.parametrize("capability, launch", UNALIGNED)
 def test_a_strided_x_and_odd_rows_compile_too(capability, launch):
     code = compiled_linear(capability, launch, "bf16", "e4m3", 16, aligned=False)
-    assert code.shared <= SHARED_MEMORY[capability]
-    if capability >= (9, 0):
-        assert_wgmma_is_awaited(code)
-    if launch.block_n * launch.block_m // (32 * launch.num_warps) < 128:  # else sums take half of the registers
-        assert_no_spills(code)
+    assert_unaligned_limits(code, capability, launch, sums=128)  # half of the registers
 
 
 EPILOGUES = matrix(
@@ -124,8 +88,7 @@ def test_the_epilogue_is_small(capability, dtype, parts):
     constants = {"GAIN": 2.0**7, "HAS_BIAS": True, "PARTS": parts[0], "BLOCK": parts[1]}
     code = compiled(capability, _epilogue_kernel, pointers, constants, ("n", "stride_out"))
     assert_no_spills(code)
-    assert code.registers <= 64
-    assert code.shared == 0
+    assert code.registers <= 64 and code.shared == 0
 
 
 DECODED = [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)]
@@ -135,8 +98,6 @@ DECODED = [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)]
 def test_the_decode_kernel_is_small(capability, form):
     dtype, kind, group = form
     pointers = {"words": "*i32", "scales": "*i32", "out": f"*{dtype}"}
-    constants = {"kind": kind, "GROUP": group, "PTX": True}
-    code = compiled(capability, _decode_kernel, pointers, constants)
+    code = compiled(capability, _decode_kernel, pointers, {"kind": kind, "GROUP": group, "PTX": True})
     assert_no_spills(code)
-    assert code.registers <= 40
-    assert code.shared <= 8 << 10
+    assert code.registers <= 40 and code.shared <= 8 << 10

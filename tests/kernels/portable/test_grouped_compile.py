@@ -8,8 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from kernels.machine import INSTRUCTIONS, Compiled, assert_no_spills, assert_wgmma_is_awaited, compiled
-from kernels.matrix import case, matrix
+from kernels.machine import Compiled, assert_no_spills, compiled
+from kernels.portable.limits import CHIPS, FORMATS, HEAVIEST, OWN, assert_limits, assert_unaligned_limits, named
 from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.route import _count_kernel, _expert_kernel, _few_kernel, _gather_kernel
@@ -18,12 +18,8 @@ from marlin_w4a16.kernels.launch import Launch, plan_experts
 from marlin_w4a16.kernels.moe import _sum_kernel
 from marlin_w4a16.kernels.portable import grouped as kernels
 from marlin_w4a16.kernels.portable.grouped import FEW, _grouped_kernel
-from marlin_w4a16.kernels.target import SHARED_MEMORY
+from narrow import matrix
 
-CHIPS = [(8, 0), (8, 6), (8, 9), (9, 0)]
-FORMATS = list(product(["bf16", "fp16"], ["e4m3", "e8m0"], [16, 32]))
-HEAVIEST = ("fp16", "e8m0", 16)  # the longest loop of all formats, whatever the launch
-OWN = [(8, 0), (9, 0)]  # the others have all but the machine code of SM80
 SWIGLU = Activation("silu", True, 1.702, 7.0, 7.0, 1.0)
 # Products: the first of a gated mixture, the second, a grouped linear; the first two also with a tile for every pair.
 PRODUCTS = ("first", "second", "grouped", "first direct", "second direct")
@@ -54,34 +50,19 @@ def compiled_product(
     recorder = Recorder(_grouped_kernel)
     with patch.object(kernels, "_grouped_kernel", recorder):
         kernels.grouped_product(
-            x,
-            weight_without_memory(n, k, kind, group, experts),
-            bias,
-            out,
-            ids if direct else tiles,
-            launch,
-            choices=8 if which == "first" else 1,
-            ptx=True,
-            wgmma=capability >= (9, 0),
+            x, weight_without_memory(n, k, kind, group, experts), bias, out, ids if direct else tiles, launch,
+            choices=8 if which == "first" else 1, ptx=True, wgmma=capability >= (9, 0),
             activation=activation if which == "first" else None,
-            weights=make(pairs, dtype=x.dtype) if which == "second" else None,
-            weighted="output",
+            weights=make(pairs, dtype=x.dtype) if which == "second" else None, weighted="output",
             expert_map=make(experts, dtype=torch.int32),
-        )
+        )  # fmt: skip
     return recorder.compiled(capability)
 
 
 def planned(capability: tuple[int, int]) -> list[Launch]:
     """Every launch that a mixture or a grouped linear can have."""
     sizes = product((1, 33, 100, 300, 1000, 5000, 100000), (1, 8, 32, 128, 512))
-    found = [plan_experts(*size) or FEW for size in sizes]
-    return list(dict.fromkeys(found))
-
-
-def named(capability: tuple[int, int], launch: Launch, *form: Any, narrow: bool) -> Any:
-    tile = "x".join(map(str, (launch.block_n, launch.block_m, launch.block_k)))
-    name = "-".join(map(str, ("sm{}{}".format(*capability), tile, f"{launch.num_warps}warps", *form)))
-    return case(capability, launch, *form, id=name.replace(" ", "-"), narrow=narrow)
+    return list(dict.fromkeys([plan_experts(*size) or FEW for size in sizes]))
 
 
 def variants() -> list[Any]:
@@ -93,8 +74,7 @@ def variants() -> list[Any]:
         for number, (launch, what) in enumerate(product(planned(capability), PRODUCTS if own else PRODUCTS[:1])):
             if what.endswith("direct") and launch != FEW:
                 continue
-            every = own and launch.block_m == 16 and what == "first"
-            one = FORMATS[number % len(FORMATS)]
+            every, one = own and launch.block_m == 16 and what == "first", FORMATS[number % len(FORMATS)]
             for form in FORMATS if every else [one]:
                 narrow = form in (one, HEAVIEST) and (own or (number + chip) % 2 == 0)
                 found.append(named(capability, launch, what, *form, narrow=narrow))
@@ -109,19 +89,8 @@ def test_a_launch_keeps_its_limits_and_its_tensor_cores(capability, launch, what
         assert not any(i.startswith(("LDL", "STL")) for i in code.loop)
     else:
         assert_no_spills(code)
-    limits = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
-    assert code.registers <= limits[launch.block_n, launch.block_m, launch.num_warps]
-    assert code.loop
-    if launch.block_m == 16:
-        weights = launch.block_n * launch.block_k / (32 * launch.num_warps)
-        assert len(code.loop) / weights <= INSTRUCTIONS[dtype, kind, group]
-    assert code.shared <= SHARED_MEMORY[capability]
-    assert not code.has("SHFL"), "a decoded value crosses lanes"
-    if capability >= (9, 0):
-        assert code.has("HGMMA") and not code.has("HMMA")
-        assert_wgmma_is_awaited(code)
-    else:
-        assert code.has("HMMA")
+    registers = HOPPER_REGISTERS if capability >= (9, 0) else AMPERE_REGISTERS
+    assert_limits(code, capability, launch, (dtype, kind, group), registers)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +113,7 @@ UNALIGNED = [
 @pytest.mark.parametrize("capability, launch", UNALIGNED)
 def test_rows_of_x_that_are_not_aligned_compile_too(capability, launch):
     code = compiled_product(capability, launch, "first", "bf16", "e4m3", 16, aligned=False)
-    assert code.shared <= SHARED_MEMORY[capability]
-    if capability >= (9, 0):
-        assert_wgmma_is_awaited(code)
-    if launch.block_n * launch.block_m // (32 * launch.num_warps) < 64:  # else sums take a quarter of the registers
-        assert_no_spills(code)
+    assert_unaligned_limits(code, capability, launch, sums=64)  # a quarter of the registers
 
 
 TABLES = ("counts", "tile_experts", "tile_starts", "tile_stops", "count", "order", "places", "expert_map")
@@ -172,8 +137,7 @@ def test_what_makes_tiles_is_small(capability, ids, made):
     early = {"PDL": capability >= (9, 0)} if "PDL" in kernel.arg_names else {}
     code = compiled(capability, kernel, pointers, constants | early, ("k",), num_warps=warps)
     assert_no_spills(code)
-    assert code.registers <= most
-    assert code.shared <= 8 << 10
+    assert code.registers <= most and code.shared <= 8 << 10
 
 
 SUMS = matrix(lambda h, i: (h + i) % 2 == 1, OWN, [("bf16", 1), ("bf16", 8), ("fp16", 22)])
@@ -186,5 +150,4 @@ def test_the_sum_is_small(capability, summed):
     constants = {"CHOICES": choices, "HAS_MAP": True, "BLOCK": 512, "PDL": capability >= (9, 0)}
     code = compiled(capability, _sum_kernel, pointers, constants, ("n",))
     assert_no_spills(code)
-    assert code.registers <= 96
-    assert code.shared == 0
+    assert code.registers <= 96 and code.shared == 0

@@ -7,20 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.matrix import case, matrix
 from marlin_w4a16.kernels.blocks.experts import grouped_linear_by_blocks, moe_by_blocks
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack
 from mixtures.exact import exact_groups, exact_mixture
 from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing, draw_stack
+from narrow import case, matrix, wide
 
 # None: every pair of a token and its choice is a tile
 LAUNCHES = {
-    "direct": None,
-    "16": Launch(64, 16, 128, 1, 4, 4),
-    "32": Launch(64, 32, 128, 1, 4, 4),
+    "direct": None, "16": Launch(64, 16, 128, 1, 4, 4), "32": Launch(64, 32, 128, 1, 4, 4),
     "64": Launch(128, 64, 64, 1, 4, 4),
-}
+}  # fmt: skip
 SOME = ("direct", "16")
 GATE = 2.3e-4  # the rounding of the output
 Call = tuple[Mixture, Tensor, Tensor, Tensor, Tensor | None, Launch | None]
@@ -72,8 +70,7 @@ EVERY = [
 @pytest.mark.parametrize("name, launch, formats", EVERY)
 def test_every_activation_in_every_tile(name, launch, formats, check):
     """Tiles that are full, cut and left out; a format is another one for every activation and tile."""
-    mixture = draw_mixture(3, 96, 96, name, formats, biases=True)
-    tokens = 4 if launch == "direct" else 35
+    mixture, tokens = draw_mixture(3, 96, 96, name, formats, biases=True), 4 if launch == "direct" else 35
     check((mixture, tokens_of(tokens, 96), *draw_routing(tokens, 2, 3), None, LAUNCHES[launch]))
 
 
@@ -99,13 +96,10 @@ def test_intermediate_sizes_that_no_tile_divides(name, intermediate, launch, che
 
 
 IDS = {
-    "all on one": [[2], [2], [2], [2]],
-    "none on some": [[0, 3], [3, 0], [0, 3]],
-    "the same twice": [[1, 1], [2, 2], [1, 2]],
-    "-1": [[-1, 0], [1, -1], [-1, -1]],
-    "their number and beyond": [[4, 0], [1, 5], [1 << 31, -(1 << 31)]],
-    "nothing local": [[-1, 9], [4, -7]],
-}
+    "all on one": [[2], [2], [2], [2]], "none on some": [[0, 3], [3, 0], [0, 3]],
+    "the same twice": [[1, 1], [2, 2], [1, 2]], "-1": [[-1, 0], [1, -1], [-1, -1]],
+    "their number and beyond": [[4, 0], [1, 5], [1 << 31, -(1 << 31)]], "nothing local": [[-1, 9], [4, -7]],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("ids, short", matrix(lambda i, short: (i + short) % 2 == 0, IDS, [False, True]))
@@ -134,7 +128,7 @@ def test_a_map_says_where_experts_are(expert_map, on_input, launch, check):
     check((mixture, tokens_of(4), torch.rand(4, 3), ids, torch.tensor(expert_map, dtype=dtype), LAUNCHES[launch]))
 
 
-@pytest.mark.parametrize("launch", ["direct", pytest.param("16", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("launch", ["direct", wide("16")])
 def test_as_many_experts_as_a_byte_holds(launch, check):
     """Ids beyond the last pair are no expert, though a byte has no -1; for tiles see decode/test_route.py."""
     mixture = draw_mixture(256, 32, 32)
@@ -156,12 +150,9 @@ def test_any_strides(x, launch, check):
 
 
 OFFSETS = {
-    "every group": ([5, 21, 70], 70),
-    "empty groups": ([0, 33, 33], 33),
-    "a tail": ([2, 2, 17], 40),
-    "only a tail": ([0, 0, 0], 20),
-    "one row": ([0, 1, 1], 1),
-}
+    "every group": ([5, 21, 70], 70), "empty groups": ([0, 33, 33], 33), "a tail": ([2, 2, 17], 40),
+    "only a tail": ([0, 0, 0], 20), "one row": ([0, 1, 1], 1),
+}  # fmt: skip
 
 
 OF_GROUPED = {"16": "nvfp4", "32": "mxfp4", "64": "e4m3 group 32"}

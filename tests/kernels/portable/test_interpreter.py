@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.matrix import matrix
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import pack, tile_pairs
 from marlin_w4a16.kernels.scale_bytes import scale_values
+from narrow import matrix
 
 GATE = 2.3e-4
 FORMATS = list(product(["e4m3", "e8m0"], [16, 32]))
@@ -71,8 +71,7 @@ def test_the_decode_kernel_is_exact(interpret, random_weight, every_product):
     for weight, out in zip(weights, interpret(*(("decode", (pack(weight),)) for weight in weights)), strict=True):
         inside = out[: weight.n, : weight.k].double() * UNPACK_GAIN[weight.kind]
         assert torch.equal(inside.view(torch.int64), weight.unscaled(torch.float64).view(torch.int64))
-        assert not out[weight.n :].any()
-        assert not out[:, weight.k :].any()
+        assert not out[weight.n :].any() and not out[:, weight.k :].any()
 
 
 def test_the_epilogue_adds_parts_in_order_then_multiplier_then_bias(interpret, random_weight):
@@ -91,8 +90,7 @@ def test_the_epilogue_adds_parts_in_order_then_multiplier_then_bias(interpret, r
             total += part
         total *= packed.multiplier[rows] * UNPACK_GAIN["e4m3"]
         expected = total if bias is None else total + bias[rows].float()
-        assert torch.equal(out[:, rows], expected.half())
-        assert out[:, : rows.start].isnan().all()
+        assert torch.equal(out[:, rows], expected.half()) and out[:, : rows.start].isnan().all()
         assert out[:, rows.stop :].isnan().all()
 
 

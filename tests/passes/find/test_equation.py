@@ -12,40 +12,25 @@ from marlin_w4a16.passes.find import equation
 from marlin_w4a16.passes.find.equation import Equation, Matrices, matrices
 
 SPELLINGS: dict[str, tuple[Callable, Callable]] = {
-    "linear": (linear, equation.linear),
-    "matmul": (torch.matmul, equation.matmul),
-    "matmul left": (lambda x, w: torch.matmul(w, x), equation.matmul_left),
-    "inner": (torch.inner, equation.inner),
-    "conv1d": (torch.conv1d, equation.conv1d),
-    "conv2d": (torch.conv2d, equation.conv2d),
-}
+    "linear": (linear, equation.linear), "matmul": (torch.matmul, equation.matmul),
+    "matmul left": (lambda x, w: torch.matmul(w, x), equation.matmul_left), "inner": (torch.inner, equation.inner),
+    "conv1d": (torch.conv1d, equation.conv1d), "conv2d": (torch.conv2d, equation.conv2d),
+}  # fmt: skip
 CASES = [
-    ("linear", (5,), (3, 5), "k,nk->n"),
-    ("linear", (2, 5), (3, 5), "Ak,nk->An"),
-    ("linear", (4, 2, 5), (3, 5), "ABk,nk->ABn"),
-    ("matmul", (5,), (5, 3), "k,kn->n"),
-    ("matmul", (2, 5), (5, 3), "mk,kn->mn"),
-    ("matmul", (4, 2, 5), (5, 3), "Amk,kn->Amn"),
-    ("matmul", (4, 2, 5), (4, 5, 3), "Amk,Akn->Amn"),
-    ("matmul", (2, 5), (4, 5, 3), "mk,Akn->Amn"),
-    ("matmul", (5,), (4, 5, 3), "k,Akn->An"),
-    ("matmul", (7, 4, 2, 5), (4, 5, 3), "ABmk,Bkn->ABmn"),
-    ("matmul", (4, 2, 5), (7, 4, 5, 3), "Bmk,ABkn->ABmn"),
-    ("matmul", (4, 2, 5), (1, 5, 3), "Amk,kn->Amn"),
-    ("matmul left", (5,), (3, 5), "k,nk->n"),
-    ("matmul left", (5, 2), (3, 5), "km,nk->nm"),
-    ("matmul left", (4, 5, 2), (3, 5), "Akm,nk->Anm"),
-    ("matmul left", (4, 5, 2), (4, 3, 5), "Akm,Ank->Anm"),
-    ("matmul left", (5, 2), (4, 3, 5), "km,Ank->Anm"),
-    ("matmul left", (5,), (4, 3, 5), "k,Ank->An"),
-    ("inner", (5,), (3, 5), "z,az->a"),
-    ("inner", (2, 5), (3, 5), "Az,az->Aa"),
-    ("inner", (4, 2, 5), (3, 7, 5), "ABz,abz->ABab"),
-    ("conv1d", (5, 7), (3, 5, 1), "kl,nk->nl"),
-    ("conv1d", (2, 5, 7), (3, 5, 1), "bkl,nk->bnl"),
-    ("conv2d", (5, 7, 6), (3, 5, 1, 1), "khw,nk->nhw"),
+    ("linear", (5,), (3, 5), "k,nk->n"), ("linear", (2, 5), (3, 5), "Ak,nk->An"),
+    ("linear", (4, 2, 5), (3, 5), "ABk,nk->ABn"), ("matmul", (5,), (5, 3), "k,kn->n"),
+    ("matmul", (2, 5), (5, 3), "mk,kn->mn"), ("matmul", (4, 2, 5), (5, 3), "Amk,kn->Amn"),
+    ("matmul", (4, 2, 5), (4, 5, 3), "Amk,Akn->Amn"), ("matmul", (2, 5), (4, 5, 3), "mk,Akn->Amn"),
+    ("matmul", (5,), (4, 5, 3), "k,Akn->An"), ("matmul", (7, 4, 2, 5), (4, 5, 3), "ABmk,Bkn->ABmn"),
+    ("matmul", (4, 2, 5), (7, 4, 5, 3), "Bmk,ABkn->ABmn"), ("matmul", (4, 2, 5), (1, 5, 3), "Amk,kn->Amn"),
+    ("matmul left", (5,), (3, 5), "k,nk->n"), ("matmul left", (5, 2), (3, 5), "km,nk->nm"),
+    ("matmul left", (4, 5, 2), (3, 5), "Akm,nk->Anm"), ("matmul left", (4, 5, 2), (4, 3, 5), "Akm,Ank->Anm"),
+    ("matmul left", (5, 2), (4, 3, 5), "km,Ank->Anm"), ("matmul left", (5,), (4, 3, 5), "k,Ank->An"),
+    ("inner", (5,), (3, 5), "z,az->a"), ("inner", (2, 5), (3, 5), "Az,az->Aa"),
+    ("inner", (4, 2, 5), (3, 7, 5), "ABz,abz->ABab"), ("conv1d", (5, 7), (3, 5, 1), "kl,nk->nl"),
+    ("conv1d", (2, 5, 7), (3, 5, 1), "bkl,nk->bnl"), ("conv2d", (5, 7, 6), (3, 5, 1, 1), "khw,nk->nhw"),
     ("conv2d", (2, 5, 7, 6), (3, 5, 1, 1), "bkhw,nk->bnhw"),
-]
+]  # fmt: skip
 
 
 def operands(x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -76,25 +61,17 @@ def test_a_spelling_is_its_equation(name, x, weight, expected):
 
 
 EINSUMS = [
-    ("bk,nk->bn", (2, 5), (3, 5), "bk,nk->bn"),
-    (" b k , n k -> n b ", (2, 5), (3, 5), "bk,nk->nb"),
-    ("kb,kn->bn", (5, 2), (5, 3), "kb,kn->bn"),
-    ("...k,nk->...n", (4, 2, 5), (3, 5), "abk,nk->abn"),
-    ("...k,nk->n...", (4, 2, 5), (3, 5), "abk,nk->nab"),
-    ("...k,nk->...n", (5,), (3, 5), "k,nk->n"),
-    ("bk...,nk->b...n", (2, 5, 4), (3, 5), "bka,nk->ban"),
-    ("bk,nk", (2, 5), (3, 5), "bk,nk->bn"),
-    ("nk,bk", (2, 5), (3, 5), "nk,bk->bn"),
-    ("Bk,nk", (2, 5), (3, 5), "Bk,nk->Bn"),
-    ("...k,nk", (4, 2, 5), (3, 5), "abk,nk->abn"),
-    ("dcbk,ak", (4, 2, 6, 5), (3, 5), "dcbk,ak->abcd"),
-    ("...a,ba->...b", (4, 2, 5), (3, 5), "cda,ba->cdb"),
-    ("bek,enk->ben", (2, 4, 5), (4, 3, 5), "bek,enk->ben"),
-    ("bij,nji->bn", (2, 5, 7), (3, 7, 5), "bij,nji->bn"),
-    ("bk,hnk->bhn", (2, 5), (4, 3, 5), "bk,hnk->bhn"),
+    ("bk,nk->bn", (2, 5), (3, 5), "bk,nk->bn"), (" b k , n k -> n b ", (2, 5), (3, 5), "bk,nk->nb"),
+    ("kb,kn->bn", (5, 2), (5, 3), "kb,kn->bn"), ("...k,nk->...n", (4, 2, 5), (3, 5), "abk,nk->abn"),
+    ("...k,nk->n...", (4, 2, 5), (3, 5), "abk,nk->nab"), ("...k,nk->...n", (5,), (3, 5), "k,nk->n"),
+    ("bk...,nk->b...n", (2, 5, 4), (3, 5), "bka,nk->ban"), ("bk,nk", (2, 5), (3, 5), "bk,nk->bn"),
+    ("nk,bk", (2, 5), (3, 5), "nk,bk->bn"), ("Bk,nk", (2, 5), (3, 5), "Bk,nk->Bn"),
+    ("...k,nk", (4, 2, 5), (3, 5), "abk,nk->abn"), ("dcbk,ak", (4, 2, 6, 5), (3, 5), "dcbk,ak->abcd"),
+    ("...a,ba->...b", (4, 2, 5), (3, 5), "cda,ba->cdb"), ("bek,enk->ben", (2, 4, 5), (4, 3, 5), "bek,enk->ben"),
+    ("bij,nji->bn", (2, 5, 7), (3, 7, 5), "bij,nji->bn"), ("bk,hnk->bhn", (2, 5), (4, 3, 5), "bk,hnk->bhn"),
     ("bk,hnk->nbh", (2, 5), (4, 3, 5), "bk,hnk->nbh"),
     ("ghbk,hgnk->bhng", (6, 4, 2, 5), (4, 6, 3, 5), "ghbk,hgnk->bhng"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("x_first", [True, False])
@@ -128,15 +105,11 @@ def test_an_einsum_that_is_not_read_says_why(spelled, x, weight, why):
 @pytest.mark.parametrize(
     "x, weight, of_x, of_weight",
     [
-        ((2, 5), (5, 3), [1], [0]),
-        ((2, 5), (3, 5), [1], [1]),
-        ((2, 5), (3, 5), [-1], [-1]),
-        ((4, 2, 5), (3, 5), [2], [1]),
-        ((5, 4, 2), (3, 5, 7), [0], [1]),
-        ((2, 5, 7), (3, 5, 7), [1, 2], [1, 2]),
+        ((2, 5), (5, 3), [1], [0]), ((2, 5), (3, 5), [1], [1]), ((2, 5), (3, 5), [-1], [-1]),
+        ((4, 2, 5), (3, 5), [2], [1]), ((5, 4, 2), (3, 5, 7), [0], [1]), ((2, 5, 7), (3, 5, 7), [1, 2], [1, 2]),
         ((2, 5, 7), (7, 3, 5), [1, 2], [2, 0]),
     ],
-)
+)  # fmt: skip
 def test_a_tensordot_is_read_as_torch_reads_it(x, weight, of_x, of_weight, x_first):
     x, weight = operands(x, weight)
     dims = (of_x, of_weight) if x_first else (of_weight, of_x)

@@ -27,8 +27,7 @@ class Quantising(nn.Module):
         self.layer, self.quantiser, self.run = layer, quantiser, inside or (lambda f, x: f(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.sin()
-        return self.run(lambda t: linear(self.quantiser(t), self.layer.weight()), h)
+        return self.run(lambda t: linear(self.quantiser(t), self.layer.weight()), x.sin())
 
 
 def in_checkpoint(function, x: Tensor) -> Tensor:
@@ -41,13 +40,10 @@ QUANTISERS = {
     "cast back": lambda x: to_fp4(x.float()).to(x.dtype),
 }
 OTHERS = {
-    "nothing": lambda x: x,
-    "relu": torch.relu,
-    "FP8": lambda x: x.to(torch.float8_e4m3fn).to(x.dtype),
-    "integers": lambda x: (x * 7).round() / 7,
-    "a norm before": lambda x: nn.functional.rms_norm(x, (K,)),
+    "nothing": lambda x: x, "relu": torch.relu, "FP8": lambda x: x.to(torch.float8_e4m3fn).to(x.dtype),
+    "integers": lambda x: (x * 7).round() / 7, "a norm before": lambda x: nn.functional.rms_norm(x, (K,)),
     "of another input": lambda x: to_fp4(x.flip(-1)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("inside", [None, in_checkpoint], ids=["plain", "checkpoint"])

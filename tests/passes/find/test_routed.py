@@ -13,6 +13,7 @@ from marlin_w4a16.options import Options
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced
 from marlin_w4a16.passes.rewrite import rewrite
 from mixtures.experts import hold_fp4
+from narrow import wide
 
 E, N, K, S = 5, 48, 64, 9
 OP = torch.ops.marlin_w4a16.grouped_linear.default
@@ -106,7 +107,7 @@ def test_sorted_rows(multiply, transposed):
 
 
 @pytest.mark.parametrize("multiply, transposed, shape", GATHERED.values(), ids=GATHERED)
-@pytest.mark.parametrize("quantize", [quantize_nvfp4, pytest.param(quantize_mxfp4, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("quantize", [quantize_nvfp4, wide(quantize_mxfp4)])
 def test_gathered_matrices(multiply, transposed, shape, quantize):
     assert_one_op(Stack(multiply, transposed, quantize), (torch.randn(X), ids(*shape)))
 
@@ -166,8 +167,7 @@ def test_a_stack_that_is_no_fp4_is_left_with_its_reason():
 
 
 def test_the_option_grouped_leaves_stacks_alone():
-    module = Stack(*BATCHED["bmm"][:2])
-    (row,) = explain(module, torch.randn(E, 3, K), options={"grouped": False}).rows
+    (row,) = explain(Stack(*BATCHED["bmm"][:2]), torch.randn(E, 3, K), options={"grouped": False}).rows
     assert row.outcome == Excluded("options={'grouped': False}")
 
 

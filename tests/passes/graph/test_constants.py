@@ -66,15 +66,11 @@ def scribble(x, w):
 
 
 WRITES_TO_THE_WEIGHT = {
-    "add_": lambda x, w: w.add_(0),
-    "setitem": scribble,
-    "view": lambda x, w: w.view(2, 4)[0].zero_(),
-    "out": lambda x, w: torch.add(x, 0, out=w),
-    "copy_": lambda x, w: w.copy_(x),
-    "custom op": lambda x, w: bump(w, x),
-    "foreach": lambda x, w: torch._foreach_add_([w], 1.0),
+    "add_": lambda x, w: w.add_(0), "setitem": scribble, "view": lambda x, w: w.view(2, 4)[0].zero_(),
+    "out": lambda x, w: torch.add(x, 0, out=w), "copy_": lambda x, w: w.copy_(x),
+    "custom op": lambda x, w: bump(w, x), "foreach": lambda x, w: torch._foreach_add_([w], 1.0),
     "inplace": lambda x, w: F.relu(w, inplace=True),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("write", WRITES_TO_THE_WEIGHT.values(), ids=WRITES_TO_THE_WEIGHT)
@@ -113,12 +109,10 @@ def masked(x, w):
 
 
 DEPENDS_ON_THE_INPUT = {
-    "product": lambda x, w: w * x.sum(),
-    "index": lambda x, w: w[x.int()],
-    "setitem": masked,
+    "product": lambda x, w: w * x.sum(), "index": lambda x, w: w[x.int()], "setitem": masked,
     "out": lambda x, w: torch.mul(x, 2, out=w.clone()),
     "checkpoint": lambda x, w: checkpoint(torch.sin, w, use_reentrant=False),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("value_of", DEPENDS_ON_THE_INPUT.values(), ids=DEPENDS_ON_THE_INPUT)
@@ -128,17 +122,12 @@ def test_what_may_depend_on_the_input_is_not_constant(last_sum, value_of):
 
 
 RANDOM = {
-    "rand_like": torch.rand_like,
-    "randn": lambda w: w * torch.randn(8),
-    "bernoulli": lambda w: torch.bernoulli(w.sigmoid()),
-    "dropout": lambda w: F.dropout(w, 0.1),
-    "alpha_dropout": lambda w: F.alpha_dropout(w, 0.1, training=True),
-    "uniform_": lambda w: w.clone().uniform_(),
-    "normal_": lambda w: w.clone().normal_(),
-    "exponential_": lambda w: w.clone().exponential_(),
-    "randint": lambda w: w + torch.randint(0, 2, (8,)),
-    "poisson": lambda w: torch.poisson(w.abs()),
-}
+    "rand_like": torch.rand_like, "randn": lambda w: w * torch.randn(8),
+    "bernoulli": lambda w: torch.bernoulli(w.sigmoid()), "dropout": lambda w: F.dropout(w, 0.1),
+    "alpha_dropout": lambda w: F.alpha_dropout(w, 0.1, training=True), "uniform_": lambda w: w.clone().uniform_(),
+    "normal_": lambda w: w.clone().normal_(), "exponential_": lambda w: w.clone().exponential_(),
+    "randint": lambda w: w + torch.randint(0, 2, (8,)), "poisson": lambda w: torch.poisson(w.abs()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("draw", RANDOM.values(), ids=RANDOM)

@@ -15,21 +15,15 @@ from marlin_w4a16.passes.graph.nodes import value_of
 TABLE = torch.linspace(-2, 5, 8)
 
 
+def after(t, write):
+    """A tensor once it has been written to."""
+    write(t)
+    return t
+
+
 def by_setitem(w):
     t = torch.empty(8)
     t[..., 0::2], t[..., 1::2] = w[:4], w[4:]
-    return t
-
-
-def by_copy(w):
-    t = torch.empty(8)
-    t.copy_(w.flip(0))
-    return t
-
-
-def by_out(w):
-    t = torch.empty(8)
-    torch.mul(w, 3, out=t)
     return t
 
 
@@ -39,23 +33,10 @@ def by_two_outs(w):
     return t
 
 
-def through_views(w):
-    t = w.clone()
-    t.view(2, 4)[1].detach().add_(1)
-    return t
-
-
 def after_a_view(w):
-    t = w.clone()
-    view = t.flip(0).view(2, 4).view(8)
+    view = w.clone().flip(0).view(2, 4).view(8)
     view.mul_(2)
     return view
-
-
-def with_its_result_dropped(w):
-    t = w * 2
-    t.mul_(3)
-    return t
 
 
 def by_augmented_assignment(w):
@@ -65,44 +46,26 @@ def by_augmented_assignment(w):
     return alias
 
 
-def by_inplace_argument(w):
-    t = w.clone()
-    F.relu(t, inplace=True)
-    return t
+IN_PLACE = {
+    "by_setitem": by_setitem, "by_copy": lambda w: after(torch.empty(8), lambda t: t.copy_(w.flip(0))),
+    "by_out": lambda w: after(torch.empty(8), lambda t: torch.mul(w, 3, out=t)), "by_two_outs": by_two_outs,
+    "through_views": lambda w: after(w.clone(), lambda t: t.view(2, 4)[1].detach().add_(1)),
+    "after_a_view": after_a_view, "with_its_result_dropped": lambda w: after(w * 2, lambda t: t.mul_(3)),
+    "by_augmented_assignment": by_augmented_assignment,
+    "by_inplace_argument": lambda w: after(w.clone(), lambda t: F.relu(t, inplace=True)),
+    "by_inplace_argument_without_its_name": lambda w: after(w.clone(), lambda t: F.relu(t, True)),
+    "by_foreach": lambda w: after(w.clone(), lambda t: torch._foreach_mul_([t], 2.0)),
+    "by_init": lambda w: after(w.clone(), nn.init.zeros_),
+}  # fmt: skip
 
 
-def by_inplace_argument_without_its_name(w):
-    t = w.clone()
-    F.relu(t, True)
-    return t
-
-
-def by_foreach(w):
-    t = w.clone()
-    torch._foreach_mul_([t], 2.0)
-    return t
-
-
-def by_init(w):
-    t = w.clone()
-    nn.init.zeros_(t)
-    return t
-
-
-IN_PLACE = (
-    by_setitem, by_copy, by_out, by_two_outs, through_views, after_a_view, with_its_result_dropped,
-    by_augmented_assignment, by_inplace_argument, by_inplace_argument_without_its_name, by_foreach, by_init,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("write", IN_PLACE)
+@pytest.mark.parametrize("write", IN_PLACE.values(), ids=IN_PLACE)
 def test_writes_to_a_temporary_belong_to_it(last_sum, write):
     total, value, constants, inputs = last_sum(lambda x: x + write(TABLE), torch.ones(8))
     nodes = slice_of(value, total, constants)
     live = dict(zip(value.graph.find_nodes(op="placeholder"), inputs, strict=True))
     found = value_of(value, nodes, {n: live[n] for n in nodes if n in constants.leaves})
-    assert torch.equal(found, write(TABLE))
-    assert not torch.equal(found, TABLE)
+    assert torch.equal(found, write(TABLE)) and not torch.equal(found, TABLE)
 
 
 def test_a_write_counts_from_where_it_stands(trace):

@@ -14,6 +14,7 @@ from marlin_w4a16.passes.graph.constants import find_constants, needed_by, slice
 from marlin_w4a16.passes.graph.nodes import storage, value_of
 from marlin_w4a16.passes.graph.regions import Regions
 from marlin_w4a16.passes.graph.torch_private import add_static_input, compile_graph, is_higher_order, source_name
+from narrow import wide
 
 wrap = torch.ops.higher_order.wrap
 region = torch.compiler.nested_compile_region
@@ -111,8 +112,7 @@ def transpose_weights(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphMo
     """
     regions = Regions(gm)
     flat = regions.flatten()
-    constants = find_constants(flat.graph)
-    placeholders = list(flat.graph.find_nodes(op="placeholder"))
+    constants, placeholders = find_constants(flat.graph), list(flat.graph.find_nodes(op="placeholder"))
     last = flat.origin[placeholders[-1]]
     added: list[Tensor] = []
     for product in flat.graph.find_nodes(op="call_function", target=linear):
@@ -217,18 +217,14 @@ def test_what_was_edited_in_regions_trains_alike(layers, name):
 @pytest.mark.parametrize(
     "name, dynamic",
     [
-        ("nested", True),
-        ("a weight and more out of a region", False),
-        pytest.param("nested", False, marks=pytest.mark.wide),
-        pytest.param("one body of several", False, marks=pytest.mark.wide),
-        pytest.param("one body of several", True, marks=pytest.mark.wide),
-        pytest.param("a weight and more out of a region", True, marks=pytest.mark.wide),
+        ("nested", True), ("a weight and more out of a region", False), wide("nested", False),
+        wide("one body of several", False), wide("one body of several", True),
+        wide("a weight and more out of a region", True),
     ],
-)
+)  # fmt: skip
 def test_inductor_compiles_what_was_edited(layers, name, dynamic):
     backend = Backend(lambda gm, inputs: compile_graph(gm, inputs, {}))
-    compiled = torch.compile(CASES[name], backend=backend, fullgraph=True)
-    x = example()
+    compiled, x = torch.compile(CASES[name], backend=backend, fullgraph=True), example()
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
     assert_trains(compiled, CASES[name], layers, x)
@@ -316,8 +312,7 @@ def test_a_node_is_passed_into_a_region_once(trace, layers):
     seen = regions.reach(top, inner)
     assert seen.graph is inner and seen.meta["example_value"] is top.meta["example_value"]
     before = len(outer.nodes), len(inner.nodes)
-    assert regions.reach(top, inner) is seen
-    assert regions.reach(top, outer).graph is outer
+    assert regions.reach(top, inner) is seen and regions.reach(top, outer).graph is outer
     assert (len(outer.nodes), len(inner.nodes)) == before
 
 
@@ -334,8 +329,7 @@ def test_an_operand_is_reached_as_such(trace, layers):
 def test_calls_of_one_body_have_storages_of_their_own(trace, layers):
     gm, _ = trace(CASES["one body that writes in place"], example(), *layers)
     flat = Regions(gm).flatten()
-    weights = flat.graph.find_nodes(op="call_function", target=torch.empty)
-    assert len({storage(n) for n in weights}) == 3
+    assert len({storage(n) for n in flat.graph.find_nodes(op="call_function", target=torch.empty)}) == 3
     items = flat.graph.find_nodes(op="call_function", target=operator.getitem)
     halves = [n for n in items if n.args[0].op == "placeholder"]
     assert len(halves) == 6 and all(storage(n) == storage(n.args[0]) for n in halves)
@@ -356,8 +350,7 @@ def test_storages_are_the_same_on_both_sides_of_a_region(trace, layers):
     for view in total.args:
         assert storage(view) == storage(view.args[0])
     first, second = flat.graph.find_nodes(op="call_method", target="cos")
-    entered = second.args[0]
-    assert entered is first
+    assert second.args[0] is first
     inner = flat.graph.find_nodes(op="call_method", target="view")[1]
     assert inner.args[0] is first and storage(inner) == storage(first)
     assert len({storage(n) for n in (first, second, *total.args, *flat.graph.find_nodes(op="placeholder"))}) == 4

@@ -73,18 +73,15 @@ def test_what_is_written_after_the_product_is_no_part_of_it(decode_of):
 
 
 def test_roots_are_the_leaves_that_a_node_is_computed_from(decode_of):
-    live = tensors((N, K), (1,), (N, 1))
-    decode = decode_of(lambda a, b, c: a.neg() + c.abs() * b, *live)
-    assert decode.roots(node_of(decode, "neg")) == [0]
-    assert decode.roots(node_of(decode, "abs")) == [2]
+    decode = decode_of(lambda a, b, c: a.neg() + c.abs() * b, *tensors((N, K), (1,), (N, 1)))
+    assert decode.roots(node_of(decode, "neg")) == [0] and decode.roots(node_of(decode, "abs")) == [2]
     assert decode.roots(decode.nodes.index(decode.value)) == [0, 1, 2]
     assert decode.roots(decode.nodes.index(decode.leaves[1])) == [1]
 
 
 def test_an_expression_is_what_a_node_computes_whatever_stands_around_it(decode_of):
     live = tensors((N, K), (1,))
-    one = decode_of(lambda a, b: a.neg() * b, *live)
-    two = decode_of(lambda a, b: (a.neg() + 1) * b.abs(), *live)
+    one, two = decode_of(lambda a, b: a.neg() * b, *live), decode_of(lambda a, b: (a.neg() + 1) * b.abs(), *live)
     other = decode_of(lambda a, b: a.neg().abs() * b, *live)
     assert one.expression(node_of(one, "neg")) == two.expression(node_of(two, "neg"))
     assert one.expression(node_of(one, "neg")) != two.expression(node_of(two, "abs"))
@@ -99,15 +96,12 @@ def test_decodes_agree_if_they_compute_the_same_from_tensors_of_one_layout(decod
     assert decode_of(lambda c, f: scaled(c, f), *tensors((N, K), (1,))).signature == signature
     assert hash(signature) == hash(decode_of(scaled, *live).signature)
     differ = [
-        decode_of(lambda c, f: c.float() * f * 2.0, *live),
-        decode_of(lambda c, f: f * c.float(), *live),
-        decode_of(scaled, *tensors((N, 2 * K), (1,))),
-        decode_of(scaled, *tensors((2 * N, K), (1,))),
-        decode_of(scaled, *tensors((N, K), (1, 1))),
-        decode_of(scaled, live[0].double(), live[1]),
+        decode_of(lambda c, f: c.float() * f * 2.0, *live), decode_of(lambda c, f: f * c.float(), *live),
+        decode_of(scaled, *tensors((N, 2 * K), (1,))), decode_of(scaled, *tensors((2 * N, K), (1,))),
+        decode_of(scaled, *tensors((N, K), (1, 1))), decode_of(scaled, live[0].double(), live[1]),
         decode_of(scaled, live[0].T.contiguous().T, live[1]),
         decode_of(scaled, *tensors((K, N), (1,)), multiply=lambda x, w: x @ w),
-    ]
+    ]  # fmt: skip
     assert signature not in [decode.signature for decode in differ]
 
 
@@ -204,11 +198,9 @@ WINDOWS = {
 @pytest.mark.parametrize("function, shape, expected", WINDOWS.values(), ids=WINDOWS)
 def test_windows_are_the_rows_of_what_it_is_a_view_of(decode_of, function, shape, expected):
     (live,) = tensors(shape)
-    decode = decode_of(function, live)
-    rows = function(live).shape[0]
+    decode, rows = decode_of(function, live), function(live).shape[0]
     first, *found = decode.windows
-    assert first == Window(0, rows)
-    assert {Window(*window) for window in expected} <= set(found)
+    assert first == Window(0, rows) and {Window(*window) for window in expected} <= set(found)
     for window in found:
         assert len(range(window.total)[window.rows(rows)]) == rows and window.start >= 0
     assert len(set(found)) == len(found)

@@ -79,19 +79,14 @@ MUTATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "scales rolled along rows": ("scales", lambda s: s.roll(1, 0)),
     "groups twice as long": ("scales", lambda s: s[:, : s.shape[1] // 2]),
     "one element": ("weight", changed((SIZE - 1, 3), lambda w: w + 1)),
-    "rows rolled": ("weight", lambda w: w.roll(1, 0)),
-    "columns rolled": ("weight", lambda w: w.roll(1, 1)),
+    "rows rolled": ("weight", lambda w: w.roll(1, 0)), "columns rolled": ("weight", lambda w: w.roll(1, 1)),
     "a column doubled": ("weight", lambda w: w * torch.ones(SIZE).index_fill(0, torch.tensor(7), 2.0).to(w.dtype)),
     "a row times three": ("weight", lambda w: torch.cat((w[:1] * 3, w[1:]))),
-    "a constant": ("weight", lambda w: w + 0.01),
-    "a factor": ("weight", lambda w: w * 1.01),
-    "sign": ("weight", torch.neg),
-    "abs": ("weight", torch.abs),
-    "clamp": ("weight", lambda w: w.clamp(-1, 1)),
-    "rounded": ("weight", lambda w: w.bfloat16().to(w.dtype)),
-    "transposed": ("weight", Tensor.t),
+    "a constant": ("weight", lambda w: w + 0.01), "a factor": ("weight", lambda w: w * 1.01),
+    "sign": ("weight", torch.neg), "abs": ("weight", torch.abs), "clamp": ("weight", lambda w: w.clamp(-1, 1)),
+    "rounded": ("weight", lambda w: w.bfloat16().to(w.dtype)), "transposed": ("weight", Tensor.t),
     "a row of zeros": ("weight", lambda w: torch.cat((w[1:], torch.zeros_like(w[:1])))),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,17 +160,11 @@ class Composed:
 
 def composed(kind: str) -> st.SearchStrategy[Composed]:
     return st.builds(
-        partial(Composed, kind),
-        held=st.sampled_from(list(SCALES[kind])),
-        arrangement=st.sampled_from(list(ARRANGEMENTS)),
-        values=st.sampled_from(VALUES),
-        order=st.sampled_from(ORDERS),
-        group=st.sampled_from([16, 32]),
-        transposed=st.booleans(),
-        in_place=st.booleans(),
-        dtype=st.sampled_from(list(LIMITS)),
-        matmul=st.booleans(),
-    )
+        partial(Composed, kind), held=st.sampled_from(list(SCALES[kind])),
+        arrangement=st.sampled_from(list(ARRANGEMENTS)), values=st.sampled_from(VALUES),
+        order=st.sampled_from(ORDERS), group=st.sampled_from([16, 32]), transposed=st.booleans(),
+        in_place=st.booleans(), dtype=st.sampled_from(list(LIMITS)), matmul=st.booleans(),
+    )  # fmt: skip
 
 
 COMPOSED = st.sampled_from(["e4m3", "e8m0"]).flatmap(composed)
@@ -196,8 +185,7 @@ def columns(dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def assert_replaced_and_right(composition, seed):
-    module = composition.build(seed)
-    inputs = columns(composition.dtype)
+    module, inputs = composition.build(seed), columns(composition.dtype)
     found, line = through_backend(module, inputs)
     assert line.startswith("replaced 1 of 1 FP4 linears"), line
     assert_elements_near(found, module(*inputs))
@@ -205,8 +193,7 @@ def assert_replaced_and_right(composition, seed):
 
 
 def assert_refused_or_right(mutation, composition, seed):
-    module = replace(composition, mutation=mutation).build(seed)
-    inputs = columns(composition.dtype)
+    module, inputs = replace(composition, mutation=mutation).build(seed), columns(composition.dtype)
     found, _ = through_backend(module, inputs)
     assert_elements_near(found, module(*inputs))
 

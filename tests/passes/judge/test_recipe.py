@@ -19,6 +19,7 @@ from marlin_w4a16.passes.judge.recipe import (
     OfType,
     Source,
 )
+from weights import equal
 
 N, K = 48, 64
 CODES = torch.arange(256, dtype=torch.uint8).view(8, 32)  # every byte
@@ -46,13 +47,6 @@ def checkpoint(n: int = N) -> tuple[FP4Weight, list[Tensor]]:
     return weight, [weight.codes, weight.scales.view(torch.float8_e4m3fn), weight.multiplier[:1].clone()]
 
 
-def same(found: FP4Weight, expected: FP4Weight) -> bool:
-    fields = ("codes", "scales", "multiplier")
-    return (found.kind, found.group) == (expected.kind, expected.group) and all(
-        torch.equal(getattr(found, name), getattr(expected, name)) for name in fields
-    )
-
-
 def leaf(decode, index: int) -> int:
     return decode.nodes.index(decode.leaves[index])
 
@@ -60,12 +54,9 @@ def leaf(decode, index: int) -> int:
 def sources(decode, **choices) -> FromSources:
     """The recipe of `plain`."""
     first = {
-        "codes": Source(leaf(decode, 0), "low nibble first"),
-        "scales": Source(leaf(decode, 1), "e4m3 bytes"),
-        "factor": Factor(leaf(decode, 2)),
-        "window": Window(0, decode.rows),
-        "group": 16,
-    }
+        "codes": Source(leaf(decode, 0), "low nibble first"), "scales": Source(leaf(decode, 1), "e4m3 bytes"),
+        "factor": Factor(leaf(decode, 2)), "window": Window(0, decode.rows), "group": 16,
+    }  # fmt: skip
     return FromSources(**first | choices)
 
 
@@ -130,8 +121,7 @@ def test_where_the_rows_of_a_source_lie():
     rows = Source(0, "e4m3 bytes").matrix(value, 6, 4)
     columns = Source(0, "e4m3 bytes", 1).matrix(value.view(4, 6), 6, 4)
     blocks = Source(0, "e4m3 bytes", 2).matrix(value.view(2, 4, 3), 6, 4)
-    assert torch.equal(rows, value.view(6, 4))
-    assert torch.equal(columns, value.view(4, 6).T)
+    assert torch.equal(rows, value.view(6, 4)) and torch.equal(columns, value.view(4, 6).T)
     assert torch.equal(blocks, torch.cat([part.T for part in value.view(2, 4, 3)]))
 
 
@@ -170,9 +160,8 @@ def test_a_weight_is_read_from_its_sources(decode_of):
     decode = decode_of(plain, *live)
     recipe = sources(decode)
     found, factor = recipe.read(decode, live, "fc")
-    assert same(found, weight) and found.name == "fc" and recipe.kind == "e4m3"
-    assert torch.equal(factor, weight.multiplier)
-    assert torch.equal(found.decode(torch.float32), plain(*live))
+    assert equal(found, weight) and found.name == "fc" and recipe.kind == "e4m3"
+    assert torch.equal(factor, weight.multiplier) and torch.equal(found.decode(torch.float32), plain(*live))
     assert recipe.roots(decode) == [0, 1, 2]
 
 
@@ -180,7 +169,7 @@ def test_other_live_leaves_give_another_weight(decode_of):
     _, live = checkpoint()
     weight, others = checkpoint()
     decode = decode_of(plain, *live)
-    assert same(sources(decode).read(decode, others, "fc")[0], weight)
+    assert equal(sources(decode).read(decode, others, "fc")[0], weight)
 
 
 def test_the_kind_is_that_of_the_scales(decode_of):
@@ -188,7 +177,7 @@ def test_the_kind_is_that_of_the_scales(decode_of):
     live = [weight.codes, weight.scales.view(torch.float8_e8m0fnu), torch.ones(1)]
     decode = decode_of(plain, *live)
     recipe = sources(decode, scales=Source(leaf(decode, 1), "e8m0 bytes"), group=32)
-    assert recipe.kind == "e8m0" and same(recipe.read(decode, live, "fc")[0], weight)
+    assert recipe.kind == "e8m0" and equal(recipe.read(decode, live, "fc")[0], weight)
 
 
 def test_a_divisor(decode_of):
@@ -198,15 +187,14 @@ def test_a_divisor(decode_of):
     found, factor = sources(decode, factor=Factor(leaf(decode, 2), divides=True)).read(decode, live, "fc")
     assert torch.equal(factor, live[2].expand(N))
     assert torch.equal(found.multiplier, live[2].reciprocal().expand(N))
-    assert same(found, FP4Weight(weight.codes, weight.scales, found.multiplier, "e4m3", 16))
+    assert equal(found, FP4Weight(weight.codes, weight.scales, found.multiplier, "e4m3", 16))
 
 
 def test_a_factor_of_the_scales_and_one_beside_it(decode_of):
     _, live = checkpoint()
     live[1] = live[1].float() * (torch.rand(N, 1) + 0.5)
     decode = decode_of(plain, *live)
-    recipe = sources(decode, scales=Source(leaf(decode, 1), "e4m3 floats"))
-    found, factor = recipe.read(decode, live, "fc")
+    found, factor = sources(decode, scales=Source(leaf(decode, 1), "e4m3 floats")).read(decode, live, "fc")
     assert found.multiplier.unique().numel() > 1 and torch.equal(factor, found.multiplier)
     torch.testing.assert_close(found.decode(torch.float32), plain(*live), rtol=2.0**-22, atol=0)
 
@@ -247,7 +235,7 @@ def test_columns_that_lie_below_each_other(decode_of):
     decode = decode_of(transposed, *live)
     codes, scales = Source(leaf(decode, 0), "low nibble first", 1), Source(leaf(decode, 1), "e4m3 bytes", 1)
     found, _ = sources(decode, codes=codes, scales=scales).read(decode, live, "fc")
-    assert same(found, weight) and found.codes.is_contiguous() and found.scales.is_contiguous()
+    assert equal(found, weight) and found.codes.is_contiguous() and found.scales.is_contiguous()
 
 
 def test_blocks_of_columns(decode_of):
@@ -262,7 +250,7 @@ def test_blocks_of_columns(decode_of):
     decode = decode_of(function, *live, multiply=lambda x, w: x @ w)
     codes, scales = Source(leaf(decode, 0), "low nibble first", 2), Source(leaf(decode, 1), "e4m3 bytes", 2)
     found, _ = sources(decode, codes=codes, scales=scales).read(decode, live, "fc")
-    assert same(found, weight) and torch.equal(found.decode(torch.float32), decode.weight(live))
+    assert equal(found, weight) and torch.equal(found.decode(torch.float32), decode.weight(live))
 
 
 @pytest.mark.parametrize("coding", ["a number each", "a value each"])
@@ -271,8 +259,7 @@ def test_codes_of_a_computed_value_are_those_of_the_window_itself(decode_of, cod
 
     def function(codes: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
         numbers = nibbles(codes)[8:24].clone()
-        values = torch.tensor(E2M1_VALUES)[numbers.int()].clone()
-        return by_groups(values, scales.float()[8:24]) * factor
+        return by_groups(torch.tensor(E2M1_VALUES)[numbers.int()].clone(), scales.float()[8:24]) * factor
 
     decode = decode_of(function, *live)
     clones = [index for index, node in enumerate(decode.nodes) if node.target == "clone"]
@@ -304,8 +291,7 @@ def test_leaves_that_hold_no_weight_raise(decode_of):
 
 def test_recipes_of_two_graphs_read_alike(decode_of):
     _, live = checkpoint()
-    one = decode_of(plain, *live)
-    other = decode_of(lambda c, s, f: plain(c, s, f) + 0.0, *live)
+    one, other = decode_of(plain, *live), decode_of(lambda c, s, f: plain(c, s, f) + 0.0, *live)
     reading = sources(one).reading(one)
     assert sources(other).reading(other) == reading and isinstance(hash(reading), int)
     choices = {
@@ -313,14 +299,10 @@ def test_recipes_of_two_graphs_read_alike(decode_of):
         "blocks": {"codes": Source(leaf(one, 0), "low nibble first", 1)},
         "blocks of scales": {"scales": Source(leaf(one, 1), "e4m3 bytes", 1)},
         "kind": {"scales": Source(leaf(one, 1), "e8m0 bytes")},
-        "divides": {"factor": Factor(leaf(one, 2), divides=True)},
-        "number": {"factor": Factor(number=0.3)},
-        "another number": {"factor": Factor(number=0.4)},
-        "window": {"window": Window(0, 2 * N)},
-        "step": {"window": Window(0, N, 2)},
-        "group": {"group": 32},
-        "another node": {"factor": Factor(leaf(one, 1))},
-    }
+        "divides": {"factor": Factor(leaf(one, 2), divides=True)}, "number": {"factor": Factor(number=0.3)},
+        "another number": {"factor": Factor(number=0.4)}, "window": {"window": Window(0, 2 * N)},
+        "step": {"window": Window(0, N, 2)}, "group": {"group": 32}, "another node": {"factor": Factor(leaf(one, 1))},
+    }  # fmt: skip
     readings = {str(sources(one, **choice).reading(one)) for choice in choices.values()}
     assert len(readings) == len(choices) and str(reading) not in readings
 
@@ -389,8 +371,7 @@ def test_joined_recipes_of_two_graphs_read_alike(decode_of):
 def test_values_that_are_mxfp4(decode_of, dtype, monkeypatch):
     monkeypatch.setattr("marlin_w4a16.passes.judge.recipe.block_rows", partial(block_rows, elements=7 * K))
     dense = quantize_mxfp4(torch.randn(N, K)).decode(dtype)
-    decode = decode_of(lambda w: w.clone(), dense)
-    recipe = FromValue()
+    decode, recipe = decode_of(lambda w: w.clone(), dense), FromValue()
     found, factor = recipe.read(decode, [dense], "fc")
     assert torch.equal(found.decode(dtype), dense)
     assert (found.kind, found.group, recipe.kind, recipe.group) == ("e8m0", 32, "e8m0", 32)

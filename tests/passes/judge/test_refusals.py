@@ -101,16 +101,13 @@ class WithOut(Alike):
 
 
 REFUSED = {
-    AnotherTable: NOT_NVFP4,
-    Integers: NOT_NVFP4,
-    Offset: NOT_NVFP4,
+    AnotherTable: NOT_NVFP4, Integers: NOT_NVFP4, Offset: NOT_NVFP4,
     OffsetOfOneValue: f"{NOT_NVFP4}47, column 63: expected -0.6835822, found 1",
     NaNScale: "scales: found NaN (byte 0x7f) at [47, 2], expected finite e4m3 codes",
     NaNScaleInBytes: "scales: found NaN (byte 0xff) at [0, 1], expected finite e8m0 codes",
     Trained: "F.linear with a weight that requires grad",
-    Float64: "F.linear of float64: expected one of float16, bfloat16, float32",
-    WithOut: "matmul with out=",
-}
+    Float64: "F.linear of float64: expected one of float16, bfloat16, float32", WithOut: "matmul with out=",
+}  # fmt: skip
 
 
 def assert_runs_as_eager(module: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,8 +159,7 @@ def test_it_is_no_candidate_and_runs_right(module, caplog):
 
 
 def test_what_is_trained_gets_its_gradient():
-    model = Trained()
-    x = torch.randn(3, K)
+    model, x = Trained(), torch.randn(3, K)
     model(x).sum().backward()
     expected, model.factor.grad = model.factor.grad, None
     torch.compile(model, backend="marlin_w4a16")(x).sum().backward()

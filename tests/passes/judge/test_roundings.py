@@ -57,8 +57,7 @@ def traced(name: str, divides: bool, dtype: torch.dtype, weight: FP4Weight, fact
 @EACH
 def test_a_form_is_what_torch_computes(name, divides, dtype):
     weight, factor = weight_of(divides)
-    value = traced(name, divides, dtype, weight, factor)
-    form = Roundings(name, dtype, divides)
+    value, form = traced(name, divides, dtype, weight, factor), Roundings(name, dtype, divides)
     predicted = form.predict(weight, factor)
     assert predicted.dtype == torch.float32 and torch.equal(predicted.to(value.dtype), value)
     assert first_difference(form, weight, factor, value) is None
@@ -113,8 +112,7 @@ def test_float32_may_be_two_units_in_the_last_place_off(ulps, same, sign):
     codes, scales = weight.factors(torch.float32)
     value = ((codes * scales.unsqueeze(-1)) * factor[:, None, None]).flatten(1)
     row, column = (value.sign() == sign).nonzero()[-1].tolist()
-    exact = float(value[row, column])
-    towards = value.new_tensor(torch.inf * sign * (1 if ulps > 0 else -1))
+    exact, towards = float(value[row, column]), value.new_tensor(torch.inf * sign * (1 if ulps > 0 else -1))
     for _ in range(abs(ulps)):
         value[row, column] = torch.nextafter(value[row, column], towards)
     found = first_difference(Roundings(), weight, factor, value)

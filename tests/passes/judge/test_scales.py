@@ -106,8 +106,7 @@ def test_one_factor_of_all_rows_is_sought_first():
 
 def test_the_significand_of_the_largest_scale_may_be_any():
     for top in range(0x78, 0x7F):
-        byte = torch.tensor([[top, 0x70 + (top & 7), 0x31, 0x32, 0x33]], dtype=torch.uint8)
-        scales = e4m3(byte) * 0.7123
+        scales = e4m3(torch.tensor([[top, 0x70 + (top & 7), 0x31, 0x32, 0x33]], dtype=torch.uint8)) * 0.7123
         assert_gives(scales, to_e4m3(scales))
 
 
@@ -115,8 +114,7 @@ def test_zeros_among_scales():
     byte = some(4, 8, 0)
     byte[1], byte[2, 3] = 0, 0
     scales = e4m3(byte) * torch.tensor([0.3, 0.4, 0.5, 0.6])[:, None]
-    factor = assert_gives(scales, to_e4m3(scales))
-    assert factor[1] == 1
+    assert assert_gives(scales, to_e4m3(scales))[1] == 1
 
 
 def test_scales_of_zeros_are_bytes_of_zeros():
@@ -168,8 +166,7 @@ def test_powers_of_two_times_a_factor(seed, each_row):
     if bool((factors == 1).all()):
         return
     found, factor = to_e8m0(scales)
-    assert torch.equal(found, byte)
-    assert (factor.dtype, factor.shape) == (torch.float32, (5,))
+    assert torch.equal(found, byte) and (factor.dtype, factor.shape) == (torch.float32, (5,))
     assert torch.equal(factor, factors[:, 0].expand(5))
 
 

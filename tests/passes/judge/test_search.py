@@ -20,10 +20,6 @@ def by_table(m) -> Tensor:
     return TABLE[torch.stack((m.codes & 15, m.codes >> 4), -1).flatten(-2).int()]
 
 
-def by_literal_table(m) -> Tensor:
-    return torch.tensor(E2M1_VALUES)[torch.stack((m.codes & 15, m.codes >> 4), -1).flatten(-2).int()]
-
-
 def by_table_of_pairs(m) -> Tensor:
     return torch.index_select(PAIRS, 0, m.codes.flatten().int()).view(N, K)
 
@@ -156,31 +152,21 @@ class Transposed(Spelled):
 
 
 SPELLINGS = {
-    "table": Spelled,
-    "literal table": partial(Spelled, codes=by_literal_table),
-    "table of pairs": partial(Spelled, codes=by_table_of_pairs),
-    "setitem": partial(Spelled, codes=by_setitem),
-    "where": partial(Spelled, codes=by_where),
-    "bfloat16 bits": partial(Spelled, codes=by_bits_of_bfloat16),
+    "table": Spelled, "literal table": partial(Spelled,
+         codes=lambda m: torch.tensor(E2M1_VALUES)[torch.stack((m.codes & 15, m.codes >> 4), -1).flatten(-2).int()]),
+    "table of pairs": partial(Spelled, codes=by_table_of_pairs), "setitem": partial(Spelled, codes=by_setitem),
+    "where": partial(Spelled, codes=by_where), "bfloat16 bits": partial(Spelled, codes=by_bits_of_bfloat16),
     "float16 bits": partial(Spelled, codes=by_bits_of_float16),
-    "high nibble first": partial(Spelled, codes=high_first),
-    "nibbles in planes": partial(Spelled, codes=in_planes),
-    "divided factor": partial(Spelled, factor="divided"),
-    "no factor": partial(Spelled, factor="none"),
-    "factor last": FactorLast,
-    "factor per row": PerRow,
-    "without grad": WithoutGrad,
-    "e4m3 dtype": Float8Scales,
-    "e8m0 dtype": partial(Float8Scales, kind="e8m0"),
-    "e8m0 bytes": partial(Spelled, kind="e8m0"),
+    "high nibble first": partial(Spelled, codes=high_first), "nibbles in planes": partial(Spelled, codes=in_planes),
+    "divided factor": partial(Spelled, factor="divided"), "no factor": partial(Spelled, factor="none"),
+    "factor last": FactorLast, "factor per row": PerRow, "without grad": WithoutGrad, "e4m3 dtype": Float8Scales,
+    "e8m0 dtype": partial(Float8Scales, kind="e8m0"), "e8m0 bytes": partial(Spelled, kind="e8m0"),
     "e8m0 exp2": partial(Spelled, kind="e8m0", scales=exp2, factor="none"),
     "e8m0 ldexp": partial(Spelled, kind="e8m0", scales=ldexp),
-    "e8m0 shift": partial(Spelled, kind="e8m0", scales=shift),
-    "e4m3 group 32": partial(Spelled, group=32),
-    "e8m0 group 16": partial(Spelled, kind="e8m0", group=16),
-    "transposed": Transposed,
+    "e8m0 shift": partial(Spelled, kind="e8m0", scales=shift), "e4m3 group 32": partial(Spelled, group=32),
+    "e8m0 group 16": partial(Spelled, kind="e8m0", group=16), "transposed": Transposed,
     "transposed e8m0": partial(Transposed, kind="e8m0"),
-}
+}  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -239,13 +225,11 @@ class Product(Spelled):
 
 PRODUCTS = {
     "linear with bias": lambda x, w, b: linear(x, w, b),
-    "linear by keywords": lambda x, w, b: linear(bias=b, weight=w, input=x),
-    "@": lambda x, w, b: x @ w.T,
+    "linear by keywords": lambda x, w, b: linear(bias=b, weight=w, input=x), "@": lambda x, w, b: x @ w.T,
     "torch.matmul": lambda x, w, b: torch.matmul(x, w.t()),
-    "matmul method": lambda x, w, b: x.matmul(w.transpose(0, 1)),
-    "torch.mm": lambda x, w, b: torch.mm(x, w.mT),
+    "matmul method": lambda x, w, b: x.matmul(w.transpose(0, 1)), "torch.mm": lambda x, w, b: torch.mm(x, w.mT),
     "mm method": lambda x, w, b: x.mm(w.permute(1, 0).contiguous()),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)

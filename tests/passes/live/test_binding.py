@@ -120,8 +120,7 @@ def test_bindings_that_read_the_same_tensors_alike_share_a_copy(decode_of):
     turned = [values[1], values[2], values[0]]
     other_order = bound_to(decode_of(lambda s, f, c: plain(c, s, f), *turned), turned)
     packed = first.packed(values)
-    assert second.packed(values) is packed
-    assert other_order.packed(turned) is packed
+    assert second.packed(values) is packed and other_order.packed(turned) is packed
 
 
 @pytest.mark.parametrize("function", [swapped, rounded])
@@ -130,8 +129,7 @@ def test_bindings_that_read_the_same_tensors_in_two_ways_do_not(decode_of, funct
     values[2].fill_(0.3)
     one, other = bound_to(decode_of(plain, *values), values), bound_to(decode_of(function, *values), values)
     for binding, expected in ((one, plain(*values)), (other, function(*values)), (one, plain(*values))):
-        found = binding.packed(values)
-        assert torch.equal(dequantize(found, torch.float32), expected)
+        assert torch.equal(dequantize(binding.packed(values), torch.float32), expected)
 
 
 def test_a_copy_for_bfloat16_is_not_shared_with_a_binding_for_float16(decode_of):
@@ -153,8 +151,7 @@ def test_a_batch_is_packed_as_a_stack(decode_of):
     values = leaves()
     decode = decode_of(lambda *v: plain(*v).view(2, N // 2, K).mT, *values, multiply=lambda x, w: x.expand(2, 1, K) @ w)
     packed = bound_to(decode, values).packed(values)
-    assert (len(packed.words), packed.n) == (2, N // 2)
-    assert torch.equal(stack_of(packed), plain(*values))
+    assert (len(packed.words), packed.n) == (2, N // 2) and torch.equal(stack_of(packed), plain(*values))
 
 
 def test_a_changed_batch_is_packed_again_at_the_same_addresses(decode_of):
@@ -164,8 +161,7 @@ def test_a_changed_batch_is_packed_again_at_the_same_addresses(decode_of):
     address = binding.packed(values).words.data_ptr()
     values[0].copy_(others[0])
     again = binding.packed(values)
-    assert again.words.data_ptr() == address
-    assert torch.equal(stack_of(again), plain(*values))
+    assert again.words.data_ptr() == address and torch.equal(stack_of(again), plain(*values))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -250,8 +246,7 @@ def test_leaves_that_hold_the_weight_in_another_way_are_recognised(decoder):
     """As after compile time's weight was zeros, of which many recipes are true."""
     zeros = leaves()
     zeros[0].zero_()
-    bound = bound_to(decoder, zeros)
-    values = leaves()
+    bound, values = bound_to(decoder, zeros), leaves()
     assert_holds(bound.packed(values), values)
 
 
@@ -273,8 +268,7 @@ def test_a_value_that_is_not_the_decode_is_rejected(decoder, decode_of):
     first = leaves()
     found = recognise(decoder, first, "weight", Rules())
     offset = decode_of(lambda *values: plain(*values) + 0.01, *first)
-    binding = Binding(offset, found, Rules(), torch.bfloat16, "weight")
-    assert isinstance(binding.packed(first), Rejected)
+    assert isinstance(Binding(offset, found, Rules(), torch.bfloat16, "weight").packed(first), Rejected)
 
 
 def test_scales_are_fitted_to_float16_where_they_can_be():

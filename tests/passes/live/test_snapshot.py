@@ -22,8 +22,7 @@ def holds(at: Snapshot, values: list[Tensor]) -> bool:
 
 def test_it_holds_for_the_same_tensors_unchanged():
     values = tensors()
-    assert holds(moment(values), values)
-    assert not holds(moment(values), tensors())
+    assert holds(moment(values), values) and not holds(moment(values), tensors())
     assert not holds(moment(values), values[::-1])
 
 
@@ -93,8 +92,7 @@ def test_it_does_not_end_while_a_view_keeps_the_memory():
 
 
 def test_death_is_told_and_ends_it():
-    deaths = []
-    values = tensors()
+    deaths, values = [], tensors()
     at, state = moment(values, lambda _: deaths.append(1)), state_of(values)
     left = values.pop()
     del values

@@ -51,40 +51,23 @@ def gelu_by_hand(sums: Tensor) -> Tensor:
 
 
 MODELS = {
-    "Qwen3": (qwen, (), Activation(), "gate_up"),
-    "DeepSeek-V4": (deepseek_v4, (10.0,), CLAMPED, "gate_up"),
+    "Qwen3": (qwen, (), Activation(), "gate_up"), "DeepSeek-V4": (deepseek_v4, (10.0,), CLAMPED, "gate_up"),
     "gpt-oss": (gpt_oss, (7.0, -7.0, 1.702, 1.0), GPT_OSS, "interleaved"),
     "NemotronH": (lambda s: F.relu(s).square(), (), Activation("relu2", False), None),
     "relu": (lambda s: F.relu(s[:, :12]) * s[:, 12:], (), Activation("relu"), "gate_up"),
     "in place": (in_place, (10,), CLAMPED, "gate_up"),
     "gelu by hand": (gelu_by_hand, (0.5, 0.79788, 0.044715, 3), Activation("gelu_tanh"), "gate_up"),
     "no gates, clamped": (lambda s: F.gelu(s.clamp(max=3)), (3,), Activation("gelu", False, 1.0, 3.0), None),
-    "gates apart from ups": (
-        lambda s: F.silu(s.chunk(2, -1)[0].clamp(max=20)) * s.chunk(2, -1)[1].clamp(-0.5, 0.5),
-        (20, 0.5),
-        Activation(gate_limit=20.0, up_limit=0.5),
-        "gate_up",
-    ),
-    "up less a number": (
-        lambda s: F.silu(s.chunk(2, -1)[0]) * (s.chunk(2, -1)[1] - 0.7),
-        (0.7,),
-        Activation(up_offset=-0.7),
-        "gate_up",
-    ),
-    "swish by a negative number": (
-        lambda s: s[:, ::2] / (1 + torch.exp(-1.702 * s[:, ::2])) * s[:, 1::2],
-        (-1.702,),
-        Activation(alpha=1.702),
-        "interleaved",
-    ),
-    "finite in float16": (
-        lambda s: F.silu(s.clamp(max=65504.0)),
-        (65504.0,),
-        Activation("silu", False, 1.0, 65504.0),
-        None,
-    ),
+    "gates apart from ups": (lambda s: F.silu(s.chunk(2, -1)[0].clamp(max=20)) * s.chunk(2, -1)[1].clamp(-0.5, 0.5),
+     (20, 0.5), Activation(gate_limit=20.0, up_limit=0.5), "gate_up"),
+    "up less a number": (lambda s: F.silu(s.chunk(2, -1)[0]) * (s.chunk(2, -1)[1] - 0.7), (0.7,),
+     Activation(up_offset=-0.7), "gate_up"),
+    "swish by a negative number": (lambda s: s[:, ::2] / (1 + torch.exp(-1.702 * s[:, ::2])) * s[:, 1::2], (-1.702,),
+     Activation(alpha=1.702), "interleaved"),
+    "finite in float16": (lambda s: F.silu(s.clamp(max=65504.0)), (65504.0,),
+     Activation("silu", False, 1.0, 65504.0), None),
     "numbers of no use": (qwen, (1e-6, 1e4, 1e30, float("inf"), float("nan"), 0, 128, -3), Activation(), "gate_up"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("function, numbers, activation, order", MODELS.values(), ids=MODELS)
@@ -144,28 +127,21 @@ REFUSED = {
     "clamped product": mutated(product=lambda v, u: (v * u).clamp(-50, 50)),
     "clamped product, far out": mutated(product=lambda v, u: (v * u).clamp(max=99)),
     "a factor": mutated(product=lambda v, u: v * u * 1.5),
-    "a small factor": mutated(product=lambda v, u: v * u * 1.0001),
-    "a minus": mutated(product=lambda v, u: -v * u),
+    "a small factor": mutated(product=lambda v, u: v * u * 1.0001), "a minus": mutated(product=lambda v, u: -v * u),
     "a bias before": mutated(gate=lambda g: (g + 0.01).clamp(max=10.0)),
-    "a bias after": mutated(product=lambda v, u: v * u + 1e-3),
-    "a sum": mutated(product=torch.add),
-    "sigmoid": mutated(function=torch.sigmoid),
-    "tanh": mutated(function=torch.tanh),
-    "leaky relu": mutated(function=F.leaky_relu),
-    "elu": mutated(function=F.elu),
-    "mish": mutated(function=F.mish),
-    "hard swish": mutated(function=F.hardswish),
-    "relu6": mutated(function=F.relu6),
+    "a bias after": mutated(product=lambda v, u: v * u + 1e-3), "a sum": mutated(product=torch.add),
+    "sigmoid": mutated(function=torch.sigmoid), "tanh": mutated(function=torch.tanh),
+    "leaky relu": mutated(function=F.leaky_relu), "elu": mutated(function=F.elu), "mish": mutated(function=F.mish),
+    "hard swish": mutated(function=F.hardswish), "relu6": mutated(function=F.relu6),
     "relu cubed": mutated(function=lambda g: F.relu(g) ** 3),
     "silu of silu": mutated(function=lambda g: F.silu(F.silu(g))),
     "another alpha": mutated(function=lambda g: g * torch.sigmoid(1.1 * g)),
     "rounded to bfloat16": mutated(product=lambda v, u: (v * u).bfloat16()),
-    "no gate at all": mutated(function=lambda g: g),
-    "one column is not like the others": of_one_column,
+    "no gate at all": mutated(function=lambda g: g), "one column is not like the others": of_one_column,
     "one column has another limit": another_limit_in_one_column,
     "NaN": mutated(product=lambda v, u: torch.where(v > 9, torch.nan, v * u)),
     "noise": mutated(product=lambda v, u: v * u * (1 + 1e-4 * torch.rand_like(v))),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
@@ -179,18 +155,15 @@ def test_one_thing_changed_is_refused(function):
 MIXED = {
     "pairs crossed": lambda s: F.silu(s[:, :12]) * s[:, 12:].flip(-1),
     "pairs of two": lambda s: torch.cat((qwen(s[:, :12]), qwen(s[:, 12:])), -1),
-    "normalised": lambda s: F.softmax(s[:, :12], -1) * s[:, 12:],
-    "gates only": lambda s: F.silu(s[:, :12]),
-    "zeros": lambda s: torch.zeros_like(s[:, :12]),
-    "reversed": lambda s: F.relu(s).flip(-1),
+    "normalised": lambda s: F.softmax(s[:, :12], -1) * s[:, 12:], "gates only": lambda s: F.silu(s[:, :12]),
+    "zeros": lambda s: torch.zeros_like(s[:, :12]), "reversed": lambda s: F.relu(s).flip(-1),
     "one sum for all": lambda s: F.relu(s[:, :1]) + F.relu(s),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("function", MIXED.values(), ids=MIXED)
 def test_other_pairs_are_refused(function):
-    found = recognise_activation(function, ROWS, ())
-    assert "does not depend on the sums" in found.detail
+    assert "does not depend on the sums" in recognise_activation(function, ROWS, ()).detail
 
 
 def test_a_refusal_names_the_nearest_and_the_smallest_sums_that_differ():
@@ -245,12 +218,9 @@ def test_the_gates_of_transformers():
         numbers = [value for value in attributes.values() if isinstance(value, float)]
         return recognise_activation(lambda sums: function(self, sums), ROWS, numbers)
 
-    oss = GptOssExperts._apply_gate
-    assert gate(oss, alpha=1.702, limit=7.0) == (GPT_OSS, "interleaved")
-    clamped = DeepseekV4Experts._apply_gate
-    assert gate(clamped, act_fn=ACT2FN["silu"], limit=10.0) == (CLAMPED, "gate_up")
+    assert gate(GptOssExperts._apply_gate, alpha=1.702, limit=7.0) == (GPT_OSS, "interleaved")
+    assert gate(DeepseekV4Experts._apply_gate, act_fn=ACT2FN["silu"], limit=10.0) == (CLAMPED, "gate_up")
     for name, function in (("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu2", "relu2")):
         assert gate(moe._default_apply_gate, act_fn=ACT2FN[name]) == (Activation(function), "gate_up")
-    quick = gate(moe._default_apply_gate, act_fn=ACT2FN["quick_gelu"], x=1.702)
-    assert quick == (Activation(alpha=1.702), "gate_up")
+    assert gate(moe._default_apply_gate, act_fn=ACT2FN["quick_gelu"], x=1.702) == (Activation(alpha=1.702), "gate_up")
     assert isinstance(gate(Step3p7Experts._apply_gate, act_fn=ACT2FN["silu"], limit=7.0), Rejected)

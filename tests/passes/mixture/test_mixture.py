@@ -19,6 +19,7 @@ from marlin_w4a16.report.data import Report
 from mixtures.experts import stacked
 from mixtures.models import FAMILIES
 from mixtures.written import FORMS, H, Mixture, Parts, batched, grouped, halves, inputs, interleaved, native
+from narrow import wide
 from programs.backend import reported
 
 SILU = "silu(gate) * up"
@@ -27,8 +28,7 @@ GPT_OSS = "silu(gate <= 7, 1.702) * (up in +-7 + 1)"
 
 def ops_of(module: nn.Module, args: tuple, **options: object) -> tuple[set[str], set[str]]:
     """The names of the ops that replace its weights, and what their mixtures say; it computes what it did."""
-    rows = assert_right(module, args, **options).rows
-    replaced = [row for row in rows if isinstance(row.outcome, Replaced)]
+    replaced = [row for row in assert_right(module, args, **options).rows if isinstance(row.outcome, Replaced)]
     return (
         {row.outcome.op.removeprefix("marlin_w4a16::") for row in replaced},
         {row.experts.activation for row in replaced if row.experts is not None},
@@ -47,13 +47,11 @@ def assert_right(module: nn.Module, args: tuple, **options: object) -> Report:
 @pytest.mark.parametrize(
     "parts, activation",
     [
-        (Parts(), SILU),
-        (Parts(activation=interleaved, bias=True), GPT_OSS),
-        (Parts(activation=lambda z: relu(z).square(), gated=False), "relu2(z)"),
-        (Parts(on_input=True), SILU),
+        (Parts(), SILU), (Parts(activation=interleaved, bias=True), GPT_OSS),
+        (Parts(activation=lambda z: relu(z).square(), gated=False), "relu2(z)"), (Parts(on_input=True), SILU),
     ],
     ids=["silu", "gpt-oss", "relu2", "on input"],
-)
+)  # fmt: skip
 def test_each_form_is_one_op(form, parts, activation):
     module, args = Mixture(replace(parts, form=form)), inputs()
     assert ops_of(module, args) == ({"moe"}, {activation})
@@ -118,16 +116,14 @@ ACTIVATIONS = {
     "another offset": (gate(swiglu(), clamped_up(offset=0.5)), GPT_OSS.replace("+ 1", "+ 0.5")),
     "limited after the offset": (gate(swiglu(), lambda u: (u + 1).clamp(-7.0, 7.0)), None),
     "limits far out": (gate(lambda g: silu(g.clamp(max=90.0)), lambda u: u), SILU.replace("gate", "gate <= 90")),
-    "a factor": (gate(swiglu(), lambda u: 1.01 * clamped_up()(u)), None),
-    "tanh": (gate(torch.tanh), None),
+    "a factor": (gate(swiglu(), lambda u: 1.01 * clamped_up()(u)), None), "tanh": (gate(torch.tanh), None),
     "gelu": (gate(gelu), "gelu(gate) * up"),
-    "gelu by tanh": (gate(lambda g: gelu(g, approximate="tanh")), "gelu_tanh(gate) * up"),
-    "halves": (halves, SILU),
+    "gelu by tanh": (gate(lambda g: gelu(g, approximate="tanh")), "gelu_tanh(gate) * up"), "halves": (halves, SILU),
     "halves, up first": (lambda s: s.chunk(2, -1)[0] * silu(s.chunk(2, -1)[1]), SILU),
     "up first": (lambda s: s[..., ::2] * silu(s[..., 1::2]), SILU),
     "halves of quarters": (lambda s: halves(s.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].flatten(-2)), None),
     "rows that are mixed": (lambda s: halves(s).flip(-1), None),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -181,8 +177,7 @@ class Twisted(Mixture):
 
 @pytest.mark.parametrize("form", [grouped, batched])
 @pytest.mark.parametrize(
-    "twist",
-    ["weights of the next token", "experts of the next token", "the next expert", "a constant that is no bias"],
+    "twist", ["weights of the next token", "experts of the next token", "the next expert", "a constant that is no bias"]
 )
 def test_routes_that_are_changed_are_followed_or_refused(twist, form):
     module, args = Twisted(twist, Parts(form)), inputs()
@@ -192,8 +187,7 @@ def test_routes_that_are_changed_are_followed_or_refused(twist, form):
 def test_a_bias_of_one_product_only():
     class OfTheSecond(Mixture):
         def expert(self, x, weight, chosen, multiply):
-            y = multiply(halves(multiply(x, self.gate_up_proj)), self.down_proj)
-            return (y + self.bias2[chosen]) * weight
+            return (multiply(halves(multiply(x, self.gate_up_proj)), self.down_proj) + self.bias2[chosen]) * weight
 
     module, args = OfTheSecond(Parts(bias=True)), inputs()
     assert ops_of(module, args) == ({"moe"}, {SILU})
@@ -237,8 +231,7 @@ def test_what_is_read_on_the_way_stays():
 def test_what_is_computed_before_the_products_may_be_read_elsewhere():
     class Counting(Mixture):
         def forward(self, x, weights, ids):
-            y = super().forward(x, weights, ids)
-            return y + torch.sort(ids.reshape(-1))[0].float().mean()
+            return super().forward(x, weights, ids) + torch.sort(ids.reshape(-1))[0].float().mean()
 
     module, args = Counting(Parts()), inputs()
     assert ops_of(module, args) == ({"moe"}, {SILU})
@@ -282,11 +275,10 @@ def test_an_excluded_weight_leaves_the_other_as_a_piece():
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("moe", [True, pytest.param(False, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("moe", [True, wide(False)])
 def test_verify_finds_no_error(form, moe):
     module = Mixture(Parts(form, interleaved, bias=True), quantize_mxfp4, torch.bfloat16)
-    args = inputs(dtype=torch.bfloat16)
-    calls = []
+    args, calls = inputs(dtype=torch.bfloat16), []
     torch._dynamo.reset()
     torch.compile(module, backend=lambda gm, given: calls.append((gm, given)) or gm.forward)(*args)
     rows = rewrite(*calls[0], Options(verify=True, moe=moe).settings).rows
@@ -375,8 +367,7 @@ def test_tokens_go_beyond_the_limits_on_both_sides():
 def test_weights_of_zero_prove_nothing():
     module, args = Mixture(Parts()), inputs()
     module.gate_up_proj_codes.zero_()
-    assert ops_of(module, args) == ({"grouped_linear"}, set())
-    assert not module(*args).any()
+    assert ops_of(module, args) == ({"grouped_linear"}, set()) and not module(*args).any()
 
 
 @pytest.mark.parametrize("how", ["grouped_mm", "batched_mm"])

@@ -1,15 +1,19 @@
-"""Cases of matrices of which a part, the narrow one, runs without --wide."""
+"""Cases that run with --wide alone, and matrices of which a part, the narrow one, runs without."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 
 
-def case(*values: Any, id: str, narrow: bool) -> Any:
+def case(*values: Any, narrow: bool, id: str | None = None) -> Any:
     """One case, which is marked wide unless it is narrow."""
     return pytest.param(*values, id=id, marks=() if narrow else pytest.mark.wide)
+
+
+wide = partial(case, narrow=False)
 
 
 def matrix(narrow: Callable[..., bool], *axes: Iterable[Any]) -> list[Any]:

@@ -1,0 +1,21 @@
+"""The tensors of a module's state."""
+
+import torch
+from torch import Tensor, nn
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of them."""
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """In the same order, with the same dtypes and values."""
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+
+
+def addresses(module: nn.Module) -> list[int]:
+    """Where its parameters lie."""
+    return [p.data_ptr() for p in module.parameters()]
