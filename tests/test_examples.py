@@ -47,8 +47,9 @@ def agreeing(text: str) -> list[int]:
     return [int(total if torch.cuda.is_available() else same) for same, total in found]
 
 
-def test_a_tiny_gpt_oss_generates_the_same_compiled():
-    done = run("gpt_oss", arguments=("--new-tokens", "6"))
+@pytest.mark.parametrize("before", [pytest.param(INSTEAD, id="not compiled"), wide("", id="compiled")])
+def test_a_tiny_gpt_oss_generates_the_same_through_the_backend(before):
+    done = run("gpt_oss", arguments=("--new-tokens", "6"), before=before)
     assert "4 in whole mixtures: 2 of 8 experts" in done.stderr, done.stderr
     assert agreeing(done.stdout) == [6]
 

@@ -128,7 +128,7 @@ def find_pairs(products: Sequence[Product], flow: Flow) -> list[Pair]:
         first = routed[nearest]
         i, rows = second.matrices.k, first.matrices.n
         if first.matrices.batch == second.matrices.batch and rows in (i, 2 * i):
-            pair = Pair(first, second, _Search(first, second, flow).run())
+            pair = Pair(first, second, _ClosedParts(first, second, flow).run())
             if isinstance(pair.candidates, Rejected):
                 doubtful.append(pair)
             else:
@@ -142,7 +142,7 @@ def find_pairs(products: Sequence[Product], flow: Flow) -> list[Pair]:
     return found
 
 
-class _Search:
+class _ClosedParts:
     """The search for closed parts of a graph that hold two products."""
 
     def __init__(self, first: Product, second: Product, flow: Flow) -> None:

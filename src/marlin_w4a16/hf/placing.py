@@ -15,7 +15,7 @@ from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import BESIDE, CACHE_SCALE, Contents, Layer, Problem
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
-from marlin_w4a16.hf.experts.gather import ExpertLayers, Gathered, Target
+from marlin_w4a16.hf.experts.gather import Destination, ExpertLayers, Gathered
 from marlin_w4a16.hf.experts.modules import StoredExperts
 from marlin_w4a16.hf.linear import StoredLinear
 from marlin_w4a16.producers.found import is_linear
@@ -108,14 +108,14 @@ class _Renaming:
     def __call__(self, name: str) -> str:
         return self._renamed(name)[0]
 
-    def target(self, layer: Layer) -> Target:
+    def target(self, layer: Layer) -> Destination:
         """Where transformers would put a layer."""
         name, pattern = self._renamed(f"{layer.path}.weight" if layer.storage.joint == "." else layer.path)
         converter = self._by_pattern[pattern] if pattern is not None else None
         if converter is None or pattern is None:
-            return Target(name)
+            return Destination(name)
         operations = tuple(type(operation).__name__ for operation in converter.operations)
-        return Target(name, converter.source_patterns.index(pattern), len(converter.source_patterns), operations)
+        return Destination(name, converter.source_patterns.index(pattern), len(converter.source_patterns), operations)
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         new, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)

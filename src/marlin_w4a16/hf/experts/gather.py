@@ -20,7 +20,7 @@ _STACKED = ("MergeModulelist", "Concatenate")  # what transformers does to exper
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Destination:
     """Where transformers would put a tensor.
 
     Attributes:
@@ -46,7 +46,7 @@ class Gathered:
 
 
 # What a checkpoint has for one Experts module by parameter: layers by place in it and number of the expert.
-_Layers = dict[str, tuple[Target, dict[int, dict[int, Layer]]]]
+_Layers = dict[str, tuple[Destination, dict[int, dict[int, Layer]]]]
 
 
 class ExpertLayers:
@@ -56,7 +56,7 @@ class ExpertLayers:
         self._modules: dict[str, Any] = {path: m for path, m in model.named_modules() if is_experts(m)}
         self._found: dict[str, _Layers] = {}
 
-    def take(self, layer: Layer, target: Target) -> bool:
+    def take(self, layer: Layer, target: Destination) -> bool:
         """Whether a layer belongs to experts; it is remembered then."""
         path, _, name = target.name.rpartition(".")
         if path not in self._modules:
