@@ -62,6 +62,7 @@ def moe(
         bias2: ``[experts, hidden]`` or None.
         weight_on_input: multiply the input of an expert by its routing weight instead of the output.
         expert_map: ``[all experts]``, integers: the place of each expert among these, or -1; None for the same places.
+            For experts that are shared out among GPUs; nothing here passes one.
 
     Returns:
         ``[tokens, hidden]`` in the dtype of x: float32 sums, rounded once, equal bits on every run. Differentiable in

@@ -193,7 +193,7 @@ def plan_hopper_experts(processors: int, pairs: int, experts: int, *rows: int) -
 
 
 # Shared memory of a multiprocessor that two programs of the kernel for few tokens can have each.
-_HALF = (227 << 10) // 2 - 1024
+_HALF = SHARED_MEMORY[9, 0] // 2 - 1024
 _FEW = 16  # tokens up to which rows.py can serve
 _LARGE = 100 << 20  # elements of a weight from which x is read once for 256 rows
 # For more than 128 tokens: the more tokens, the less is decoded for each; the fewer, the more tiles there are.

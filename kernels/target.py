@@ -49,7 +49,7 @@ class Target:
     @property
     def gluon(self) -> bool:
         """Whether the Gluon kernels serve it."""
-        return self.hopper and gluon_is_known()
+        return self.capability == (9, 0) and gluon_is_known()
 
 
 def supports(device: torch.device) -> bool:

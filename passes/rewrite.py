@@ -2,7 +2,7 @@
 
 Weights that stand in products are found (find/), each is judged by its value (judge/), two of them with what stands
 around them may be a whole mixture of experts (mixture/): that is proved, unit by unit. What was proved is replaced
-(replace/) by ops on packed copies that follow the live weights (live/); then ops are joined (fuse/).
+(replace/) by ops on packed copies that follow the live weights (live/); then the ops alone are looked at (fuse/).
 """
 
 from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ class _Prove:
         alone = []
         for weight, found in zip(unit.weights, founds, strict=True):
             left = isinstance(found, Found) and weight.routed and not self._settings.grouped
-            alone.append(Alone(weight, whole or _NOT_GROUPED if left else found, whole))
+            alone.append(Alone(weight, (whole or _NOT_GROUPED) if left else found, whole))
         return alone
 
     def _found(self, weight: Weight, unit: Unit) -> Verdict:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "files.md"
 COMMAND = "PYTHONPATH=tests python -m house"
 PACKAGE = "src/marlin_w4a16"
-# Folders from the front door down, as imports go (tests/test_imports.py).
+# Folders from the front door down; files beside folders are the top of a room or its ground (tests/test_imports.py).
 ROOMS = {
     PACKAGE: "the front door",
     f"{PACKAGE}/cli": "the commands of `python -m marlin_w4a16`",
@@ -45,8 +45,9 @@ def text() -> str:
     """The page."""
     parts = [
         "# Every file",
-        f"Written by `{COMMAND}` from the files themselves. Each folder may import what stands below it on this page, "
-        "not what stands above ([the order in full](../tests/test_imports.py)).",
+        f"Written by `{COMMAND}` from the files themselves. The folders of a room stand in the order in which "
+        "they may import each other, downwards; files beside folders are the top of a room or its ground: "
+        "[the order in full](../tests/test_imports.py).",
     ]
     for room, what in ROOMS.items():
         parts.append(f"## `{room}/`: {what}")

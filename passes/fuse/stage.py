@@ -1,7 +1,7 @@
 """The stage after replacing: ops of this project become fewer of them.
 
 A fusion takes a graph and edits it. It finds ops by what they are called with, so weights that were bound by the pass
-and weights that their modules own packed are one to it.
+and weights that their modules own packed are one to it. Nodes that ops stand for are still there, and go afterwards.
 """
 
 from collections.abc import Callable, Iterable

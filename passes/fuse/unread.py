@@ -9,7 +9,7 @@ from marlin_w4a16.passes.graph.torch_private import op_namespace
 def drop_unread(graph: fx.Graph) -> None:
     """Erases the calls of this project's ops that nothing reads: they are functional, so nothing else is lost.
 
-    What they alone have read, such as the packed tensors of a module, is then no input of the compiled graph.
+    Packed tensors of a module that they alone have read are then no inputs of the compiled graph.
     """
     for node in reversed(list(graph.nodes)):
         if not node.users and op_namespace(node.target) == NAMESPACE:

@@ -1,4 +1,4 @@
-"""Where codes, scales and factors of a weight may stand: every hypothesis of `recognise`, cheapest first."""
+"""Where codes, scales and factors of a weight may stand: every hypothesis of the search, cheapest first."""
 
 from collections.abc import Iterator
 

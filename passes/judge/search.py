@@ -174,11 +174,11 @@ class _Search:
         for part in parts:
             size = part.matrices.k if axis else part.rows
             leaves = [self.leaves[self.decode.leaves.index(leaf)] for leaf in part.leaves]
-            judged = _Search(part, leaves, self.name, self.rules).run(value.narrow(axis, start, size))
-            if isinstance(judged, Rejected):
+            of_part = _Search(part, leaves, self.name, self.rules).run(value.narrow(axis, start, size))
+            if isinstance(of_part, Rejected):
                 which = f"its {'columns' if axis else 'rows'} from {start} to {start + size - 1}"
-                return Rejected(f"{which}: {judged.why}", judged.detail)
-            found.append(judged)
+                return Rejected(f"{which}: {of_part.why}", of_part.detail)
+            found.append(of_part)
             start += size
         if not found:
             return None

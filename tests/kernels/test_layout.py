@@ -50,7 +50,7 @@ def any_weight(lead: tuple[int, ...], n: int, k: int, kind: str, group: int, see
 
 
 @given(shapes())
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_unpack_inverts_pack_bit_for_bit(shape):
     weight = any_weight(**shape)
     packed = pack(weight)

@@ -12,7 +12,7 @@ def tensors() -> list[Tensor]:
     return [torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)]
 
 
-def moment(values: list[Tensor], *on_death) -> Snapshot:
+def snapshot(values: list[Tensor], *on_death) -> Snapshot:
     return Snapshot(values, state_of(values), *on_death)
 
 
@@ -22,8 +22,8 @@ def holds(at: Snapshot, values: list[Tensor]) -> bool:
 
 def test_it_holds_for_the_same_tensors_unchanged():
     values = tensors()
-    assert holds(moment(values), values) and not holds(moment(values), tensors())
-    assert not holds(moment(values), values[::-1])
+    assert holds(snapshot(values), values) and not holds(snapshot(values), tensors())
+    assert not holds(snapshot(values), values[::-1])
 
 
 @pytest.mark.parametrize("i", [0, 1])
@@ -32,14 +32,14 @@ def test_it_holds_for_the_same_tensors_unchanged():
 )
 def test_a_write_ends_it(i, write):
     values = tensors()
-    at = moment(values)
+    at = snapshot(values)
     write(values[i])
     assert not holds(at, values)
 
 
 def test_memory_that_is_replaced_while_it_lives_on_ends_it():
     values = tensors()
-    at, kept = moment(values), values[0].data
+    at, kept = snapshot(values), values[0].data
     values[0].data = kept.clone()
     assert not holds(at, values)
 
@@ -47,7 +47,7 @@ def test_memory_that_is_replaced_while_it_lives_on_ends_it():
 def test_views_of_one_memory_are_told_apart():
     rows = torch.zeros(8, 4)
     first, second = [rows[:4]], [rows[:4]]
-    at = moment(first)
+    at = snapshot(first)
     assert state_of(first) == state_of(second)
     assert holds(at, first) and not holds(at, second)
 
@@ -56,10 +56,10 @@ def test_views_of_one_memory_are_told_apart():
 def test_a_write_that_nothing_sees_can_be_marked(inference):
     with torch.inference_mode(inference):
         values = tensors()
-    at = moment(values)
+    at = snapshot(values)
     mark_written(values[1:])
-    assert not holds(at, values) and holds(moment(values), values)
-    again = moment(values)
+    assert not holds(at, values) and holds(snapshot(values), values)
+    again = snapshot(values)
     mark_written(values)
     assert not holds(again, values)
 
@@ -67,7 +67,7 @@ def test_a_write_that_nothing_sees_can_be_marked(inference):
 def test_marking_one_inference_tensor_leaves_the_others():
     with torch.inference_mode():
         values, others = tensors(), tensors()
-    at = moment(values)
+    at = snapshot(values)
     mark_written(others)
     assert holds(at, values)
 
@@ -75,7 +75,7 @@ def test_marking_one_inference_tensor_leaves_the_others():
 def test_it_ends_when_memory_is_given_up_though_address_and_version_come_back():
     """What an allocator may do between two calls: free the memory of a weight, and give it to the next one."""
     value = torch.zeros(1 << 12)
-    at = moment([value])
+    at = snapshot([value])
     state = state_of([value])
     value.data = torch.zeros(0)
     assert not at.holds([value], state)
@@ -83,7 +83,7 @@ def test_it_ends_when_memory_is_given_up_though_address_and_version_come_back():
 
 def test_it_does_not_end_while_a_view_keeps_the_memory():
     value = torch.zeros(4)
-    at, state = moment([value]), state_of([value])
+    at, state = snapshot([value]), state_of([value])
     view = value.view(2, 2)
     value.data = torch.zeros(0)
     assert at.holds([value], state)
@@ -93,7 +93,7 @@ def test_it_does_not_end_while_a_view_keeps_the_memory():
 
 def test_death_is_told_and_ends_it():
     deaths, values = [], tensors()
-    at, state = moment(values, lambda _: deaths.append(1)), state_of(values)
+    at, state = snapshot(values, lambda _: deaths.append(1)), state_of(values)
     left = values.pop()
     del values
     gc.collect()
@@ -104,7 +104,7 @@ def test_it_keeps_nothing_alive():
     import weakref
 
     values = tensors()
-    at = moment(values)
+    at = snapshot(values)
     refs = [weakref.ref(x) for t in values for x in (t, t.untyped_storage())]
     del values
     gc.collect()
