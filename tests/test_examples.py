@@ -31,16 +31,6 @@ def run(*names: str, arguments: tuple[str, ...] = (), before: str = "", **enviro
 INSTEAD = "import marlin_w4a16.backend as backend; backend.compile_graph = lambda gm, *_: gm.forward"
 
 
-@pytest.mark.parametrize("before", [pytest.param(INSTEAD, id="not compiled"), wide("", id="compiled")])
-def test_the_quickstart_replaces_every_linear_of_both_models(before):
-    done = run("quickstart", before=before)
-    compiled = re.findall(r"replaced (\d+) of (\d+) FP4 linears", done.stderr)
-    assert len(compiled) >= 2 and all(done == all_ for done, all_ in compiled)
-    assert done.stdout.count("times smaller") == 2
-    by_modelopt = torch.__version__ >= "2.13" and not torch.cuda.is_available()
-    assert done.stdout.count("prepare() frees the originals: swapped 14 of 15 linears") == by_modelopt
-
-
 def agreeing(text: str) -> list[int]:
     """How many tokens of each run were the same compiled; all, where the GPU's 16 bits leave the choice open."""
     found = re.findall(r"before the first that differs: (\d+) of (\d+)", text)
@@ -48,8 +38,14 @@ def agreeing(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("before", [pytest.param(INSTEAD, id="not compiled"), wide("", id="compiled")])
-def test_a_tiny_gpt_oss_generates_the_same_through_the_backend(before):
-    done = run("gpt_oss", arguments=("--new-tokens", "6"), before=before)
+def test_the_demo(before):
+    """The quickstart replaces every linear of both models, and a tiny gpt-oss generates the same."""
+    done = run("quickstart", "gpt_oss", arguments=("--new-tokens", "6"), before=before)
+    compiled = re.findall(r"replaced (\d+) of (\d+) FP4 linears", done.stderr)
+    assert len(compiled) >= 2 and all(done == all_ for done, all_ in compiled)
+    assert done.stdout.count("times smaller") == 2
+    by_modelopt = torch.__version__ >= "2.13" and not torch.cuda.is_available()
+    assert done.stdout.count("prepare() frees the originals: swapped 14 of 15 linears") == by_modelopt
     assert "4 in whole mixtures: 2 of 8 experts" in done.stderr, done.stderr
     assert agreeing(done.stdout) == [6]
 

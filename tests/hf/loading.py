@@ -101,16 +101,19 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if path.endswith(".experts")}
 
 
+@functools.cache
 def stored(name: str, family: str = "llama") -> dict[str, Tensor]:
     """The tensors of a checkpoint by their names in the files."""
     return tensors_of(written(name, family))
 
 
+@functools.cache
 def model_type(name: str, family: str) -> str:
     """That of a checkpoint's config."""
     return json.loads((written(name, family) / "config.json").read_text())["model_type"]
 
 
+@functools.cache
 def kinds(name: str, family: str) -> dict[str, str]:
     """What each quantised module is expected to be by its path in the model: told from the tensors of the files.
 

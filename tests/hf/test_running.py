@@ -132,6 +132,7 @@ def test_layers_share_compiled_graphs(prompts, as_traced, caplog):
     assert caplog.text.count(" packed stacks of experts") < 3
 
 
+@pytest.mark.wide
 def test_packed_copies_of_a_shared_graph_are_those_of_each_layer(prompts, as_traced, caplog):
     """Here the model decodes FP4 itself, and the backend packs what it finds."""
     model = family("Qwen3Moe", 3).build()

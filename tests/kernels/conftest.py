@@ -1,4 +1,3 @@
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,11 +7,6 @@ import torch
 from kernels.interpreter import Interpreter
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
-
-# torch's threads spin while they wait: more of them than cores, in several workers, cost up to ten times the time
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and in the processes that tests start
 
 
 def draw_weight(

@@ -1,5 +1,7 @@
 """The experts of real models, as transformers traces them: each block becomes one op that computes the same."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -8,21 +10,25 @@ from marlin_w4a16 import explain
 from marlin_w4a16.passes.outcome import Replaced
 from marlin_w4a16.report.data import Report
 from mixtures.models import FAMILIES, Family
-from narrow import wide
+from narrow import case, wide
 from programs.backend import reported
 
 # One implementation is enough where the other families show what is between the products by both.
 ONE = ("DeepseekV3", "DeepseekV4", "Glm4Moe", "Mixtral")
+# Those whose single products are found in ways of their own.
+PIECES = ("Qwen3Moe", "GptOss", "NemotronH", "Llama4")
 
 
-def each(few: tuple[str, ...]) -> pytest.MarkDecorator:
-    """Every family by every implementation; all but the first of these few is wide."""
-    cases = []
-    for family in FAMILIES:
-        for how in family.implementations:
-            marks = pytest.mark.wide if family.name in few and how != family.implementations[0] else ()
-            cases.append(pytest.param(family, how, id=f"{family}-{how or 'bmm'}", marks=marks))
-    return pytest.mark.parametrize("family, how", cases)
+def each(narrow: Callable[[Family, bool], bool]) -> pytest.MarkDecorator:
+    """Every family by every implementation; ``narrow`` is asked with the family and whether this is the first."""
+    return pytest.mark.parametrize(
+        "family, how",
+        [
+            case(family, how, id=f"{family}-{how or 'bmm'}", narrow=narrow(family, number == 0))
+            for family in FAMILIES
+            for number, how in enumerate(family.implementations)
+        ],
+    )
 
 
 def tokens(shape: tuple[int, int] = (2, 9)) -> torch.Tensor:
@@ -44,7 +50,7 @@ def through_backend(model: nn.Module, ids: torch.Tensor, **options: object) -> t
         return reported(lambda ids: model(ids, use_cache=False).logits, (ids,), strict=True, **options)
 
 
-@each(ONE)
+@each(lambda family, first: first or family.name not in ONE)
 def test_each_block_is_one_op_that_computes_the_same(family: Family, how: str | None):
     model, ids = family.build(how), tokens()
     found, report = through_backend(model, ids)
@@ -57,7 +63,7 @@ def test_each_block_is_one_op_that_computes_the_same(family: Family, how: str | 
     assert told == {(count, config.num_experts_per_tok, family.activation)}
 
 
-@each(tuple(family.name for family in FAMILIES))
+@each(lambda family, first: first and family.name in PIECES)
 def test_the_pieces_alone_compute_the_same(family: Family, how: str | None):
     model, ids = family.build(how), tokens((1, 5))
     found, report = through_backend(model, ids, moe=False)
