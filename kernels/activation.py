@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.expert_order import PAIR, unpaired
+from marlin_w4a16.kernels.expert_order import PAIR, gates_and_ups
 
 Function = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
@@ -51,15 +51,15 @@ class Activation:
         return rectified * rectified if self.function == "relu2" else rectified
 
     def of_rows(self, sums: Tensor) -> Tensor:
-        """The activation of sums ``[..., rows]`` whose rows are packed as above: ``[..., rows / 2]`` if gated."""
+        """The activation of sums ``[..., rows]`` of packed rows (`expert_order`): ``[..., rows / 2]`` if gated."""
         if not self.gated:
             return self(sums)
-        gate, up = unpaired(sums)
+        gate, up = gates_and_ups(sums)
         return self(gate, up).flatten(-2)
 
     def gradient_of_rows(self, grad: Tensor, sums: Tensor) -> Tensor:
         """The gradient of the sums of `of_rows`; in closed form, since autograd does not run inside of an op."""
-        gate, up = unpaired(sums) if self.gated else (sums, None)
+        gate, up = gates_and_ups(sums) if self.gated else (sums, None)
         z = gate if self.gate_limit is None else gate.clamp(max=self.gate_limit)
         slope = self._slope(z)
         if self.gate_limit is not None:

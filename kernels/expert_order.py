@@ -61,7 +61,7 @@ def kinds(order: Order | str | None, rows: int) -> tuple[slice, ...]:
     return (slice(None),) if order is None else Order(order).slices(rows)
 
 
-def unpaired(sums: Tensor) -> tuple[Tensor, Tensor]:
+def gates_and_ups(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Gates and ups ``[..., rows / 16, 8]`` of packed rows."""
     gate, up = sums.unflatten(-1, (-1, 2, PAIR)).unbind(-2)
     return gate, up

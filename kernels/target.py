@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+OLDEST, FP4_TENSOR_CORES = (8, 0), (10, 0)  # the kernels serve capabilities from one up to, not including, the other
 # Bytes that one program can have, by capability.
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 
@@ -30,7 +31,7 @@ class Target:
     @property
     def supported(self) -> bool:
         """Whether the kernels serve it."""
-        return (8, 0) <= self.capability < (10, 0)
+        return OLDEST <= self.capability < FP4_TENSOR_CORES
 
     @property
     def why_not(self) -> str | None:
@@ -38,7 +39,10 @@ class Target:
         if self.supported:
             return None
         major, minor = self.capability
-        why = "it has FP4 tensor cores of its own" if major >= 10 else "the kernels need 8.0"
+        if self.capability >= FP4_TENSOR_CORES:
+            why = "it has FP4 tensor cores of its own"
+        else:
+            why = f"the kernels need {OLDEST[0]}.{OLDEST[1]}"
         return f"device of capability {major}.{minor}: {why}"
 
     @property

@@ -25,8 +25,8 @@ from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.mixture.units import Unit, find_units
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Row
 from marlin_w4a16.passes.replace.edit import Edit
-from marlin_w4a16.passes.replace.proved import Alone, WholeMixture
 from marlin_w4a16.passes.replace.report_rows import owned
+from marlin_w4a16.passes.replace.whole import Alone, WholeMixture
 from marlin_w4a16.passes.settings import Settings
 
 DEFAULTS = Settings()
@@ -40,7 +40,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFA
     rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(settings)
     for unit in find_units(traced, settings):
         copies = Copies(settings.rules)
-        rows += [row for proved in prove(unit, copies.packed) for row in proved.replace(edit, copies, settings.verify)]
+        rows += [row for whole in prove(unit, copies.packed) for row in whole.replace(edit, copies, settings.verify)]
     fuse(traced.regions.graphs)
     return edit.finish(rows)
 
@@ -50,7 +50,7 @@ def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAU
     traced = Traced(gm, inputs)
     rows, prove = list(owned(traced.flat.graph)), _Prove(settings)
     for unit in find_units(traced, settings):
-        rows += [row for proved in prove(unit, _packed) for row in proved.rows()]
+        rows += [row for whole in prove(unit, _packed) for row in whole.rows()]
     return tuple(rows)
 
 
@@ -65,7 +65,7 @@ class _Prove:
         self._settings, self._judge, self._prover = settings, Judge(settings), Prover()
 
     def __call__(self, unit: Unit, pack: Pack) -> Sequence[Alone | WholeMixture]:
-        """What is replaced as one: whole mixtures, or else each weight by itself; ``pack`` packs one that was found."""
+        """What is replaced or left as one: whole mixtures, or weights by themselves; ``pack`` packs what was found."""
         founds = [self._found(weight, unit) for weight in unit.weights]
         whole = self._whole(unit, founds, pack)
         if isinstance(whole, WholeMixture):

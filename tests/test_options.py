@@ -76,7 +76,7 @@ def test_an_option_of_another_type_is_an_error(options, message):
         ({"verify": "yes"}, "option 'verify': found 'yes', expected bool"),
         ({"recover": None}, "option 'recover': found None, expected bool"),
         ({"tolerance": "2**-7"}, "option 'tolerance': found '2**-7', expected float | int"),
-        ({"include": 3}, "option 'include or exclude': found 3, expected Sequence"),
+        ({"include": 3}, "option 'include': found 3, expected a glob or a list of globs"),
         ({"exclude": ["a", 3]}, "option 'exclude': found 3, expected str"),
         ({"include": [None]}, "option 'include': found None, expected str"),
     ],

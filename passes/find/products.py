@@ -124,7 +124,7 @@ class Product:
     @property
     def x_node(self) -> fx.Node:
         """The node of the input."""
-        found: fx.Node = arguments_of(self.node, self.spelling)[self.x]
+        found: fx.Node = named_arguments(self.node, self.spelling)[self.x]
         return found
 
     @property
@@ -132,7 +132,7 @@ class Product:
         """The node of the weight."""
         if self.route is not None:
             return self.route.stack
-        found: fx.Node = arguments_of(self.node, self.spelling)[self.weight]
+        found: fx.Node = named_arguments(self.node, self.spelling)[self.weight]
         return found
 
 
@@ -142,7 +142,7 @@ def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
         spelling = _spelling_of(node)
         if spelling is None or node in constants.nodes:
             continue
-        operands = arguments_of(node, spelling)
+        operands = named_arguments(node, spelling)
         for x, weight, spelled in _ways(spelling, operands):
             held = operands.get(weight)
             if not isinstance(held, fx.Node):
@@ -166,10 +166,10 @@ def _spelling_of(node: fx.Node) -> Spelling | None:
 
 def operands_of(product: Product, node: fx.Node) -> dict[str, Any]:
     """What a product, or its copy ``node``, reads beside the weight, by the names of the arguments."""
-    return {name: value for name, value in arguments_of(node, product.spelling).items() if name != product.weight}
+    return {name: value for name, value in named_arguments(node, product.spelling).items() if name != product.weight}
 
 
-def arguments_of(node: fx.Node, spelling: Spelling) -> dict[str, Any]:
+def named_arguments(node: fx.Node, spelling: Spelling) -> dict[str, Any]:
     """The arguments of a product, or of its copy ``node``, by their names."""
     operands = dict(zip(spelling.arguments, node.args, strict=False))
     operands.update(node.kwargs)

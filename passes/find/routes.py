@@ -33,7 +33,7 @@ class Route:
     reader: fx.Node
 
 
-def run(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def at_once(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The `Call` that computes."""
     return target(*args, **kwargs)
 

@@ -9,7 +9,7 @@ from marlin_w4a16.kernels.expert_order import PAIR, Order
 from marlin_w4a16.kernels.experts import pack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack, pack_into
-from marlin_w4a16.passes.find.routes import Call, run
+from marlin_w4a16.passes.find.routes import Call, at_once
 
 
 def pack_stack(weight: FP4Weight, batch: int, order: Order | None, into: PackedFP4 | None = None) -> PackedFP4:
@@ -31,7 +31,7 @@ def pack_stack(weight: FP4Weight, batch: int, order: Order | None, into: PackedF
     return into
 
 
-def paired(rows: Any, order: Order, call: Call = run) -> Any:
+def paired(rows: Any, order: Order, call: Call = at_once) -> Any:
     """Rows ``[experts, 2 i, ...]``, or their node, in the order in which `kernels.experts.pack_experts` has them."""
     if order.interleaved:
         units = call(torch.transpose, call(torch.unflatten, rows, 1, (-1, PAIR, 2)), 2, 3)

@@ -14,10 +14,9 @@ from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order, kinds
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product
-from marlin_w4a16.passes.find.routes import as_rows, from_rows, multiply, ordered, run
+from marlin_w4a16.passes.find.routes import as_rows, at_once, from_rows, multiply, ordered
 from marlin_w4a16.passes.graph.constants import value_of_constant
-from marlin_w4a16.passes.graph.nodes import evaluate, example, sizes
-from marlin_w4a16.passes.graph.nodes import run as run_node
+from marlin_w4a16.passes.graph.nodes import evaluate, example, run, sizes
 from marlin_w4a16.passes.mixture.activation import recognise_activation
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.stacks import paired, unpaired
@@ -69,9 +68,9 @@ class Trial:
         count = math.prod(lead)
 
         def between(sums: Tensor) -> Tensor:
-            shaped = from_rows(run, first.equation, (), lead, sums)
+            shaped = from_rows(at_once, first.equation, (), lead, sums)
             values = self.run(m.nodes[:stop], given, lambda *_: shaped)
-            rows: Tensor = as_rows(run, second.equation, values[second.x_node])[0]
+            rows: Tensor = as_rows(at_once, second.equation, values[second.x_node])[0]
             return rows
 
         def function(sums: Tensor) -> Tensor:
@@ -92,7 +91,7 @@ class Trial:
                 return _multiplied(which, w2, x, routing, None)
             y = _multiplied(which, w13, x, routing, proved.order)
             axes = which.equation
-            sums.append(ordered(run, y, axes.out, axes.batch + axes.free + axes.rows))
+            sums.append(ordered(at_once, y, axes.out, axes.batch + axes.free + axes.rows))
             return y
 
         scale, wrong = 1.0, 0.0
@@ -164,7 +163,7 @@ def _run_wide(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """What a node computes, in float32 where 16 bits were traced."""
     if node.op == "call_method" and node.target in ("half", "bfloat16"):
         return values[node.all_input_nodes[0]].float(*node.args[1:], **node.kwargs)
-    return run_node(node, values, lambda value: _WIDER.get(value, value) if isinstance(value, torch.dtype) else value)
+    return run(node, values, lambda value: _WIDER.get(value, value) if isinstance(value, torch.dtype) else value)
 
 
 def _multiplied(product: Product, packed: PackedFP4, x: Tensor, routing: Tensor | None, order: Order | None) -> Tensor:
@@ -177,9 +176,9 @@ def _multiplied(product: Product, packed: PackedFP4, x: Tensor, routing: Tensor 
         y = grouped_linear(rows, packed, offsets)
         return y if order is None else unpaired(y, order)
 
-    rows, lead = as_rows(run, axes, x.float())
+    rows, lead = as_rows(at_once, axes, x.float())
     each = math.prod(lead[len(axes.batch) :])
-    y: Tensor = from_rows(run, axes, (), lead, multiply(run, linear, route, rows, routing, experts, each))
+    y: Tensor = from_rows(at_once, axes, (), lead, multiply(at_once, linear, route, rows, routing, experts, each))
     return y
 
 

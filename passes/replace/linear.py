@@ -12,7 +12,7 @@ import marlin_w4a16.fake_impls.grouped_linear
 import marlin_w4a16.fake_impls.linear  # noqa: F401, it defines the op
 from marlin_w4a16.fake_impls.library import format_args
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.passes.find.products import Product, arguments_of, is_bias
+from marlin_w4a16.passes.find.products import Product, is_bias, named_arguments
 from marlin_w4a16.passes.find.routes import Call, as_rows, from_rows, multiply, ordered
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.graph.torch_private import fake_result
@@ -39,7 +39,7 @@ def replace(
     def by_op(op: Callable[..., Any], x: fx.Node, last: fx.Node | None) -> Any:
         return call(op, x, *inputs, *format_args(packed), last)
 
-    operands = arguments_of(node, product.spelling)
+    operands = named_arguments(node, product.spelling)
     for axis in reversed(product.x_first):
         x = call(torch.select, x, axis, 0)
     added = operands.get(product.spelling.added) if product.spelling.added else None

@@ -42,7 +42,7 @@ def worst_error(
     dense = judged.decode.traced(judged.values)
     if product.route is not None and product.route.by == "ids":
         dense = dense[values[operands["routing"]]]
-    traced[products.arguments_of(product.node, product.spelling)[product.weight]] = dense
+    traced[products.named_arguments(product.node, product.spelling)[product.weight]] = dense
     values.update(zip(inputs, (packed.words, packed.scales, packed.multiplier), strict=True))
     dtype = example(product.node).dtype
     with torch.no_grad(), torch.autocast(weight.device.type, dtype, enabled=dtype != weight.dtype):

@@ -102,7 +102,8 @@ def globs(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | Non
     """
     if value is None:
         return None
-    _expect_type("include or exclude", value, Sequence)
+    if not isinstance(value, Sequence):
+        raise TypeError(f"marlin_w4a16: option {name!r}: found {value!r}, expected a glob or a list of globs")
     given = (value,) if isinstance(value, str) else tuple(value)
     for glob in given:
         _expect_type(name, glob, str)

@@ -15,7 +15,7 @@ from marlin_w4a16.fake_impls.library import weight_args
 from marlin_w4a16.fake_impls.moe import Arguments, activation_args, arguments_of, moe
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.experts import Experts
-from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing
+from mixtures.oracle import ACTIVATIONS, Mixture, draw_mixture, draw_routing, draw_stack
 
 OPS = torch.ops.marlin_w4a16
 LIMITS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -106,6 +106,12 @@ def test_many_experts_and_choices(experts, k, tokens):
 def test_any_number_of_tokens(tokens, weight_on_input):
     mixture = draw_mixture(name="gpt-oss", biases=True, weight_on_input=weight_on_input)
     assert_right(mixture, torch.randn(tokens, 64), *draw_routing(tokens, 3, 4))
+
+
+def test_the_result_may_have_another_width():
+    mixture, x, routing = replace(draw_mixture(), w2=draw_stack(4, 80, 96)), torch.randn(5, 64), draw_routing(5, 2, 4)
+    assert_right(mixture, x, *routing)
+    torch.library.opcheck(OPS.moe.default, arguments(mixture.packed(), x, *routing), test_utils="test_faketensor")
 
 
 IDS = {

@@ -50,6 +50,7 @@ NARROW: set[Case] = {
     *((made.name, made.family) for made in FORMATS.values()), *MIXTURES, ("modelopt-awq", "gemma3-tied"),
     ("modelopt-nvfp4", "llama-zeros"), ("modelopt-nvfp4", "mistral"), ("modelopt-w4a16", "qwen2"),
     ("ct-nvfp4a16", "llama-tied"), ("ct-nvfp4", "qwen3"), ("ct-mxfp4a16", "llama-bias"),
+    ("ct-mxfp4a16", "llama-zeros"),
     ("modelopt-head", "gemma3-tied"), ("ct-head", "llama-tied"),
 }  # fmt: skip
 KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-mxfp4", "modelopt-fp8",

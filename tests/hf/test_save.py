@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoints.formats import write, written
@@ -80,6 +81,23 @@ def test_mixtures_in_shards_and_another_dtype(name, family, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     expect_the_checkpoint(tmp_path, name, family, torch.float32)
     assert torch.equal(logits(read(tmp_path)), logits(loaded(name, family, torch.float32)))
+
+
+@pytest.mark.parametrize(
+    "name, family", [("ct-mxfp4a16", "llama"), ("ct-mxfp4a16", "deepseekv3"), ("gpt-oss", "gptoss")]
+)
+def test_rows_whose_scales_float16_does_not_hold(name, family, tmp_path):
+    """They are packed with other scales, and saved with their own."""
+    folder = write(name, family, tmp_path / "before")
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for key, scales in tensors.items():
+            if key.endswith(("weight_scale", "_scales")):
+                scales[..., 1, :] -= 60
+        save_file(tensors, file, {"format": "pt"})
+    read(folder).save_pretrained(tmp_path / "after")
+    found, before = tensors_of(tmp_path / "after"), tensors_of(folder)
+    assert found.keys() == before.keys() and all(same(found[key], tensor) for key, tensor in before.items())
 
 
 @pytest.mark.parametrize("from_shards", [False, True])

@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from marlin_w4a16.checkpoints.scheme import CACHE_NOTE, LINEAR, Mismatch, Scheme
-from marlin_w4a16.checkpoints.storage import SCALE_DTYPES, Activations, FP4Storage, Part
+from marlin_w4a16.checkpoints.storage import STORED_SCALES, Activations, FP4Storage, Part
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 
 NVFP4 = (
     Part("weight_packed", "codes", ("U8",), ("n", "k/2")),
-    Part("weight_scale", "scales", SCALE_DTYPES["e4m3"], ("n", "k/g")),
+    Part("weight_scale", "scales", STORED_SCALES["e4m3"], ("n", "k/g")),
     Part("weight_global_scale", "divisor", ("F32",)),
     Part("input_global_scale", "input divisor", ("F32",), optional=True),  # W4A4: 6 * 448 / amax of the input
 )
 MXFP4 = (
     Part("weight_packed", "codes", ("U8",), ("n", "k/2")),
-    Part("weight_scale", "scales", SCALE_DTYPES["e8m0"], ("n", "k/g")),
+    Part("weight_scale", "scales", STORED_SCALES["e8m0"], ("n", "k/g")),
 )
 FORMATS: dict[str, tuple[tuple[Part, ...], ScaleKind, int]] = {
     "nvfp4-pack-quantized": (NVFP4, "e4m3", 16),

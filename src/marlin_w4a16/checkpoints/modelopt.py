@@ -5,7 +5,7 @@ from typing import Any
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.scheme import CACHE_NOTE, LINEAR, Mismatch, Scheme
-from marlin_w4a16.checkpoints.storage import FLOATS, SCALE_DTYPES, Activations, FP4Storage, FP8Storage, Part
+from marlin_w4a16.checkpoints.storage import FLOATS, STORED_SCALES, Activations, FP4Storage, FP8Storage, Part
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 
@@ -13,14 +13,14 @@ PRE_QUANT_SCALE = Part("pre_quant_scale", "pre-quant scale", FLOATS, ("k",), opt
 INPUT_SCALE = Part("input_scale", "input multiplier", ("F32",), optional=True)
 NVFP4 = (
     Part("weight", "codes", ("U8",), ("n", "k/2")),
-    Part("weight_scale", "scales", SCALE_DTYPES["e4m3"], ("n", "k/g")),
+    Part("weight_scale", "scales", STORED_SCALES["e4m3"], ("n", "k/g")),
     Part("weight_scale_2", "multiplier", ("F32",)),
     INPUT_SCALE,  # W4A4: amax of the input / (6 * 448)
     PRE_QUANT_SCALE,  # where ModelOpt could not fold it into the layer before
 )
 MXFP4 = (
     Part("weight", "codes", ("U8",), ("n", "k/2")),
-    Part("weight_scale", "scales", SCALE_DTYPES["e8m0"], ("n", "k/g")),
+    Part("weight_scale", "scales", STORED_SCALES["e8m0"], ("n", "k/g")),
     INPUT_SCALE,
     PRE_QUANT_SCALE,
 )

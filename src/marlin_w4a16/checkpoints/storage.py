@@ -14,7 +14,7 @@ from marlin_w4a16.kernels.inputs import Rounding
 from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, fp8_codes, scale_bytes, scale_table
 
 FLOATS = ("F32", "BF16", "F16")
-SCALE_DTYPES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
+STORED_SCALES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
 DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from marlin_w4a16.kernels.target import Target
+from marlin_w4a16.kernels.target import FP4_TENSOR_CORES, OLDEST, Target
 from marlin_w4a16.report.table import size
 
 Status = Literal["ok", "warning", "problem", "skipped"]
 PYTHON, TORCH, TRITON = "3.10", "2.11", "3.6"  # the oldest that will do
-SUPPORTED = "a compute capability from 8.0 to below 10.0"
+SUPPORTED = "a compute capability from {}.{} to below {}.{}".format(*OLDEST, *FP4_TENSOR_CORES)
 REPORT = "please report it, with what 'python -m marlin_w4a16 doctor --json' prints"
 _INSTALL = "pip install marlin_w4a16, or pip install -e . in its folder: a copy on the path has no entry point"
 _NO_GPU = "FP4 linears run on the CPU"
@@ -202,7 +202,7 @@ def check_gpu(device: Device, machine: Machine) -> Check:
     )
     if device.supported:
         return Check(name, "ok", found, SUPPORTED)
-    if major >= 10:
+    if device.capability >= FP4_TENSOR_CORES:
         advice = "it has FP4 tensor cores of its own: models on it are left as they are"
     else:
         advice = "not supported: models on it are left as they are; on the CPU they run"

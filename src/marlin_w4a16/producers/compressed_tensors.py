@@ -19,7 +19,7 @@ _KINDS: dict[int, ScaleKind] = {16: "e4m3", 32: "e8m0"}
 
 
 def read(module: Any, recover: bool) -> FoundModule | Rejected | None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     scheme: Any = getattr(module, "quantization_scheme", None)
     if not is_of("compressed_tensors", scheme) or not issubclass(type(module), nn.Linear):
         return None
@@ -48,13 +48,13 @@ def read(module: Any, recover: bool) -> FoundModule | Rejected | None:
 
 
 def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:
-    """See `marlin_w4a16.producers`. ``None`` keeps a parameter's place, so that their order stays."""
+    """See `Producer`. ``None`` keeps a parameter's place, so that their order stays."""
     for name in kept["names"]:
         _parameters(module)[name] = None
 
 
 def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     parameters = _parameters(module)
     factor = _set_divisor(parameters, weight)
     values: tuple[Tensor, ...]

@@ -22,7 +22,7 @@ _SCALE_BITS: dict[Any, ScaleKind] = {(4, 3): "e4m3", (8, 0): "e8m0"}
 
 
 def read(module: nn.Module, recover: bool) -> FoundModule | Rejected | None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     if is_experts(module):
         return _EXPERTS if any(is_of("modelopt", child) for child in module.modules() if child is not module) else None
     quantizer: Any = getattr(module, "weight_quantizer", None)
@@ -44,14 +44,14 @@ def read(module: nn.Module, recover: bool) -> FoundModule | Rejected | None:
 
 
 def strip(module: Any, kept: Mapping[str, Any]) -> None:
-    """See `marlin_w4a16.producers`. ``None`` keeps a parameter's place, so that their order stays."""
+    """See `Producer`. ``None`` keeps a parameter's place, so that their order stays."""
     dict.__setitem__(module._parameters, "weight", None)
     if "scale" in kept:
         module.weight_quantizer._buffers["_scale"] = None
 
 
 def fill(module: Any, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     factor = factors_of(weight)
     if "scale" not in kept:
         value = dense(weight, factor, kept["formula"], kept["dtype"])

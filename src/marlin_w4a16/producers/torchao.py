@@ -14,7 +14,7 @@ from marlin_w4a16.producers.found import NO_VALUES, FoundModule, bytes_of, facto
 
 
 def read(module: nn.Module, recover: bool) -> FoundModule | Rejected | None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     weight: Any = module._parameters.get("weight")
     if not is_of("torchao", weight):
         return None
@@ -34,12 +34,12 @@ def read(module: nn.Module, recover: bool) -> FoundModule | Rejected | None:
 
 
 def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     module._parameters["weight"] = None
 
 
 def fill(module: nn.Module, weight: FP4Weight, kept: Mapping[str, Any]) -> None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     factor, scaled = factors_of(weight), "per_tensor_scale" in kept["small"]
     if not scaled and factor != 1:
         raise ValueError(f"{weight.name}: found a multiplier of {float(factor)}, expected 1: there is no tensor scale")

@@ -18,7 +18,7 @@ from marlin_w4a16.producers.torchao import found_of, kept_of, tensor_of, weight_
 
 
 def read(module: Any, recover: bool) -> FoundModule | Rejected | None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     names = names_of(module)
     held = [module._parameters.get(name) for name in names]
     if not any(is_of("torchao", tensor) for tensor in held):
@@ -39,13 +39,13 @@ def read(module: Any, recover: bool) -> FoundModule | Rejected | None:
 
 
 def strip(module: nn.Module, kept: Mapping[str, Any]) -> None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     for name in kept:
         module._parameters[name] = None
 
 
 def fill(module: Any, weights: tuple[FP4Weight, FP4Weight], kept: Mapping[str, Any]) -> None:
-    """See `marlin_w4a16.producers`."""
+    """See `Producer`."""
     made = [_tensor(weight, of) for weight, of in zip(weights, kept.values(), strict=True)]
     for name, tensor in zip(kept, made, strict=True):
         module._parameters[name] = nn.Parameter(tensor.mT if module.is_transposed else tensor, requires_grad=False)

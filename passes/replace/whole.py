@@ -1,4 +1,4 @@
-"""What is replaced as one, proved to be it: a weight by itself, or whole mixtures of experts."""
+"""What is replaced, or left, as one: a weight by itself, or whole mixtures of experts that were proved."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
