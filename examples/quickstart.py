@@ -8,6 +8,7 @@ bfloat16, and a decode step is timed against the dense bfloat16 model.
 """
 
 import copy
+import importlib.util
 import logging
 import os
 import textwrap
@@ -201,11 +202,11 @@ def decode_time(model: nn.Module, backend: str) -> float:
 def variants() -> list[tuple[str, LlamaForCausalLM, type[nn.Module]]]:
     """The models of this machine, and the linear that computes the same in float32.
 
-    The Dynamo of torch 2.11 and 2.12 cannot trace ModelOpt's modules, for any backend.
+    The Dynamo of torch 2.11 and 2.12 cannot trace ModelOpt's modules, for any backend; one can do without ModelOpt.
     """
     nvfp4 = (
         ("NVFP4 by hand", by_hand(dense_llama(), NVFP4Linear), NVFP4Linear)
-        if torch.__version__ < "2.13"
+        if torch.__version__ < "2.13" or importlib.util.find_spec("modelopt") is None
         else ("NVFP4 by ModelOpt", by_modelopt(dense_llama()), NVFP4Linear)
     )
     return [nvfp4, ("MXFP4 by hand", by_hand(dense_llama(), MXFP4Linear), MXFP4Linear)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.logging import catching_logs
 from torch import Tensor, nn
 
 from checkpoints import formats
@@ -16,8 +17,24 @@ from marlin_w4a16.kernels.target import Target
 
 gc.disable()  # until all tests are collected
 
-# pytest 9 puts its handlers on loggers that do not propagate, and torch writes its trace out where it has one
-logging.getLogger("torch.__trace").propagate = True
+
+def _on_the_root(self: Any) -> logging.Handler:
+    """What pytest 9 does six times a test, without a look through all loggers for those that do not propagate.
+
+    Of these there are a hundred, and torch writes its trace out where that has a handler.
+    """
+    root, level = logging.getLogger(), self.level
+    if level is not None:
+        self.handler.setLevel(level)
+        self.orig_level = root.level
+        root.setLevel(min(root.level, level))
+    root.addHandler(self.handler)
+    self.attached_loggers.append(root)
+    return self.handler
+
+
+if "attached_loggers" in getattr(catching_logs, "__slots__", ()):
+    catching_logs.__enter__ = _on_the_root
 
 # torch's threads spin while they wait: more of them than cores, in several workers, cost up to ten times the time
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from marlin_w4a16.fake_impls.library import weight_args
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.layout import PackedFP4
+from narrow import matrix
 
 OPS = torch.ops.marlin_w4a16
 N, K = 40, 96
@@ -60,8 +61,10 @@ def test_no_tokens_give_no_rows(packed):
     assert linear(torch.empty(2, 0, K), packed, torch.ones(N)).shape == (2, 0, N)
 
 
-@DTYPES
-@pytest.mark.parametrize("leading", LEADING)
+@pytest.mark.parametrize(
+    "dtype, leading",
+    matrix(lambda i, j: (i + j) % 3 == 0, [torch.float32, torch.bfloat16, torch.float16], dict(enumerate(LEADING))),
+)
 def test_opcheck(packed, dtype, leading):
     x = torch.randn(*leading, K, dtype=dtype)
     for bias in (None, torch.randn(N, dtype=dtype)):

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from checkpoints.formats import written
 from hf.dense import dense, relative, tensors_of
 from hf.loading import kinds, load, loaded, logits, prompts, same, stored
-from hf.matrix import ADAPTERS, FEW_ON_LLAMA, MIXTURES, params
+from hf.matrix import ADAPTERS, MIXTURES, PARTLY, params
 from marlin_w4a16.hf import report
 
 NAME = "ct-nvfp4a16"
@@ -58,17 +58,7 @@ def beside_experts(model) -> list[str]:
     return [path for path in plain if not path.endswith(NOT_BESIDE_EXPERTS)]
 
 
-# Formats whose modules differ, and every kind of mixture.
-FEW = [
-    *FEW_ON_LLAMA,
-    *MIXTURES,
-    ("modelopt-group32", "llama"),
-    ("ct-head", "llama-tied"),
-    ("ct-mxfp4a16", "llama-bias"),
-]
-
-
-@pytest.mark.parametrize("name, family", params(ADAPTERS.cases, FEW))
+@pytest.mark.parametrize("name, family", params(ADAPTERS.cases, PARTLY))
 def test_gradients_are_those_of_the_dense_model(name, family):
     plain = dense(written(name, family), torch.float32)
     targets = "all-linear" if "lm_head" not in kinds(name, family) else [*SOME, "lm_head"]

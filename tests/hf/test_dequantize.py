@@ -8,7 +8,7 @@ from checkpoints.names import renamed
 from hf import loading
 from hf.dense import codes_of, exact, pre_quant_scale, relative, rounded, tensors_of
 from hf.loading import DTYPES, choosing, experts_of, load, loaded, logits, model_type, read, reference, same, stored
-from hf.matrix import DENSE, FEW_ON_LLAMA, ON_LLAMA, params
+from hf.matrix import DENSE, FEW_ON_LLAMA, ON_LLAMA, PARTLY, params
 from marlin_w4a16.hf import report
 
 UPSTREAM = "ct-nvfp4-fp8"  # whose FP8 layers transformers dequantises
@@ -48,7 +48,7 @@ def test_at_loading(name, family):
     expect_dense(model, name, family, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name, family", params(DENSE.cases))
+@pytest.mark.parametrize("name, family", params(DENSE.cases, PARTLY))
 def test_afterwards(name, family):
     model = load(name, family)
     assert model.dequantize() is model

@@ -10,7 +10,7 @@ from marlin_w4a16.options import Options
 from marlin_w4a16.passes.judge import weights
 from marlin_w4a16.passes.live import binding
 from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced, Row
-from marlin_w4a16.passes.replace import proved
+from marlin_w4a16.passes.replace import whole
 from marlin_w4a16.passes.rewrite import rewrite, survey
 from marlin_w4a16.passes.settings import Settings
 from programs.backend import through_backend
@@ -211,7 +211,7 @@ def test_verify_shows_a_packed_weight_that_is_wrong(fp4_linear, trace, monkeypat
 
 def test_verify_gives_the_worst_error_of_its_products(fp4_linear, trace, monkeypatch):
     module, errors = fp4_linear(), iter([0.25, 0.5, 0.125])
-    monkeypatch.setattr(proved, "worst_error", lambda *args: next(errors))
+    monkeypatch.setattr(whole, "worst_error", lambda *args: next(errors))
 
     def function(x: Tensor) -> Tensor:
         weight = module.weight()
