@@ -36,10 +36,9 @@ def _on_the_root(self: Any) -> logging.Handler:
 if "attached_loggers" in getattr(catching_logs, "__slots__", ()):
     catching_logs.__enter__ = _on_the_root
 
-# torch's threads spin while they wait: more of them than cores, in several workers, cost up to ten times the time
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and in the processes that tests start
+# tensors this small are slower on several threads, which spin while they wait: up to ten times in several workers
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
 
 
 @functools.cache
@@ -94,11 +93,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> None:
     formats.store = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@pytest.fixture(scope="module")
-def old_garbage_is_gone() -> None:
-    """For files whose tests collect garbage: each looks only among what came after all other files, a second faster."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(autouse=True, scope="module")
+def no_old_garbage(request: pytest.FixtureRequest) -> None:
+    """What a file's tests collect, themselves or by measuring, came after all other files: a second less each time."""
+    if {"gc", "measure", "bench"} & vars(request.module).keys():
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

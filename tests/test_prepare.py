@@ -13,8 +13,6 @@ from marlin_w4a16.prepare import Swap
 from marlin_w4a16.producers import torchao as producer
 from swaps import refusals
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 DENSE = "its weight is dense torch.float32, of no producer of FP4"
 X = torch.linspace(-1, 1, 5 * 64).view(5, 64)
 

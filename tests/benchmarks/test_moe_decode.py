@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 
 @pytest.fixture(autouse=True)
 def eagerly_on_the_cpu(monkeypatch) -> None:

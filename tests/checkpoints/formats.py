@@ -158,15 +158,10 @@ CASES += [(name, family) for name in MAIN for family in DENSE_FAMILIES[1:]]
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Random numbers of their own, and one thread: tensors this small are slower on several."""
-    threads = torch.get_num_threads()
+    """Random numbers of their own."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield
 
 
 @functools.cache

@@ -19,8 +19,6 @@ from marlin_w4a16.cli import bench
 from marlin_w4a16.cli.inspection import inspect
 from marlin_w4a16.cli.measure import Result, Work
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 SMALL = ["--prompt", "6", "--new-tokens", "4", "--device", "cpu"]
 WORK = Work(2, 6, 5, "bfloat16", "cpu")
 PACKED = Result("packed", "marlin_w4a16", 2.0, 3 << 30, 2 << 30, 30.0, 0.5, 0.02, 0.004, 250.0, 4 << 30, 5 << 30)

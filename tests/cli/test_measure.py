@@ -8,8 +8,6 @@ from checkpoints.models import FAMILIES
 from marlin_w4a16.cli import measure
 from marlin_w4a16.cli.measure import RUNS, Result, Work, bytes_of
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 WORK = Work(2, 6, 5, "bfloat16", "cpu")
 STEPS = ["loading", "first generate()", *(f"generate(), {run + 1} of {RUNS}" for run in range(RUNS))]
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from marlin_w4a16 import PackedLinear, prepare, quantize_mxfp4, quantize_nvfp4, restore
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 TOKENS = torch.arange(0, 96, 12).view(1, 8)
 
 

@@ -16,7 +16,6 @@ from marlin_w4a16.producers.found import FoundModule
 from swaps import MLP
 
 pytestmark = [
-    pytest.mark.usefixtures("old_garbage_is_gone"),
     pytest.mark.filterwarnings("ignore:Real quantization has been applied:UserWarning"),
     pytest.mark.filterwarnings("ignore:Accessing the 'model_fields' attribute"),
     pytest.mark.filterwarnings("ignore:RealQuantLinear:UserWarning"),

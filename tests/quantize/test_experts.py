@@ -19,8 +19,6 @@ from narrow import wide
 from swaps import done, refusals
 from weights import equal
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 QUANTISERS = {"nvfp4": (quantize_nvfp4, 16), "mxfp4": (quantize_mxfp4, 32)}
 IDS = torch.arange(1, 19).view(2, 9)
 BY_NAME = {family.name: family for family in FAMILIES}

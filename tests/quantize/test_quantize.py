@@ -16,8 +16,6 @@ from narrow import wide
 from swaps import MLP, done, refusals
 from weights import equal
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 QUANTISERS = {"nvfp4": quantize_nvfp4, "mxfp4": quantize_mxfp4}
 VOCABULARY = 128
 TOKENS = torch.arange(12).view(1, 12) * 7 % VOCABULARY

@@ -18,8 +18,6 @@ from marlin_w4a16.passes.live.binding import Binding, fit
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.settings import Rules
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 N, K = 48, 64
 
 

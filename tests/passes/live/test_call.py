@@ -10,8 +10,6 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.live.call import LiveCall
 from marlin_w4a16.passes.rewrite import rewrite
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())

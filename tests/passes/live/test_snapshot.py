@@ -7,8 +7,6 @@ from torch import Tensor
 from marlin_w4a16.passes.graph.torch_private import mark_written
 from marlin_w4a16.passes.live.snapshot import Snapshot, state_of
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 
 def tensors() -> list[Tensor]:
     return [torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)]

@@ -15,8 +15,6 @@ from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4, refresh
 from marlin_w4a16.passes.live import binding
 from marlin_w4a16.passes.mixture.stacks import pack_stack
 
-pytestmark = pytest.mark.usefixtures("old_garbage_is_gone")
-
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 
 
