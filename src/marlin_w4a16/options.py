@@ -111,6 +111,7 @@ def globs(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | Non
 
 
 def unknown(what: str, name: str, known: list[str]) -> str:
+    """The words for a name that is none of the known ones, with the nearest of these if one is near."""
     near = difflib.get_close_matches(str(name), known, 1, 0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"marlin_w4a16: unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known))}."

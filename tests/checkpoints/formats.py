@@ -132,9 +132,9 @@ NEMOTRON = [
 ]  # fmt: skip
 MODELOPT_EXPERTS = [
     of_modelopt("nemotron", "FP8 mamba, NVFP4 experts, dense attention and latents", "W4A16_NVFP4_CFG", *NEMOTRON,
-     finish=modelopt.name_layers, family="nemotronh"),
+                finish=modelopt.name_layers, family="nemotronh"),
     of_modelopt("nemotron-0.47", "the same with marks of ModelOpt 0.47 in the names of its config",
-     "W4A16_NVFP4_CFG", *NEMOTRON, family="nemotronh"),
+                "W4A16_NVFP4_CFG", *NEMOTRON, family="nemotronh"),
 ]  # fmt: skip
 PUBLISHED = [
     as_published("gpt-oss", "MXFP4 stacks, gate and up interleaved, biases", published.write_gpt_oss),

@@ -71,6 +71,7 @@ class HandWritten(nn.Module):
         self.table = nn.Buffer(torch.tensor(E2M1_VALUES, device=weight.codes.device))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``relu(x @ weight.T)`` for x ``[..., k]``, the weight decoded in its dtype."""
         codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(-2).int()
         scales = (self.scales.float() * self.factor).unsqueeze(-1)
         dense = (self.table[codes].view(*scales.shape[:2], -1) * scales).flatten(-2)
