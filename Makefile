@@ -2,6 +2,7 @@
 #   make demo         the quickstart, then a tiny gpt-oss
 #   make test         the tests; those marked gpu are skipped where there is no such GPU
 #   make test-wide    the whole matrices too
+#   make attack N=1000    near misses of linears, and a tenth as many of mixtures, by seeds from SEED=0 on
 #   make lint         ruff and mypy
 # Versions are pinned in constraints.txt. TORCH chooses another torch, and with it triton:
 #   make test TORCH=torch==2.11.0
@@ -12,12 +13,18 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check -c .venv/constraints.txt
 PYTEST := .venv/bin/pytest -q -n auto --maxprocesses 4 --durations 10
 
-.PHONY: test test-wide demo lint
+N ?= 1000
+SEED ?= 0
+
+.PHONY: test test-wide attack demo lint
 test: .venv/installed
 	$(PYTEST)
 
 test-wide: .venv/installed
 	$(PYTEST) --wide
+
+attack: .venv/installed
+	PYTHONPATH=tests .venv/bin/python -m attacks --count $(N) --seed $(SEED)
 
 demo: .venv/installed
 	.venv/bin/python examples/quickstart.py

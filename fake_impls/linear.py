@@ -60,7 +60,7 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
 def _blocks(x: Tensor, *args: Any) -> Tensor:
     packed, bias = _checked(x, args)
     out = linear_by_blocks(x.reshape(x.shape[:-1].numel(), packed.k), packed, bias)
-    return out.view(output_shape(x.shape, packed.n))
+    return out.resize_(output_shape(x.shape, packed.n))  # a view may not be written in place
 
 
 def _cuda(x: Tensor, *args: Any) -> Tensor:
@@ -70,7 +70,7 @@ def _cuda(x: Tensor, *args: Any) -> Tensor:
 
     packed, bias = _checked(x, args)
     out = fused(x.reshape(x.shape[:-1].numel(), packed.k), packed, bias)
-    return out.view(output_shape(x.shape, packed.n))
+    return out.resize_(output_shape(x.shape, packed.n))  # a view may not be written in place
 
 
 def _fake_grad_input(grad: Tensor, *weight: Any) -> Tensor:
@@ -81,7 +81,7 @@ def _fake_grad_input(grad: Tensor, *weight: Any) -> Tensor:
 def _grad_input(grad: Tensor, *weight: Any) -> Tensor:
     packed = checked_weight("linear_grad_input", grad, "n", weight)
     out = linear_grad_input(grad.reshape(grad.shape[:-1].numel(), packed.n), packed)
-    return out.view(output_shape(grad.shape, packed.k))
+    return out.resize_(output_shape(grad.shape, packed.k))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,10 +10,12 @@ class Rejected:
     Attributes:
         why: what many weights may have in common.
         detail: what this one adds, such as the first element that differs; or None.
+        rounds: the model rounds on the way to a type that holds less, which is to be kept where it is compiled.
     """
 
     why: str
     detail: str | None = None
+    rounds: bool = False
 
     @property
     def reason(self) -> str:

@@ -5,6 +5,7 @@ around them may be a whole mixture of experts (mixture/): that is proved, unit b
 (replace/) by ops on packed copies that follow the live weights (live/); then the ops alone are looked at (fuse/).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,24 +30,51 @@ from marlin_w4a16.passes.replace.report_rows import owned
 from marlin_w4a16.passes.replace.whole import Alone, WholeMixture
 from marlin_w4a16.passes.settings import Settings
 
+log = logging.getLogger("marlin_w4a16")
 DEFAULTS = Settings()
 _NOT_GROUPED = Excluded("options={'grouped': False}")
 Pack = Callable[[Weight, Found, Order | None], PackedFP4]
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> Rewritten:
-    """Replaces what it can prove in a graph from Dynamo, by its live inputs; the graph itself is left as it was."""
-    traced = Traced(gm, inputs)
-    rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(settings)
-    for unit in find_units(traced, settings):
-        copies = Copies(settings.rules)
-        rows += [row for whole in prove(unit, copies.packed) for row in whole.replace(edit, copies, settings.verify)]
-    fuse(traced.regions.graphs)
-    return edit.finish(rows)
+    """Replaces what it can prove in a graph from Dynamo, by its live inputs; the graph itself is left as it was.
+
+    An error on the way leaves the whole graph as traced: the report then has one row, with the reason.
+    """
+    try:
+        return _rewritten(gm, inputs, settings)
+    except Exception as error:
+        return Rewritten(gm, list(inputs), tuple(range(len(inputs))), (), (_failed(error),))
 
 
 def survey(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings = DEFAULTS) -> tuple[Row, ...]:
     """The report of `rewrite`, without changing anything; of mixtures that are alike, one is packed for its proof."""
+    try:
+        return _surveyed(gm, inputs, settings)
+    except Exception as error:
+        return (_failed(error),)
+
+
+def _failed(error: Exception) -> Row:
+    log.debug("the pass failed", exc_info=error)
+    why = f"the pass failed, so the whole graph is left: {type(error).__name__}: {error}"
+    return Row("(the graph)", "any product", (0, 0), None, Rejected(why), 0)
+
+
+def _rewritten(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> Rewritten:
+    traced = Traced(gm, inputs)
+    rows, edit, prove = list(owned(traced.flat.graph)), Edit(traced), _Prove(settings)
+    rounds = False
+    for unit in find_units(traced, settings):
+        copies = Copies(settings.rules)
+        for whole in prove(unit, copies.packed):
+            rows += whole.replace(edit, copies, settings.verify)
+            rounds |= isinstance(whole, Alone) and whole.rounds
+    fuse(traced.regions.graphs)
+    return replace(edit.finish(rows), rounds=rounds)
+
+
+def _surveyed(gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> tuple[Row, ...]:
     traced = Traced(gm, inputs)
     rows, prove = list(owned(traced.flat.graph)), _Prove(settings)
     for unit in find_units(traced, settings):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import weakref
 
 import pytest
@@ -64,9 +65,9 @@ def storages(model: nn.Module) -> list[weakref.ref]:
     return [
         weakref.ref(t.untyped_storage())
         for module in (model.up, model.down)
-        for name, p in module.named_parameters()
+        for name, held in (*module.named_parameters(), *module.named_buffers())
         if name != "bias"
-        for t in plain(p)
+        for t in plain(held)
         if t.numel() > 1
     ]
 
@@ -229,6 +230,27 @@ def test_the_originals_go_one_at_a_time(model, monkeypatch):
     monkeypatch.setattr(producer, "read", watched)
     prepare(model)
     assert seen == [[True] * 4, [False] * 2 + [True] * 2]
+
+
+@pytest.mark.parametrize("step", ["producers.torchao.read", "prepare.pack"])
+def test_a_linear_that_raises_is_left_as_it_was(model, assert_near, monkeypatch, step):
+    before, up, expected, calls = bits(model), model.up, model(X), []
+    module, _, name = step.rpartition(".")
+    module = importlib.import_module(f"marlin_w4a16.{module}")
+    original = getattr(module, name)
+
+    def fail_once(first, *others):
+        if first is not model:  # which is read, too
+            calls.append(first)
+            if len(calls) == 1:
+                raise RuntimeError("no memory")
+        return original(first, *others)
+
+    monkeypatch.setattr(module, name, fail_once)
+    swaps = prepare(model)
+    assert refusals(swaps)["up"] == "it raises RuntimeError: no memory" and [row.path for row in swaps.done] == ["down"]
+    assert model.up is up and bits(model)[:2] == before[:2]
+    assert_near(model(X), expected)
 
 
 # restore

@@ -52,7 +52,7 @@ def moe_gradients(
     """Gradients of x, of the routing weights and of the biases (empty where there are none), in their dtypes."""
     k, w13, w2 = topk_ids.shape[1], experts.w13, experts.w2
     of_x = torch.zeros((topk_ids.numel(), x.shape[1]), dtype=torch.float32, device=x.device)
-    of_weights = torch.zeros(topk_weights.numel(), dtype=torch.float32, device=x.device)
+    of_weights = torch.zeros(topk_weights.shape, dtype=torch.float32, device=x.device)
     of_bias13, of_bias2 = (torch.zeros(w.multiplier.shape, device=x.device) for w in (w13, w2))
     for expert, pairs in _pairs(local_experts(topk_ids, expert_map, experts.count)):
         rows, weight, sums, y = _products(x, experts, topk_weights, expert, pairs)
@@ -60,13 +60,13 @@ def moe_gradients(
         of_sums = experts.activation.gradient_of_rows(linear_grad_input(of_y, w2.matrix(expert)), sums)
         of_rows = linear_grad_input(of_sums, w13.matrix(expert))
         if experts.weight_on_input:
-            of_x[pairs], of_weights[pairs] = of_rows * weight, (of_rows * rows).sum(1)
+            of_x[pairs], of_weights.view(-1)[pairs] = of_rows * weight, (of_rows * rows).sum(1)
         else:
-            of_x[pairs], of_weights[pairs] = of_rows, (grad[pairs // k].float() * y).sum(1)
+            of_x[pairs], of_weights.view(-1)[pairs] = of_rows, (grad[pairs // k].float() * y).sum(1)
         of_bias13[expert], of_bias2[expert] = of_sums.sum(0), of_y.sum(0)
     return (
         of_x.view(len(x), k, x.shape[1]).sum(1).to(x.dtype),
-        of_weights.view(topk_weights.shape).to(topk_weights.dtype),
+        of_weights.to(topk_weights.dtype),
         x.new_empty(0) if experts.bias13 is None else of_bias13.to(experts.bias13.dtype),
         x.new_empty(0) if experts.bias2 is None else of_bias2.to(experts.bias2.dtype),
     )

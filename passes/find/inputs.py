@@ -7,8 +7,9 @@ from torch import Tensor, fx
 
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.fp4 import E2M1_VALUES, GROUP_SIZES
-from marlin_w4a16.passes.graph.constants import Constants, value_of_constant, written_by
+from marlin_w4a16.passes.graph.constants import Constants, value_of_constant
 from marlin_w4a16.passes.graph.nodes import evaluate, example, sizes
+from marlin_w4a16.passes.graph.purity import written_by
 
 # NVIDIA ModelOpt's fake quantisers are operators of their own, which run on GPUs only.
 _OPERATORS = ("tensorrt.dynamic_block_quantize_op", "tensorrt.quantize_op")

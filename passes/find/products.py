@@ -15,7 +15,7 @@ from marlin_w4a16.passes.find.routes import Route, gathered, gathered_matrices, 
 from marlin_w4a16.passes.graph.constants import Constants
 from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example
-from marlin_w4a16.passes.graph.torch_private import GROUPED_MM
+from marlin_w4a16.passes.graph.torch_private import GROUPED_MM, forward_levels, is_plain, level_step, transform_of
 
 _Spelled = Callable[[int, int], Equation | str]  # the equation of operands of so many dimensions, or why there is none
 
@@ -138,7 +138,9 @@ class Product:
 
 def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
     """Walks the products with a constant weight."""
+    levels = forward_levels()
     for node in graph.nodes:
+        levels += level_step(node)
         spelling = _spelling_of(node)
         if spelling is None or node in constants.nodes:
             continue
@@ -151,9 +153,10 @@ def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
             if route is None and (held not in constants or example(held).ndim < 2):
                 continue
             plain = _plain(example(held if route is None else route.stack))
-            product = Product(node, spelling, x, weight, (), *plain, route=route)
+            dual = "inside a level of forward-mode differentiation" if levels else None
+            product = Product(node, spelling, x, weight, (), *plain, dual, route)
             read = _gathered if route is not None else _grouped if spelling is _GROUPED else _single
-            product = read(product, operands, spelled)
+            product = product if dual else read(product, operands, spelled)
             yield product if product.refusal else replace(product, refusal=_refusal(product, operands))
             break
 
@@ -260,6 +263,11 @@ def is_bias(product: Product, operands: dict[str, Any]) -> bool:
 
 def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
     spelling, x, weight = product.spelling, example(operands[product.x]), example(operands[product.weight])
+    for value in map(example, (product.node, *operands.values())):
+        if (transform := transform_of(value)) is not None:
+            return f"inside torch.func's {transform}"
+    if not is_plain(x):
+        return f"{spelling.name} of a {type(x).__name__} of layout {x.layout}"
     why = None if spelling is _GROUPED else product.equation.refusal()
     if why is not None:
         return f"{spelling.name}: {why}"

@@ -6,8 +6,9 @@ from collections.abc import Collection, Hashable, Iterable, Iterator
 import torch
 from torch import Tensor, fx
 
-from marlin_w4a16.passes.graph.constants import Constants, written_by
+from marlin_w4a16.passes.graph.constants import Constants
 from marlin_w4a16.passes.graph.nodes import closure, example, storage
+from marlin_w4a16.passes.graph.purity import written_by
 
 # What makes a tensor of the shape of its first argument, whose values do not matter.
 _LIKE = frozenset(

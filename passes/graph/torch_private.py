@@ -1,17 +1,23 @@
 """Every private torch interface this project touches, each read in torch 2.11 and 2.13."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from traceback import FrameSummary
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.weak import WeakTensorKeyDictionary
 
-# What Dynamo traces of torch.nn.functional.grouped_mm.
+# Whether Dynamo's guards compare the layouts of tensors in modules: those of 2.13 do, of 2.11 not; 2.12 was not read.
+GUARDS_LAYOUTS = TorchVersion(torch.__version__) >= TorchVersion("2.13")
+# What Dynamo traces of torch.nn.functional.grouped_mm, of Tensor.data, and of torch.autocast.
 GROUPED_MM: Callable[..., Any] = torch._grouped_mm
+GET_DATA = [f for f in [getattr(torch._C._autograd, "_get_data_attr", None)] if f is not None]
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_c: Any = torch._C
+_GENERATED = (_c._VariableFunctions, _c._nn, _c._linalg, _c._special, _c._fft, _c._sparse, _c._nested)
 
 
 def is_fake(value: object) -> bool:
@@ -19,18 +25,46 @@ def is_fake(value: object) -> bool:
     return isinstance(value, torch._subclasses.FakeTensor)
 
 
+def is_plain(value: object) -> bool:
+    """Whether a value that Dynamo traced is a tensor with elements in strides of its own: no subclass, not sparse."""
+    return is_fake(value) and cast(Tensor, value).layout is torch.strided
+
+
+def transform_of(value: object) -> str | None:
+    """What of torch.func a traced value belongs to: under a transform, tensors are wrapped ones; None: to nothing."""
+    functorch = torch._C._functorch
+    if not isinstance(value, Tensor) or not functorch.is_functorch_wrapped_tensor(value):
+        return None
+    return "vmap" if functorch.is_batchedtensor(value) else "grad, vjp or jvp"
+
+
+def forward_levels() -> int:
+    """How many levels of forward-mode differentiation are entered: dual numbers show in no example value."""
+    return torch.autograd.forward_ad._current_level + 1
+
+
+def level_step(node: fx.Node) -> int:
+    """1: a node enters such a level; -1: it leaves one."""
+    return {"_enter_dual_level": 1, "_exit_dual_level": -1}.get(getattr(node.target, "__name__", ""), 0)
+
+
 def is_higher_order(target: object) -> bool:
     """Whether a node's target takes whole subgraphs (torch.cond, checkpoint, ...)."""
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
-def may_write(target: object) -> bool:
-    """Whether an operator may write to its inputs: its schema says so, or it takes whole subgraphs."""
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(may_write(getattr(target, name)) for name in target.overloads())
-    if isinstance(target, torch._ops.OpOverload):
-        return any(a.alias_info and a.alias_info.is_write and not a.is_out for a in target._schema.arguments)
-    return is_higher_order(target)
+def overloads_of(target: object) -> tuple[Any, ...]:
+    """An overload of an operator, or those of a packet; not those that only TorchScript has, on lists of its own."""
+    packet = isinstance(target, torch._ops.OpOverloadPacket)
+    found = [getattr(target, name) for name in cast(Any, target).overloads()] if packet else [target]
+    overloads = (overload for overload in found if isinstance(overload, torch._ops.OpOverload))
+    return tuple(o for o in overloads if o.namespace != "aten" or torch._C._dispatch_has_kernel(o.name()))
+
+
+def operator_name(target: Callable[..., Any]) -> str | None:
+    """The name of the aten operator that a builtin of torch was generated from, or None."""
+    name = target.__name__
+    return name if any(getattr(module, name, None) is target for module in _GENERATED) else None
 
 
 def op_namespace(target: object) -> str | None:
@@ -71,8 +105,10 @@ def is_weight_like(node: fx.Node) -> bool:
 
 
 def storage_key(value: object) -> int | None:
-    """What two tensors share when one is a view of the other; also for fake ones."""
-    held = storage_of(value) if isinstance(value, Tensor) else None
+    """What two tensors share when one is a view of the other; also for fake ones, and under transforms."""
+    while transform_of(value) is not None:
+        value = torch._C._functorch.get_unwrapped(cast(Tensor, value))
+    held = storage_of(next(inner_tensors(value))) if isinstance(value, Tensor) else None
     return None if held is None else held._cdata
 
 
@@ -84,8 +120,8 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
         return None
 
 
-# Inference tensors have no version counter; `mark_written` counts here for them.
-_WRITES: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+# Inference tensors have no version counter; `mark_written` counts for them under this name, among their attributes.
+_WRITES = "_marlin_w4a16_writes"
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:
@@ -93,14 +129,14 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     try:
         return [t._version for t in tensors]
     except RuntimeError:
-        return [_WRITES.get(t, 0) if t.is_inference() else t._version for t in tensors]
+        return [vars(t).get(_WRITES, 0) if t.is_inference() else t._version for t in tensors]
 
 
 def mark_written(tensors: Iterable[Tensor]) -> None:
     """Counts one write to each tensor, as an in-place operation would."""
     for tensor in tensors:
         if tensor.is_inference():
-            _WRITES[tensor] = _WRITES.get(tensor, 0) + 1
+            vars(tensor)[_WRITES] = vars(tensor).get(_WRITES, 0) + 1
         else:
             torch.autograd.graph.increment_version(tensor)
 
@@ -239,6 +275,21 @@ def refusals() -> Counter[str]:
 def size_hint(size: Any) -> int:
     """The size that a dimension was traced with."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def size_at(size: Any, times: int) -> int:
+    """The size that a dimension has where each size that may change is so many times what it was traced with.
+
+    Raises:
+        ValueError: it is no integer.
+    """
+    if not isinstance(size, int | torch.SymInt) or isinstance(size, bool):
+        raise ValueError(f"{type(size).__name__} where a size is expected")
+    if times == 1 or isinstance(size, int):
+        return size_hint(size)
+    environment = size.node.shape_env
+    hint = getattr(environment, "guarding_hint_or_throw", environment.size_hint)  # the first since torch 2.12
+    return int(size.node.expr.subs({symbol: times * hint(symbol) for symbol in size.node.expr.free_symbols}))
 
 
 def number_hint(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """The computation of one weight of a graph: what it reads, what it does, and its values on live tensors."""
 
 import functools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from marlin_w4a16.passes.find.equation import Matrices
-from marlin_w4a16.passes.graph.constants import Constants, needed_by, slice_of, written_by
-from marlin_w4a16.passes.graph.nodes import closure, example, literals, storage, value_of
+from marlin_w4a16.passes.graph.constants import Constants, needed_by, slice_of
+from marlin_w4a16.passes.graph.nodes import closure, each_value, example, literals, storage, value_of
+from marlin_w4a16.passes.graph.purity import written_by
+from marlin_w4a16.passes.judge.joins import JOINS, flat, is_cast, is_transpose, joined
 from marlin_w4a16.passes.judge.tensors import dense
 
-_JOINS: dict[Any, int] = {torch.cat: 0, torch.concat: 0, torch.stack: 0, torch.vstack: 0, torch.hstack: 1}
-_CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach"})
+_DEEPEST = 8  # concatenations of concatenations; those further in are taken as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,10 @@ class Window:
         """So many of them."""
         return slice(self.start, self.start + self.step * count, self.step)
 
+    def at(self, rows: list[int]) -> list[int]:
+        """Where some rows lie in the larger weight."""
+        return [self.start + self.step * row for row in rows]
+
 
 @dataclass(eq=False)
 class Decode:
@@ -41,6 +47,7 @@ class Decode:
         matrices: how the product sees it.
         constants: those of the graph.
         lift: the axis along which it was stacked, if it is a part of a stack.
+        depth: of how many joined values it is a part.
         shared: while weights are judged one after the other, the value of the `base` that the last of them had.
     """
 
@@ -50,16 +57,24 @@ class Decode:
     matrices: Matrices
     constants: Constants
     lift: int | None = None
+    depth: int = 0
     shared: dict[fx.Node, Tensor] | None = None
     _slices: dict[int, list[fx.Node]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
-        cls, value: fx.Node, user: fx.Node, matrices: Matrices, constants: Constants, lift: int | None = None
+        cls,
+        value: fx.Node,
+        user: fx.Node,
+        matrices: Matrices,
+        constants: Constants,
+        lift: int | None = None,
+        depth: int = 0,
     ) -> "Decode":
         """What makes a weight that ``user`` reads."""
         nodes = slice_of(value, user, constants)
-        return cls(value, nodes, [node for node in nodes if node in constants.leaves], matrices, constants, lift)
+        leaves = [node for node in nodes if node in constants.leaves]
+        return cls(value, nodes, leaves, matrices, constants, lift, depth)
 
     @property
     def rows(self) -> int:
@@ -72,7 +87,7 @@ class Decode:
         if self.base is not None and self.shared is not None:
             if self.base not in self.shared:
                 self.shared.clear()
-                self.shared[self.base] = value_of(self.base, self._slice(self.nodes.index(self.base)), known)
+                self.shared[self.base] = value_of(self.base, self._slice(self._place[self.base]), known)
             nodes, known = self._after_base, known | self.shared
         value: Tensor = value_of(self.value, nodes, known)
         return value
@@ -87,9 +102,30 @@ class Decode:
         node, known = self.nodes[index], dict(zip(self.leaves, leaves, strict=True))
         return known[node] if node in known else value_of(node, self._slice(index), known)
 
+    def sources(self, indices: Collection[int], leaves: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Nodes that are no leaves, and their values, each once nothing writes to it any more; others are let go.
+
+        All that they need runs once.
+        """
+        wanted = {self.nodes[index] for index in indices}
+        nodes, held = self._needed(wanted), dict[fx.Node, Tensor]()
+        last_write = {storage(target): node for node in nodes for target in written_by(node)}
+        due: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in wanted:
+            due[max(node, last_write.get(storage(node), node))].append(node)
+        for node, value in each_value(nodes, dict(zip(self.leaves, leaves, strict=True))):
+            if node in wanted:
+                held[node] = value
+            for settled in due.pop(node, ()):
+                yield self._place[settled], held.pop(settled)
+
     def roots(self, index: int) -> list[int]:
         """The leaves, by their positions, that a node is computed from."""
-        return [self.leaves.index(node) for node in self._slice(index) if node in self.constants.leaves]
+        return self.places([node for node in self._slice(index) if node in self.constants.leaves])
+
+    def places(self, leaves: Sequence[fx.Node]) -> list[int]:
+        """The positions of some of the leaves."""
+        return [self._leaf_place[leaf] for leaf in leaves]
 
     def expression(self, index: int) -> tuple[Any, ...]:
         """What a node computes from its `roots`."""
@@ -123,7 +159,15 @@ class Decode:
     @functools.cached_property
     def leaf_indices(self) -> frozenset[int]:
         """The positions of the leaves among the nodes."""
-        return frozenset(map(self.nodes.index, self.leaves))
+        return frozenset(self._place[leaf] for leaf in self.leaves)
+
+    @functools.cached_property
+    def by_size(self) -> dict[int, list[tuple[int, Tensor]]]:
+        """Its `tensors`, by how many elements they have."""
+        found: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        for index, value in self.tensors:
+            found[value.numel()].append((index, value))
+        return dict(found)
 
     @functools.cached_property
     def numbers(self) -> list[float]:
@@ -134,11 +178,12 @@ class Decode:
     @functools.cached_property
     def windows(self) -> list[Window]:
         """Where its rows may lie: they are all, or some of a larger value that the traced weight is a view of."""
-        found = [Window(0, self.rows)]
-        node, order = self.value, self.matrices.order
+        found = {Window(0, self.rows): None}
+        node, order, seen = self.value, self.matrices.order, set[Any]()
         while True:
             part = example(node)
-            for base in self._views(node):
+            layout = storage(node), part.storage_offset(), part.stride()
+            for base in self._views[storage(node)] if layout not in seen else ():
                 whole = example(base)
                 total, rest = divmod(whole.numel(), self.matrices.k)
                 if rest or total <= self.rows or not whole.is_contiguous():
@@ -148,21 +193,22 @@ class Decode:
                 step = part.stride(order[0]) // self.matrices.k if by_rows else 1
                 for window in (Window(offset, total), Window(offset // self.matrices.k, total, max(1, step))):
                     last = window.start + window.step * (self.rows - 1)
-                    if window.start >= 0 and last < total and window not in found:
-                        found.append(window)
-            if not _is_cast(node):
-                return found
+                    if window.start >= 0 and last < total:
+                        found[window] = None
+            seen.add(layout)
+            if not is_cast(node):
+                return list(found)
             node = node.all_input_nodes[0]
 
     @functools.cached_property
     def base(self) -> fx.Node | None:
         """The last larger value that the weight is a view of, or a cast view: others may be parts of it too."""
         node = self.value
-        while _is_cast(node):
+        while is_cast(node):
             node = node.all_input_nodes[0]
-        larger = [n for n in self._views(node) if example(n).numel() > example(node).numel() and n not in self.leaves]
-        last = max(larger, default=None)
-        return None if last is None or any(n > last and written_by(n) for n in self.nodes) else last
+        views = (n for n in self._views[storage(node)] if n not in self.constants.leaves)
+        last = max((n for n in views if example(n).numel() > example(node).numel()), default=None)
+        return None if last is None or any(map(written_by, self.nodes[self._place[last] + 1 :])) else last
 
     @functools.cached_property
     def _after_base(self) -> list[fx.Node]:
@@ -172,27 +218,45 @@ class Decode:
     def parts(self) -> tuple[int, list["Decode"]]:
         """The values it is made of, if it is a concatenation or a stack: below (axis 0) or beside each other (1)."""
         node, turned = self.value, False
-        while _is_cast(node) or _is_transpose(node):
-            turned ^= _is_transpose(node)
+        while is_cast(node) or is_transpose(node):
+            turned ^= is_transpose(node)
             node = node.all_input_nodes[0]
-        if node.target not in _JOINS or self.lift is not None or self.matrices.first or example(node).ndim < 2:
+        if node.target not in JOINS or self.lift is not None or self.matrices.first or example(node).ndim < 2:
             return 0, []
-        given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
-        tensors: Any = given["tensors"]
-        lift = given.get("dim", given.get("axis", _JOINS[node.target])) % example(node).ndim
+        tensors, lift = joined(node)
         place = self.matrices.order.index(example(node).ndim - 1 - lift if turned else lift)
         stacks = node.target is torch.stack
+        if self.depth == _DEEPEST and not stacks:
+            tensors = flat(tensors, lift)
         if place not in (0, len(self.matrices.sizes)) or not all(isinstance(tensor, fx.Node) for tensor in tensors):
             return 0, []
         axis = 0 if place == 0 else 1
         seen = [example(t).unsqueeze(lift) if stacks else example(t) for t in tensors]
         return axis, [
-            Decode.of(t, node, self._part(value, turned), self.constants, lift if stacks else None)
+            Decode.of(t, node, self._part(value, turned), self.constants, lift if stacks else None, self.depth + 1)
             for t, value in zip(tensors, seen, strict=True)
         ]
 
-    def _views(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in self.nodes if isinstance(example(n), Tensor) and storage(n) == storage(node)]
+    @functools.cached_property
+    def _place(self) -> dict[fx.Node, int]:
+        return {node: place for place, node in enumerate(self.nodes)}
+
+    @functools.cached_property
+    def _leaf_place(self) -> dict[fx.Node, int]:
+        return {leaf: place for place, leaf in enumerate(self.leaves)}
+
+    @functools.cached_property
+    def _views(self) -> dict[Hashable | None, list[fx.Node]]:
+        """The tensors among its nodes, by their storages."""
+        views: dict[Hashable | None, list[fx.Node]] = defaultdict(list)
+        for node in self.nodes:
+            if isinstance(example(node), Tensor):
+                views[storage(node)].append(node)
+        return views
+
+    def _needed(self, nodes: Collection[fx.Node]) -> list[fx.Node]:
+        needed = needed_by(nodes, self.constants)
+        return sorted(needed.intersection(self._place), key=self._place.__getitem__)
 
     def _part(self, value: Tensor, turned: bool) -> Matrices:
         order = tuple(value.ndim - 1 - axis for axis in self.matrices.order) if turned else self.matrices.order
@@ -203,8 +267,7 @@ class Decode:
 
     def _slice(self, index: int) -> list[fx.Node]:
         if index not in self._slices:
-            needed = needed_by([self.nodes[index]], self.constants)
-            self._slices[index] = [node for node in self.nodes if node in needed]
+            self._slices[index] = self._needed([self.nodes[index]])
         return self._slices[index]
 
 
@@ -217,19 +280,7 @@ def _signature(value: fx.Node, nodes: list[fx.Node]) -> tuple[Any, ...]:
     def told(node: fx.Node) -> tuple[str, ...]:
         if node.op == "placeholder":
             return (node.op,)
-        return node.op, str(node.target), repr(fx.map_arg((node.args, node.kwargs), shown))
+        computed = node.op, str(node.target), repr(fx.map_arg((node.args, node.kwargs), shown))
+        return *computed, repr(node.meta.get("autocast"))
 
     return index[value], *map(told, nodes)
-
-
-def _is_cast(node: fx.Node) -> bool:
-    return node.op == "call_method" and node.target in _CASTS and bool(node.all_input_nodes)
-
-
-def _is_transpose(node: fx.Node) -> bool:
-    if node.op not in ("call_method", "call_function") or not node.all_input_nodes:
-        return False
-    before, after = example(node.all_input_nodes[0]), example(node)
-    if not (isinstance(before, Tensor) and isinstance(after, Tensor) and before.ndim == after.ndim == 2):
-        return False
-    return storage(node) == storage(node.all_input_nodes[0]) and after.stride() == before.stride()[::-1]

@@ -13,32 +13,44 @@ from marlin_w4a16.passes.judge.recipe import Factor, Source
 
 def codes_in(decode: Decode) -> Iterator[tuple[Source, Window]]:
     """Where codes may stand: in bytes; failing that, one by one in what the graph makes of them."""
-    k = decode.matrices.k
-    for window in decode.windows:
-        for node, value in decode.tensors:
+    k, windows = decode.matrices.k, windows_of(decode)
+    for window in windows:
+        for node, value in decode.by_size.get(window.total * k // 2, ()):
             if is_bytes(value) and value.numel() * 2 == window.total * k:
                 for blocks in _blocks(decode, window):
                     yield Source(node, "low nibble first", blocks), window
                     yield Source(node, "high nibble first", blocks), window
-    for node, value in decode.tensors:
-        if value.numel() == decode.rows * k and value.dtype not in (torch.bool, *SCALE_DTYPES):
+    for node, value in decode.by_size.get(decode.rows * k, ()):
+        if value.dtype not in (torch.bool, *SCALE_DTYPES):
             codings = ["a number each", "a value each"] if value.is_floating_point() else ["a number each"]
             for coding in codings:
-                for window in decode.windows:
+                for window in windows:
                     for blocks in _blocks(decode, Window(0, decode.rows)):
                         yield Source(node, coding, blocks), window
 
 
-def scales_in(decode: Decode, window: Window, codes: int) -> Iterator[tuple[Source, int]]:
+def windows_of(decode: Decode) -> list[Window]:
+    """The windows for which there may be block scales."""
+    return [window for window in decode.windows if _of_groups(decode, window)]
+
+
+def scales_in(decode: Decode, window: Window, codes: int | None = None) -> Iterator[tuple[Source, int]]:
     """Where block scales of a window may stand, beside the node of the codes, and in which groups."""
-    for node, value in decode.tensors:
-        for group in GROUP_SIZES:
-            if node == codes or decode.matrices.k % group or not _is_unrounded(decode, node, value):
-                continue
-            if value.numel() * group == window.total * decode.matrices.k:
-                for coding in _scalings(value.dtype, group):
-                    for blocks in _blocks(decode, window):
-                        yield Source(node, coding, blocks), group
+    for node, value in _of_groups(decode, window):
+        group = window.total * decode.matrices.k // value.numel()
+        if node != codes and decode.matrices.k % group == 0 and _is_unrounded(decode, node, value):
+            for coding in _scalings(value.dtype, group):
+                for blocks in _blocks(decode, window):
+                    yield Source(node, coding, blocks), group
+
+
+def _of_groups(decode: Decode, window: Window) -> list[tuple[int, Tensor]]:
+    """The tensors that have an element for each group of a window."""
+    elements = window.total * decode.matrices.k
+    found = [
+        each for group in GROUP_SIZES if not elements % group for each in decode.by_size.get(elements // group, ())
+    ]
+    return sorted(found, key=lambda each: (each[0] not in decode.leaf_indices, each[0]))
 
 
 def _blocks(decode: Decode, window: Window) -> list[int]:

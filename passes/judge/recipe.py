@@ -34,19 +34,34 @@ class Source:
 
     def read_codes(self, decode: Decode, leaves: Leaves, window: Window, rows: list[int] | None = None) -> Tensor:
         """Codes as bytes ``[rows, k / 2]``: all of the weight, or some rows of it."""
+        return self.codes_of(decode.source(self.node, leaves), decode, window, rows)
+
+    def codes_of(self, value: Tensor, decode: Decode, window: Window, rows: list[int] | None = None) -> Tensor:
+        """As `read_codes`, from the value of the node.
+
+        Raises:
+            ValueError: it holds no codes.
+        """
         per_column, coding = CODINGS[self.coding]
         window = window if per_column == 2 else Window(0, decode.rows)
-        matrix = self.matrix(decode.source(self.node, leaves), window.total, decode.matrices.k // per_column)
-        matrix = matrix[window.rows(decode.rows)]
-        matrix = matrix if rows is None else matrix[rows]
+        shape = window.total, decode.matrices.k // per_column
+        at = window.rows(decode.rows)
+        matrix = self.matrix(value, *shape)[at] if rows is None else self.some_rows(value, *shape, window.at(rows))
         if per_column == 2:
             return coding(matrix)
         return torch.cat([coding(part) for part in torch.split(matrix, block_rows(decode.matrices.k))])
 
     def read_scales(self, decode: Decode, leaves: Leaves, window: Window, group: int) -> tuple[Tensor, Tensor | None]:
         """Scales as bytes ``[window.total, k / group]`` and their factor for each row, or None."""
-        _, coding = SCALINGS[self.coding]
-        return coding(self.matrix(decode.source(self.node, leaves), window.total, decode.matrices.k // group))
+        return self.scales_of(decode.source(self.node, leaves), decode, window, group)
+
+    def scales_of(self, value: Tensor, decode: Decode, window: Window, group: int) -> tuple[Tensor, Tensor | None]:
+        """As `read_scales`, from the value of the node.
+
+        Raises:
+            ValueError: it holds no block scales.
+        """
+        return SCALINGS[self.coding][1](self.matrix(value, window.total, decode.matrices.k // group))
 
     def matrix(self, value: Tensor, rows: int, columns: int) -> Tensor:
         """The value as ``[rows, columns]``, a view where that is possible."""
@@ -54,6 +69,14 @@ class Source:
         if not self.blocks:
             return value.reshape(rows, columns)
         return value.reshape(self.blocks, columns, rows // self.blocks).transpose(1, 2).reshape(rows, columns)
+
+    def some_rows(self, value: Tensor, rows: int, columns: int, at: list[int]) -> Tensor:
+        """Some rows of `matrix`, of which no more is copied."""
+        if not self.blocks:
+            return self.matrix(value, rows, columns)[at]
+        each = rows // self.blocks
+        blocks = as_bytes(value.detach()).reshape(self.blocks, columns, each).transpose(1, 2)
+        return blocks[[row // each for row in at], [row % each for row in at]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +100,11 @@ class Factor:
         value = decode.source(self.node, leaves).detach().to(device, torch.float32).reshape(-1)
         spread = value.repeat_interleave(window.total // value.numel())
         return spread[window.rows(decode.rows)]
+
+    def some_rows(self, value: Tensor, window: Window, rows: list[int]) -> Tensor:
+        """As `value` for some rows, from the value of the node."""
+        each = window.total // value.numel()
+        return value.detach().reshape(-1)[[row // each for row in window.at(rows)]].float()
 
 
 def _swapped(value: Tensor) -> Tensor:
@@ -232,7 +260,7 @@ class Joined:
     def read(self, decode: Decode, leaves: Leaves, name: str) -> tuple[FP4Weight, Tensor]:
         """See `FromSources.read`."""
         read = [
-            recipe.read(part, [leaves[i] for i in self._leaves(decode, part)], name)
+            recipe.read(part, [leaves[i] for i in decode.places(part.leaves)], name)
             for part, recipe in zip(decode.parts[1], self.parts, strict=True)
         ]
         weights, factors = [weight for weight, _ in read], [factor for _, factor in read]
@@ -247,20 +275,20 @@ class Joined:
 
     def roots(self, decode: Decode) -> list[int]:
         """See `FromSources.roots`."""
-        of_parts = zip(decode.parts[1], self.parts, strict=True)
-        return sorted({self._leaves(decode, part)[i] for part, recipe in of_parts for i in recipe.roots(part)})
+        return sorted({root for roots in self._roots(decode) for root in roots})
 
     def reading(self, decode: Decode) -> Any:
         """See `FromSources.reading`."""
-        roots = self.roots(decode)
+        place = {root: place for place, root in enumerate(self.roots(decode))}
         return self.axis, *(
-            (recipe.reading(part), *(roots.index(self._leaves(decode, part)[i]) for i in recipe.roots(part)))
-            for part, recipe in zip(decode.parts[1], self.parts, strict=True)
+            (recipe.reading(part), *map(place.__getitem__, roots))
+            for part, recipe, roots in zip(decode.parts[1], self.parts, self._roots(decode), strict=True)
         )
 
-    @staticmethod
-    def _leaves(decode: Decode, part: Decode) -> list[int]:
-        return [decode.leaves.index(leaf) for leaf in part.leaves]
+    def _roots(self, decode: Decode) -> list[list[int]]:
+        """The roots of each part, as leaves of the whole."""
+        of_parts = zip(decode.parts[1], self.parts, strict=True)
+        return [decode.places([part.leaves[i] for i in recipe.roots(part)]) for part, recipe in of_parts]
 
 
 Recipe = FromSources | OfType | FromValue | Joined

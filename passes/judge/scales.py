@@ -7,6 +7,7 @@ from marlin_w4a16.kernels.scale_bytes import first_nan, scale_bytes
 
 # The largest E4M3 value of each of the eight significands.
 _TOPS = (256.0, 288.0, 320.0, 352.0, 384.0, 416.0, 448.0, 240.0)
+_NONE = "not E4M3 values times one factor a row"
 _NEIGHBOURS = 2  # a quotient of rounded numbers is so many units in the last place from the factor
 
 
@@ -38,12 +39,21 @@ def to_e4m3(scales: Tensor) -> tuple[Tensor, Tensor | None]:
         return exact, None
     if bool((scales < 0).any()) or not bool(scales.isfinite().all()):
         raise ValueError("negative or not finite")
+    if not _has_factor(scales[:1]):
+        raise ValueError(_NONE)
     for rows in (scales.reshape(1, -1), scales):
         factor = _factors(rows)
         if bool(factor.isfinite().all()):
             byte = _quotient(rows, factor).reshape(scales.shape)
             return byte.view(torch.uint8), factor[:, 0].expand(scales.shape[0]).contiguous()
-    raise ValueError("not E4M3 values times one factor a row")
+    raise ValueError(_NONE)
+
+
+def _has_factor(row: Tensor) -> bool:
+    """Whether there is a factor for one row ``[1, columns]``: all of `_factors` at once, which is quick for a few."""
+    top = row.double().amax()
+    factors = _neighbours((top / torch.tensor(_TOPS, dtype=torch.float64, device=row.device)).float())
+    return bool((top == 0) | _gives(torch.stack(factors).reshape(-1, 1), row).any())
 
 
 def _factors(scales: Tensor) -> Tensor:
@@ -51,19 +61,29 @@ def _factors(scales: Tensor) -> Tensor:
     top = scales.double().amax(1, keepdim=True)
     found = torch.where(top == 0, 1.0, torch.nan).float()
     for value in _TOPS:
-        factor = (top / value).float()
-        for _ in range(_NEIGHBOURS):
-            factor = torch.nextafter(factor, torch.zeros_like(factor))
-        for _ in range(2 * _NEIGHBOURS + 1):
-            again = _quotient(scales, factor).double() * factor.double()
-            if scales.dtype not in (torch.float16, torch.bfloat16):
-                again = again.to(scales.dtype)
-            right = (again == scales).all(1, keepdim=True) & (factor > 0)
-            found = torch.where(found.isnan() & right, factor, found)
-            factor = torch.nextafter(factor, torch.full_like(factor, torch.inf))
+        for factor in _neighbours((top / value).float()):
+            found = torch.where(found.isnan() & _gives(factor, scales), factor, found)
         if not bool(found.isnan().any()):
             break
     return found
+
+
+def _neighbours(factor: Tensor) -> list[Tensor]:
+    """Some float32 values on both sides of a factor, in their order."""
+    for _ in range(_NEIGHBOURS):
+        factor = torch.nextafter(factor, torch.zeros_like(factor))
+    found = [factor]
+    for _ in range(2 * _NEIGHBOURS):
+        found.append(torch.nextafter(found[-1], torch.full_like(factor, torch.inf)))
+    return found
+
+
+def _gives(factor: Tensor, scales: Tensor) -> Tensor:
+    """Whether factors ``[rows, 1]`` give each of the scales again, ``[rows, 1]``."""
+    again = _quotient(scales, factor).double() * factor.double()
+    if scales.dtype not in (torch.float16, torch.bfloat16):
+        again = again.to(scales.dtype)
+    return (again == scales).all(1, keepdim=True) & (factor > 0)
 
 
 def _quotient(scales: Tensor, factor: Tensor) -> Tensor:

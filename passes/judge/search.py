@@ -7,6 +7,7 @@ rows; one that survives is held against the whole weight.
 
 import enum
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,17 +17,18 @@ from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.judge import tensors
 from marlin_w4a16.passes.judge.decode import Decode, Window
-from marlin_w4a16.passes.judge.places import codes_in, factors_in, is_bytes, scales_in
+from marlin_w4a16.passes.judge.places import codes_in, is_bytes, scales_in
 from marlin_w4a16.passes.judge.recipe import Factor, FromSources, FromValue, Joined, Leaves, OfType, Recipe, Source
 from marlin_w4a16.passes.judge.roundings import Difference, Roundings, first_difference, roundings_of
+from marlin_w4a16.passes.judge.samples import NEAR, Samples, fits_some_scales
 from marlin_w4a16.passes.judge.verdict import Found, TooFar, judged, settled
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.passes.settings import Rules
 
 _SAMPLE_ROWS = 8
-# How far a traced value may be from its decode for a hypothesis to be looked at closely: three roundings to bfloat16
-# stay below 2**-6, neighbouring codes and scales differ by more than 2**-4.
-_NEAR = 2.0**-5
+# Hypotheses that are held against a few rows: known forms take seven hundred at most. After many, only codes that fit
+# with whatever scales are looked at; after the most, the search ends.
+_MANY_TRIALS, _MOST_TRIALS = 1024, 8192
 
 
 def recognise(decode: Decode, leaves: Leaves, name: str, rules: Rules) -> Found | Rejected:
@@ -42,6 +44,12 @@ def may_be_fp4(decode: Decode, rules: Rules) -> bool:
         return all(map(tensors.is_fp4, typed))
     sizes = {decode.rows * decode.matrices.k} | {value.numel() for _, value in decode.tensors}
     return any(is_bytes(value) and value.numel() * 2 in sizes for _, value in decode.tensors)
+
+
+def _sampled(value: Tensor) -> list[int]:
+    """A few of the rows that are not zero."""
+    used = value.count_nonzero(1).nonzero()[:, 0]
+    return used[torch.linspace(0, len(used) - 1, min(_SAMPLE_ROWS, len(used))).long()].tolist()
 
 
 class _Near(enum.IntEnum):
@@ -60,7 +68,10 @@ class _Search:
         self.decode, self.leaves, self.name, self.rules = decode, leaves, name, rules
         self.agreement = (_Near.ELEMENTS, 0.0)
         self.nearest = Rejected("no hypothesis fits")
-        self.scales: dict[tuple[Source, Window, int], tuple[Tensor, Tensor | None] | None] = {}
+        self.trials, self.looked_at_scales = 0, False
+        self.trials_of_the_whole = 16 + len(decode.nodes) // 16  # what holding all of it against a hypothesis counts as
+        self.wrong: set[FromSources] = set()  # in the few rows
+        self.fit: dict[tuple[Source, Window], bool] = {}
 
     def run(self, value: Tensor) -> Found | Rejected:
         """Judges the traced weight: exact hypotheses first, then those that round on the way."""
@@ -71,6 +82,8 @@ class _Search:
             return settled(self._judge(FromValue(), Roundings(), value))
         if not bool(value.isfinite().all()):
             return self._not_finite(value)
+        self.samples = Samples(self.decode, self.leaves, _sampled(value))
+        self.seen = value[self.samples.rows]
         found = self._from_sources(value, exact=True)
         if isinstance(found, Found):
             return found
@@ -98,64 +111,78 @@ class _Search:
 
     def _not_finite(self, value: Tensor) -> Rejected:
         """Some scale that is NaN is the likely reason."""
+        tried: dict[tuple[Source, Window, int], FromSources] = {}
         for codes, window in codes_in(self.decode):
             for scales, group in scales_in(self.decode, window, codes.node):
-                if not (scales.coding.endswith("bytes") and codes.coding.endswith("nibble first")):
-                    continue
-                try:
-                    FromSources(codes, scales, Factor(), window, group).read(self.decode, self.leaves, self.name)
-                except ValueError as error:
-                    return Rejected(str(error).removeprefix(f"{self.name}: "))
+                if scales.coding.endswith("bytes") and codes.coding.endswith("nibble first"):
+                    tried.setdefault((scales, window, group), FromSources(codes, scales, Factor(), window, group))
+        for recipe in islice(tried.values(), _MOST_TRIALS // self.trials_of_the_whole):
+            try:
+                recipe.read(self.decode, self.leaves, self.name)
+            except ValueError as error:
+                return Rejected(str(error).removeprefix(f"{self.name}: "))
         return Rejected(f"the traced weight holds NaN or Inf in {dtype_name(value.dtype)}")
 
     def _from_sources(self, value: Tensor, exact: bool) -> Found | Rejected:
-        used = value.count_nonzero(1).nonzero()[:, 0]
-        rows = used[torch.linspace(0, len(used) - 1, min(_SAMPLE_ROWS, len(used))).long()].tolist()
-        sample = value[rows]
-        tried = False
+        """The first hypothesis that gives the rows that are looked at, and then the whole value."""
+        for base, part in self._sampled_weights():
+            for recipe, roundings in self._fitting(part, self.seen, base, exact):
+                found = self._judge(recipe, roundings, value)
+                if isinstance(found, TooFar):
+                    return found.refusal
+                if isinstance(found, Found):
+                    return found
+                self._see(found, _Near.WEIGHT)
+                self.trials += self.trials_of_the_whole
+            if self.trials > _MOST_TRIALS:
+                return Rejected(f"too many of its tensors may be codes, scales or factors: {self.nearest.reason}")
+        return self.nearest if self.trials else Rejected(self._sizes())
+
+    def _sampled_weights(self) -> Iterator[tuple[FromSources, FP4Weight]]:
+        """Where codes and scales may stand, and what they are in the rows that are looked at."""
         for codes, window in codes_in(self.decode):
-            try:
-                few = codes.read_codes(self.decode, self.leaves, window, rows)
-            except ValueError:
+            few = self.samples.codes(codes, window)
+            if few is None or not self._may_be_codes((codes, window), few):
                 continue
             for scales, group in scales_in(self.decode, window, codes.node):
-                read = self._read_scales(scales, window, group)
-                if read is None:
-                    continue
-                tried = True
-                shown = window.rows(self.decode.rows)
-                own = read[1][shown][rows] if read[1] is not None else torch.ones(len(rows), device=few.device)
+                self.looked_at_scales = True
                 base = FromSources(codes, scales, Factor(), window, group)
-                part = FP4Weight.unchecked(few, read[0][shown][rows], own, base.kind, group)
-                for recipe, roundings in self._fitting(part, sample, rows, base, exact):
-                    found = self._judge(recipe, roundings, value)
-                    if isinstance(found, TooFar):
-                        return found.refusal
-                    if isinstance(found, Found):
-                        return found
-                    self._see(found, _Near.WEIGHT)
-        return self.nearest if tried else Rejected(self._sizes())
+                read = self.samples.scales(scales, window, group)
+                if read is not None and base not in self.wrong:
+                    own = torch.ones(len(few), device=few.device) if read[1] is None else read[1]
+                    yield base, FP4Weight.unchecked(few, read[0], own, base.kind, group)
+
+    def _may_be_codes(self, codes: tuple[Source, Window], few: Tensor) -> bool:
+        """Whether codes are worth looking at: after many trials, those alone that are it with whatever scales."""
+        if self.trials <= _MANY_TRIALS:
+            return True
+        if codes not in self.fit:
+            self.fit[codes] = fits_some_scales(few, self.seen)
+        return self.fit[codes]
 
     def _fitting(
-        self, part: FP4Weight, sample: Tensor, rows: list[int], base: FromSources, exact: bool
+        self, part: FP4Weight, sample: Tensor, base: FromSources, exact: bool
     ) -> Iterator[tuple[FromSources, Roundings]]:
         """The factors and roundings with which some rows come out right."""
+        rows, self.trials = self.samples.rows, self.trials + 1
         unscaled, found = part.unscaled(torch.float64) * part.multiplier.double()[:, None], sample.double()
         ratio = torch.where((unscaled != 0) & (found != 0), found / unscaled, torch.nan)
         middle = ratio.nanmedian(1, keepdim=True).values
-        near = torch.where(unscaled == 0, found == 0, (ratio / middle - 1).abs() < _NEAR)
+        near = torch.where(unscaled == 0, found == 0, (ratio / middle - 1).abs() < NEAR)
         what = f"{format_name(part.kind, part.group)}, {base.codes.coding}"
         if not bool(near.all()):
+            self.wrong.add(base)
             row, column = (~near).nonzero()[0].tolist()
             expected = float((unscaled * middle.nan_to_num(1.0))[row, column])
             first = Difference(rows[row], column, expected, float(found[row, column]))
             self._see(Rejected(f"it is not {what}", str(first)), _Near.ELEMENTS, float(near.double().mean()))
             return
-        factors = list(self._factors(base.window, middle[:, 0], rows, part.codes.device))
+        factors = list(self._factors(base.window, middle[:, 0]))
         if not factors:
             why = f"{what} but for a factor that no tensor and no number of the graph gives"
             self._see(Rejected(why, f"{float(middle[0, 0]):.7g}"), _Near.FACTOR)
         for factor, values in factors:
+            self.trials += 1
             own = values * part.multiplier
             scaled = (values.reciprocal() if factor.divides else values) * part.multiplier
             few = part.derived(part.codes, part.scales, scaled)
@@ -173,7 +200,7 @@ class _Search:
         start, found = 0, []
         for part in parts:
             size = part.matrices.k if axis else part.rows
-            leaves = [self.leaves[self.decode.leaves.index(leaf)] for leaf in part.leaves]
+            leaves = [self.leaves[i] for i in self.decode.places(part.leaves)]
             of_part = _Search(part, leaves, self.name, self.rules).run(value.narrow(axis, start, size))
             if isinstance(of_part, Rejected):
                 which = f"its {'columns' if axis else 'rows'} from {start} to {start + size - 1}"
@@ -186,27 +213,14 @@ class _Search:
             return Rejected(f"parts of several formats: {', '.join(sorted({f.format for f in found}))}")
         return settled(self._judge(Joined(tuple(f.recipe for f in found), axis), found[0].roundings, value))
 
-    def _read_scales(self, source: Source, window: Window, group: int) -> tuple[Tensor, Tensor | None] | None:
-        key = source, window, group
-        if key not in self.scales:
-            try:
-                self.scales[key] = source.read_scales(self.decode, self.leaves, window, group)
-            except ValueError:
-                self.scales[key] = None
-        return self.scales[key]
-
-    def _factors(
-        self, window: Window, wanted: Tensor, rows: list[int], device: torch.device
-    ) -> Iterator[tuple[Factor, Tensor]]:
+    def _factors(self, window: Window, wanted: Tensor) -> Iterator[tuple[Factor, Tensor]]:
         """The tensors and numbers that are near the factor that rows want, with their values for these rows."""
-        for factor in factors_in(self.decode, window):
-            values = factor.value(self.decode, self.leaves, window, device)[rows]
-            for divides in (False, True):
-                applied = values.reciprocal() if divides else values
-                if bool(((applied / wanted - 1).abs() < _NEAR).all()):
-                    yield Factor(factor.node, factor.number, divides), values
-                if factor == Factor():
-                    break
+        factors, values = self.samples.factors(window, wanted.device)
+        near = torch.stack([((way / wanted - 1).abs() < NEAR).all(1) for way in (values, values.reciprocal())], 1)
+        for place, divides in near.nonzero().tolist():
+            factor = factors[place]
+            if not (divides and factor == Factor()):
+                yield Factor(factor.node, factor.number, bool(divides)), values[place]
 
     def _computed_in(self, dtype: torch.dtype) -> set[torch.dtype]:
         halves = {torch.float16, torch.bfloat16}
@@ -219,7 +233,7 @@ class _Search:
 
     def _sizes(self) -> str:
         rows, k = self.decode.rows, self.decode.matrices.k
-        if self.scales:
+        if self.looked_at_scales:
             return "its block scales are not E4M3 or E8M0 numbers times one factor a row"
         for _, value in self.decode.tensors:
             group = rows * k // max(1, value.numel())

@@ -1,14 +1,15 @@
 """Packed copies bound to the tensors of a call: what runs is always the weight that was passed in.
 
 Dynamo's guards check a parameter's metadata, not its values or identity, so a compiled graph may be called with another
-instance's weights, or with weights that were written to since. A copy is therefore looked up by the identity, address
-and version of every leaf of the weight; when one of them changed, the weight is verified again and packed in place.
+instance's weights, or with weights that were written to since. A copy is therefore looked up by the identity, address,
+version and layout of every leaf of the weight; when one of them changed, the weight is verified again and packed in
+place.
 """
 
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import compute_dtype
-from marlin_w4a16.passes.graph.torch_private import is_wrapper
 from marlin_w4a16.passes.judge.decode import Decode
 from marlin_w4a16.passes.judge.search import recognise
 from marlin_w4a16.passes.judge.verdict import Found, judge_again
 from marlin_w4a16.passes.judge.weights import Weight
-from marlin_w4a16.passes.live.snapshot import Snapshot, State, callback, state_of, watched
+from marlin_w4a16.passes.live.snapshot import Snapshot, State, callback, deaths, laid_out_state_of, watched
 from marlin_w4a16.passes.mixture.stacks import pack_stack
 from marlin_w4a16.passes.outcome import Rejected, raised
 from marlin_w4a16.passes.settings import Rules
@@ -35,10 +35,21 @@ class NeedsCallBeforeCapture(RuntimeError):
 
 @dataclass(eq=False)
 class _Copy:
-    """A packed weight and the tensors it was read from at that moment."""
+    """A packed weight and the tensors it was read from at that moment.
+
+    ``users`` are the snapshots of those who were given it: they end when it is packed over, since their tensors may
+    come back unchanged (``old = p.data; p.data = new; ...; p.data = old``).
+    """
 
     packed: PackedFP4
     sources: Snapshot
+    users: weakref.WeakSet[Snapshot] = field(default_factory=weakref.WeakSet)
+
+    def end(self) -> None:
+        """Ends what was known of it."""
+        for snapshot in (self.sources, *self.users):
+            snapshot.end()
+        self.users.clear()
 
 
 # The graphs of a model (prefill and decode, static and dynamic shapes) read the same weights: they share the copies.
@@ -76,59 +87,71 @@ class Binding:
         self._verified: dict[tuple[int, ...], _Verified] = {}  # die with any leaf, a table say
         self._held: dict[tuple[int, ...], tuple[Any, ...]] = {}  # copies; they die with what the weight is read from
 
-    def packed(self, leaves: Sequence[Tensor]) -> PackedFP4 | Rejected:
+    def packed(self, leaves: Sequence[Tensor], user: Snapshot | None = None) -> PackedFP4 | Rejected:
         """The packed copy of the weight that these leaves hold now: a stack if it has several matrices.
+
+        Args:
+            leaves: the tensors of this call.
+            user: ended when the copy is packed over.
 
         Raises:
             NeedsCallBeforeCapture: it would have to be packed while a CUDA graph is captured.
         """
         with _LOCK, torch.inference_mode(False), torch.no_grad():
             tensors = watched(leaves)
-            state = state_of(tensors)
+            state = laid_out_state_of(tensors)
             verified = self._verified.get(tuple(map(id, leaves)))
-            if verified is not None and verified.leaves.holds(tensors, state):
-                return verified.copy.packed
-            if any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
+            if verified is not None and verified.leaves.holds(state):
+                copy: _Copy | Rejected = verified.copy
+            elif any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
                 raise NeedsCallBeforeCapture(
                     f"{self.name}: this weight is new or has changed, and a CUDA graph is being captured: "
                     "call the compiled function once before capture"
                 )
-            return self._bind(leaves, tensors, state, self._weight(leaves))
+            else:
+                copy = self._bind(leaves, tensors, state, self._weight(leaves))
+            if isinstance(copy, Rejected):
+                return copy
+            if user is not None:
+                copy.users.add(user)
+            return copy.packed
 
     def adopt(self, leaves: Sequence[Tensor], weight: FP4Weight) -> PackedFP4 | Rejected:
         """Packs the weight that these leaves have just been found to hold."""
         with _LOCK, torch.inference_mode(False), torch.no_grad():
             tensors = watched(leaves)
-            return self._bind(leaves, tensors, state_of(tensors), weight)
+            copy = self._bind(leaves, tensors, laid_out_state_of(tensors), weight)
+            return copy if isinstance(copy, Rejected) else copy.packed
 
     def _bind(
         self, leaves: Sequence[Tensor], tensors: list[Tensor], state: State, weight: FP4Weight | Rejected
-    ) -> PackedFP4 | Rejected:
+    ) -> _Copy | Rejected:
         copy = weight if isinstance(weight, Rejected) else self._copy(leaves, weight)
-        if isinstance(copy, Rejected):
-            return copy
-        ids = tuple(map(id, leaves))
-        self._verified[ids] = _Verified(Snapshot(tensors, state, self._forget(ids)), copy)
-        return copy.packed
+        if not isinstance(copy, Rejected):
+            ids = tuple(map(id, leaves))
+            verified = self._verified[ids] = _Verified(Snapshot(tensors, state, self._forget(ids)), copy)
+            copy.users.add(verified.leaves)
+        return copy
 
     def _copy(self, leaves: Sequence[Tensor], weight: FP4Weight) -> _Copy | Rejected:
         roots = [leaves[i] for i in self._recipe.roots(self._decode)]
         ids, sources = tuple(map(id, roots)), watched(roots)
-        state, reading = state_of(sources), self._recipe.reading(self._decode)
-        batch, order = self._decode.matrices.batch, self._order
-        key = (*ids, weight.codes.device, reading, batch, order, self._dtype is torch.float16)
+        state, reading = laid_out_state_of(sources), self._recipe.reading(self._decode)
+        batch, order, codes = self._decode.matrices.batch, self._order, weight.codes
+        how = codes.device, codes.shape, weight.kind, weight.group, reading, batch, order, self._dtype is torch.float16
+        key = (*ids, *how)
         copy = _COPIES.get(key)
-        if copy is None or not copy.sources.holds(sources, state):
+        if copy is None or not copy.sources.holds(state):
             fitted = fit(weight, self._dtype)
             if isinstance(fitted, Rejected):
                 return fitted
             if copy is None:
                 copy = _COPIES[key] = _Copy(pack_stack(fitted, batch, order), Snapshot(sources, state))
             else:
+                copy.end()
                 pack_stack(fitted, batch, order, copy.packed)
                 copy.sources = Snapshot(sources, state)
-        plain = (source for source in sources if not is_wrapper(source))
-        self._held[ids] = copy, *(weakref.ref(source, self._forget(ids)) for source in plain)
+        self._held[ids] = copy, *deaths(sources, self._forget(ids))
         return copy
 
     def _weight(self, leaves: Sequence[Tensor]) -> FP4Weight | Rejected:

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from marlin_w4a16.passes.graph.torch_private import GUARDS_LAYOUTS
 from marlin_w4a16.passes.live.binding import Binding
-from marlin_w4a16.passes.live.snapshot import Snapshot, callback, state_of
+from marlin_w4a16.passes.live.snapshot import Snapshot, callback, laid_out_state_of, state_of
 from marlin_w4a16.passes.outcome import Rejected, Row
 
+_state_of = state_of if GUARDS_LAYOUTS else laid_out_state_of
 log = logging.getLogger("marlin_w4a16")
 
 
@@ -35,6 +37,7 @@ class Rewritten:
         bound: the weights to look up at each call.
         rows: the report.
         wrappers: positions of leaves that are wrapper subclasses, and the names of the tensors that hold their data.
+        rounds: something was left because it rounds on the way; see `outcome.Rejected`.
     """
 
     graph: fx.GraphModule
@@ -43,6 +46,7 @@ class Rewritten:
     bound: tuple[Bound, ...]
     rows: tuple[Row, ...]
     wrappers: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    rounds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class LiveCall:
     """A compiled graph that runs with the weights it is called with.
 
     Each binding looks its own leaves up; while no leaf of the whole graph has changed since the last call with an
-    instance of the model, that is one comparison of identities, addresses and versions.
+    instance of the model, that is one comparison of marks, addresses and versions.
 
     Args:
         compiled: the compiled form of ``rewritten.graph``.
@@ -79,20 +83,20 @@ class LiveCall:
         if self._wrappers:
             parts = [getattr(args[i], name) for i, names in self._wrappers.items() for name in names]
             leaves = [*leaves, *parts, *[args[i] for i in self._wrappers]]  # as `watched` orders them
-        state = state_of(leaves)
+        state = _state_of(leaves)
         instance = id(args[self._codes_leaf])
         held = self._instances.get(instance)
-        if held is None or not held.leaves.holds(leaves, state):
-            packed = self._look_up(args)
-            held = self._instances[instance] = _Instance(Snapshot(leaves, state, self._forget(instance)), packed)
+        if held is None or not held.leaves.holds(state):
+            snapshot = Snapshot(leaves, state, self._forget(instance))
+            held = self._instances[instance] = _Instance(snapshot, self._look_up(args, snapshot))
         if isinstance(held.packed, Rejected):
             return self._run_as_traced(held.packed, args)
         return self._compiled(*[args[i] for i in self._kept], *held.packed)
 
-    def _look_up(self, args: Sequence[Any]) -> list[Tensor] | Rejected:
+    def _look_up(self, args: Sequence[Any], user: Snapshot) -> list[Tensor] | Rejected:
         tensors = []
         for bound in self._bound:
-            found = bound.binding.packed([args[i] for i in bound.leaves])
+            found = bound.binding.packed([args[i] for i in bound.leaves], user)
             if isinstance(found, Rejected):
                 name = bound.binding.name
                 return Rejected(f"{name}: {found.reason.removeprefix(f'{name}: ')}")

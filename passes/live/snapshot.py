@@ -1,21 +1,55 @@
 """The tensors of a call at one moment: which they are, where they lie, how often they were written to."""
 
-import operator
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, is_wrapper, storage_of, versions_of
 
 T = TypeVar("T")
-State = tuple[list[int], list[int]]
+State = tuple[list[Any], ...]
+
+
+class Mark:
+    """Which tensor one is: lies among its attributes, as Dynamo's marks do, and dies with it.
+
+    A weak reference to the tensor would keep `torch.utils.swap_tensors` from swapping it; a mark goes with the values.
+    What is copied or saved with a tensor is an empty set in the place of it, which is no mark.
+
+    Attributes:
+        key: equal to itself only. Who holds it keeps neither the mark nor the tensor alive, and it never comes back.
+    """
+
+    __slots__ = ("__weakref__", "key")
+
+    def __init__(self) -> None:
+        self.key = object()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return set, ()
 
 
 def state_of(tensors: Sequence[Tensor]) -> State:
-    """Address and version of each tensor, read as fast as Python can: it is read at every call."""
-    return list(map(Tensor.data_ptr, tensors)), versions_of(tensors)
+    """Address, version and mark of each tensor, read as fast as Python can: it is read at every call."""
+    try:
+        keys = [t._marlin_w4a16_mark.key for t in tensors]  # type: ignore[attr-defined]
+    except AttributeError:
+        keys = [_mark(t).key for t in tensors]
+    return list(map(Tensor.data_ptr, tensors)), versions_of(tensors), keys
+
+
+def laid_out_state_of(tensors: Sequence[Tensor]) -> State:
+    """The same with shapes, strides and dtypes, which Dynamo's guards compare before a graph is called."""
+    return *state_of(tensors), [(t.shape, t.stride(), t.dtype) for t in tensors]
+
+
+def _mark(tensor: Tensor) -> Mark:
+    mark = vars(tensor).get("_marlin_w4a16_mark")
+    if not isinstance(mark, Mark):
+        mark = vars(tensor)["_marlin_w4a16_mark"] = Mark()
+    return mark
 
 
 def watched(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -39,31 +73,36 @@ def callback(owner: T, act: Callable[[T], object]) -> Callable[[object], None]:
     return call
 
 
+def deaths(tensors: Iterable[Tensor], call: Callable[[object], None]) -> list[object]:
+    """As long as this is held, ``call`` is called, with something, when one of the tensors dies."""
+    return [weakref.ref(_mark(tensor), call) for tensor in tensors]
+
+
 class Snapshot:
     """What tensors were at one moment, without keeping them alive.
 
-    It ends when one of them dies or gives up its memory: an address may come back as another's.
+    It ends when one of them gives up its memory, since an address may come back as another's, or when it is ended.
 
     Args:
-        tensors: the tensors, wrapper subclasses last (see `watched`).
-        state: their `state_of`, read before anything else is.
-        on_death: called, with a weak reference, when one of them dies.
+        tensors: the tensors (see `watched`).
+        state: their `state_of` or `laid_out_state_of`, read before anything else is.
+        on_death: called, with something, when one of them dies.
     """
 
-    __slots__ = ("__weakref__", "_state", "_storages", "_tensors")
+    __slots__ = ("__weakref__", "_deaths", "_state", "_storages")
 
     def __init__(
         self, tensors: Sequence[Tensor], state: State, on_death: Callable[[object], None] | None = None
     ) -> None:
         self._state: State | None = state
-        end = callback(self, lambda snapshot: setattr(snapshot, "_state", None))
-        plain = [tensor for tensor in tensors if not is_wrapper(tensor)]  # swap_tensors, and so .to(), wants no
-        self._tensors = [weakref.ref(tensor, on_death) for tensor in plain]  # weak reference to a wrapper
-        self._storages = [weakref.ref(s, end) for s in map(storage_of, plain) if s is not None]
+        end = callback(self, Snapshot.end)
+        self._storages = [weakref.ref(s, end) for s in map(storage_of, tensors) if s is not None]
+        self._deaths = [] if on_death is None else deaths(tensors, on_death)
 
-    def holds(self, tensors: Sequence[Tensor], state: State) -> bool:
-        """Whether these are the same tensors, unchanged; ``state`` is their `state_of`.
+    def holds(self, state: State) -> bool:
+        """Whether a state, read as the first one was, is that of the same tensors, unchanged."""
+        return self._state == state
 
-        Identity is compared by ``is``: where an audit hook is installed, ``id`` takes ten times as long.
-        """
-        return self._state == state and all(map(operator.is_, [ref() for ref in self._tensors], tensors))
+    def end(self) -> None:
+        """From now on it holds for nothing."""
+        self._state = None

@@ -2,8 +2,9 @@
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from itertools import product as combinations
 
 import torch
@@ -14,7 +15,7 @@ from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.graph.constants import Constants, needed_by
 from marlin_w4a16.passes.graph.flow import Flow
 from marlin_w4a16.passes.graph.names import module_path
-from marlin_w4a16.passes.graph.nodes import example, literals, sizes, storage
+from marlin_w4a16.passes.graph.nodes import example, sizes, storage
 from marlin_w4a16.passes.graph.torch_private import source_name
 from marlin_w4a16.passes.outcome import Rejected
 
@@ -38,7 +39,6 @@ class Candidate:
         on_input: they multiply the input of the experts.
         output: the sum ``[t, hidden]``.
         nodes: what computes the output from tokens, ids and weights, in graph order.
-        between: those of them that are computed from the first product for the second one.
         known: the constants of the graph.
         bias13, bias2: those ``[experts, rows]`` that are added to the products, or None.
     """
@@ -52,7 +52,6 @@ class Candidate:
     on_input: bool
     output: fx.Node
     nodes: list[fx.Node]
-    between: list[fx.Node]
     known: Constants
     bias13: fx.Node | None = None
     bias2: fx.Node | None = None
@@ -93,12 +92,6 @@ class Candidate:
         """What gathers matrices for the products."""
         routes = [product.route for product in (self.first, self.second) if product.route is not None]
         return [route.reader for route in routes if route.by == "ids"]
-
-    @property
-    def numbers(self) -> list[float]:
-        """The numbers that stand between the products."""
-        numbers = (value for value in literals(self.between) if isinstance(value, int | float))
-        return list(dict.fromkeys(float(number) for number in numbers if not isinstance(number, bool)))
 
     @property
     def outputs(self) -> list[fx.Node]:
@@ -153,16 +146,25 @@ class _ClosedParts:
         """The candidates, the likeliest first."""
         if any(len(p.equation.rows) != 1 or len(p.equation.columns) != 1 for p in (self.first, self.second)):
             return Rejected("no whole mixture: its products have several axes of rows or columns")
-        found = []
-        route = self.first.route
-        for ids in self._near([route.node if route else self.first.x_node], _ID_DTYPES):
+        return list(islice(self._found(), _CANDIDATES)) or Rejected(f"no whole mixture: {self.why}")
+
+    def _found(self) -> Iterator[Candidate]:
+        for ids in self._near(self._routing(), _ID_DTYPES):
             t, k = sizes(ids)
             for output in self._outputs(t):
                 tokens = self._near([self.first.x_node], DTYPES, (t, self.first.matrices.k))
                 weights = self._near([output], DTYPES, (t, k))
                 closed = (self._closed(x, ids, weight, output) for x, weight in combinations(tokens, weights))
-                found += [mixture for mixture in closed if mixture is not None]
-        return found[:_CANDIDATES] or Rejected(f"no whole mixture: {self.why}")
+                yield from (mixture for mixture in closed if mixture is not None)
+
+    def _routing(self) -> list[fx.Node]:
+        """Where to look for ids: at the route; where every token goes to all experts, at tokens and at what is made."""
+        if self.first.route is not None:
+            return [self.first.route.node]
+        return [self.first.x_node, max(self._made())]
+
+    def _made(self) -> set[fx.Node]:
+        return self.flow.after(self.second.node, self.flow.following(self.second.node, _FARTHEST))
 
     def _near(
         self, roots: list[fx.Node], dtypes: Sequence[torch.dtype], shape: tuple[int, int] | None = None
@@ -172,8 +174,7 @@ class _ClosedParts:
 
     def _outputs(self, tokens: int) -> list[fx.Node]:
         """Where the sum may be: what is computed from the second product and has its shape, the last first."""
-        made = self.flow.after(self.second.node, self.flow.following(self.second.node, _FARTHEST))
-        found = [node for node in sorted(made) if _is_matrix(node, DTYPES, (tokens, self.second.matrices.n))]
+        found = [node for node in sorted(self._made()) if _is_matrix(node, DTYPES, (tokens, self.second.matrices.n))]
         return found[:_OUTPUTS][::-1]
 
     def _closed(self, x: fx.Node, ids: fx.Node, weights: fx.Node, output: fx.Node) -> Candidate | None:
@@ -189,9 +190,8 @@ class _ClosedParts:
         on_input = any(weights in self.flow.reads(node) for node in entry)
         spread = sizes(x)[0], self.first.matrices.batch
         scores = [node for node in nodes if node not in made and _is_matrix(node, DTYPES, spread) and _distinct(ids)]
-        between = [node for node in nodes if node in fed and node in made and node is not self.first.node]
         last = scores[-1] if scores else None
-        mixture = Candidate(self.first, self.second, x, ids, weights, last, on_input, output, nodes, between, constants)
+        mixture = Candidate(self.first, self.second, x, ids, weights, last, on_input, output, nodes, constants)
         outputs = mixture.outputs
         for node in made:
             outside = [user for user in node.users if user not in nodes]

@@ -9,8 +9,11 @@ from torch import Tensor, fx
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.graph.nodes import example, sizes
+from marlin_w4a16.passes.mixture.activation import recognise_activation
 from marlin_w4a16.passes.mixture.candidates import Candidate
+from marlin_w4a16.passes.mixture.dataflow import read_for_all
 from marlin_w4a16.passes.mixture.trial import Proved, Trial
+from marlin_w4a16.passes.mixture.values import NotUnderstood
 from marlin_w4a16.passes.outcome import Rejected, raised
 
 Packed = Callable[[Order | None], tuple[PackedFP4, PackedFP4]]  # packs both weights, rows of the first in pairs
@@ -34,21 +37,32 @@ class Prover:
         return found if isinstance(found, Rejected) else replace(found[1], mixture=candidates[found[0]])
 
     def _prove(self, candidates: list[Candidate], packed: Packed) -> tuple[int, Proved] | Rejected:
-        reasons = []
+        """First read, then tried: what was read says what to try."""
+        refusals = []
         for place, mixture in enumerate(candidates):
-            trial = Trial(mixture)
-            activation = trial.activation()
-            if isinstance(activation, Rejected):
-                reasons.append(activation)
-                continue
-            weights = packed(activation[1])
-            for read_scores in (False, True) if mixture.scores is not None else (False,):
-                proved = Proved(mixture, *activation, read_scores)
-                refused = trial.compare(proved, *weights)
+            proved = _read(mixture)
+            if isinstance(proved, Proved):
+                refused = Trial(proved, *packed(proved.order)).run()
                 if refused is None:
                     return place, proved
-                reasons.append(refused)
-        return Rejected(f"no whole mixture: {reasons[0].why}", reasons[0].detail)
+                refusals.append((len(mixture.nodes), refused))
+            else:
+                refusals.append(proved)
+        _, first = max(refusals, key=lambda refusal: refusal[0])
+        return Rejected(f"no whole mixture: {first.why}", first.detail, first.rounds)
+
+
+def _read(mixture: Candidate) -> Proved | tuple[int, Rejected]:
+    """What was read of a mixture; or how many nodes were understood, and why no more."""
+    try:
+        understood = read_for_all(mixture)
+    except NotUnderstood as why:
+        return why.read, Rejected(str(why), rounds=why.rounds)
+    bends = understood.bends
+    activation = recognise_activation(understood.function, understood.orders, bends.numbers, bends.points)
+    if isinstance(activation, Rejected):
+        return len(mixture.nodes), activation
+    return Proved(mixture, *activation, understood.spread, understood.negatives)
 
 
 def _signature(m: Candidate) -> str:

@@ -36,6 +36,7 @@ def replace(
     weights = reach(m.weights)
     if proved.read_scores and m.scores is not None:
         weights = call(torch.gather, reach(m.scores), 1, ids)
+    ids = proved.negatives.applied(call, ids, m.experts)
     bias13, bias2 = (None if bias is None else reach(bias) for bias in (m.bias13, m.bias2))
     if bias13 is not None and proved.order is not None:
         bias13 = paired(bias13, proved.order, call)

@@ -32,6 +32,11 @@ class Alone:
     outcome: Verdict
     no_mixture: Rejected | None = None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it is part of no mixture because the model rounds on the way."""
+        return self.no_mixture is not None and self.no_mixture.rounds
+
     def rows(self, error: float | None = None) -> Iterator[Row]:
         """The row of the report."""
         yield row_of(self.weight, self.outcome, self.no_mixture, error)

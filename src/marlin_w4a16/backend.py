@@ -66,5 +66,6 @@ def marlin_w4a16(
         log.log(level, "nothing to replace, so the graph runs as with Inductor: %s", why)
     if not report.replaced:
         return compile_graph(gm, example_inputs, chosen.patches)
-    compiled = compile_graph(rewritten.graph, rewritten.inputs, chosen.patches)
+    patches = {"emulate_precision_casts": True} | chosen.patches if rewritten.rounds else chosen.patches
+    compiled = compile_graph(rewritten.graph, rewritten.inputs, patches)
     return LiveCall(compiled, gm.forward, rewritten).__call__  # depyf looks for the code of a function

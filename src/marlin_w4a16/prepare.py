@@ -48,7 +48,7 @@ def prepare(
         progress: see `marlin_w4a16.report.progress.track`.
 
     Returns:
-        One row per linear and Experts module, swapped or refused with its reason.
+        One row per linear and Experts module, swapped or refused with its reason: one that raises is left as it was.
 
     Raises:
         ValueError: an unknown ``activation_quant``.
@@ -63,7 +63,10 @@ def prepare(
             continue
         if id(module) in outside:
             found = _OUTSIDE
-        packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
+        try:
+            packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
+        except Exception as error:  # the module is as it was
+            packed = _raised(error)
         rows.append(_swapped(path, producer, module, packed, places.get(id(module), [])))
         del found, packed  # the original weight goes now, one at a time
     for hook in compressed_tensors.hooks_of(model):
@@ -110,8 +113,8 @@ def _read(module: Any, recover: bool) -> tuple[str, FoundModule | Rejected | Non
     for name, producer in (EXPERTS if stacked else LINEARS).items():
         try:
             found = producer.read(module, recover)
-        except ValueError as error:
-            found = Rejected(str(error))
+        except Exception as error:
+            found = _raised(error)
         if found is not None:
             return name, found
     if isinstance(module, nn.Linear):
@@ -120,6 +123,10 @@ def _read(module: Any, recover: bool) -> tuple[str, FoundModule | Rejected | Non
         first = getattr(module, names_of(module)[0], None)
         return "", Rejected(f"its weights are dense {getattr(first, 'dtype', None)}, of no producer of FP4")
     return "", None
+
+
+def _raised(error: Exception) -> Rejected:
+    return Rejected(str(error) if isinstance(error, ValueError) else f"it raises {type(error).__name__}: {error}")
 
 
 def _producer(origin: Origin) -> Producer:
@@ -140,10 +147,7 @@ def _packed(
     elif has_hooks(module):
         packed = HOOKS
     else:
-        try:
-            fitted = weight.fit(found.dtype)
-        except ValueError as error:
-            return Rejected(str(error))
+        fitted = weight.fit(found.dtype)
         packed = PackedLinear(pack(fitted), module.bias).train(module.training)  # type: ignore[arg-type]
         unfitted = None if fitted is weight else (weight.scales.clone(), weight.multiplier)
     if not isinstance(packed, Rejected):
@@ -160,9 +164,9 @@ def _swapped(
     if isinstance(packed, Rejected):
         return Swap(path, producer or None, None, packed.reason, experts=stacked)
     origin: Any = packed.origin
-    _producer(origin).strip(module, origin.kept)
-    place(packed, places)
     format, after = held(packed)
+    place(packed, places)
+    _producer(origin).strip(module, origin.kept)
     return Swap(path, producer, format, None, origin.nbytes, after, experts=stacked)
 
 
@@ -176,8 +180,8 @@ def _refill(packed: PackedLinear | PackedExperts, path: str) -> str | None:
     try:
         weight = packed.to_fp4(path) if isinstance(packed, PackedExperts) else _unfitted(packed.to_fp4(path), origin)
         _producer(origin).fill(origin.module, weight, origin.kept)
-    except ValueError as error:
-        return str(error)
+    except Exception as error:
+        return _raised(error).reason
     biases = {"bias": packed.bias} if isinstance(packed, PackedLinear) else biases_of(packed, origin.module)
     for name, bias in biases.items():
         setattr(origin.module, name, bias)

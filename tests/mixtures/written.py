@@ -30,7 +30,9 @@ def grouped(m: "Mixture", x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     k = ids.shape[1]
     chosen, perm = torch.sort(ids.reshape(-1))
     rows, weight = x[perm // k], weights.reshape(-1)[perm].unsqueeze(-1)
-    offsets = torch.cumsum(torch.histc(chosen.float(), bins=E, min=0, max=E - 1), dim=0, dtype=torch.int32)
+    offsets = torch.cumsum(
+        torch.histc(chosen.float(), bins=m.experts, min=0, max=m.experts - 1), dim=0, dtype=torch.int32
+    )
     y = m.expert(rows, weight, chosen, lambda x, w: torch.ops.transformers.grouped_mm_fallback(x, w.mT, offsets))
     inverse = torch.empty_like(perm)
     inverse[perm] = torch.arange(perm.size(0))
@@ -42,7 +44,9 @@ def native(m: "Mixture", x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     k = ids.shape[1]
     chosen, perm = torch.sort(ids.reshape(-1))
     rows, weight = x[perm // k], weights.reshape(-1)[perm].unsqueeze(-1)
-    counts = torch.histc(chosen.float() if x.device.type == "cpu" else chosen.int(), bins=E, min=0, max=E - 1)
+    counts = torch.histc(
+        chosen.float() if x.device.type == "cpu" else chosen.int(), bins=m.experts, min=0, max=m.experts - 1
+    )
     offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
     y = m.expert(rows, weight, chosen, lambda x, w: torch.nn.functional.grouped_mm(x, w.mT, offs=offsets))
     inverse = torch.empty_like(perm)
@@ -55,7 +59,9 @@ def added(m: "Mixture", x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     k = ids.shape[1]
     chosen, perm = torch.sort(ids.reshape(-1))
     rows, weight = x[perm // k], weights.reshape(-1)[perm].unsqueeze(-1)
-    offsets = torch.cumsum(torch.histc(chosen.float(), bins=E, min=0, max=E - 1), dim=0, dtype=torch.int32)
+    offsets = torch.cumsum(
+        torch.histc(chosen.float(), bins=m.experts, min=0, max=m.experts - 1), dim=0, dtype=torch.int32
+    )
     y = m.expert(rows, weight, chosen, lambda x, w: torch.ops.transformers.grouped_mm_fallback(x, w.mT, offsets))
     out = torch.zeros_like(x)
     out.index_add_(0, perm // k, y)
@@ -114,15 +120,16 @@ class Mixture(nn.Module):
         quantize: Callable[[Tensor], FP4Weight] = quantize_nvfp4,
         dtype: torch.dtype = torch.float32,
         scale: float = 0.3,
+        experts: int = E,
     ) -> None:
         super().__init__()
-        self.parts = parts
+        self.parts, self.experts = parts, experts
         rows = 2 * WIDTH if parts.gated else WIDTH
-        self.gate_up_proj = nn.Parameter(scale * torch.randn(E, rows, H).to(dtype), requires_grad=False)
-        self.down_proj = nn.Parameter(scale * torch.randn(E, H, WIDTH).to(dtype), requires_grad=False)
+        self.gate_up_proj = nn.Parameter(scale * torch.randn(experts, rows, H).to(dtype), requires_grad=False)
+        self.down_proj = nn.Parameter(scale * torch.randn(experts, H, WIDTH).to(dtype), requires_grad=False)
         if parts.bias:
-            self.bias13 = nn.Parameter(torch.randn(E, rows).to(dtype), requires_grad=False)
-            self.bias2 = nn.Parameter(torch.randn(E, H).to(dtype), requires_grad=False)
+            self.bias13 = nn.Parameter(torch.randn(experts, rows).to(dtype), requires_grad=False)
+            self.bias2 = nn.Parameter(torch.randn(experts, H).to(dtype), requires_grad=False)
         hold_fp4(self, quantize)
 
     def expert(self, x: Tensor, weight: Tensor, chosen: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -146,7 +153,9 @@ class Mixture(nn.Module):
         return self.parts.form(self, x, weights, ids)
 
 
-def inputs(tokens: int = T, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    tokens: int = T, dtype: torch.dtype = torch.float32, scale: float = 3.0, experts: int = E
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, routing weights and experts."""
-    ids = torch.rand(tokens, E).argsort(1)[:, :K]
+    ids = torch.rand(tokens, experts).argsort(1)[:, :K]
     return scale * torch.randn(tokens, H).to(dtype), torch.rand(tokens, K).to(dtype) + 0.1, ids

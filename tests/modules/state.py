@@ -17,5 +17,5 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def addresses(module: nn.Module) -> list[int]:
-    """Where its parameters lie."""
-    return [p.data_ptr() for p in module.parameters()]
+    """Where they lie, but for what says how they are packed."""
+    return [t.data_ptr() for t in (*module.parameters(), *module.buffers())]

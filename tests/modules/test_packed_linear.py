@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import marlin_w4a16.backend
 from marlin_w4a16 import FP4Weight, PackedLinear, explain, pack, quantize_mxfp4, quantize_nvfp4
@@ -17,7 +19,7 @@ from weights import equal
 OP = torch.ops.marlin_w4a16.linear.default
 N, K = 48, 96  # neither fills its tiles
 X = torch.linspace(-1, 1, 5 * K).view(5, K)
-PACKED = ("words", "scales", "multiplier")
+PACKED = ("multiplier", "words", "scales")
 QUANTISERS = (quantize_nvfp4, quantize_mxfp4)
 
 
@@ -72,9 +74,53 @@ def test_packed_tensors_are_taken_as_they_are(weight):
             assert found.data_ptr() == getattr(packed, name).data_ptr()
 
 
-def test_its_parameters_are_the_packed_tensors_and_are_frozen(linear):
-    assert [name for name, _ in linear.named_parameters()] == [*PACKED, "bias"]
+def test_its_parameters_are_bias_and_multiplier_and_are_frozen(linear):
+    assert [name for name, _ in linear.named_parameters()] == ["bias", "multiplier"]
+    assert [name for name, _ in linear.named_buffers()] == ["words", "scales"]
     assert not any(p.requires_grad for p in linear.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_first_parameter_has_the_dtype_of_the_model(linear, dtype):
+    model = nn.Sequential(linear, nn.Linear(N, 4)).to(dtype)
+    assert next(model.parameters()).dtype == dtype
+    assert model(X.to(next(model.parameters()).dtype)).dtype == dtype
+
+
+def test_without_a_bias_the_first_parameter_is_a_floating_one_too(weight):
+    assert next(PackedLinear(weight).bfloat16().parameters()).dtype == torch.float32
+
+
+AVERAGES = {
+    "equal": {}, "by hand": {"avg_fn": lambda averaged, new, n: averaged + (new - averaged) / (n + 1)},
+    "exponential": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", AVERAGES.values(), ids=AVERAGES)
+def test_the_average_of_a_packed_weight_is_that_weight(weight, linear, how):
+    for module in (linear, PackedLinear(weight)):
+        model = nn.Sequential(module)
+        average = AveragedModel(model, **how)
+        for _ in range(3):
+            average.update_parameters(model)
+        assert_same(bits(average.module), bits(model))
+
+
+def test_a_loaded_state_writes_the_multiplier_last(linear):
+    """A kernel of the GPU may read words and scales before the one before it has ended."""
+
+    class Written(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op._schema.is_mutable:
+                into.append(args[0].data_ptr())
+            return op(*args, **(kwargs or {}))
+
+    state, into = bits(linear), []
+    with Written():
+        linear.load_state_dict(state)
+    assert into[-1] == linear.multiplier.data_ptr()
+    assert_same(bits(linear), state)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
@@ -150,7 +196,7 @@ def test_a_call_changes_no_parameter(linear):
 
 
 def test_the_keys_of_its_state(weight, linear):
-    assert list(linear.state_dict()) == [*PACKED, "bias", "_extra_state"]
+    assert list(linear.state_dict()) == ["bias", *PACKED, "_extra_state"]
     assert list(PackedLinear(weight).state_dict()) == [*PACKED, "_extra_state"]
 
 
@@ -286,11 +332,13 @@ def test_a_whole_module_goes_through_a_file(linear, tmp_path):
 def test_it_goes_to_the_meta_device_and_is_filled_again(linear, dtype):
     state, expected = bits(linear), linear(X)
     linear.to("meta", dtype)
-    assert {p.device.type for p in linear.parameters()} == {"meta"}
-    assert [p.dtype for p in linear.parameters()] == [torch.int32, torch.uint8, torch.float32, dtype or torch.float32]
+    tensors = ("bias", *PACKED)
+    assert {getattr(linear, name).device.type for name in tensors} == {"meta"}
+    dtypes = [dtype or torch.float32, torch.float32, torch.int32, torch.uint8]
+    assert [getattr(linear, name).dtype for name in tensors] == dtypes
     assert linear(torch.empty(5, K, device="meta")).shape == (5, N)
     linear.to_empty(device="cpu").load_state_dict(state)
-    assert {p.device.type for p in linear.parameters()} == {"cpu"}
+    assert {getattr(linear, name).device.type for name in tensors} == {"cpu"}
     assert torch.equal(linear.float().multiplier, state["multiplier"])
     if dtype is None:
         assert torch.equal(linear(X), expected)

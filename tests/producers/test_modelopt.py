@@ -268,6 +268,16 @@ def test_another_format_is_refused_by_its_name():
     assert refusal(compressed(MLP(), "FP8_DEFAULT_CFG")) == "its weight is a FP8QTensor, which is not FP4"
 
 
+@pytest.mark.parametrize("k", [16, 48, 80])
+def test_groups_that_cross_the_ends_of_rows_are_refused(k):
+    """ModelOpt takes any weight whose elements are a multiple of 32."""
+    model = MLP()
+    model.up, model.down = nn.Linear(k, 96), nn.Linear(96, k)
+    compressed(model, "MXFP4_DEFAULT_CFG")
+    assert refusal(model) == f"its groups of 32 cross the ends of its rows of {k} columns"
+    assert isinstance(model.down, PackedLinear)
+
+
 def test_other_modules_have_no_row():
     model = quantised(nn.Sequential(nn.Conv1d(16, 16, 1)), "NVFP4_DEFAULT_CFG")
     assert hasattr(model[0], "weight_quantizer") and prepare(model).rows == ()

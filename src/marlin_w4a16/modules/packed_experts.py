@@ -21,9 +21,8 @@ class PackedExperts(PackedState):
     """The weighted sum of what the chosen experts make of each token, from weights that are held packed only.
 
     Stands where an Experts module of transformers does, with its arguments. Runs in eager mode and under any
-    torch.compile backend, as one op, differentiable in the hidden states, the routing weights and the biases. Its
-    packed tensors are parameters that require no grad; the rules of `PackedLinear` for casts and state dicts are its
-    own.
+    torch.compile backend, as one op, differentiable in the hidden states, the routing weights and the biases. The
+    rules of `PackedLinear` for parameters, casts and state dicts are its own.
 
     Args:
         w13: gate and up of each expert, or up alone: ``[experts, rows, hidden]``; packed on its device, as is ``w2``.
@@ -78,12 +77,10 @@ class PackedExperts(PackedState):
         (w13, w2), (bias13, bias2) = packed, biases
         self.activation, self.order, self.weight_on_input = activation, order, False
         self.num_experts, self.intermediate = len(w13.words), rows // (1 if order is None else 2)
-        self._own({"13": w13, "2": w2})
         if bias13 is not None:
             trained = isinstance(bias13, nn.Parameter) and bias13.requires_grad
             bias13 = nn.Parameter(pack_bias(bias13.detach(), w2.k, order), requires_grad=trained)
-        self.register_parameter("bias13", bias13)
-        self.register_parameter("bias2", parameter_of(bias2))
+        self._own({"13": w13, "2": w2}, {"bias13": parameter_of(bias13), "bias2": parameter_of(bias2)})
 
     @property
     def w13(self) -> PackedFP4:

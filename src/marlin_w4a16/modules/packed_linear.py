@@ -19,8 +19,9 @@ class PackedLinear(PackedState, nn.Linear):
     (`merge` fails there, since there is no dense weight to add to).
 
     Runs in eager mode and under any torch.compile backend, as one op; captured in a CUDA graph it sees what is loaded
-    in place later (``load_state_dict``). The packed tensors are parameters that require no grad; casts of the module
-    (``half()``, ``to(dtype)``) leave them as they are, since they hold bits and the float32 multiplier.
+    in place later (``load_state_dict``). Its parameters are the bias and the multiplier, which requires no grad; words
+    and scales are buffers. Casts of the module (``half()``, ``to(dtype)``) leave these and the multiplier as they are:
+    bits, and float32.
 
     The state dict holds them as they are packed, and ``_extra_state`` says how: JSON bytes with the layout's id, the
     format and the shape. A state of another layout, format or shape is refused before anything is overwritten.
@@ -42,12 +43,11 @@ class PackedLinear(PackedState, nn.Linear):
             raise ValueError(f"PackedLinear: found a weight of {weight.multiplier.ndim + 1} dimensions, expected 2")
         packed = pack(weight if isinstance(weight, PackedFP4) else weight.fit_first(torch.float16, dtype))
         self.in_features, self.out_features = packed.k, packed.n
-        self._own({"": packed})
-        self.register_parameter("bias", parameter_of(bias))
+        self._own({"": packed}, {"bias": parameter_of(bias)})
         self.register_parameter("weight", None)
 
-    words: nn.Parameter
-    scales: nn.Parameter
+    words: Tensor
+    scales: Tensor
     multiplier: nn.Parameter
 
     @property

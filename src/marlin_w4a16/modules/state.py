@@ -14,7 +14,11 @@ _TENSORS = ("words", "scales", "multiplier")
 
 
 class PackedState(nn.Module):
-    """A module some of whose parameters are packed weights.
+    """A module that holds packed weights.
+
+    Words and scales are buffers: they are bits, of which there is no average, no gradient and no initial value. The
+    multipliers are parameters that require no grad, and stand behind the biases, since the first parameter of a module
+    is where libraries look for the dtype of its inputs.
 
     ``_extra_state`` holds ``_packing`` as JSON bytes; a state that says something else is refused before anything of it
     is loaded. Casts of the module leave packed tensors as they are, since they hold bits and float32 multipliers.
@@ -22,13 +26,16 @@ class PackedState(nn.Module):
 
     origin: Origin | None = None
 
-    def _own(self, weights: dict[str, PackedFP4]) -> None:
-        """Takes packed weights over, by what stands behind the names of their tensors."""
+    def _own(self, weights: dict[str, PackedFP4], biases: dict[str, nn.Parameter | None]) -> None:
+        """Takes packed weights over, by what stands behind the names of their tensors, and biases by their names."""
         self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in weights.items()}
         self._uncast = tuple(f"multiplier{of}" for of in weights)  # the parameters that casts would round
+        for name, bias in biases.items():
+            self.register_parameter(name, bias)
         for of, weight in weights.items():
-            for name in _TENSORS:
-                self.register_parameter(f"{name}{of}", nn.Parameter(getattr(weight, name), requires_grad=False))
+            self.register_buffer(f"words{of}", weight.words)
+            self.register_buffer(f"scales{of}", weight.scales)
+            self.register_parameter(f"multiplier{of}", nn.Parameter(weight.multiplier, requires_grad=False))
 
     def _packed(self, of: str) -> PackedFP4:
         words, scales, multiplier = (getattr(self, f"{name}{of}") for name in _TENSORS)
@@ -51,6 +58,8 @@ class PackedState(nn.Module):
         found = self._packing if state is None else _read(state)  # None: reported as missing
         if found == self._packing:
             super()._load_from_state_dict(state_dict, prefix, *args)
+            for of in self._formats:  # a kernel may read words while the one before it runs: that is to write none
+                getattr(self, f"multiplier{of}").detach().mul_(1)
         else:
             errors.append(
                 f"{prefix.rstrip('.') or type(self).__name__}: found a weight packed as {found}, expected "

@@ -15,9 +15,9 @@ from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.experts import unpack_bias
 from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.modules.gates import recognise_gate
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.swaps import has_hooks
-from marlin_w4a16.passes.mixture.activation import recognise_activation
 from marlin_w4a16.passes.outcome import Rejected
 
 _ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -116,7 +116,7 @@ def _shape_refusal(module: Any, w13: FP4Weight, w2: FP4Weight) -> Rejected | Non
 
 def _gating(module: Any, rows: int) -> tuple[Activation, Order | None] | Rejected:
     gate = module._apply_gate if module.has_gate else module.act_fn
-    found = recognise_activation(gate, rows, _numbers(module), _device(module))
+    found = recognise_gate(gate, rows, _numbers(module), _device(module))
     if not isinstance(found, Rejected) and found[0].gated != module.has_gate:
         return Rejected(f"it computes {found[0]} but says has_gate={module.has_gate}")
     return found

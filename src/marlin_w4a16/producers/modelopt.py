@@ -97,6 +97,8 @@ def _compressed(quantizer: Any, weight: Any) -> FoundModule | Rejected:
         return Rejected("its weight quantiser holds no scales")
     if len(shape) != 2 or scale.numel() * group != shape[0] * shape[1]:
         return Rejected(f"its scales have shape {tuple(scale.shape)} for a weight {tuple(shape)} in groups of {group}")
+    if shape[1] % group:
+        return Rejected(f"its groups of {group} cross the ends of its rows of {shape[1]} columns")
     codes = weight.data.as_subclass(Tensor)
     factor = getattr(quantizer, "_double_scale", None)
     kept = {"class": type(weight), "metadata": weight.metadata, "codes": codes.shape}

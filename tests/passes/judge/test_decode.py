@@ -59,6 +59,17 @@ def test_sources_are_read_after_the_last_write_to_them(decode_of):
         assert decode.source(decode.nodes.index(decode.leaves[index]), live) is leaf
 
 
+def test_sources_together_are_those_one_by_one(decode_of):
+    live = tensors((N, K), (1,))
+    decode = decode_of(written, *live)
+    others = [i for i in range(len(decode.nodes)) if i not in decode.leaf_indices]
+    values = dict(decode.sources(others, live))
+    assert values.keys() == set(others)
+    for index, value in values.items():
+        found = decode.source(index, live)
+        assert value is found if found is None else torch.equal(value, found)
+
+
 def test_what_is_written_after_the_product_is_no_part_of_it(decode_of):
     live = tensors((N, K), (1,))
 

@@ -114,8 +114,23 @@ def test_a_changed_weight(fp4_linear, assert_near, levels, change, quantize):
     assert (after - before).norm() > 0.01 * before.norm() and levels() == ["INFO"]
 
 
+def flat(module) -> None:
+    """The codes become a view of a buffer that is written to instead of them, as FSDP1, ZeRO and apex do it."""
+    module.buffer = [module.codes.detach().flatten().clone()]
+    module.codes.data = module.buffer[0].view(module.codes.shape)
+
+
+def preserving_the_version(module, other):
+    """As FSDP2 gathers the parts of a parameter."""
+    with torch.autograd._unsafe_preserve_version_counter(module.codes):
+        module.codes.copy_(other.codes)
+
+
 UNSEEN = {
     "data_in_place": lambda module, other: module.codes.data.copy_(other.codes),
+    "flat_buffer": lambda module, other: module.buffer[0].copy_(other.codes.flatten()),
+    "dlpack": lambda module, other: torch.from_dlpack(module.codes.detach()).copy_(other.codes),
+    "preserving_the_version": preserving_the_version,
     "numpy_view": lambda module, other: operator.setitem(
         module.codes.detach().numpy(), slice(None), other.codes.numpy()
     ),
@@ -130,8 +145,11 @@ def test_a_write_that_nothing_sees_is_seen_after_refresh(
 ):
     if change == "numpy_view" and device != "cpu":
         pytest.skip("numpy has no views of GPU memory")
+    if change == "preserving_the_version" and made_in_inference_mode:
+        pytest.skip("inference tensors have none")
     with torch.inference_mode(made_in_inference_mode):
         model = nn.Sequential(fp4_linear(64, 64), fp4_linear(64, 64))
+        flat(model[1])
         run = compiled(model)
         before = run(X)
         UNSEEN[change](model[1], fp4_linear(64, 64))

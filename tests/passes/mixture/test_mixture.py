@@ -265,7 +265,7 @@ def test_the_options_choose_mixtures_and_pieces():
 def test_without_pieces_a_mixture_that_is_refused_is_left_with_its_reason():
     module, args = Mixture(Parts(total=lambda y: y.amax(1))), inputs()
     (first, second) = explain(module, *args, options={"grouped": False}).rejected
-    assert first.outcome.reason.startswith("no whole mixture: what was traced is no mixture with silu")
+    assert first.outcome.reason.startswith("no whole mixture: amax of what its experts give")
     assert first.outcome == second.outcome
 
 
@@ -342,26 +342,23 @@ def test_nothing_of_the_dense_experts_is_left():
     assert sum("codes" in node.name and "words" not in node.name for node in graph.nodes) <= 6  # named after the codes
 
 
-def test_tokens_go_beyond_the_limits_on_both_sides():
-    module, args = Mixture(Parts(activation=interleaved, bias=True), scale=0.01), inputs()
-    seen: list[Tensor] = []
-    reach = trial._reach
+@pytest.mark.parametrize("tokens, experts", [(1, 5), (7, 5), (1, 40)])
+def test_every_expert_and_every_size_of_token_is_tried(tokens, experts):
+    module, args = Mixture(Parts(activation=interleaved, bias=True), experts=experts), inputs(tokens, experts=experts)
+    seen: list[dict] = []
+    before = trial.Trial._traced
 
-    def watched(sums: Tensor, order: str | None) -> float:
-        seen.append(sums)
-        return reach(sums, order)
+    def traced(self, given, times):
+        seen.append({name: given[getattr(self.mixture, name)] for name in ("x", "ids", "weights")})
+        return before(self, given, times)
 
-    def given(self, scale=1.0, past_the_end=False):
-        scales.append(scale)
-        return before(self, scale, past_the_end)
-
-    scales: list[float] = []
-    before = trial.Trial.given
-    with patch.object(trial, "_reach", watched), patch.object(trial.Trial, "given", given):
+    with patch.object(trial.Trial, "_traced", traced):
         assert_right(module, args)
-    sums = scales[-1] * seen[0]
-    for part in (sums[:, ::2], sums[:, 1::2]):
-        assert float((part > 7).float().mean()) >= 0.1 and float((part < -7).float().mean()) >= 0.1
+    x, ids, weights = (torch.cat([draw[name] for draw in seen]) for name in ("x", "ids", "weights"))
+    assert set(range(experts)) <= set(ids.flatten().tolist())
+    sizes = x.norm(dim=1) / H**0.5
+    assert float(sizes.min()) < 3e-1 and float(sizes.max()) > 1e3
+    assert weights.min() < 0 < weights.max()
 
 
 def test_weights_of_zero_prove_nothing():

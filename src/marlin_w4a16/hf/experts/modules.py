@@ -98,7 +98,8 @@ class CheckpointExperts(PackedExperts):
         if device == held:
             return super().forward(hidden_states, top_k_index, top_k_weights)
         if held.type == "cpu":
-            here = {name: parameter.to(device) for name, parameter in self.named_parameters()}
+            held_there = (*self.named_parameters(), *self.named_buffers())
+            here = {name: tensor.to(device) for name, tensor in held_there}
             out: Tensor = torch.func.functional_call(self, here, (hidden_states, top_k_index, top_k_weights))
         else:
             inputs = (tensor.to(held) for tensor in (hidden_states, top_k_index, top_k_weights))

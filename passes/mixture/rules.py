@@ -1,0 +1,330 @@
+"""The operations that a mixture may hold, each with what it makes of what is known of its arguments."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from marlin_w4a16.passes.graph.nodes import example
+from marlin_w4a16.passes.mixture import operations
+from marlin_w4a16.passes.mixture.pointwise import POINTWISE, Bends
+from marlin_w4a16.passes.mixture.rows import MASKED, Rows
+from marlin_w4a16.passes.mixture.values import (
+    Between,
+    Bias,
+    Counts,
+    Ids,
+    NotUnderstood,
+    Parts,
+    Plain,
+    Results,
+    Scores,
+    Unwritten,
+    Value,
+    Weights,
+)
+
+_WIDE = (torch.int32, torch.int64)
+_POSITIONS = frozenset({"add", "sub", "rsub", "mul", "floor_divide", "remainder", "neg"})
+# Moves that may take some of an axis: where the axis stands among their further arguments, and its name.
+_CUTS = {
+    "getitem": (0, ""), "narrow": (0, "dim"), "select": (0, "dim"), "unbind": (0, "dim"), "split": (1, "dim"),
+    "chunk": (1, "dim"), "tensor_split": (1, "dim"), "flip": (0, "dims"), "roll": (1, "dims"),
+}  # fmt: skip
+_SPREAD = frozenset({"sigmoid", "tanh", "exp", "relu", "add", "sub", "mul", "div"})
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What was traced of a call.
+
+    Attributes:
+        example: what it gave.
+        sized: a number that changes between calls, such as a size, is among its arguments.
+        fixed: of its first argument, the axes whose size does not change.
+    """
+
+    example: Any
+    sized: bool
+    fixed: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, node: fx.Node, values: Mapping[fx.Node, Any]) -> "Call":
+        """That of a node, from what is known of the nodes before it."""
+        first = example(node.args[0]) if node.args else None
+        sized = any(isinstance(values.get(used), int) for used in node.all_input_nodes)
+        sizes = first.shape if isinstance(first, Tensor) else ()
+        return cls(example(node), sized, tuple(isinstance(size, int) for size in sizes))
+
+
+class Rules:
+    """What operations make of values; ``dynamic``: the number of tokens is not fixed."""
+
+    def __init__(self, rows: Rows, bends: Bends, dynamic: bool) -> None:
+        self.rows, self.bends, self.dynamic = rows, bends, dynamic
+
+    def apply(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], call: Call) -> Any:
+        """What an operation gives.
+
+        Raises:
+            NotUnderstood: the operation, told by its name and what it is done to.
+        """
+        values = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Value)]
+        found = self._applied(name, list(args), dict(kwargs), values, call)
+        if found is None:
+            what = " and ".join(dict.fromkeys(value.what for value in values)) or "numbers"
+            raise NotUnderstood(f"{name} of {what}")
+        return found
+
+    def _applied(self, name: str, args: list[Any], kwargs: dict[str, Any], values: list[Value], call: Call) -> Any:
+        if not values:
+            return self._made(name, args, kwargs, call)
+        if name in operations.SIZES or isinstance(args[0] if args else None, tuple):
+            return _part(name, args)
+        if name in operations.LIKE:
+            return _like(name, args, kwargs, call)
+        if name in operations.CASTS:
+            return self._cast(args[0], call.example.dtype)
+        indexed = self._indexed(name, args, kwargs)
+        if indexed is not None:
+            return indexed
+        if name in operations.MOVES:
+            return self._moved(name, args, kwargs, call)
+        if all(isinstance(value, Plain) for value in values):
+            return self._plain(name, args, kwargs, values, call)
+        if call.sized:
+            raise NotUnderstood(f"{name} by a number that changes between calls")
+        return self._of_data(name, args, kwargs, values)
+
+    def _of_data(self, name: str, args: list[Any], kwargs: dict[str, Any], values: list[Value]) -> Any:
+        """What is done to the elements of tokens, ids, routing weights and results."""
+        kinds = {type(value) for value in values}
+        if name in ("where", "masked_fill") and kinds & MASKED:
+            mask, value, other = (args[1], args[0], args[2]) if name == "masked_fill" else (args[0], args[1], args[2])
+            if name == "where" and type(value) not in MASKED:
+                return self.rows.masked(other, mask, value, kept=False)
+            return self.rows.masked(value, mask, other, kept=name == "where")
+        if kinds <= {Ids, Plain} and name in operations.INTEGERS:
+            return self._of_ids(name, args, kwargs)
+        if name == "mul" and len(values) == 2 and kinds & {Weights, Scores}:
+            return self.rows.weighted(*values)
+        if name == "add" and len(values) == 2 and Bias in kinds and not kwargs:
+            return self.rows.with_bias(*values)
+        if name == "add" and kinds <= {Results, Parts} and args in ([values[0], 0], [0, values[0]]) and not kwargs:
+            return values[0]  # where sum() begins
+        if name == "add" and len(values) == 2 and kinds <= {Results, Parts, Plain} and not kwargs:
+            return self.rows.plus(*values)
+        if kinds <= {Between, Plain} and Between in kinds and name in POINTWISE:
+            return self.bends.apply(name, [_number(x) for x in args], {k: _number(x) for k, x in kwargs.items()})
+        if kinds == {Scores} and len(values) == 1 and name in _SPREAD and not kwargs:
+            rest = getattr(torch, name)(*(x.rest if isinstance(x, Scores) else torch.as_tensor(x) for x in args))
+            return Scores(at=values[0].at, order=values[0].order, rest=rest, of=object())
+        return self._counted(name, args, kwargs)
+
+    def _indexed(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """What is gathered, sorted, written to places or added by index; None where this is none of it."""
+        if name == "getitem":
+            index = args[1]
+            if isinstance(index, tuple) and any(isinstance(part, Value) for part in index):
+                if not isinstance(index[0], Value) or any(part != slice(None) for part in index[1:]):
+                    raise NotUnderstood(f"getitem of {args[0].what} by several indices")
+                index = index[0]
+            return self.rows.gathered(args[0], index) if isinstance(index, Value) else None
+        if name in ("sort", "argsort"):
+            found = self.rows.sorted(args[0], kwargs, args[1:])
+            return found if name == "sort" else found[1]
+        if name == "setitem":
+            index = args[1][0] if isinstance(args[1], tuple) and len(args[1]) == 1 else args[1]
+            return self.rows.put(args[0], index, args[2])
+        if name in ("index_select", "index_copy", "index_add", "scatter"):
+            names = ("input", "dim", "index", "source" if name.startswith("index") else "src")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            base, dim, index, source = (given.pop(part, None) for part in names)
+            if given or any(isinstance(part, Value) for part in (dim,)):
+                raise NotUnderstood(f"{name} with {', '.join(given)}=")
+            if name == "scatter" and isinstance(source, Weights):
+                return self._spread(base, dim, index, source)
+            if dim != 0:
+                raise NotUnderstood(f"{name} along axis {dim}")
+            if name == "index_select":
+                return self.rows.gathered(base, index)
+            return (self.rows.added if name == "index_add" else self.rows.put)(base, index, source)
+        if name == "einsum" and not kwargs:
+            operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+            ranked = sorted(operands, key=lambda x: not isinstance(x, Results)) if len(operands) < 3 else ()
+            if ranked and ranked[0] is not operands[0]:
+                terms, arrow, out = str(args[0]).partition("->")
+                args[0] = ",".join(reversed(terms.split(","))) + arrow + out
+            return self.rows.contracted(args[0], *ranked) if ranked else None
+        if name == "sum":
+            given = dict(zip(("input", "dim", "keepdim"), args, strict=False)) | kwargs
+            given.pop("dtype", None)
+            value, dim, keepdim = (given.pop(part, default) for part, default in _SUM)
+            return None if given else self.rows.summed(value, dim, bool(keepdim))
+        return None
+
+    def _moved(self, name: str, args: list[Any], kwargs: dict[str, Any], call: Call) -> Any:
+        value, rest = args[0], args[1:]
+        others = tree_leaves((rest, kwargs))
+        if not isinstance(value, Value) or any(isinstance(x, torch.dtype) for x in others):
+            raise NotUnderstood(f"{name} of {getattr(value, 'what', 'a number')} as another type")
+        if isinstance(value, Counts):
+            return None
+        if name in _CUTS and not all(call.fixed[axis] for axis in _cut_axes(name, rest, kwargs, len(call.fixed))):
+            raise NotUnderstood(f"{name} of {value.what} along an axis whose size changes")
+        rest, kwargs = tree_map(lambda x: x.at if isinstance(x, Value) else x, (rest, kwargs))
+        if name == "getitem":
+            return value.moved(lambda at: at[rest[0]])
+        kwargs.pop("memory_format", None)
+        move = getattr(torch.Tensor, {"view": "reshape", "view_as": "reshape_as"}.get(name, name))
+        return value.moved(lambda at: move(at, *rest, **kwargs))
+
+    def _cast(self, value: Value, dtype: torch.dtype) -> Value | None:
+        if isinstance(value, Plain):
+            if self.dynamic and dtype not in _WIDE and not (dtype.is_floating_point and value.fixed):
+                return None
+            return replace(value, at=value.at.to(dtype))
+        if isinstance(value, Ids):
+            return replace(value, table=value.table.to(dtype))
+        if isinstance(value, Counts):
+            return value if dtype in (*_WIDE, torch.float32, torch.float64) else None
+        return value
+
+    def _of_ids(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Ids:
+        """A function of each id, evaluated for every number that one may be."""
+        ids = [x for x in args if isinstance(x, Ids)]
+        if any(x.order is not ids[0].order or not torch.equal(x.at, ids[0].at) for x in ids) or not ids:
+            raise NotUnderstood(f"{name} of the ids of several pairs")
+        numbers = [x.table if isinstance(x, Ids) else _number(x) for x in args]
+        if any(isinstance(x, Value) for x in kwargs.values()):
+            raise NotUnderstood(f"{name} with {', '.join(kwargs)}= of {Ids.what}")
+        table = getattr(torch, name)(*numbers, **kwargs)
+        return replace(ids[0], table=table)
+
+    def _counted(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Counts | None:
+        """How many pairs each expert has, and the ends of their rows."""
+        value = args[0] if args else None
+        if name == "histc" and isinstance(value, Ids) and value.table.dtype != torch.bool:
+            if not torch.equal(value.at.flatten().sort().values, torch.arange(self.rows.tokens * self.rows.each)):
+                return None
+            table = value.table.double()
+            return Counts(
+                at=torch.zeros(self.rows.choices.experts),
+                table=torch.stack([torch.histc(number, *args[1:], **kwargs) for number in table[:, None]]).long(),
+            )
+        if name == "cumsum" and isinstance(value, Counts) and not value.ends:
+            given = [*args[1:], *(x for key, x in kwargs.items() if key != "dtype")]
+            return replace(value, ends=True) if given in ([0], [-1]) else None
+        return None
+
+    def _spread(self, base: Any, dim: Any, ids: Any, weights: Weights) -> Scores | None:
+        """``base.scatter(1, ids, weights)`` over all experts."""
+        tokens, experts = self.rows.tokens, self.rows.choices.experts
+        if not (isinstance(base, Plain) and isinstance(ids, Ids) and dim in (1, -1)) or ids.order or weights.order:
+            return None
+        pairs = torch.arange(ids.at.numel()).view(tokens, -1)
+        whole = torch.equal(ids.at, pairs) and torch.equal(weights.at, pairs) and not bool(weights.zero.any())
+        rest = base.at.flatten()[:1]
+        if not whole or tuple(base.at.shape) != (tokens, experts) or bool((base.at != rest).any()):
+            return None
+        if not self.rows.choices.are_right(ids.table):
+            return None
+        return Scores(at=torch.arange(tokens * experts).view(tokens, experts), rest=rest[0].float(), of=object())
+
+    def _plain(
+        self, name: str, args: list[Any], kwargs: dict[str, Any], values: list[Value], call: Call
+    ) -> Plain | None:
+        """Numbers of numbers: positions, as they are."""
+        orders = {value.order for value in values if value.at.ndim}
+        if name not in _POSITIONS or len(orders) > 1 or kwargs:
+            return None
+        literal = args[1] if name in ("floor_divide", "remainder") and isinstance(args[1], int) else None
+        if self.dynamic and literal is not None and not call.sized and literal != self.rows.each:
+            raise NotUnderstood(f"{name} of positions by {literal}, which is not the number of choices")
+        numbers = (x.at if isinstance(x, Value) else x for x in args)
+        at = getattr(torch, name)(*numbers)
+        fixed = not call.sized and all(isinstance(value, Plain) and value.fixed for value in values)
+        return Plain(at=at, order=next(iter(orders), None), fixed=fixed)
+
+    def _made(self, name: str, args: list[Any], kwargs: dict[str, Any], call: Call) -> Any:
+        """Numbers, and tensors made of them."""
+        if not isinstance(call.example, Tensor):
+            whole = all(isinstance(x, int) for x in args) and not kwargs
+            function: Callable[..., Any] | None = _OF_NUMBERS.get(name)
+            return function(*args) if whole and function is not None else None
+        if name not in operations.MADE:
+            return None
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "layout")}
+        at = getattr(torch, name)(*args, **kwargs)
+        return Unwritten(at=at) if name == "empty" else Plain(at=at, fixed=not call.sized)
+
+
+_SUM = (("input", None), ("dim", None), ("keepdim", False))
+_OF_NUMBERS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "floor_divide": lambda a, b: a // b,
+    "remainder": lambda a, b: a % b,
+    "neg": lambda a: -a,
+}
+
+
+def _part(name: str, args: list[Any]) -> Any:
+    """A size, an attribute, or one of several tensors."""
+    value = args[0]
+    if isinstance(value, tuple):
+        index = {"values": 0, "indices": 1}.get(args[1], args[1]) if name == "getattr" else args[1]
+        return value[index] if name in ("getattr", "getitem") and isinstance(index, int) else None
+    if name == "getattr":
+        if args[1] in ("T", "mT"):
+            return value.moved(lambda at: getattr(at, args[1]))
+        return value.at.shape if args[1] == "shape" else None
+    sizes = {"size": value.at.size, "numel": value.at.numel, "dim": value.at.dim, "ndimension": value.at.dim}
+    return sizes[name](*args[1:]) if name in sizes else len(value.at)
+
+
+def _cut_axes(name: str, rest: Sequence[Any], kwargs: dict[str, Any], axes: int) -> Iterator[int]:
+    """The axes along which a move takes some elements, or changes their order."""
+    if name == "getitem":
+        index = list(rest[0]) if isinstance(rest[0], tuple) else [rest[0]]
+        if Ellipsis in index:
+            place = index.index(Ellipsis)
+            index[place : place + 1] = [slice(None)] * (axes - sum(part is not None for part in index) + 1)
+        real = [part for part in index if part is not None]
+        yield from (axis for axis, part in enumerate(real) if part != slice(None))
+        return
+    position, named = _CUTS[name]
+    dims = kwargs.get(named, rest[position] if len(rest) > position else 0)
+    if name == "flip" and len(rest) > 1:
+        dims = rest
+    yield from dims if isinstance(dims, list | tuple) else (dims,)
+
+
+def _like(name: str, args: list[Any], kwargs: dict[str, Any], call: Call) -> Value:
+    """A tensor of the shape of another one, or of a size."""
+    kind, fill = name.removeprefix("new_").removesuffix("_like"), {"zeros": 0.0, "ones": 1.0}
+    rest = args[1:]
+    shape = args[0].at.shape
+    if name.startswith("new_"):
+        size = rest[0] if rest and isinstance(rest[0], list | tuple) else kwargs.get("size", rest)
+        shape, rest = torch.Size(size), rest[1:]
+    if kind == "empty":
+        return Unwritten(at=torch.zeros(shape))
+    value = fill[kind] if kind in fill else kwargs.get("fill_value", rest[0] if rest else None)
+    if not isinstance(value, int | float):
+        raise NotUnderstood(f"{name} of what is no number")
+    return Plain(at=torch.full(shape, value, dtype=call.example.dtype), fixed=True)
+
+
+def _number(x: Any) -> Any:
+    """The number that a tensor holds everywhere."""
+    if not isinstance(x, Plain):
+        return x
+    one = x.at.flatten()[:1]
+    if not x.fixed or x.order is not None or not len(one) or bool((x.at != one).any()):
+        raise NotUnderstood(f"numbers that differ from column to column, or that depend on {Plain.what}")
+    return one.item()
