@@ -67,9 +67,8 @@ class Bends:
     def _smooth(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Between:
         function, of, rest = _SMOOTH[name], args[0], args[1:]
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-        if rest or kwargs.keys() - ({"approximate"} if name == "gelu" else set()):
+        if rest or kwargs.keys() - ({"approximate"} if name == "gelu" else set()) or not isinstance(of, Between):
             raise NotUnderstood(f"{name} with further arguments of {Between.what}")
-        assert isinstance(of, Between)
         self._bends(name, of, 0.0)
         return replace(
             of, compute=lambda *z: function(of.compute(*z), **kwargs), polynomial=None, positive=name in _POSITIVE
