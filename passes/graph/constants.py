@@ -68,8 +68,12 @@ def find_constants(graph: fx.Graph) -> Constants:
 def needed_by(roots: Iterable[fx.Node], constants: Constants, user: fx.Node | None = None) -> set[fx.Node]:
     """Every node that ``roots`` need, the in-place writes to what they read included: all, or those before ``user``."""
 
+    met: set[Hashable] = set()
+
     def reads(node: fx.Node) -> list[fx.Node]:
-        writes = constants.writes.get(storage(node), ())
+        key = storage(node)
+        writes = () if key in met else constants.writes.get(key, ())
+        met.add(key)
         return [*node.all_input_nodes, *(write for write in writes if user is None or write < user)]
 
     return closure(roots, reads)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from marlin_w4a16.passes.judge.recipe import Factor, Leaves, Source
 # stay below 2**-6, neighbouring codes and scales differ by more than 2**-4.
 NEAR = 2.0**-5
 
-_Asked = TypeVar("_Asked", bound=tuple)
+_Asked = TypeVar("_Asked", bound=tuple[Any, ...])
 _Found = TypeVar("_Found")
 _Scales = tuple[Tensor, Tensor | None]
 
@@ -92,29 +92,33 @@ class _Once(Generic[_Asked, _Found]):
     ) -> None:
         self._decode, self._leaves, self._every, self._read = decode, leaves, every, read
         self._found: dict[_Asked, _Found] = {}
-        self._asked: dict[int, list[_Asked]] = defaultdict(list)
-        self._values: Iterator[tuple[int, Tensor]] | None = None
+        self._values = self._each_value()
 
     def __call__(self, asked: _Asked) -> _Found:
         if asked not in self._found and asked[0].node in self._decode.leaf_indices:
             self._found[asked] = self._read(asked, self._decode.source(asked[0].node, self._leaves))
-        if asked not in self._found and self._values is None:
-            for one in self._every:
-                if one[0].node not in self._decode.leaf_indices:
-                    self._asked[one[0].node].append(one)
-            self._values = self._decode.sources(self._asked, self._leaves)
         while asked not in self._found:
-            node, value = next(self._values)
-            self._found.update({one: self._read(one, value) for one in self._asked[node]})
+            value, of_node = next(self._values)
+            self._found.update({one: self._read(one, value) for one in of_node})
         return self._found[asked]
+
+    def _each_value(self) -> Iterator[tuple[Tensor, list[_Asked]]]:
+        """The value of each node that is no leaf, and the hypotheses about it."""
+        asked: dict[int, list[_Asked]] = defaultdict(list)
+        for one in self._every:
+            if one[0].node not in self._decode.leaf_indices:
+                asked[one[0].node].append(one)
+        for node, value in self._decode.sources(asked, self._leaves):
+            yield value, asked[node]
 
 
 def fits_some_scales(codes: Tensor, value: Tensor) -> bool:
     """Whether rows ``[rows, k]`` are nearly codes ``[rows, k / 2]`` times something for each of the smallest groups."""
     group = min(GROUP_SIZES)
-    one = torch.full((len(codes), value.shape[1] // group), 127, dtype=torch.uint8, device=codes.device)
+    shape = len(codes), value.shape[1] // group
+    one = torch.full(shape, 127, dtype=torch.uint8, device=codes.device)
     unit = FP4Weight.unchecked(codes, one, torch.ones(len(codes), device=codes.device), "e8m0", group)
-    code, found = (t.double().unflatten(1, (-1, group)) for t in (unit.unscaled(torch.float64), value))
+    code, found = (t.double().reshape(*shape, group) for t in (unit.unscaled(torch.float64), value))
     low = torch.where(code == 0, torch.inf, found / code).amin(2)
     high = torch.where(code == 0, -torch.inf, found / code).amax(2)
     apart = (high - low) > 2.5 * NEAR * torch.minimum(low.abs(), high.abs())

@@ -78,9 +78,9 @@ def _up(line: Tensor, found: Tensor, numbers: tuple[float, ...]) -> Activation:
 
     def differences(activation: Activation) -> int:
         expected = activation(gate, line).double()
-        factor = (expected @ found.double() / (expected @ expected)).float()
-        close = _tolerance(activation, gate, line)
-        return int(((found - factor * expected.float()).abs() > factor.abs() * close).sum())
+        scaled = expected * (expected @ found.double() / (expected @ expected))
+        close = 1e-5 * (found.abs() + scaled.abs()) + 1e-6 * found[0].abs()
+        return int(((found - scaled).abs() > close).sum())
 
     offsets = (0.0, 1.0, *numbers, *(-n for n in (1.0, *numbers)))
     return _best(

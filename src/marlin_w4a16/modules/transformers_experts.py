@@ -130,7 +130,8 @@ def _numbers(module: Any) -> tuple[float, ...]:
 
 def _small(values: dict[str, Any]) -> Iterator[float]:
     for value in values.values():
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+        is_size = isinstance(value, int) and abs(value) > _LARGEST
+        if isinstance(value, int | float) and not isinstance(value, bool) and not is_size:
             yield float(value)
 
 
