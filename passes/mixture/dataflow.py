@@ -54,14 +54,12 @@ class Understood:
             of each sum alone.
         orders: what they are if the earlier ones are the gates, and if the later ones are; (None,) without pairs.
         bends: the numbers of the function and where it may bend.
-        spread: the routing weights are read from scores over all experts.
         negatives: what ids below zero are.
     """
 
     function: Callable[..., Tensor]
     orders: tuple[Order | None, ...]
     bends: Bends
-    spread: bool
     negatives: Negatives
 
 
@@ -219,7 +217,7 @@ class _Reading:
         negatives = self.choices.negatives(of.fate)
         if negatives is None:
             raise NotUnderstood("ids of no expert that add something")
-        return Understood(function.compute, self._orders(function), self.bends, self.spread, negatives)
+        return Understood(function.compute, self._orders(function), self.bends, negatives)
 
     def _orders(self, function: Between) -> tuple[Order | None, ...]:
         """The orders in which sums are paired: `multiplied` has checked that the rows are whole."""

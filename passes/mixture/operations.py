@@ -39,7 +39,7 @@ _ALIASES = {
     "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "truediv": "div", "negative": "neg",
     "clip": "clamp", "absolute": "abs", "floordiv": "floor_divide", "mod": "remainder", "greater": "gt", "less": "lt",
     "greater_equal": "ge", "less_equal": "le", "not_equal": "ne", "and_": "bitwise_and", "or_": "bitwise_or",
-    "xor": "bitwise_xor", "inv": "bitwise_not", "invert": "bitwise_not", "concat": "cat",
+    "xor": "bitwise_xor", "inv": "bitwise_not", "invert": "bitwise_not",
 }  # fmt: skip
 _IN_PLACE = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floor_divide", "imod": "remainder",

@@ -144,7 +144,7 @@ def _joined(name: str, function: Callable[..., Tensor], a: Between, b: Between) 
     """Of two functions: of the same sums, or of one each."""
     if a.order is not b.order or a.at.shape != b.at.shape or a.biased != b.biased or not torch.equal(a.fate, b.fate):
         raise NotUnderstood(f"{name} of two of {Between.what} of other rows, or of which one has its bias")
-    same = [torch.equal(x, y) for x, y in zip(a._labels(), b._labels(), strict=False)]
+    same = [torch.equal(x, y) for x, y in zip(a.labels(), b.labels(), strict=False)]
     if a.other is None and b.other is None:
         if same[0]:
             polynomial, positive = _polynomial(name, a, b), name in ("add", "mul", "div") and a.positive and b.positive
@@ -169,7 +169,7 @@ def _joined(name: str, function: Callable[..., Tensor], a: Between, b: Between) 
 def _with_one(name: str, function: Callable[..., Tensor], a: Between, b: Between) -> Between:
     """Of a function of two sums and one of one of them, or the other way around."""
     two, one = (a, b) if a.other is not None else (b, a)
-    place = next((i for i, labels in enumerate(two._labels()) if torch.equal(labels, one.at)), None)
+    place = next((i for i, labels in enumerate(two.labels()) if torch.equal(labels, one.at)), None)
     if place is None:
         raise NotUnderstood(f"{name} of more than two sums of a row")
     at = operator.itemgetter(place)

@@ -39,7 +39,7 @@ def multiplied(which: Product, sums: int, get: Get, choices: Choices, each: int)
         raise NotUnderstood(f"{name} of an input that is broadcast")
     if x.order is not None and not axes.x[0] == (axes.batch + axes.free)[0] == axes.out[0]:
         raise NotUnderstood(f"{name} of rows that are sorted by expert along another axis")
-    labels = [as_rows(at_once, axes, part) for part in x._labels()]
+    labels = [as_rows(at_once, axes, part) for part in x.labels()]
     rows, lead = [part for part, _ in labels], labels[0][1]
     routed, fate = _routed(which, x, len(rows[0]), get, choices)
     if isinstance(x, Tokens):

@@ -62,7 +62,7 @@ def _read(mixture: Candidate) -> Proved | tuple[int, Rejected]:
     activation = recognise_activation(understood.function, understood.orders, bends.numbers, bends.points)
     if isinstance(activation, Rejected):
         return len(mixture.nodes), activation
-    return Proved(mixture, *activation, understood.spread, understood.negatives)
+    return Proved(mixture, *activation, understood.negatives)
 
 
 def _signature(m: Candidate) -> str:

@@ -41,14 +41,8 @@ class Rows:
 
     def gathered(self, base: Value, index: Value) -> Value:
         """``base[index]``."""
-        if (
-            isinstance(base, Bias)
-            and base.expert is None
-            and base.at.ndim == 2
-            and isinstance(index, Ids)
-            and index.is_index
-        ):
-            if not torch.equal(base.at.flatten(), torch.arange(base.at.numel())):
+        if isinstance(base, Bias) and isinstance(index, Ids) and index.is_index:
+            if base.expert is not None or base.at.ndim != 2 or not _counts_up(base.at.flatten()):
                 raise NotUnderstood("biases whose rows were moved")
             at = index.at.unsqueeze(-1) * base.of.matrices.n + torch.arange(base.of.matrices.n)
             return Bias(at=at, order=index.order, of=base.of, expert=self.choices.indexed(index.table))
@@ -138,11 +132,7 @@ class Rows:
     def masked(self, value: Any, mask: Any, other: Any, kept: bool) -> Value:
         """A tensor in which zero stands where a function of the id says so (or, if ``kept``, does not)."""
         zero = bool((other.at == 0).all()) if isinstance(other, Plain) and other.fixed else other == 0
-        if (
-            not isinstance(value, Tokens | Weights | Between | Results)
-            or not isinstance(mask, Ids)
-            or mask.table.dtype != torch.bool
-        ):
+        if type(value) not in MASKED or not isinstance(mask, Ids) or mask.table.dtype != torch.bool:
             raise NotUnderstood(f"a mask of {getattr(value, 'what', 'a number')}")
         dead = ~mask.table if kept else mask.table
         if not zero or bool(dead[: self.choices.experts].any()):
@@ -151,14 +141,16 @@ class Rows:
             raise NotUnderstood(f"a mask of {value.what} in another order")
         pair = mask.at.expand_as(value.at)
         if isinstance(value, Tokens):
-            zero = dead if value.zero is None else value.zero | dead
-            return replace(self._of_pairs(value, value.at, pair), zero=zero)
-        own = value._labels() if isinstance(value, Weights) else [at // self._width(value) for at in value._labels()]
+            masked = dead if value.zero is None else value.zero | dead
+            return replace(self._of_pairs(value, value.at, pair), zero=masked)
+        own = value.labels() if isinstance(value, Weights) else [at // self._width(value) for at in value.labels()]
         if not all(torch.equal(pair, labels) for labels in own):
             raise NotUnderstood(f"a mask of {value.what} of other pairs")
         if isinstance(value, Weights):
             return replace(value, zero=value.zero | dead)
-        return replace(value, fate=torch.where(dead, OTHER if isinstance(value, Between) else NOTHING, value.fate))
+        fate = torch.where(dead, OTHER if isinstance(value, Between) else NOTHING, value.fate)
+        found: Value = replace(value, fate=fate)
+        return found
 
     def _of_pairs(self, value: Tokens, at: Tensor, pair: Tensor) -> Tokens:
         """Tokens that belong to pairs from here on."""

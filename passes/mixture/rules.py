@@ -1,6 +1,6 @@
 """The operations that a mixture may hold, each with what it makes of what is known of its arguments."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.mixture import operations
 from marlin_w4a16.passes.mixture.pointwise import POINTWISE, Bends
 from marlin_w4a16.passes.mixture.rows import MASKED, Rows
+from marlin_w4a16.passes.mixture.shapes import CUTS, cut_axes, like, made, part
 from marlin_w4a16.passes.mixture.values import (
     Between,
     Bias,
@@ -22,18 +23,12 @@ from marlin_w4a16.passes.mixture.values import (
     Plain,
     Results,
     Scores,
-    Unwritten,
     Value,
     Weights,
 )
 
 _WIDE = (torch.int32, torch.int64)
 _POSITIONS = frozenset({"add", "sub", "rsub", "mul", "floor_divide", "remainder", "neg"})
-# Moves that may take some of an axis: where the axis stands among their further arguments, and its name.
-_CUTS = {
-    "getitem": (0, ""), "narrow": (0, "dim"), "select": (0, "dim"), "unbind": (0, "dim"), "split": (1, "dim"),
-    "chunk": (1, "dim"), "tensor_split": (1, "dim"), "flip": (0, "dims"), "roll": (1, "dims"),
-}  # fmt: skip
 _SPREAD = frozenset({"sigmoid", "tanh", "exp", "relu", "add", "sub", "mul", "div"})
 
 
@@ -81,11 +76,11 @@ class Rules:
 
     def _applied(self, name: str, args: list[Any], kwargs: dict[str, Any], values: list[Value], call: Call) -> Any:
         if not values:
-            return self._made(name, args, kwargs, call)
+            return made(name, args, kwargs, call.example, call.sized)
         if name in operations.SIZES or isinstance(args[0] if args else None, tuple):
-            return _part(name, args)
+            return part(name, args)
         if name in operations.LIKE:
-            return _like(name, args, kwargs, call)
+            return like(name, args, kwargs, call.example.dtype)
         if name in operations.CASTS:
             return self._cast(args[0], call.example.dtype)
         indexed = self._indexed(name, args, kwargs)
@@ -128,8 +123,8 @@ class Rules:
         """What is gathered, sorted, written to places or added by index; None where this is none of it."""
         if name == "getitem":
             index = args[1]
-            if isinstance(index, tuple) and any(isinstance(part, Value) for part in index):
-                if not isinstance(index[0], Value) or any(part != slice(None) for part in index[1:]):
+            if isinstance(index, tuple) and any(isinstance(one, Value) for one in index):
+                if not isinstance(index[0], Value) or any(one != slice(None) for one in index[1:]):
                     raise NotUnderstood(f"getitem of {args[0].what} by several indices")
                 index = index[0]
             return self.rows.gathered(args[0], index) if isinstance(index, Value) else None
@@ -142,8 +137,8 @@ class Rules:
         if name in ("index_select", "index_copy", "index_add", "scatter"):
             names = ("input", "dim", "index", "source" if name.startswith("index") else "src")
             given = dict(zip(names, args, strict=False)) | kwargs
-            base, dim, index, source = (given.pop(part, None) for part in names)
-            if given or any(isinstance(part, Value) for part in (dim,)):
+            base, dim, index, source = (given.pop(name, None) for name in names)
+            if given or isinstance(dim, Value):
                 raise NotUnderstood(f"{name} with {', '.join(given)}=")
             if name == "scatter" and isinstance(source, Weights):
                 return self._spread(base, dim, index, source)
@@ -162,7 +157,7 @@ class Rules:
         if name == "sum":
             given = dict(zip(("input", "dim", "keepdim"), args, strict=False)) | kwargs
             given.pop("dtype", None)
-            value, dim, keepdim = (given.pop(part, default) for part, default in _SUM)
+            value, dim, keepdim = (given.pop(name, default) for name, default in _SUM)
             return None if given else self.rows.summed(value, dim, bool(keepdim))
         return None
 
@@ -173,7 +168,7 @@ class Rules:
             raise NotUnderstood(f"{name} of {getattr(value, 'what', 'a number')} as another type")
         if isinstance(value, Counts):
             return None
-        if name in _CUTS and not all(call.fixed[axis] for axis in _cut_axes(name, rest, kwargs, len(call.fixed))):
+        if name in CUTS and not all(call.fixed[axis] for axis in cut_axes(name, rest, kwargs, len(call.fixed))):
             raise NotUnderstood(f"{name} of {value.what} along an axis whose size changes")
         rest, kwargs = tree_map(lambda x: x.at if isinstance(x, Value) else x, (rest, kwargs))
         if name == "getitem":
@@ -249,75 +244,8 @@ class Rules:
         fixed = not call.sized and all(isinstance(value, Plain) and value.fixed for value in values)
         return Plain(at=at, order=next(iter(orders), None), fixed=fixed)
 
-    def _made(self, name: str, args: list[Any], kwargs: dict[str, Any], call: Call) -> Any:
-        """Numbers, and tensors made of them."""
-        if not isinstance(call.example, Tensor):
-            whole = all(isinstance(x, int) for x in args) and not kwargs
-            function: Callable[..., Any] | None = _OF_NUMBERS.get(name)
-            return function(*args) if whole and function is not None else None
-        if name not in operations.MADE:
-            return None
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "layout")}
-        at = getattr(torch, name)(*args, **kwargs)
-        return Unwritten(at=at) if name == "empty" else Plain(at=at, fixed=not call.sized)
-
 
 _SUM = (("input", None), ("dim", None), ("keepdim", False))
-_OF_NUMBERS: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "floor_divide": lambda a, b: a // b,
-    "remainder": lambda a, b: a % b,
-    "neg": lambda a: -a,
-}
-
-
-def _part(name: str, args: list[Any]) -> Any:
-    """A size, an attribute, or one of several tensors."""
-    value = args[0]
-    if isinstance(value, tuple):
-        index = {"values": 0, "indices": 1}.get(args[1], args[1]) if name == "getattr" else args[1]
-        return value[index] if name in ("getattr", "getitem") and isinstance(index, int) else None
-    if name == "getattr":
-        if args[1] in ("T", "mT"):
-            return value.moved(lambda at: getattr(at, args[1]))
-        return value.at.shape if args[1] == "shape" else None
-    sizes = {"size": value.at.size, "numel": value.at.numel, "dim": value.at.dim, "ndimension": value.at.dim}
-    return sizes[name](*args[1:]) if name in sizes else len(value.at)
-
-
-def _cut_axes(name: str, rest: Sequence[Any], kwargs: dict[str, Any], axes: int) -> Iterator[int]:
-    """The axes along which a move takes some elements, or changes their order."""
-    if name == "getitem":
-        index = list(rest[0]) if isinstance(rest[0], tuple) else [rest[0]]
-        if Ellipsis in index:
-            place = index.index(Ellipsis)
-            index[place : place + 1] = [slice(None)] * (axes - sum(part is not None for part in index) + 1)
-        real = [part for part in index if part is not None]
-        yield from (axis for axis, part in enumerate(real) if part != slice(None))
-        return
-    position, named = _CUTS[name]
-    dims = kwargs.get(named, rest[position] if len(rest) > position else 0)
-    if name == "flip" and len(rest) > 1:
-        dims = rest
-    yield from dims if isinstance(dims, list | tuple) else (dims,)
-
-
-def _like(name: str, args: list[Any], kwargs: dict[str, Any], call: Call) -> Value:
-    """A tensor of the shape of another one, or of a size."""
-    kind, fill = name.removeprefix("new_").removesuffix("_like"), {"zeros": 0.0, "ones": 1.0}
-    rest = args[1:]
-    shape = args[0].at.shape
-    if name.startswith("new_"):
-        size = rest[0] if rest and isinstance(rest[0], list | tuple) else kwargs.get("size", rest)
-        shape, rest = torch.Size(size), rest[1:]
-    if kind == "empty":
-        return Unwritten(at=torch.zeros(shape))
-    value = fill[kind] if kind in fill else kwargs.get("fill_value", rest[0] if rest else None)
-    if not isinstance(value, int | float):
-        raise NotUnderstood(f"{name} of what is no number")
-    return Plain(at=torch.full(shape, value, dtype=call.example.dtype), fixed=True)
 
 
 def _number(x: Any) -> Any:

@@ -1,5 +1,6 @@
 """Runs what was read as a mixture of experts on random tokens: in float32, as it was traced and as an op."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,15 +40,18 @@ class Proved:
         mixture: which of the candidates it is.
         activation: what stands between its products.
         order: which rows of the first one are gates.
-        read_scores: its routing weights are read from the scores at the ids.
         negatives: what ids below zero are.
     """
 
     mixture: Candidate
     activation: Activation
     order: Order | None
-    read_scores: bool
     negatives: Negatives
+
+    @property
+    def read_scores(self) -> bool:
+        """Whether its routing weights are read from the scores at the ids: every token goes to all experts."""
+        return self.mixture.first.route is None
 
 
 class Trial:
@@ -66,7 +70,7 @@ class Trial:
     def run(self) -> Rejected | None:
         """Why the op does not give what was traced, or None."""
         for times in (1, 3) if is_dynamic(self.mixture) else (1,):
-            traced = [self._traced(given, times) for given in self.draws(times)]
+            traced = list(self._traced_draws(times))
             if not any(bool(values[self.mixture.second.x_node].any()) for values in traced):
                 return Rejected("its weights give too little to try it with")
             wrong = self._difference(traced)
@@ -77,29 +81,21 @@ class Trial:
                 )
         return None
 
-    def draws(self, times: int) -> Iterator[dict[fx.Node, Any]]:
-        """What enters it: tokens of all sizes, all experts, and numbers of none where the graph may have them."""
+    def _traced_draws(self, times: int) -> Iterator[dict[fx.Node, Any]]:
+        """What was traced, of tokens of all sizes, all experts, and numbers of none where the graph may have them."""
         m = self.mixture
         pairs = math.prod(_sizes(m.ids, times))
         count = max(_DRAWS, -(-m.experts // pairs))
-        biases = {bias: self._random(bias) for bias in self.biases}
+        biases = {bias: _random(_sizes(bias, 1), self.device, self._generator) for bias in self.biases}
         for draw in range(count):
-            yield random_tokens(m, self.device, self._generator, times, (draw, count)) | biases
+            yield self._traced(random_tokens(m, self.device, self._generator, times, (draw, count)) | biases, times)
         past_the_end = len(Choices.of(m.ids, m.experts).numbers) > m.experts
         if past_the_end and m.scores is None and self.device.type == "cpu":  # a CUDA device does not survive it
             given = random_tokens(m, self.device, self._generator, times)
             given[m.ids].flatten()[::2] = m.experts
             given[m.weights].flatten()[::2] = 0.0
-            if self._allows(given, times):
-                yield given | biases
-
-    def _allows(self, given: dict[fx.Node, Any], times: int) -> bool:
-        """Whether a model allows for experts that there are not."""
-        try:
-            self._traced(given | {bias: self._random(bias) for bias in self.biases}, times)
-        except (IndexError, RuntimeError):
-            return False
-        return True
+            with contextlib.suppress(IndexError, RuntimeError):  # the model may not allow for it
+                yield self._traced(given | biases, times)
 
     def _traced(self, given: dict[fx.Node, Any], times: int) -> dict[fx.Node, Any]:
         """The values of what is compared, in float32 where 16 bits were traced."""
@@ -136,9 +132,6 @@ class Trial:
         size = expected.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         tokens = together[m.x].float().square().mean(1).sqrt()
         return float(((found - expected).norm(dim=1) / size / (tokens / _LARGE).clamp(1.0, _MOST)).max())
-
-    def _random(self, like: fx.Node) -> Tensor:
-        return _random(_sizes(like, 1), self.device, self._generator)
 
 
 def random_tokens(

@@ -56,12 +56,13 @@ class Value:
 
     def moved(self, move: Move) -> Any:
         """What becomes of it where elements are only moved: a tuple if the move gives several tensors."""
-        found = [self._keeping(move)(labels) for labels in self._labels()]
+        found = [self._keeping(move)(labels) for labels in self.labels()]
         if isinstance(found[0], Tensor):
             return self._relabelled(*found)
         return tuple(self._relabelled(*labels) for labels in zip(*found, strict=True))
 
-    def _labels(self) -> tuple[Tensor, ...]:
+    def labels(self) -> tuple[Tensor, ...]:
+        """All integers that are known of each element."""
         return (self.at,)
 
     def _relabelled(self, at: Tensor, *_: Tensor) -> "Value":
@@ -160,7 +161,7 @@ class Tokens(Value):
     weighted: bool = False
     zero: Tensor | None = None
 
-    def _labels(self) -> tuple[Tensor, ...]:
+    def labels(self) -> tuple[Tensor, ...]:
         return (self.at,) if self.pair is None else (self.at, self.pair)
 
     def _relabelled(self, at: Tensor, *pair: Tensor) -> "Tokens":
@@ -230,7 +231,7 @@ class Between(Value):
     biased: bool = False
     fate: Tensor
 
-    def _labels(self) -> tuple[Tensor, ...]:
+    def labels(self) -> tuple[Tensor, ...]:
         return (self.at,) if self.other is None else (self.at, self.other)
 
     def _relabelled(self, at: Tensor, *other: Tensor) -> "Between":

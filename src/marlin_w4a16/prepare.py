@@ -63,10 +63,7 @@ def prepare(
             continue
         if id(module) in outside:
             found = _OUTSIDE
-        try:
-            packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
-        except Exception as error:  # the module is as it was
-            packed = _raised(error)
+        packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
         rows.append(_swapped(path, producer, module, packed, places.get(id(module), [])))
         del found, packed  # the original weight goes now, one at a time
     for hook in compressed_tensors.hooks_of(model):
@@ -140,6 +137,13 @@ def _packed(
         return found
     if found.activations is not None and keeps_activations:
         return Rejected(f"{found.activations}: prepare(model, activation_quant='drop') leaves that out")
+    try:
+        return _packed_as_found(producer, found, module)
+    except Exception as error:  # the module is as it was
+        return _raised(error)
+
+
+def _packed_as_found(producer: str, found: FoundModule, module: nn.Module) -> PackedLinear | PackedExperts | Rejected:
     weight, unfitted = found.weights[0], None
     packed: PackedLinear | PackedExperts | Rejected
     if is_experts(module):

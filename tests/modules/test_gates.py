@@ -10,26 +10,9 @@ from torch import Tensor
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.modules.gates import recognise_gate
 from marlin_w4a16.passes.outcome import Rejected
+from mixtures.activations import CLAMPED, GPT_OSS, deepseek_v4, gpt_oss, qwen
 
 ROWS = 24
-CLAMPED = Activation("silu", True, 1.0, 10.0, 10.0)
-GPT_OSS = Activation("silu", True, 1.702, 7.0, 7.0, 1.0)
-
-
-def qwen(sums: Tensor) -> Tensor:
-    gate, up = sums.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def deepseek_v4(sums: Tensor, limit: float = 10.0) -> Tensor:
-    gate, up = sums.chunk(2, dim=-1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
-
-
-def gpt_oss(sums: Tensor) -> Tensor:
-    gate, up = sums[..., ::2], sums[..., 1::2]
-    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
-    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
 
 @pytest.mark.parametrize("rows", [2, 4, 200, 5760])

@@ -9,10 +9,9 @@ from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.expert_order import ORDERS
 from marlin_w4a16.passes.mixture.activation import recognise_activation
 from marlin_w4a16.passes.outcome import Rejected
+from mixtures.activations import CLAMPED, GPT_OSS, deepseek_v4, gpt_oss, qwen
 
 HALVES, SIDES = (ORDERS[0], ORDERS[1]), (ORDERS[2], ORDERS[3])
-CLAMPED = Activation("silu", True, 1.0, 10.0, 10.0)
-GPT_OSS = Activation("silu", True, 1.702, 7.0, 7.0, 1.0)
 
 
 def recognised(function, numbers, order="gate_up", bends=()):
@@ -25,22 +24,6 @@ def split(sums: Tensor, order: str) -> tuple[Tensor, Tensor]:
     """Gates and ups."""
     pair = (sums[..., ::2], sums[..., 1::2]) if order.startswith("interleaved") else sums.chunk(2, dim=-1)
     return pair[::-1] if order.endswith("up_gate") else pair
-
-
-def qwen(sums: Tensor) -> Tensor:
-    gate, up = sums.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def deepseek_v4(sums: Tensor, limit: float = 10.0) -> Tensor:
-    gate, up = sums.chunk(2, dim=-1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
-
-
-def gpt_oss(sums: Tensor) -> Tensor:
-    gate, up = sums[..., ::2], sums[..., 1::2]
-    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
-    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
 
 def in_place(sums: Tensor) -> Tensor:
