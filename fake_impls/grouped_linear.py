@@ -10,6 +10,7 @@ from marlin_w4a16.fake_impls.library import (
     autocast,
     checked_packed,
     expect,
+    expect_no_tangent,
     packed_of,
     register,
     save,
@@ -41,6 +42,7 @@ def grouped_linear(x: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
 
 def _checked(op: str, x: Tensor, columns: str, args: tuple[Any, ...]) -> tuple[PackedFP4, Tensor]:
     weight, (offsets,) = split_weight(args)
+    expect_no_tangent(op, x)
     expect(x.dtype in DTYPES, op, "input", x.dtype, f"one of {DTYPES}")
     words = packed_of(weight).words
     expect(words.ndim == 4, op, "words", f"shape {tuple(words.shape)}", "[experts, ...]")

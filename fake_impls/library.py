@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from marlin_w4a16.kernels.fp4 import GROUP_SIZES
 from marlin_w4a16.kernels.layout import LAYOUTS, PackedFP4, packed_shapes
@@ -152,6 +153,19 @@ def _lowered(value: Any, device_type: str, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor) or value.device.type != device_type or value.dtype not in DTYPES:
         return value
     return value.to(dtype)
+
+
+def expect_no_tangent(op: str, *inputs: Tensor | None) -> None:
+    """Raises a NotImplementedError if one of the inputs carries a tangent of forward-mode differentiation.
+
+    PyTorch would drop it: an op that is registered with a backward formula has no place for a forward one.
+    """
+    if any(t is not None and unpack_dual(t).tangent is not None for t in inputs):
+        raise NotImplementedError(
+            f"{NAMESPACE}::{op}: found an input with a tangent of torch.autograd.forward_ad, expected none: the op has "
+            "backward formulas only. Enter the level inside the compiled function, which then keeps its products as "
+            "traced, or use torch.func.jvp"
+        )
 
 
 def expect(condition: bool, op: str, argument: str, found: object, expected: object) -> None:

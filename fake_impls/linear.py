@@ -10,6 +10,7 @@ from marlin_w4a16.fake_impls.library import (
     autocast,
     checked_weight,
     expect,
+    expect_no_tangent,
     register,
     save,
     saved,
@@ -45,6 +46,7 @@ def output_shape(shape: torch.Size, width: int) -> tuple[int, ...]:
 def _checked(x: Tensor, args: tuple[Any, ...]) -> tuple[PackedFP4, Tensor | None]:
     weight, (bias,) = split_weight(args)
     packed = checked_weight("linear", x, "k", weight)
+    expect_no_tangent("linear", x, bias)
     if bias is not None:
         expect(tuple(bias.shape) == (packed.n,), "linear", "bias", f"shape {tuple(bias.shape)}", f"({packed.n},)")
         expect(bias.dtype in DTYPES, "linear", "bias", bias.dtype, f"one of {DTYPES}")

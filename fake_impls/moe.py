@@ -13,6 +13,7 @@ from marlin_w4a16.fake_impls.library import (
     autocast,
     checked_packed,
     expect,
+    expect_no_tangent,
     packed_of,
     register,
     save,
@@ -116,6 +117,7 @@ def _checked(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Experts, Tensor, T
     given = arguments_of(args)
     x, topk_weights, topk_ids, expert_map = given.x, given.topk_weights, given.topk_ids, given.expert_map
     bias13, bias2, activation, words = given.bias13, given.bias2, given.activation, packed_of(given.w13).words
+    expect_no_tangent(op, x, topk_weights, bias13, bias2)
     expect(x.dtype in DTYPES, op, "x", x.dtype, f"one of {DTYPES}")
     expect(x.ndim == 2, op, "x", f"shape {tuple(x.shape)}", "[tokens, hidden]")
     expect(words.ndim == 4, op, "words13", f"shape {tuple(words.shape)}", "[experts, ...]")

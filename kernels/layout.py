@@ -95,6 +95,16 @@ class PackedFP4:
         """Multiplier and bias as a kernel is given them; where there is no bias, what it does not read."""
         return self.multiplier, self.multiplier if bias is None else bias.contiguous()
 
+    def without_powers(self) -> tuple[Tensor, "PackedFP4"]:
+        """The power of two of each multiplier (0 of 0), and the weight with what is left: from 1 to 2, of either sign.
+
+        For float32 sums, which then leave its range where those of the dense weight do. A weight that takes its power
+        stays exact but where its own values are below float32's smallest.
+        """
+        rest = 2 * torch.frexp(self.multiplier).mantissa
+        powers = (self.multiplier / rest).where(rest != 0, 0.0)
+        return powers, replace(self, multiplier=rest)
+
     def unpack(self, name: str = "weight") -> FP4Weight:
         """The inverse of `pack`, bit for bit."""
         lead = self.words.shape[:-3]

@@ -49,17 +49,19 @@ def dequantize(packed: PackedFP4, dtype: torch.dtype) -> Tensor:
 def linear_by_blocks(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for ``x`` ``[m, k]``, in float32, one block of decoded rows at a time."""
     x32 = x.float()
+    powers, packed = packed.without_powers()
     out = torch.empty((x.shape[0], packed.n), dtype=x.dtype, device=x.device)
     for rows, block in decode_rows(packed):
-        part = (x32 @ block.T) * packed.multiplier[rows]
+        part = (x32 @ block.mul_(powers[rows, None]).T) * packed.multiplier[rows]
         out[:, rows] = part if bias is None else part + bias[rows].float()
     return out
 
 
 def linear_grad_input(grad: Tensor, packed: PackedFP4) -> Tensor:
     """``grad @ weight`` for ``grad`` ``[m, n]``, in float32, one block of decoded columns at a time."""
+    powers, packed = packed.without_powers()
     scaled = grad.float() * packed.multiplier
     out = torch.empty((grad.shape[0], packed.k), dtype=grad.dtype, device=grad.device)
     for columns, block in decode_columns(packed):
-        out[:, columns] = scaled @ block
+        out[:, columns] = scaled @ block.mul_(powers[:, None])
     return out

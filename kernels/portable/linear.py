@@ -172,6 +172,8 @@ def _epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor
 def through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor) -> None:
     """Writes ``code * scale`` out exactly, a block of rows at a time, and lets cuBLAS multiply into float32."""
     m, k = x.shape
+    wide = x.dtype == torch.float32  # else the multiplier comes last, in float32
+    powers, packed = packed.without_powers() if wide else (None, packed)
     row_tiles, k_tiles = packed.words.shape[:2]
     step = max(1, _WEIGHT_BYTES // (k_tiles * TILE * x.element_size()) // TILE)
     weight = torch.empty((min(step, row_tiles) * TILE, k_tiles * TILE), dtype=x.dtype, device=x.device)
@@ -183,10 +185,11 @@ def through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor
             words, scales.view(torch.int32), weight, k_tiles, kind=packed.kind, GROUP=packed.group, PTX=True
         )
         columns = rows.stop - rows.start
+        if powers is not None:
+            weight[:columns].mul_(powers[rows, None])
         dense = weight[:columns, :k].t()
         tokens = max(1, _PARTS_BYTES // (columns * 4))
         for start in range(0, m, tokens):
             some = x[start : start + tokens]
-            wide = x.dtype == torch.float32
             part = torch.mm(some, dense) if wide else torch.mm(some, dense, out_dtype=torch.float32)
             _epilogue(part.unsqueeze(0), packed, bias, out[start : start + tokens, rows], rows)

@@ -29,16 +29,20 @@ class Flow:
         self._keys = {node: storage(node) for node in graph.nodes}
         self._writes: dict[Hashable, list[fx.Node]] = {}
         self._members: dict[Hashable, list[fx.Node]] = {}
+        self._reads: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node, key in self._keys.items():
             self._members.setdefault(key, []).append(node)
             for target in written_by(node) if node not in constants else ():
                 self._writes.setdefault(storage(target), []).append(node)
 
-    def reads(self, node: fx.Node) -> list[fx.Node]:
+    def reads(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """What a node needs: the inputs whose values matter to it and what wrote to them before."""
-        found = node.all_input_nodes[1 if node.target in _LIKE else 0 :]
-        for key in {self._keys[used] for used in found} - {None}:
-            found += [write for write in self._writes.get(key, ()) if write < node]
+        found = self._reads.get(node)
+        if found is None:
+            inputs = node.all_input_nodes[1 if node.target in _LIKE else 0 :]
+            keys = {self._keys[used] for used in inputs} - {None}
+            writes = (write for key in keys for write in self._writes.get(key, ()) if write < node)
+            found = self._reads[node] = (*inputs, *writes)
         return found
 
     def before(self, roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> Iterator[fx.Node]:

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward
 from torch import Tensor, nn
 
 from marlin_w4a16.fake_impls.dequantize import dequantize
@@ -50,6 +51,17 @@ def test_the_packed_weight_gets_no_gradient(packed):
     multiplier.requires_grad_()
     out = torch.ops.marlin_w4a16.linear(x, words, scales, multiplier, *rest, None)
     assert torch.autograd.grad(out.sum(), (x, multiplier), allow_unused=True)[1] is None
+
+
+def test_a_tangent_of_input_or_bias_is_refused(packed):
+    x, bias = (t.detach() for t in inputs())
+    with forward.dual_level():
+        linear(x, packed, bias)
+        for dual in ((forward.make_dual(x, x), bias), (x, forward.make_dual(bias, bias))):
+            with pytest.raises(NotImplementedError, match="marlin_w4a16::linear: found an input with a tangent"):
+                linear(dual[0], packed, dual[1])
+            with pytest.raises(RuntimeError, match="jvp"):  # of PyTorch
+                linear(dual[0].requires_grad_(), packed, dual[1])
 
 
 def test_gradients_of_no_tokens_are_zeros(packed):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.autograd.forward_ad as forward
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -119,6 +120,13 @@ def test_the_packed_weight_gets_no_gradient():
     x, multiplier = torch.randn(9, K, requires_grad=True), multiplier.requires_grad_()
     out = OPS.grouped_linear(x, words, scales, multiplier, *rest, ends([2, 5, 6, 9]))
     assert torch.autograd.grad(out.sum(), (x, multiplier), allow_unused=True)[1] is None
+
+
+def test_a_tangent_is_refused():
+    x, packed = torch.randn(9, K), pack(draw_stack(EXPERTS, N, K))
+    match = "marlin_w4a16::grouped_linear: found an input with a tangent"
+    with forward.dual_level(), pytest.raises(NotImplementedError, match=match):
+        grouped_linear(forward.make_dual(x, x), packed, ends([2, 5, 6, 9]))
 
 
 @DTYPES

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.autograd.forward_ad as forward
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -284,6 +285,18 @@ def test_a_second_derivative_is_an_error_and_no_silent_zero():
     (first,) = torch.autograd.grad(run(draw_mixture().packed(), x, weights, ids).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="marlin_w4a16::moe: its gradient cannot be differentiated"):
         first.square().sum().backward()
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_a_tangent_is_refused(wanted):
+    x, (weights, ids) = torch.randn(3, 64), draw_routing(3, 2, 4)
+    experts = draw_mixture(biases=True).packed()
+    given = [x, weights, experts.bias13, experts.bias2]
+    with forward.dual_level():
+        x, weights, *biases = (forward.make_dual(t, t) if i == wanted else t for i, t in enumerate(given))
+        experts = replace(experts, bias13=biases[0], bias2=biases[1])
+        with pytest.raises(NotImplementedError, match="marlin_w4a16::moe: found an input with a tangent"):
+            run(experts, x, weights, ids)
 
 
 # Under torch.compile.

@@ -250,6 +250,17 @@ def test_float32_goes_through_blocks():
     assert ((linear(x, pack(weight)).double() - exact).norm() / exact.norm()).item() < 1e-6
 
 
+@pytest.mark.parametrize("factor", [2.0**-140, 1e-30, 1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("rows", [64, 200])
+def test_float32_sums_have_the_range_of_the_dense_weight(rows, factor):
+    weight = random_weight(rows, 1120, "e4m3", 16)
+    multiplier = factor * torch.randn(rows, device="cuda").index_fill(0, torch.tensor(3, device="cuda"), 0.0)
+    weight = FP4Weight(weight.codes, weight.scales, multiplier, "e4m3", 16)
+    x = min(1e30 / factor, 3.3e38) * torch.rand(5, 1120, device="cuda")
+    exact = x.double() @ weight.decode().T
+    assert ((linear(x, pack(weight)).double() - exact).norm() / exact.norm()).item() < 1e-6
+
+
 @pytest.mark.parametrize("dtype, m, bias", list(itertools.product(GATES, (0, 3), (True, False))))
 def test_opcheck(dtype, m, bias):
     packed = pack(random_weight(70, 160, "e4m3", 16))

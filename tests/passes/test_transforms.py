@@ -78,6 +78,15 @@ def test_what_is_compiled_for_dual_numbers_gives_tangents(fp4_linear, uncompiled
         assert torch.equal(forward.unpack_dual(run(forward.make_dual(X, X))).tangent, model(X))
 
 
+def test_a_level_that_is_entered_after_compiling_raises_and_loses_no_tangent(fp4_linear, uncompiled):
+    run = torch.compile(fp4_linear(64, 64), backend="marlin_w4a16")
+    run(X)
+    with forward.dual_level():
+        run(X)
+        with pytest.raises(NotImplementedError, match=r"linear: found an input with a tangent of .*, expected none: "):
+            run(forward.make_dual(X, X))
+
+
 def jagged() -> Tensor:
     return torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged)
 

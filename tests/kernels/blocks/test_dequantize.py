@@ -111,6 +111,15 @@ def test_dequantize_does_not_round_twice(dtype, random_weight):
     assert not torch.equal(weight.decode(torch.float32).to(dtype), weight.decode(dtype)), "twice would pass"
 
 
+every_multiplier = pytest.mark.parametrize("factor", [2.0**-140, 1e-30, 1e-6, 1.0, 1e30])
+
+
+def _constant(multiplier):
+    """A weight of 64 columns, all of them the largest that codes and scales give."""
+    codes, scales = torch.full((len(multiplier), 32), 0x77).byte(), torch.full((len(multiplier), 4), 0x7E).byte()
+    return FP4Weight(codes, scales, multiplier, "e4m3", 16)
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", list(GATES))
 @every_format_and_edge
@@ -136,6 +145,24 @@ def test_the_bias_is_added_before_the_only_rounding(random_weight):
     x, bias = torch.randn(64, 1120).bfloat16(), 100 * torch.randn(200)
     exact = x.double() @ weight.decode().T + bias.double()
     assert relative_error(linear_by_blocks(x, pack(weight), bias), exact) <= GATES[torch.bfloat16]
+
+
+@every_multiplier
+def test_powers_and_what_is_left_are_the_multiplier(factor):
+    multiplier = factor * torch.cat([1 + torch.rand(500), -1 - torch.rand(500), torch.zeros(3)])
+    powers, weight = pack(_constant(multiplier)).without_powers()
+    assert same_bits(powers * weight.multiplier, multiplier)
+    left = weight.multiplier[multiplier != 0].abs()
+    assert ((left >= 1) & (left < 2)).all() and (powers[multiplier == 0] == 0).all()
+
+
+@every_multiplier
+@pytest.mark.parametrize("product", [linear_by_blocks, lambda x, packed, _: linear_grad_input(x, packed)])
+def test_sums_have_the_range_of_the_dense_weight(factor, product):
+    weight = _constant(torch.full((64,), factor))  # codes of 6, scales of 448
+    x = torch.full((3, 64), min(1e33 / factor, 1.6e38))
+    out = product(x, pack(weight), None)
+    assert relative_error(out, x.double() @ weight.decode().T) <= GATES[torch.float32]
 
 
 @pytest.mark.parametrize("m", [0, 1, 7])
