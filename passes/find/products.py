@@ -1,8 +1,7 @@
 """Finds the products of a graph whose weight is computed from constants, and reads each as an equation."""
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -12,83 +11,14 @@ from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.passes.find import equation
 from marlin_w4a16.passes.find.equation import Equation, Matrices, matrices
 from marlin_w4a16.passes.find.routes import Route, gathered, gathered_matrices, grouped_matrices
+from marlin_w4a16.passes.find.spellings import CONSUMERS, CONV1D, CONV2D, EINSUM, GROUPED, TENSORDOT, Spelling
 from marlin_w4a16.passes.graph.constants import Constants
 from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example
-from marlin_w4a16.passes.graph.torch_private import GROUPED_MM, forward_levels, is_plain, level_step, transform_of
+from marlin_w4a16.passes.graph.state import autocast_dtype
+from marlin_w4a16.passes.graph.torch_private import forward_levels, is_plain, level_step, transform_of
 
 _Spelled = Callable[[int, int], Equation | str]  # the equation of operands of so many dimensions, or why there is none
-
-
-@dataclass(frozen=True, slots=True)
-class Spelling:
-    """How a traced function spells a product of x and a weight.
-
-    Attributes:
-        name: for reports.
-        arguments: the names of its arguments, in their positions.
-        ways: which of them may be x and the weight, and the equation of operands of so many dimensions.
-        added: the name of what is added to the product: a ``bias`` of the rows, or else anything that fits.
-        fixed: arguments that must have one of the given values.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    ways: tuple[tuple[str, str, Callable[[int, int], Equation]], ...]
-    added: str | None = None
-    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-
-
-def _two(name: str, first: str, second: str, *before: str, added: str | None = None) -> Spelling:
-    ways = ((first, second, equation.matmul), (second, first, equation.matmul_left))
-    return Spelling(name, (*before, first, second), ways, added)
-
-
-_LINEAR = Spelling("F.linear", ("input", "weight", "bias"), (("input", "weight", equation.linear),), "bias")
-_MATMUL = _two("matmul", "input", "other")
-_INNER = Spelling("inner", ("input", "other"), (("input", "other", equation.inner),))
-_CONV1D = Spelling(
-    "conv1d",
-    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    (("input", "weight", equation.conv1d),),
-    "bias",
-    {"stride": (1, (1,), [1]), "padding": (0, (0,), [0], "valid", "same"), "groups": (1,)},
-)
-_CONV2D = Spelling(
-    "conv2d",
-    _CONV1D.arguments,
-    (("input", "weight", equation.conv2d),),
-    "bias",
-    {"stride": (1, (1, 1), [1, 1]), "padding": (0, (0, 0), [0, 0], "valid", "same"), "groups": (1,)},
-)
-_TENSORDOT = Spelling("tensordot", ("a", "b", "dims"), ())
-_EINSUM = Spelling("einsum", ("equation", "operands", "second"), ())
-_MM, _MV, _BMM = _two("mm", "input", "mat2"), _two("mv", "input", "vec"), _two("bmm", "input", "mat2")
-_ADDMV = _two("addmv", "mat", "vec", "input", added="input")
-_ADDMM = _two("addmm", "mat1", "mat2", "input", added="input")
-_BADDBMM = _two("baddbmm", "batch1", "batch2", "input", added="input")
-_GROUPED = Spelling(
-    "grouped_mm",
-    ("input", "weight", "offs", "bias", "out_dtype"),
-    (("input", "weight", equation.matmul),),
-    fixed={"bias": (None,), "out_dtype": (None,)},
-)
-CONSUMERS: dict[Callable[..., Any] | str, Spelling] = {
-    torch.nn.functional.linear: _LINEAR,
-    operator.matmul: _MATMUL,
-    "__matmul__": _MATMUL,
-    torch.conv1d: _CONV1D,
-    torch.conv2d: _CONV2D,
-    torch.functional.tensordot: _TENSORDOT,
-    torch.functional.einsum: _EINSUM,
-    GROUPED_MM: _GROUPED,
-    "transformers.grouped_mm_fallback": _GROUPED,
-    **{
-        spelled: spelling
-        for spelling in (_MATMUL, _MM, _MV, _BMM, _ADDMV, _ADDMM, _BADDBMM, _INNER)
-        for spelled in (spelling.name, getattr(torch, spelling.name))
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +85,7 @@ def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
             plain = _plain(example(held if route is None else route.stack))
             dual = "inside a level of forward-mode differentiation" if levels else None
             product = Product(node, spelling, x, weight, (), *plain, dual, route)
-            read = _gathered if route is not None else _grouped if spelling is _GROUPED else _single
+            read = _gathered if route is not None else _grouped if spelling is GROUPED else _single
             product = product if dual else read(product, operands, spelled)
             yield product if product.refusal else replace(product, refusal=_refusal(product, operands))
             break
@@ -176,7 +106,7 @@ def named_arguments(node: fx.Node, spelling: Spelling) -> dict[str, Any]:
     """The arguments of a product, or of its copy ``node``, by their names."""
     operands = dict(zip(spelling.arguments, node.args, strict=False))
     operands.update(node.kwargs)
-    if spelling is _EINSUM:
+    if spelling is EINSUM:
         listed = operands.get("operands")
         factors = list(listed) if isinstance(listed, (list, tuple)) else list(node.args[1:])
         return {"equation": operands.get("equation"), **{str(i): factor for i, factor in enumerate(factors)}}
@@ -185,11 +115,11 @@ def named_arguments(node: fx.Node, spelling: Spelling) -> dict[str, Any]:
 
 def _ways(spelling: Spelling, operands: dict[str, Any]) -> Iterator[tuple[str, str, _Spelled]]:
     yield from spelling.ways
-    if spelling is _TENSORDOT:
+    if spelling is TENSORDOT:
         dims = operands.get("dims", 2)
         yield "a", "b", lambda x, weight: equation.tensordot(dims, x, weight, x_first=True)
         yield "b", "a", lambda x, weight: equation.tensordot(dims, x, weight, x_first=False)
-    if spelling is _EINSUM and isinstance(operands["equation"], str) and operands.keys() == {"equation", "0", "1"}:
+    if spelling is EINSUM and isinstance(operands["equation"], str) and operands.keys() == {"equation", "0", "1"}:
         spelled = operands["equation"]
         yield "0", "1", lambda x, weight: equation.einsum(spelled, x, weight, x_first=True)
         yield "1", "0", lambda x, weight: equation.einsum(spelled, x, weight, x_first=False)
@@ -257,7 +187,7 @@ def is_bias(product: Product, operands: dict[str, Any]) -> bool:
     if added is None or product.equation.batch or operands.get("alpha", 1) != 1 or operands.get("beta", 1) != 1:
         return False
     rows = product.equation.rows
-    last = product.spelling in (_CONV1D, _CONV2D) or (len(rows) == 1 and product.equation.out.endswith(rows))
+    last = product.spelling in (CONV1D, CONV2D) or (len(rows) == 1 and product.equation.out.endswith(rows))
     return last and example(added).shape == (product.matrices.n,) and example(added).dtype in DTYPES
 
 
@@ -268,24 +198,32 @@ def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
             return f"inside torch.func's {transform}"
     if not is_plain(x):
         return f"{spelling.name} of a {type(x).__name__} of layout {x.layout}"
-    why = None if spelling is _GROUPED else product.equation.refusal()
+    why = None if spelling is GROUPED else product.equation.refusal()
     if why is not None:
         return f"{spelling.name}: {why}"
     allowed = {*spelling.arguments, "alpha", "beta"} if spelling.added == "input" else set(spelling.arguments)
-    if spelling is not _EINSUM and operands.keys() - allowed:
+    if spelling is not EINSUM and operands.keys() - allowed:
         return f"{spelling.name} with {', '.join(sorted(operands.keys() - allowed))}="
     for name, values in spelling.fixed.items():
         if name in operands and operands[name] not in values:
             return f"{spelling.name} with {name}={operands[name]}, expected {values[0]}"
     if x.dtype not in DTYPES:
         return f"{spelling.name} of {dtype_name(x.dtype)}: expected one of {', '.join(map(dtype_name, DTYPES))}"
+    lowered, found = autocast_dtype(product.node, x.device.type), example(product.node).dtype
+    if lowered not in (None, found):  # on a CPU, mv and addmv are not in its list; the op would be lowered
+        told = f"found {dtype_name(found)}, expected {dtype_name(lowered)}"
+        return f"{spelling.name} under autocast, of which it takes no notice: {told}"
     if weight.requires_grad:
         return f"{spelling.name} with a weight that requires grad: FP4 weights get none"
     added = operands.get(spelling.added or "")
     if added is not None and not isinstance(added, fx.Node):
         return f"{spelling.name} with a literal in the place of what is added"
-    if spelling.added == "bias" and added is not None and not is_bias(product, operands):
+    if added is None or is_bias(product, operands):
+        return None
+    if spelling.added == "bias":
         return f"{spelling.name} with a bias that is not one value per row"
+    if example(product.node).dtype == torch.float16:  # the op rounds before, and what it rounds to may be infinite
+        return f"{spelling.name} in float16 with more than a bias: the sum may be in range where the product is not"
     return None
 
 

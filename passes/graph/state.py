@@ -47,6 +47,12 @@ def autocast_of(node: fx.Node) -> AbstractContextManager[object]:
     return stack
 
 
+def autocast_dtype(node: fx.Node, device_type: str) -> torch.dtype | None:
+    """What autocast lowers products to where a node stands; None where it does not."""
+    with autocast_of(node):
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def _sets(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, types.FunctionType | types.BuiltinFunctionType):

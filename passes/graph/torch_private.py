@@ -277,6 +277,17 @@ def size_hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
+def with_hints(value: Tensor) -> Tensor:
+    """A fake tensor with the sizes that it was traced with; itself where it has no others."""
+    shape, strides, offset = value.shape, value.stride(), value.storage_offset()
+    if all(isinstance(size, int) for size in (*shape, *strides, offset)):
+        return value
+    sizes, steps, first = list(map(size_hint, shape)), list(map(size_hint, strides)), size_hint(offset)
+    held = first + 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return value.new_empty(max(held, 0)).as_strided(sizes, steps, first)
+
+
 def size_at(size: Any, times: int) -> int:
     """The size that a dimension has where each size that may change is so many times what it was traced with.
 

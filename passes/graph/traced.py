@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import fx
 
-from marlin_w4a16.passes.graph.constants import find_constants
+from marlin_w4a16.passes.graph.constants import Constants, find_constants
 from marlin_w4a16.passes.graph.flow import Flow
+from marlin_w4a16.passes.graph.nodes import example, storage
 from marlin_w4a16.passes.graph.regions import Regions
+from marlin_w4a16.passes.graph.torch_private import is_plain, with_hints
 
 
 class Traced:
@@ -27,6 +29,7 @@ class Traced:
         self.regions = Regions(gm)
         self.flat = self.regions.flatten()
         self.constants = find_constants(self.flat.graph)
+        _fix_sizes(self.constants)
         self.live = dict(zip(self.flat.graph.find_nodes(op="placeholder"), inputs, strict=True))
 
     @functools.cached_property
@@ -37,3 +40,11 @@ class Traced:
     def sees(self, node: fx.Node, other: fx.Node) -> bool:
         """Whether a node of the flat graph can be read where another one stands."""
         return self.regions.sees(self.flat.origin[node], self.flat.origin[other].graph)
+
+
+def _fix_sizes(constants: Constants) -> None:
+    """Gives constants the sizes that they were traced with: a table that is a Python global may have dynamic ones."""
+    for node in (*constants.leaves, *constants.nodes):
+        value = example(node)
+        if is_plain(value) and (fixed := with_hints(value)) is not value:
+            node.meta |= {"storage": storage(node), "example_value": fixed}

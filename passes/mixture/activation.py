@@ -11,7 +11,7 @@ from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.passes.outcome import Rejected
 
 _LIMIT = 100.0  # of the dense part of the grid; numbers, and what lies around them, may be beyond
-_LARGEST = 1e12  # products of larger numbers are not held by float32
+LARGEST = 1e12  # products of larger numbers are not held by float32
 _MOST = 2000  # values along one axis
 _REFERENCE = 0.7  # the gate while ups vary, and the up while gates do
 NONE = "what stands between the two products is no activation of the op"
@@ -40,9 +40,9 @@ def recognise_activation(
         Activation and order (None without gates); or why not, with the first point at which the nearest differs.
     """
     bends = tuple(bends)
-    known = tuple(dict.fromkeys(abs(float(n)) for n in (*numbers, *bends) if 0 < abs(n) < _LARGEST))
+    known = tuple(dict.fromkeys(abs(float(n)) for n in (*numbers, *bends) if 0 < abs(n) < LARGEST))
     line = _line(known, bends)
-    if len(line) > _MOST or any(abs(bend) > _LARGEST for bend in bends):
+    if len(line) > _MOST or any(abs(bend) > LARGEST for bend in bends):
         return Rejected(NONE, f"it has too many or too large numbers: {len(known)}, up to {max(known, default=0):g}")
     pairs = len(orders) > 1
     values = [grid.flatten() for grid in torch.meshgrid(line, line, indexing="ij")] if pairs else [line]

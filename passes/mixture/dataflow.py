@@ -198,7 +198,7 @@ class _Reading:
     def _judged(self, found: Any) -> Understood:
         """What the sum says of the mixture."""
         m, function = self.m, self.function
-        if isinstance(found, Results) and self.each == 1:
+        if isinstance(found, Results) and self.each == 1 and found.order is None:
             found = Totals(at=found.at, of=found)
         if not isinstance(found, Totals) or function is None:
             raise NotUnderstood(f"{getattr(found, 'what', 'what it gives')} where the sum is expected")

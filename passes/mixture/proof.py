@@ -12,6 +12,7 @@ from marlin_w4a16.passes.graph.nodes import example, sizes
 from marlin_w4a16.passes.mixture.activation import recognise_activation
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.dataflow import read_for_all
+from marlin_w4a16.passes.mixture.ranges import out_of_range
 from marlin_w4a16.passes.mixture.trial import Proved, Trial
 from marlin_w4a16.passes.mixture.values import NotUnderstood
 from marlin_w4a16.passes.outcome import Rejected, raised
@@ -62,7 +63,9 @@ def _read(mixture: Candidate) -> Proved | tuple[int, Rejected]:
     activation = recognise_activation(understood.function, understood.orders, bends.numbers, bends.points)
     if isinstance(activation, Rejected):
         return len(mixture.nodes), activation
-    return Proved(mixture, *activation, understood.negatives)
+    gates_first, dtype = activation[1] is understood.orders[0], example(mixture.first.node).dtype
+    refused = out_of_range(understood.function, activation[0], gates_first, dtype)
+    return (len(mixture.nodes), refused) if refused else Proved(mixture, *activation, understood.negatives)
 
 
 def _signature(m: Candidate) -> str:

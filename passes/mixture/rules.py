@@ -186,7 +186,7 @@ class Rules:
             return replace(value, table=value.table.to(dtype))
         if isinstance(value, Counts):
             return value if dtype in (*_WIDE, torch.float32, torch.float64) else None
-        return value
+        return value.to(dtype) if isinstance(value, Between) else value
 
     def _of_ids(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Ids:
         """A function of each id, evaluated for every number that one may be."""

@@ -164,7 +164,8 @@ def random_tokens(
         x *= (10 ** (_SMALLEST + (_LARGEST - _SMALLEST) * share)).to(device)[:, None]
         weights[3::7], weights[5::11] = 0.0, 1e-6
         if m.scores is None and number * t * k < m.experts:
-            ids = torch.arange(number * t * k, (number + 1) * t * k).view(t, k) % m.experts
+            turns = torch.randperm(m.experts, generator=torch.Generator().manual_seed(0))  # not in the order of sorting
+            ids = turns[torch.arange(number * t * k, (number + 1) * t * k).view(t, k) % m.experts]
     weights = weights.view(t, k) * signs.gather(1, ids)  # one sign for an expert that were chosen twice: no sum is zero
     return {m.x: x, m.ids: ids.to(device, example(m.ids).dtype), m.weights: weights.to(device)}
 

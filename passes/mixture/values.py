@@ -234,6 +234,15 @@ class Between(Value):
     def labels(self) -> tuple[Tensor, ...]:
         return (self.at,) if self.other is None else (self.at, self.other)
 
+    def to(self, dtype: torch.dtype) -> "Between":
+        """In another type; where sums are wider than 16 bits, as on a grid, to 16 bits it is not rounded."""
+        first = self.compute
+
+        def compute(*z: Tensor) -> Tensor:
+            return first(*z).to(z[0].dtype if z[0].itemsize > dtype.itemsize == 2 else dtype)
+
+        return replace(self, compute=compute)
+
     def _relabelled(self, at: Tensor, *other: Tensor) -> "Between":
         return replace(self, at=at, other=other[0] if other else None)
 

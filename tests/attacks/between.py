@@ -137,6 +137,11 @@ def _value(change):
     return lambda m, value, *more: change(value)
 
 
+def _finite(t: Tensor) -> Tensor:
+    """Large numbers in the place of infinities, but none whose sums are infinite in one order of summation only."""
+    return torch.nan_to_num(t, posinf=1e4, neginf=-1e4)
+
+
 def _later(name: str, then) -> Mutation:
     return Mutation(f"later: {name}", then=then)
 
@@ -149,7 +154,7 @@ def _bias(m) -> None:
 
 NEAR: list[Mutation] = [
     *(Mutation(f"{name}, {place}", place, _value(change)) for name, change in VALUES.items() for place in PLACES),
-    *(Mutation(f"without nan, {place}", place, _value(torch.nan_to_num), needs="infinities") for place in PLACES),
+    *(Mutation(f"without nan, {place}", place, _value(_finite), needs="infinities") for place in PLACES),
     *(
         Mutation(f"no infinities, {place}", place, _value(lambda t: torch.where(t.isinf(), 0.0, t)), needs="infinities")
         for place in PLACES

@@ -1,7 +1,7 @@
 """What is generated: a program with at most one thing wrong about it, and inputs that show it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -63,10 +63,6 @@ class Case:
     def draws(self) -> bool:
         """Whether it takes random numbers: beside others, then, not the same as alone."""
         return self.mutation.startswith("random")
-
-    def with_calls(self, calls: tuple[tuple[Tensor, ...], ...]) -> "Case":
-        """The same of other inputs."""
-        return replace(self, calls=calls)
 
     @property
     def name(self) -> str:

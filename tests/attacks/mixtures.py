@@ -80,6 +80,8 @@ def _shape(random: Random, mutation: Mutation) -> Shape:
 def _fits(form: str, mutation: Mutation) -> bool:
     if mutation.place in SORTED:
         return form in ("grouped", "added") and not (form == "added" and mutation.place == "inverse")
+    if mutation.place == "indices":  # elsewhere they move the rows of all others, which is not kept (docs/design.md)
+        return form in ("batched", "einsum")
     if mutation.place == "total":
         return form != "added"
     if mutation.needs in ("sentinels", "negative ids"):

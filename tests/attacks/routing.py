@@ -200,7 +200,7 @@ NEAR: list[Mutation] = [
     Mutation("ids past the end, modulo", "ids", _on_ids(lambda m, i: i % m.experts), needs="sentinels"),
     Mutation("ids past the end, masked", "route", masked_past_the_end, needs="sentinels"),
     Mutation("ids past the end", needs="sentinels"),
-    Mutation("negative ids", needs="negative ids"),
+    Mutation("negative ids", "indices", needs="negative ids"),
     Mutation("negative ids, limited", "ids", _on_ids(lambda m, i: i.clamp(min=0)), needs="negative ids"),
     Mutation("negative ids, modulo", "ids", _on_ids(lambda m, i: i % m.experts), needs="negative ids"),
 ]

@@ -22,7 +22,7 @@ def interleaved(sums: Tensor) -> Tensor:
     """gpt-oss's."""
     gate, up = sums[..., ::2], sums[..., 1::2]
     gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
 
 
 def grouped(m: "Mixture", x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from marlin_w4a16.kernels.scale_bytes import SCALE_KINDS
 from marlin_w4a16.kernels.target import Target
 from marlin_w4a16.options import Options
 from marlin_w4a16.passes.devices import serves
-from marlin_w4a16.passes.find.products import CONSUMERS
+from marlin_w4a16.passes.find.spellings import CONSUMERS
 from marlin_w4a16.passes.graph.torch_private import GROUPED_MM, region_operands
 from marlin_w4a16.passes.judge import roundings as judged
 from marlin_w4a16.passes.judge import tensors

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401, it defines grouped_mm_fallback
 from torch import Tensor, nn
 
+from marlin_w4a16.passes.mixture import candidates
 from marlin_w4a16.passes.mixture.pointwise import Bends
 from marlin_w4a16.passes.mixture.values import Between, NotUnderstood
 from marlin_w4a16.passes.outcome import Replaced
@@ -222,6 +223,22 @@ def test_ids_below_zero_are_what_the_model_takes_them_for(form):
     compiled = torch.compile(module, backend="marlin_w4a16", fullgraph=True)
     for given in (ids, ids - E, torch.where(ids == 2, -1, ids)):
         torch.testing.assert_close(compiled(x, weights, given), module(x, weights, given), rtol=1e-4, atol=1e-4)
+
+
+class Counted(Mixture):
+    """Each expert by a factor of its own, after its bias and routing weight."""
+
+    def expert(self, x, weight, chosen, multiply):
+        factors = torch.linspace(0.5, 1.5, self.experts)
+        return super().expert(x, weight, chosen, multiply) * factors[chosen][:, None]
+
+
+@pytest.mark.parametrize("form", [grouped, added])
+def test_rows_in_the_order_of_sorting_are_no_sum(form, monkeypatch):
+    """With one expert a token, all that is made of the second product has the shape of the sum."""
+    monkeypatch.setattr(candidates, "_CANDIDATES", 64)
+    module, (x, weights, _) = Counted(Parts(form, bias=True, on_input=True), experts=40), inputs(2)
+    assert note(module, (x, weights[:, :1].contiguous(), torch.tensor([[9], [3]]))) is not None
 
 
 def test_ids_that_a_router_chooses_are_not_touched():

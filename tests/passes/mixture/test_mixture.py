@@ -16,6 +16,7 @@ from marlin_w4a16.passes.mixture import proof, trial
 from marlin_w4a16.passes.outcome import Replaced
 from marlin_w4a16.passes.rewrite import rewrite
 from marlin_w4a16.report.data import Report
+from mixtures.activations import deepseek_v4
 from mixtures.experts import stacked
 from mixtures.models import FAMILIES
 from mixtures.written import FORMS, H, Mixture, Parts, batched, grouped, halves, inputs, interleaved, native
@@ -64,6 +65,32 @@ def test_in_16_bits(form, dtype):
         pytest.skip("torch's grouped product wants bfloat16")
     module, args = Mixture(Parts(form, interleaved, bias=True), quantize_mxfp4, dtype), inputs(dtype=dtype)
     assert ops_of(module, args) == ({"moe"}, {GPT_OSS})
+
+
+def up_first(sums: Tensor) -> Tensor:
+    gate, up = sums[..., ::2].clamp(max=7.0), sums[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * sigmoid(1.702 * gate)
+
+
+def of_a_cube(sums: Tensor) -> Tensor:
+    values = deepseek_v4(sums)
+    return values + 1e-12 * values**3
+
+
+@pytest.mark.parametrize("activation", [up_first, of_a_cube])
+def test_an_activation_that_leaves_the_range_of_float16_is_left(activation):
+    parts, dtypes = Parts(batched, activation), (torch.float32, torch.bfloat16, torch.float16)
+    made = [ops_of(Mixture(parts, dtype=dtype), inputs(dtype=dtype, scale=0.5))[0] for dtype in dtypes]
+    assert made == [{"moe"}, {"moe"}, {"grouped_linear"}]
+
+
+def test_what_is_computed_in_a_wider_type_stays_in_its_range():
+    def activation(sums: Tensor) -> Tensor:
+        values = deepseek_v4(sums).float()
+        return (values + 1e-12 * values**3).half()
+
+    module, args = Mixture(Parts(batched, activation), dtype=torch.float16), inputs(dtype=torch.float16, scale=0.5)
+    assert ops_of(module, args)[0] == {"moe"}
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 33])
@@ -356,6 +383,8 @@ def test_every_expert_and_every_size_of_token_is_tried(tokens, experts):
         assert_right(module, args)
     x, ids, weights = (torch.cat([draw[name] for draw in seen]) for name in ("x", "ids", "weights"))
     assert set(range(experts)) <= set(ids.flatten().tolist())
+    first = ids.flatten()[:experts]
+    assert not torch.equal(first.sort().values, first), "sorting would change nothing"
     sizes = x.norm(dim=1) / H**0.5
     assert float(sizes.min()) < 3e-1 and float(sizes.max()) > 1e3
     assert weights.min() < 0 < weights.max()
