@@ -125,6 +125,8 @@ FORMS = [
     form("a trained factor", store=trained, **because("requires grad")),
     form("a product with out=", multiply=into_out, **because("out=")),
     form("float64", dtype=torch.float64, **because("float64")),
+    form("addmm to a matrix, float16", dtype=torch.float16, also=((3, N),),
+         multiply=lambda m, w, x, y: torch.addmm(y, x, w.T), **because("in range")),
     no_candidate("a weight that depends on the input", call=lambda m, x: linear(x, m.weight() * x.mean())),
     no_candidate("codes that depend on the input", call=lambda m, x: linear(x, by_groups(
         TABLE[(m.unpack(m) ^ (x.sum() > 1e9)).int()], m.scale(m)))),
