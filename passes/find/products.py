@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.passes.find import equation
@@ -117,6 +118,8 @@ def _ways(spelling: Spelling, operands: dict[str, Any]) -> Iterator[tuple[str, s
     yield from spelling.ways
     if spelling is TENSORDOT:
         dims = operands.get("dims", 2)
+        if any(isinstance(dim, fx.Node) for dim in tree_leaves(dims)):
+            return
         yield "a", "b", lambda x, weight: equation.tensordot(dims, x, weight, x_first=True)
         yield "b", "a", lambda x, weight: equation.tensordot(dims, x, weight, x_first=False)
     if spelling is EINSUM and isinstance(operands["equation"], str) and operands.keys() == {"equation", "0", "1"}:
@@ -196,6 +199,8 @@ def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
     for value in map(example, (product.node, *operands.values())):
         if (transform := transform_of(value)) is not None:
             return f"inside torch.func's {transform}"
+    if product.route is not None and product.matrices.batch == 1:
+        return f"{spelling.name} of a stack of one matrix"
     if not is_plain(x):
         return f"{spelling.name} of a {type(x).__name__} of layout {x.layout}"
     why = None if spelling is GROUPED else product.equation.refusal()
@@ -207,6 +212,8 @@ def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
     for name, values in spelling.fixed.items():
         if name in operands and operands[name] not in values:
             return f"{spelling.name} with {name}={operands[name]}, expected {values[0]}"
+    if any(isinstance(operands.get(name), fx.Node | bool) for name in ("alpha", "beta")):
+        return f"{spelling.name} with a factor that is no plain number"
     if x.dtype not in DTYPES:
         return f"{spelling.name} of {dtype_name(x.dtype)}: expected one of {', '.join(map(dtype_name, DTYPES))}"
     lowered, found = autocast_dtype(product.node, x.device.type), example(product.node).dtype

@@ -84,6 +84,11 @@ class Flow:
             return None
         return sorted(nodes)
 
+    def is_written(self, nodes: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> bool:
+        """Whether something between two nodes writes to one of some tensors."""
+        writes = (write for key in {self._keys[node] for node in nodes} - {None} for write in self._writes.get(key, ()))
+        return any(first < write < last for write in writes)
+
     def after(self, root: fx.Node, among: Iterable[fx.Node]) -> set[fx.Node]:
         """Which of some nodes, in graph order, are computed from another node, which is included."""
         found = {root}

@@ -34,6 +34,12 @@ def sizes(node: fx.Node) -> tuple[int, ...]:
     return tuple(map(size_hint, example(node).shape))
 
 
+def layout(node: fx.Node) -> tuple[Any, ...]:
+    """Shape, strides and storage offset that the tensor of a node was traced with."""
+    value = example(node)
+    return sizes(node), tuple(map(size_hint, value.stride())), size_hint(value.storage_offset())
+
+
 def literals(nodes: Iterable[fx.Node]) -> list[Any]:
     """What stands in the operations of some nodes as it is, at any depth, and the nodes that they read."""
     return [value for node in nodes for value in tree_leaves((node.args, node.kwargs))]

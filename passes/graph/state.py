@@ -49,6 +49,8 @@ def autocast_of(node: fx.Node) -> AbstractContextManager[object]:
 
 def autocast_dtype(node: fx.Node, device_type: str) -> torch.dtype | None:
     """What autocast lowers products to where a node stands; None where it does not."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
     with autocast_of(node):
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 

@@ -15,7 +15,7 @@ from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.graph.constants import Constants, needed_by
 from marlin_w4a16.passes.graph.flow import Flow
 from marlin_w4a16.passes.graph.names import module_path
-from marlin_w4a16.passes.graph.nodes import example, sizes, storage
+from marlin_w4a16.passes.graph.nodes import example, layout, sizes, storage
 from marlin_w4a16.passes.graph.torch_private import source_name
 from marlin_w4a16.passes.outcome import Rejected
 
@@ -96,7 +96,8 @@ class Candidate:
     @property
     def outputs(self) -> list[fx.Node]:
         """The nodes of the tensor that is the sum."""
-        same = [n for n in self.nodes if storage(n) == storage(self.output) is not None]
+        like = layout(self.output)
+        same = [n for n in self.nodes if storage(n) == storage(self.output) is not None and layout(n) == like]
         return [n for n in same if n is self.output or any(user not in self.nodes for user in n.users)] or [self.output]
 
 
@@ -192,8 +193,14 @@ class _ClosedParts:
         scores = [node for node in nodes if node not in made and _is_matrix(node, DTYPES, spread) and _distinct(ids)]
         last = scores[-1] if scores else None
         mixture = Candidate(self.first, self.second, x, ids, weights, last, on_input, output, nodes, constants)
+        if self.flow.is_written(given, nodes[0], output):
+            self.why = "what it reads is written to on the way"
+            return None
+        if len({repr(node.meta.get("autocast")) for node in (self.first.node, self.second.node, output)}) > 1:
+            self.why = "its sum stands in another autocast than its products"
+            return None
         outputs = mixture.outputs
-        for node in made:
+        for node in {*made, *(node for node in nodes if storage(node) == storage(output) is not None)}:
             outside = [user for user in node.users if user not in nodes]
             if outside and (node not in outputs or min(outside) < output):
                 self.why = f"{node.name}, which it makes on the way, is used elsewhere"

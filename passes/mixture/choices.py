@@ -74,6 +74,8 @@ def _are_ranks(ids: fx.Node, experts: int) -> bool:
     """Whether ids are places among as many scores as there are experts, or fewer: what a router chooses."""
     node: Any = ids
     while isinstance(node, fx.Node) and node.op == "call_method" and node.target in _MOVED:
+        if example(node).dtype not in (torch.int64, torch.int32):
+            return False
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.target is not operator.getitem or node.args[1] != 1:
         return False

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.passes.graph.constants import value_of_constant
+from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example, storage
 from marlin_w4a16.passes.graph.torch_private import size_at
 from marlin_w4a16.passes.mixture.candidates import Candidate
@@ -42,6 +43,7 @@ from marlin_w4a16.passes.mixture.values import (
 )
 
 _NUMBERS = (Plain, Unwritten, Ids, Places, Counts)  # followed as they are, whatever their type
+_HOLDING = (torch.int32, torch.int64, torch.float32, torch.float64)  # what any number of rows may be counted in
 _LAYOUTS = ((Order.GATE_UP, Order.UP_GATE), (Order.INTERLEAVED, Order.INTERLEAVED_UP_GATE))
 
 
@@ -176,6 +178,7 @@ class _Reading:
             same = isinstance(like, Tensor) and (like.shape, like.stride()) == (shown.shape, shown.stride())
             if isinstance(like, Tensor):
                 self.values[other] = value if same else _Written()
+                self._check(other, self.values[other], as_it_is=True)
 
     def _check(self, node: fx.Node, value: Any, as_it_is: bool) -> None:
         """Refuses narrow types, and shapes that are not those that were traced; ``as_it_is``: nothing is computed."""
@@ -184,14 +187,18 @@ class _Reading:
             return
         if tuple(value.at.shape) != self._sizes(node):
             raise NotUnderstood(f"{value.what} of shape {tuple(value.at.shape)}, traced as {self._sizes(node)}")
-        if isinstance(value, _NUMBERS) or not self.narrow(like.dtype):
+        if isinstance(value, _NUMBERS):
+            counts = isinstance(value, Places | Counts) or (isinstance(value, Plain) and not value.fixed)
+            if counts and like.dtype not in _HOLDING and (like.dtype != torch.bool or not isinstance(value, Plain)):
+                raise NotUnderstood(f"{value.what} in {dtype_name(like.dtype)}")
+            return
+        if not self.narrow(like.dtype):
             return
         own = {Tokens: self.m.x, Weights: self.m.weights, Totals: self.m.output}.get(type(value))
         if isinstance(value, Bias):
             own = self.m.bias2 if value.of is self.m.second else self.m.bias13
         if not as_it_is or own is None or like.dtype != example(own).dtype:
-            dtype = str(like.dtype).removeprefix("torch.")
-            why = NotUnderstood(f"a cast of {value.what} to {dtype}")
+            why = NotUnderstood(f"a cast of {value.what} to {dtype_name(like.dtype)}")
             why.rounds = True
             raise why
 
@@ -206,6 +213,8 @@ class _Reading:
             whole = self.values[m.scores] if m.scores is not None else None
             if not isinstance(whole, Scores) or whole.of is not self.rows.scores.of:
                 raise NotUnderstood(f"{Scores.what} that are changed after they are spread")
+        if example(m.first.x_node).dtype == torch.float16 != example(m.output).dtype:
+            raise NotUnderstood(f"{found.what} of float16 experts in a type that holds more")
         if not torch.equal(found.at, torch.arange(found.at.numel()).view(found.at.shape)):
             raise NotUnderstood("its sums are in another order than its tokens")
         of = found.of

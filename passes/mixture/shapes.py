@@ -24,6 +24,8 @@ _OF_NUMBERS: dict[str, Callable[..., Any]] = {
 def made(name: str, args: list[Any], kwargs: dict[str, Any], example: Any, sized: bool) -> Any:
     """Numbers, and tensors made of them; None: it is not known how. See `rules.Call`."""
     if not isinstance(example, Tensor):
+        if sized and name in ("floor_divide", "remainder"):  # of which some sizes show no change
+            return None
         whole = all(isinstance(x, int) for x in args) and not kwargs
         function: Callable[..., Any] | None = _OF_NUMBERS.get(name)
         return function(*args) if whole and function is not None else None

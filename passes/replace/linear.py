@@ -14,7 +14,7 @@ from marlin_w4a16.fake_impls.library import format_args
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import Product, is_bias, named_arguments
 from marlin_w4a16.passes.find.routes import Call, as_rows, from_rows, multiply, ordered
-from marlin_w4a16.passes.graph.nodes import example
+from marlin_w4a16.passes.graph.nodes import example, layout
 from marlin_w4a16.passes.graph.torch_private import fake_result
 
 _OP = torch.ops.marlin_w4a16.linear.default
@@ -52,9 +52,20 @@ def replace(
             y = call(torch.add, y, added, alpha=beta)
         if example(y).dtype != dtype:
             y = call(torch.Tensor.to, y, dtype)
+    y = laid_out(call, y, node)
     node.replace_all_uses_with(y)
     node.graph.erase_node(node)
     return written
+
+
+def laid_out(call: Call, y: Any, node: fx.Node) -> Any:
+    """A result with the strides of the one that was traced: what follows may view it, or ask for its strides."""
+    shape, strides, _ = layout(node)
+    if layout(y)[1] == strides:
+        return y
+    order = sorted(range(len(shape)), key=lambda axis: (strides[axis], shape[axis]), reverse=True)
+    y = call(torch.Tensor.contiguous, call(torch.permute, y, tuple(order)))
+    return call(torch.permute, y, tuple(order.index(axis) for axis in range(len(shape))))
 
 
 def _single(call: Call, by_op: Callable[..., Any], product: Product, x: Any, bias: Any) -> Any:

@@ -11,7 +11,7 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.mixture.stacks import paired
 from marlin_w4a16.passes.mixture.trial import Proved
-from marlin_w4a16.passes.replace.linear import writer
+from marlin_w4a16.passes.replace.linear import laid_out, writer
 
 _OP = torch.ops.marlin_w4a16.moe.default
 
@@ -45,5 +45,6 @@ def replace(
     y = call(_OP, x, weights, ids, *stacks, bias13, bias2, *activation, m.on_input, None)
     if example(y).dtype != example(output).dtype:
         y = call(torch.Tensor.to, y, example(output).dtype)
+    y = laid_out(call, y, output)
     for node in map(reach, m.outputs):
         node.replace_all_uses_with(y, delete_user_cb=lambda user: user > y)
