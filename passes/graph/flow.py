@@ -89,6 +89,11 @@ class Flow:
         writes = (write for key in {self._keys[node] for node in nodes} - {None} for write in self._writes.get(key, ()))
         return any(first < write < last for write in writes)
 
+    def sets_gradients(self, first: fx.Node, last: fx.Node) -> bool:
+        """Whether gradients are switched on or off between two nodes."""
+        between = self._nodes[self._place[first] : self._place[last]]
+        return any(getattr(node.target, "__name__", "") == "_set_grad_enabled" for node in between)
+
     def after(self, root: fx.Node, among: Iterable[fx.Node]) -> set[fx.Node]:
         """Which of some nodes, in graph order, are computed from another node, which is included."""
         found = {root}

@@ -196,6 +196,9 @@ class _ClosedParts:
         if self.flow.is_written(given, nodes[0], output):
             self.why = "what it reads is written to on the way"
             return None
+        if any(example(node).requires_grad for node in given) and self.flow.sets_gradients(nodes[0], output):
+            self.why = "gradients are switched on or off on the way"
+            return None
         if len({repr(node.meta.get("autocast")) for node in (self.first.node, self.second.node, output)}) > 1:
             self.why = "its sum stands in another autocast than its products"
             return None

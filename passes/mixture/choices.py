@@ -1,6 +1,7 @@
 """What becomes of each number that may stand among the ids of a mixture: those of experts, and those of none."""
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -46,9 +47,12 @@ class Choices:
     numbers: Tensor
 
     @classmethod
-    def of(cls, ids: fx.Node, experts: int) -> "Choices":
-        """Those of the ids of a graph; those of no expert are left out where the graph shows that there are none."""
-        others = [] if _are_ranks(ids, experts) else [experts, experts + 1, 2 * experts, _FAR, -1, -experts, -_FAR]
+    def of(cls, ids: fx.Node, experts: int, met: Iterable[int] = ()) -> "Choices":
+        """Those of the ids of a graph; those of no expert are left out where the graph shows that there are none.
+
+        ``met``: integers that a graph holds; what it does to numbers of no expert may change around each.
+        """
+        others = [] if _are_ranks(ids, experts) else list(_of_none(experts, met))
         return cls(experts, torch.tensor([*range(experts), *others]))
 
     def indexed(self, table: Tensor) -> Tensor:
@@ -68,6 +72,15 @@ class Choices:
             if bool(((fate == done) | (fate == UNDEFINED)).all()):
                 return way
         return None
+
+
+def _of_none(experts: int, met: Iterable[int]) -> dict[int, None]:
+    """Numbers of no expert: the next ones, far ones, powers of two, and as many as there are experts around others."""
+    powers = [1 << bit for bit in range(31)]
+    about = [n for met_one in met if abs(met_one) < _FAR for n in (met_one, -met_one, ~met_one)]
+    near = [n + step for n in (experts, 2 * experts, -experts, *about) for step in range(-2, experts + 2)]
+    numbers = [experts, experts + 1, 2 * experts, _FAR, -1, -experts, -_FAR, *powers, *(-n for n in powers), *near]
+    return dict.fromkeys(n for n in numbers if not 0 <= n < experts)
 
 
 def _are_ranks(ids: fx.Node, experts: int) -> bool:

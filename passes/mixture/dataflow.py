@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.passes.graph.constants import value_of_constant
 from marlin_w4a16.passes.graph.names import dtype_name
-from marlin_w4a16.passes.graph.nodes import example, storage
+from marlin_w4a16.passes.graph.nodes import example, literals, storage
 from marlin_w4a16.passes.graph.torch_private import size_at
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.choices import Choices, Negatives
@@ -44,6 +44,7 @@ from marlin_w4a16.passes.mixture.values import (
 
 _NUMBERS = (Plain, Unwritten, Ids, Places, Counts)  # followed as they are, whatever their type
 _HOLDING = (torch.int32, torch.int64, torch.float32, torch.float64)  # what any number of rows may be counted in
+_MOST = 1024  # integers of a constant that are looked at
 _LAYOUTS = ((Order.GATE_UP, Order.UP_GATE), (Order.INTERLEAVED, Order.INTERLEAVED_UP_GATE))
 
 
@@ -83,7 +84,7 @@ class _Reading:
 
     def __init__(self, m: Candidate, times: int) -> None:
         self.m, self.times = m, times
-        self.choices = Choices.of(m.ids, m.experts)
+        self.choices = Choices.of(m.ids, m.experts, _integers(m))
         self.tokens, k = self._sizes(m.ids)
         if not self.tokens * k:
             raise NotUnderstood("no tokens")
@@ -94,7 +95,8 @@ class _Reading:
         self.bends = Bends()
         self.narrow = _narrower(m)
         self.rows = Rows(m, self.choices, self.tokens, self.each)
-        self.rules = Rules(self.rows, self.bends, is_dynamic(m))
+        trained = any(example(node).requires_grad for node in m.given)
+        self.rules = Rules(self.rows, self.bends, is_dynamic(m), trained)
         self.on_input = False
         self.function: Between | None = None
         self.values: dict[fx.Node, Any] = self._entering()
@@ -243,6 +245,16 @@ class _Reading:
 def is_dynamic(m: Candidate) -> bool:
     """Whether the number of its tokens is not fixed."""
     return not all(isinstance(size, int) for node in m.given for size in example(node).shape)
+
+
+def _integers(m: Candidate) -> set[int]:
+    """The integers that stand in its operations, and those of its constants."""
+    found = {value for value in literals(m.nodes) if isinstance(value, int)}
+    for node in m.constants:
+        like = example(node)
+        if isinstance(like, Tensor) and not like.is_floating_point() and like.numel() <= _MOST:
+            found |= set(value_of_constant(node, m.known, {}).flatten().tolist())
+    return found
 
 
 def _narrower(m: Candidate) -> Callable[[torch.dtype], bool]:

@@ -56,10 +56,15 @@ class Call:
 
 
 class Rules:
-    """What operations make of values; ``dynamic``: the number of tokens is not fixed."""
+    """What operations make of values.
 
-    def __init__(self, rows: Rows, bends: Bends, dynamic: bool) -> None:
-        self.rows, self.bends, self.dynamic = rows, bends, dynamic
+    Args:
+        dynamic: the number of tokens is not fixed.
+        trained: gradients of tokens or routing weights are asked for.
+    """
+
+    def __init__(self, rows: Rows, bends: Bends, dynamic: bool, trained: bool) -> None:
+        self.rows, self.bends, self.dynamic, self.trained = rows, bends, dynamic, trained
 
     def apply(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], call: Call) -> Any:
         """What an operation gives.
@@ -164,6 +169,8 @@ class Rules:
     def _moved(self, name: str, args: list[Any], kwargs: dict[str, Any], call: Call) -> Any:
         value, rest = args[0], args[1:]
         others = tree_leaves((rest, kwargs))
+        if name == "detach" and self.trained:
+            return None
         if not isinstance(value, Value) or any(isinstance(x, torch.dtype) for x in others):
             raise NotUnderstood(f"{name} of {getattr(value, 'what', 'a number')} as another type")
         if isinstance(value, Counts):
