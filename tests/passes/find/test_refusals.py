@@ -80,3 +80,65 @@ def test_a_table_that_is_a_global_may_have_a_size_that_changes(fp4_linear, table
 
     with torch._dynamo.config.patch(assume_static_by_default=False):
         assert outcome_of(function, torch.randn(3, K)) is None
+
+
+FACTORS = {
+    "tensordot by a number of axes that changes": lambda x, w, n: torch.tensordot(x, w.T, dims=n),
+    "tensordot by a tensor": lambda x, w, n: torch.tensordot(x, w.T, dims=torch.tensor(1)),
+}
+
+
+@pytest.mark.parametrize("multiply", FACTORS.values(), ids=FACTORS)
+def test_axes_that_are_no_numbers_are_left(fp4_linear, multiply):
+    module = fp4_linear(N, K)
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        _, report = reported(lambda x, n: multiply(x, module.weight(), n), (torch.randn(3, K), 1))
+    assert not any(row.path == "(the graph)" for row in report.rows)
+
+
+def test_a_factor_that_changes_between_calls(fp4_linear):
+    module = fp4_linear(N, K)
+    run = torch.compile(lambda x, a, b: torch.addmm(a, x, module.weight().T, beta=b), backend="marlin_w4a16")
+    x = torch.randn(3, K)
+    for beta in (2, 3, 0):
+        addend = torch.full((3, N), torch.nan if beta == 0 else 1.0)
+        expected = torch.addmm(addend, x, module.weight().T, beta=beta)
+        torch.testing.assert_close(run(x, addend, beta), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_that_data_tell_are_no_hindrance(fp4_linear):
+    module = fp4_linear(N, K)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        chosen = lambda x: module(x) + LUT[LUT > 0].sum() + (LUT > 0).nonzero().sum()  # noqa: E731
+        assert outcome_of(chosen, torch.randn(3, K)) is None
+
+
+def test_on_a_device_without_autocast(fp4_linear):
+    module = fp4_linear(N, K).to("meta")
+    _, report = reported(module, (torch.randn(3, K, device="meta"),))
+    (row,) = report.rows
+    assert "expected cuda or cpu" in row.outcome.reason
+
+
+FOLLOWED = {
+    "conv1d": lambda x, w: torch.conv1d(x.T[None], w[:, :, None]).view(1, -1),
+    "conv2d": lambda x, w: torch.conv2d(x.T[None, :, :, None], w[:, :, None, None]).view(1, -1),
+    "weight on the left": lambda x, w: (w @ x.T).view(-1),
+    "mm": lambda x, w: torch.mm(w, x.T).view(torch.int32),
+    "a batch": lambda x, w: torch.matmul(w, x.T[None].expand(2, -1, -1)).view(2, -1),
+    "einsum": lambda x, w: torch.einsum("bk,nk->nb", x, w).view(-1),
+    "pairs of one": lambda x, w: torch.view_as_complex((w @ x.T).unflatten(-1, (-1, 2))),
+    "strides that are read": lambda x, w: (y := torch.mm(w, x.T)).as_strided((3, 4), y.stride()),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_result_has_the_strides_that_were_traced(fp4_linear, name):
+    module, follow = fp4_linear(N, K), FOLLOWED[name]
+    x = torch.randn(4, K)
+    found, report = reported(lambda x: follow(x, module.weight()), (x,))
+    expected = follow(x, module.weight())
+    assert all(isinstance(row.outcome, Replaced) for row in report.rows) and report.rows
+    assert found.stride() == expected.stride()
+    if found.is_floating_point() or found.is_complex():
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -6,15 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401, it defines grouped_mm_fallback
-from torch import Tensor, nn
+from torch import Tensor
 
 from marlin_w4a16.passes.mixture import candidates
 from marlin_w4a16.passes.mixture.pointwise import Bends
 from marlin_w4a16.passes.mixture.values import Between, NotUnderstood
-from marlin_w4a16.passes.outcome import Replaced
 from marlin_w4a16.passes.rewrite import rewrite
+from mixtures.noted import note
 from mixtures.written import E, K, Mixture, Parts, T, added, batched, einsum, grouped, halves, inputs
-from programs.backend import reported
 
 
 class Changed(Mixture):
@@ -35,18 +34,6 @@ class Changed(Mixture):
 
     def total(self, y: Tensor) -> Tensor:
         return super().total(y) if self.sums is None else self.sums(y)
-
-
-def note(module: nn.Module, args: tuple[Tensor, ...] | None = None) -> str | None:
-    """Why a module is no whole mixture, or None where it is one; it computes what it did."""
-    args = args or inputs()
-    found, report = reported(module, args)
-    expected = module(*args)
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
-    (row, _) = report.rows
-    assert isinstance(row.outcome, Replaced)
-    assert (row.outcome.op == "marlin_w4a16::moe") == (row.outcome.note is None)
-    return row.outcome.note
 
 
 def of(chosen: Tensor, number: int) -> Tensor:
