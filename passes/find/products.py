@@ -212,7 +212,7 @@ def _refusal(product: Product, operands: dict[str, Any]) -> str | None:
     for name, values in spelling.fixed.items():
         if name in operands and operands[name] not in values:
             return f"{spelling.name} with {name}={operands[name]}, expected {values[0]}"
-    if any(isinstance(operands.get(name), fx.Node | bool) for name in ("alpha", "beta")):
+    if isinstance(operands.get("beta"), fx.Node) or any(isinstance(operands.get(n), bool) for n in ("alpha", "beta")):
         return f"{spelling.name} with a factor that is no plain number"
     if x.dtype not in DTYPES:
         return f"{spelling.name} of {dtype_name(x.dtype)}: expected one of {', '.join(map(dtype_name, DTYPES))}"
