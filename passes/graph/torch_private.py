@@ -274,22 +274,8 @@ def refusals() -> Counter[str]:
 
 def size_hint(size: Any) -> int:
     """The size that a dimension was traced with; -1 where data tell it."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    return -1 if size.node.hint is None else int(size.node.hint)
-
-
-def with_hints(value: Tensor) -> Tensor:
-    """A fake tensor with the sizes that it was traced with; itself where it has no others, or where data tell them."""
-    shape, strides, offset = value.shape, value.stride(), value.storage_offset()
-    if all(isinstance(size, int) for size in (*shape, *strides, offset)):
-        return value
-    sizes, steps, first = list(map(size_hint, shape)), list(map(size_hint, strides)), size_hint(offset)
-    if min(*sizes, *steps, first) < 0:
-        return value
-    held = first + 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
-    with value.fake_mode:  # type: ignore[attr-defined]
-        return value.new_empty(max(held, 0)).as_strided(sizes, steps, first)
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return -1 if hint is None else int(hint)
 
 
 def size_at(size: Any, times: int) -> int:

@@ -4,13 +4,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from marlin_w4a16.passes.graph.constants import Constants, find_constants
 from marlin_w4a16.passes.graph.flow import Flow
 from marlin_w4a16.passes.graph.nodes import example, storage
 from marlin_w4a16.passes.graph.regions import Regions
-from marlin_w4a16.passes.graph.torch_private import is_plain, with_hints
+from marlin_w4a16.passes.graph.torch_private import is_plain, size_hint
 
 
 class Traced:
@@ -46,5 +46,18 @@ def _fix_sizes(constants: Constants) -> None:
     """Gives constants the sizes that they were traced with: a table that is a Python global may have dynamic ones."""
     for node in (*constants.leaves, *constants.nodes):
         value = example(node)
-        if is_plain(value) and (fixed := with_hints(value)) is not value:
+        if is_plain(value) and (fixed := _with_hints(value)) is not value:
             node.meta |= {"storage": storage(node), "example_value": fixed}
+
+
+def _with_hints(value: Tensor) -> Tensor:
+    """A fake tensor with the sizes that it was traced with; itself where it has no others, or where data tell them."""
+    shape, strides, offset = value.shape, value.stride(), value.storage_offset()
+    if all(isinstance(size, int) for size in (*shape, *strides, offset)):
+        return value
+    sizes, steps, first = list(map(size_hint, shape)), list(map(size_hint, strides)), size_hint(offset)
+    if min(*sizes, *steps, first) < 0:
+        return value
+    held = first + 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return value.new_empty(max(held, 0)).as_strided(sizes, steps, first)

@@ -72,6 +72,11 @@ class Candidate:
         return self.x, self.ids, self.weights
 
     @property
+    def trained(self) -> bool:
+        """Whether gradients of its tokens or routing weights are asked for."""
+        return any(example(node).requires_grad for node in self.given)
+
+    @property
     def constants(self) -> list[fx.Node]:
         """What else enters it, the stacks left out."""
         return [node for node in self._entering if node not in self.shapes]
@@ -196,11 +201,11 @@ class _ClosedParts:
         if self.flow.is_written(given, nodes[0], output):
             self.why = "what it reads is written to on the way"
             return None
-        if any(example(node).requires_grad for node in given) and self.flow.sets_gradients(nodes[0], output):
-            self.why = "gradients are switched on or off on the way"
-            return None
         if len({repr(node.meta.get("autocast")) for node in (self.first.node, self.second.node, output)}) > 1:
             self.why = "its sum stands in another autocast than its products"
+            return None
+        if mixture.trained and self.flow.sets_gradients(nodes[0], output):
+            self.why = "gradients are switched on or off on the way"
             return None
         outputs = mixture.outputs
         for node in {*made, *(node for node in nodes if storage(node) == storage(output) is not None)}:

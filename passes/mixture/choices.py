@@ -79,7 +79,7 @@ def _of_none(experts: int, met: Iterable[int]) -> dict[int, None]:
     powers = [1 << bit for bit in range(31)]
     about = [n for met_one in met if abs(met_one) < _FAR for n in (met_one, -met_one, ~met_one)]
     near = [n + step for n in (experts, 2 * experts, -experts, *about) for step in range(-2, experts + 2)]
-    numbers = [experts, experts + 1, 2 * experts, _FAR, -1, -experts, -_FAR, *powers, *(-n for n in powers), *near]
+    numbers = [_FAR, -_FAR, *powers, *(-n for n in powers), *near]
     return dict.fromkeys(n for n in numbers if not 0 <= n < experts)
 
 

@@ -95,8 +95,7 @@ class _Reading:
         self.bends = Bends()
         self.narrow = _narrower(m)
         self.rows = Rows(m, self.choices, self.tokens, self.each)
-        trained = any(example(node).requires_grad for node in m.given)
-        self.rules = Rules(self.rows, self.bends, is_dynamic(m), trained)
+        self.rules = Rules(self.rows, self.bends, is_dynamic(m), m.trained)
         self.on_input = False
         self.function: Between | None = None
         self.values: dict[fx.Node, Any] = self._entering()

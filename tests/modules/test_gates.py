@@ -10,7 +10,7 @@ from torch import Tensor
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.modules.gates import recognise_gate
 from marlin_w4a16.passes.outcome import Rejected
-from mixtures.activations import CLAMPED, GPT_OSS, deepseek_v4, gpt_oss, qwen
+from mixtures.activations import CLAMPED, GPT_OSS, deepseek_v4, gpt_oss, qwen, watched
 
 ROWS = 24
 
@@ -68,16 +68,8 @@ def test_what_is_no_such_function_is_refused(function, reason):
 
 
 def test_it_is_run_in_float32_without_gradients_and_leaves_random_numbers_alone():
-    limit = torch.tensor(10.0, requires_grad=True)
-
-    def function(sums: Tensor) -> Tensor:
-        assert sums.dtype == torch.float32
-        out = F.silu(torch.minimum(sums.chunk(2, -1)[0], limit)) * sums.chunk(2, -1)[1]
-        assert not out.requires_grad
-        return out
-
     state = torch.get_rng_state()
-    assert recognise_gate(function, ROWS, (10.0,))[0] == Activation(gate_limit=10.0)
+    assert recognise_gate(watched, ROWS, (10.0,))[0] == Activation(gate_limit=10.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
