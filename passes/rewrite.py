@@ -13,10 +13,12 @@ from typing import Any
 from torch import fx
 
 from marlin_w4a16.kernels.expert_order import Order
+from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import compute_dtype
 from marlin_w4a16.passes.fuse.stage import fuse
 from marlin_w4a16.passes.graph.traced import Traced
+from marlin_w4a16.passes.judge.ranges import out_of_range
 from marlin_w4a16.passes.judge.verdict import Found, Verdict
 from marlin_w4a16.passes.judge.weights import Judge, Weight
 from marlin_w4a16.passes.live.binding import Copies, fit
@@ -110,7 +112,10 @@ class _Prove:
         found = self._judge(weight)
         if not isinstance(found, Found):
             return found
-        fitted = fit(found.weight, compute_dtype(weight.products))
+        dtype = compute_dtype(weight.products)
+        fitted = fit(found.weight, dtype)
+        if isinstance(fitted, FP4Weight):
+            fitted = out_of_range(fitted, dtype, self._settings.rules.tolerance) or fitted
         return fitted if isinstance(fitted, Rejected) else replace(found, weight=fitted)
 
     def _whole(self, unit: Unit, founds: Sequence[Verdict], pack: Pack) -> WholeMixture | Rejected | None:

@@ -20,6 +20,7 @@ from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.passes.find.products import compute_dtype
 from marlin_w4a16.passes.judge.decode import Decode
+from marlin_w4a16.passes.judge.ranges import out_of_range
 from marlin_w4a16.passes.judge.search import recognise
 from marlin_w4a16.passes.judge.verdict import Found, judge_again
 from marlin_w4a16.passes.judge.weights import Weight
@@ -166,7 +167,7 @@ class Binding:
         if (found.recipe.kind, found.recipe.group) != (self._recipe.kind, self._recipe.group):
             return Rejected(f"now {found.format}, compiled for {format_name(self._recipe.kind, self._recipe.group)}")
         self._recipe, self._roundings = found.recipe, found.roundings
-        return found.weight
+        return out_of_range(found.weight, self._dtype, self._rules.tolerance) or found.weight
 
     def _forget(self, ids: tuple[int, ...]) -> Callable[[object], None]:
         return callback(self, lambda binding: (binding._verified.pop(ids, None), binding._held.pop(ids, None)))

@@ -126,7 +126,8 @@ def code() -> list[str]:
         f"torchao's {listed(f'`{name}`' for name in tensors._NAMES)} with E2M1 elements, read by their class.",
         "## Roundings",
         prose("""A weight that is rounded once, to its own dtype, is exact. One that is computed in 16 bits is rounded
-        more often; it is replaced under `tolerance`, of which this much is usually enough."""),
+        more often; it is replaced under `tolerance`, of which this much is usually enough. So is one that holds values
+        below float16's normal range where the model rounds it to float16."""),
         table(("what is rounded", "times", "to bfloat16", "to float16"), roundings()),
         "## Options",
         table(("option", "default", "meaning"), options()),
