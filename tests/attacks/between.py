@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from attacks.case import Mutation, mutations
+from attacks.case import Mutation, mutations, of_value
 from attacks.tensors import along, blocks_swapped, shuffled
 
 # By what is done; each at each of the places.
@@ -133,10 +133,6 @@ def special_limit(m) -> None:
     m.register_buffer("limit", torch.tensor(5.0))
 
 
-def _value(change):
-    return lambda m, value, *more: change(value)
-
-
 def _finite(t: Tensor) -> Tensor:
     """Large numbers in the place of infinities, but none whose sums are infinite in one order of summation only."""
     return torch.nan_to_num(t, posinf=1e4, neginf=-1e4)
@@ -153,21 +149,23 @@ def _bias(m) -> None:
 
 
 NEAR: list[Mutation] = [
-    *(Mutation(f"{name}, {place}", place, _value(change)) for name, change in VALUES.items() for place in PLACES),
-    *(Mutation(f"without nan, {place}", place, _value(_finite), needs="infinities") for place in PLACES),
+    *(Mutation(f"{name}, {place}", place, of_value(change)) for name, change in VALUES.items() for place in PLACES),
+    *(Mutation(f"without nan, {place}", place, of_value(_finite), needs="infinities") for place in PLACES),
     *(
-        Mutation(f"no infinities, {place}", place, _value(lambda t: torch.where(t.isinf(), 0.0, t)), needs="infinities")
+        Mutation(
+            f"no infinities, {place}", place, of_value(lambda t: torch.where(t.isinf(), 0.0, t)), needs="infinities"
+        )
         for place in PLACES
     ),
-    *mutations("total", {f"sum: {name}": _value(change) for name, change in TOTALS.items()}),
+    *mutations("total", {f"sum: {name}": of_value(change) for name, change in TOTALS.items()}),
     *(Mutation(f"{place}: {name}", place, change) for name, change in BIASES.items() for place in ("bias13", "bias2")),
-    *(Mutation(f"activation: {name}", place, _value(change)) for name, (place, change) in ACTIVATIONS.items()),
+    *(Mutation(f"activation: {name}", place, of_value(change)) for name, (place, change) in ACTIVATIONS.items()),
     Mutation("tokens are added", "out", residual),
     Mutation("a product is added to sums", "down", product_added),
     Mutation("a row of zeros counts", "tokens", row_of_zeros),
     Mutation("random: jitter", "route", jitter),
-    Mutation("random: dropout", "between", _value(lambda t: dropout(t, 0.5, True))),
-    Mutation("random: dropout of weights", "weight", _value(lambda t: dropout(t, 0.5, True))),
+    Mutation("random: dropout", "between", of_value(lambda t: dropout(t, 0.5, True))),
+    Mutation("random: dropout of weights", "weight", of_value(lambda t: dropout(t, 0.5, True))),
     Mutation("a limit in a buffer", "gate", lambda m, t, at: torch.minimum(t, m.limit.to(t.dtype)), special_limit),
     Mutation(
         "later: the limit in a buffer",
@@ -186,7 +184,7 @@ NEAR: list[Mutation] = [
 ]
 TRUE: list[Mutation] = [
     Mutation("none", harmless=True),
-    *mutations("total", {f"sum: {name}": _value(change) for name, change in GOOD_TOTALS.items()}, harmless=True),
-    *(Mutation(f"cloned, {place}", place, _value(torch.clone), harmless=True) for place in PLACES),
-    Mutation("in float64, between", "between", _value(lambda t: t.double().to(t.dtype)), harmless=True),
+    *mutations("total", {f"sum: {name}": of_value(change) for name, change in GOOD_TOTALS.items()}, harmless=True),
+    *(Mutation(f"cloned, {place}", place, of_value(torch.clone), harmless=True) for place in PLACES),
+    Mutation("in float64, between", "between", of_value(lambda t: t.double().to(t.dtype)), harmless=True),
 ]

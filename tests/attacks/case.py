@@ -18,7 +18,8 @@ class Mutation:
         change: what it does there.
         prepare: what it adds to the module before.
         then: what happens to the module before the second call.
-        needs: what its inputs must hold beside the usual: ``"sentinels"``, ``"negative ids"`` or ``"infinities"``.
+        needs: what its inputs must hold beside the usual: ``"sentinels"``, ``"negative ids"``, ``"infinities"`` or
+            ``"gradients"``.
         rounds: it computes in bfloat16 what is float32 without it.
         harmless: what a program computes is the same with it, so that a true one may have it.
     """
@@ -72,6 +73,11 @@ class Case:
 def mutations(place: str, changes: Mapping[str, Callable[..., Any]], **more: Any) -> list[Mutation]:
     """Of one place, by name."""
     return [Mutation(name, place, change, **more) for name, change in changes.items()]
+
+
+def of_value(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A change for which a value is all that counts."""
+    return lambda m, value, *more: change(value)
 
 
 def seeded(seed: int) -> None:

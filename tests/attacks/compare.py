@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 LIMITS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-Call = list[Tensor]  # what came out of a call: the result, the inputs after it, the buffers after it
+Call = list[Tensor]  # what came out of a call: the result, gradients, the inputs after it, the buffers after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Difference:
 
     Attributes:
         call: the number of the call.
-        place: 0 for the result, then inputs and buffers.
+        place: 0 for the result, then gradients, inputs and buffers.
         why: in words.
     """
 
@@ -25,7 +25,7 @@ class Difference:
     why: str
 
     def __str__(self) -> str:
-        return f"call {self.call}, {'result' if self.place == 0 else 'input or state'}: {self.why}"
+        return f"call {self.call}, {'result' if self.place == 0 else f'value {self.place} after it'}: {self.why}"
 
 
 def compare(
@@ -40,7 +40,7 @@ def compare(
     """
     for call, (some, others) in enumerate(zip(found, expected, strict=True)):
         for place, (a, b) in enumerate(zip(some, others, strict=True)):
-            beside = [run[call][place] for run in near if run and not place]
+            beside = [run[call][place] for run in near if run]
             if why := _why(a, b, beside, limit):
                 return Difference(call, place, why)
     return None

@@ -5,26 +5,29 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from attacks import between, routing
+from attacks import around, between, routing
 from attacks.case import Case, Mutation, seeded
 from attacks.experts import ACTIVATIONS, FORMS, Experts, Shape
 from attacks.real import FAMILIES, Real
 from marlin_w4a16 import quantize_mxfp4, quantize_nvfp4
 
-NEAR: list[Mutation] = [*routing.NEAR, *between.NEAR]
-TRUE: list[Mutation] = [*between.TRUE, *routing.TRUE]
+NEAR: list[Mutation] = [*routing.NEAR, *between.NEAR, *around.NEAR]
+TRUE: list[Mutation] = [*between.TRUE, *routing.TRUE, *around.TRUE]
+OF_GRADIENTS = [mutation for mutation in NEAR if mutation.needs == "gradients"]
 MUTATIONS = {mutation.name: mutation for mutation in (*NEAR, *TRUE)}
 OUTER = ("tokens", "route", "ids", "out", "")  # what can be done to a class of somebody else
 SORTED = ("perm", "perm of weights", "inverse")
 BLOCK = 4
+SETTINGS_OF = {"plain": 70, "dynamic shapes": 10, "gradients": 12, "autocast": 4, "inference mode": 4}  # per cent
 
 
 def generate(seed: int, mutated: bool = True) -> Case:
     """The near miss, or true program, of a seed; without its mutation if not ``mutated``."""
     random, block = Random(f"mixture {seed}"), Random(f"mixtures {seed // BLOCK}")
-    setting = "dynamic shapes" if block.random() < 0.1 else "plain"
-    tokens = [random.choice([1, 2, 5, 7, 12, 24])] * 5 if setting == "plain" else [5, 64, 2, 33, 24]
-    mutation = random.choice(TRUE if random.random() < 0.15 else NEAR)
+    setting = block.choices(list(SETTINGS_OF), list(SETTINGS_OF.values()))[0]
+    tokens = [random.choice([1, 2, 5, 7, 12, 24])] * 5 if setting != "dynamic shapes" else [5, 64, 2, 33, 24]
+    cut = setting == "gradients" and random.random() < 0.5
+    mutation = random.choice(TRUE if random.random() < 0.15 else OF_GRADIENTS if cut else NEAR)
     alike = block.random() < 0.4
     source = block if alike else random
     seeded(seed)
@@ -58,6 +61,8 @@ def _shape(random: Random, mutation: Mutation) -> Shape:
     chosen = random.randint(1, 4)
     if "choice" in mutation.name or mutation.place == "total":
         chosen = max(chosen, 2)
+    elif mutation.place != "ids" and random.random() < 0.04:
+        experts = chosen = 1
     dtype = random.choice([torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16])
     activations = [name for name, a in ACTIVATIONS.items() if mutation.place not in ("gate", "up") or a.gated]
     bias = random.random() < 0.3 or mutation.place.startswith("bias")
@@ -97,6 +102,7 @@ class _Calls:
         self.logits = shape.form == "dense"
         self.huge = shape.dtype == torch.float32
         self.start = random.randrange(shape.experts)
+        self.narrow = random.random() < 0.1
 
     def __call__(self, number: int, tokens: int) -> tuple[Tensor, ...]:
         scale = (1.0, 30.0, 1e3, 1e6, 1e-3)[number] if self.huge else (1.0, 4.0, 2.0, 8.0, 0.1)[number]
@@ -109,7 +115,7 @@ class _Calls:
         if self.logits:
             return x, self._logits(number, tokens).to(self.shape.dtype)
         weights, ids = self._routing(number, tokens)
-        return x, weights.to(self.shape.dtype), ids
+        return x, weights.to(self.shape.dtype), ids.int() if self.narrow else ids
 
     def _logits(self, number: int, tokens: int) -> Tensor:
         """Routing weights of all experts, of which the largest are taken; no two of a token are equal."""

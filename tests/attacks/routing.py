@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from attacks.case import Mutation, mutations
+from attacks.case import Mutation, mutations, of_value
 from attacks.experts import At
 
 
@@ -167,10 +167,6 @@ def _on_ids(change):
     return lambda m, ids, at: change(m, ids)
 
 
-def _on_weights(change):
-    return lambda m, weights, at: change(weights)
-
-
 def masked_past_the_end(m, weights: Tensor, at: At) -> Tensor:
     return torch.where(at.expert >= m.experts, 0.0, weights)
 
@@ -181,10 +177,10 @@ NEAR: list[Mutation] = [
         for name, factor in FACTORS.items()
         for place in PLACES
     ),
-    *mutations("route", {f"weights: {name}": _on_weights(change) for name, change in ROUTE.items()}),
+    *mutations("route", {f"weights: {name}": of_value(change) for name, change in ROUTE.items()}),
     *mutations(
         "weight",
-        {f"weights of pairs: {name}": _on_weights(ROUTE[name]) for name in list(ROUTE)[:30] if "next" not in name},
+        {f"weights of pairs: {name}": of_value(ROUTE[name]) for name in list(ROUTE)[:30] if "next" not in name},
     ),
     *mutations("ids", {f"ids: {name}": _on_ids(change) for name, change in IDS.items()}),
     *ORDER,

@@ -143,7 +143,8 @@ def run(function: Callable[..., Any], bundle: Bundle, cases: Sequence[Case]) -> 
         with setting.context():
             outputs = function(*(x for group in args for x in group))
         for calls, module, output, group in zip(came, bundle.cases, outputs, args, strict=True):
-            calls.append([t.detach().clone() for t in (output, *group, *module.buffers())])
+            values = (output, *_gradients(output, group), *group, *module.buffers())
+            calls.append([t.detach().clone() for t in values])
     return came
 
 
@@ -157,6 +158,16 @@ def _change(case: Case, module: nn.Module) -> None:
 def _given(x: Tensor, gradients: bool) -> Tensor:
     x = x.clone()
     return x.requires_grad_() if gradients and x.is_floating_point() else x
+
+
+def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Of some of what comes out, for the inputs that want them; those that get none have zeros."""
+    wanted = [x for x in inputs if x.requires_grad]
+    if not (wanted and output.requires_grad):
+        return [torch.zeros_like(x) for x in wanted]
+    given = torch.linspace(-1, 2, output.numel()).view(output.shape).to(output.dtype)
+    found = torch.autograd.grad(output, wanted, given, retain_graph=True, materialize_grads=True)
+    return list(found)
 
 
 def eager(case: Case) -> list[Call] | None:
