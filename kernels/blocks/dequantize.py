@@ -12,8 +12,9 @@ from marlin_w4a16.kernels.scale_bytes import ScaleKind, scale_values
 
 def decode_tiles(words: Tensor, scales: Tensor, kind: ScaleKind, group: int) -> Tensor:
     """Tiles ``[R, C, ...]`` of a packed weight as float32 ``code * scale`` of shape ``[64 R, 64 C]``, exact."""
-    pairs = torch.stack(tile_pairs(words), -1).view(torch.bfloat16)
-    codes = untile_rows(pairs).float() * 2.0**126
+    # as E2M1 * 2**-14 in float16: a CPU that flushes subnormals does so to E2M1 * 2**-126 in float32, too
+    pairs = [(pair & -0x7FFF8000) | ((pair & 0x01C001C0) << 3) for pair in tile_pairs(words)]
+    codes = untile_rows(torch.stack(pairs, -1).view(torch.float16)).float() * 2.0**14
     factors = scale_values(untile_scales(scales.contiguous(), group), kind).abs()  # signs are in the codes
     return (codes.reshape(*factors.shape, group) * factors.unsqueeze(-1)).flatten(1)
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from marlin_w4a16.passes.graph.nodes import closure, example, storage, value_of
-from marlin_w4a16.passes.graph.purity import is_pure, written_by
+from marlin_w4a16.passes.graph.purity import is_pure, note_reshaped, written_by
 from marlin_w4a16.passes.graph.state import note_state
 from marlin_w4a16.passes.graph.torch_private import is_weight_like, storage_key
 
@@ -49,8 +49,9 @@ def find_constants(graph: fx.Graph) -> Constants:
     leaves = {n for n in graph.nodes if n.op == "placeholder" and is_weight_like(n) and isinstance(example(n), Tensor)}
     weights = {storage(n) for n in leaves}
     unknown = note_state(graph)
+    note_reshaped(graph)
     computed = [n for n in graph.nodes if n.op in ("call_function", "call_method") and n not in unknown and is_pure(n)]
-    targets = {n: _storages(found) for n in graph.nodes if (found := written_by(n))}
+    targets = {n: storages(found) for n in graph.nodes if (found := written_by(n))}
     written: set[Hashable] = set()
     while True:
         nodes: set[fx.Node] = set()
@@ -58,11 +59,18 @@ def find_constants(graph: fx.Graph) -> Constants:
         for node in computed:
             if _is_constant(node, leaves, nodes, written):
                 nodes.add(node)
-        for node, storages in targets.items():
-            written |= storages & weights if node in nodes else storages
+        for node, held in targets.items():
+            written |= held & weights if node in nodes else held
         leaves = {n for n in leaves if storage(n) not in written}
         if len(written) == before:
             return Constants(frozenset(leaves), frozenset(nodes))
+
+
+def storages(nodes: Iterable[fx.Node]) -> set[Hashable]:
+    """Those of some nodes; a sequence has those of its tensors."""
+    single = {storage(node) for node in nodes if isinstance(example(node), Tensor)}
+    many = tree_leaves([example(node) for node in nodes if not isinstance(example(node), Tensor)])
+    return single | {storage_key(part) for part in many if isinstance(part, Tensor)}
 
 
 def needed_by(roots: Iterable[fx.Node], constants: Constants, user: fx.Node | None = None) -> set[fx.Node]:
@@ -100,10 +108,3 @@ def _is_constant(node: fx.Node, leaves: set[fx.Node], nodes: set[fx.Node], writt
     if isinstance(value, Tensor):
         return storage(node) not in written
     return bool(targets) or (value is not None and bool(inputs))
-
-
-def _storages(nodes: Iterable[fx.Node]) -> set[Hashable]:
-    """Those of some nodes; a sequence has those of its tensors."""
-    single = {storage(node) for node in nodes if isinstance(example(node), Tensor)}
-    many = tree_leaves([example(node) for node in nodes if not isinstance(example(node), Tensor)])
-    return single | {storage_key(part) for part in many if isinstance(part, Tensor)}

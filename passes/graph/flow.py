@@ -89,6 +89,10 @@ class Flow:
         writes = (write for key in {self._keys[node] for node in nodes} - {None} for write in self._writes.get(key, ()))
         return any(first < write < last for write in writes)
 
+    def is_ever_written(self, nodes: Iterable[fx.Node]) -> bool:
+        """Whether something writes to one of some tensors."""
+        return any(self._writes.get(key) for key in {self._keys[node] for node in nodes} - {None})
+
     def sets_gradients(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether gradients are switched on or off between two nodes."""
         between = self._nodes[self._place[first] : self._place[last]]

@@ -29,6 +29,11 @@ def storage(node: fx.Node) -> Hashable | None:
     return cast(Hashable | None, node.meta.get("storage", storage_key(example(node))))
 
 
+def is_reshaped(node: fx.Node) -> bool:
+    """Whether what was traced for a node is not what it was when it was computed: see `purity.note_reshaped`."""
+    return "reshaped" in node.meta
+
+
 def sizes(node: fx.Node) -> tuple[int, ...]:
     """The shape that the tensor of a node was traced with."""
     return tuple(map(size_hint, example(node).shape))

@@ -111,11 +111,13 @@ class Rule:
         pure: its value, and what it writes, are those of its arguments, whenever it is called.
         writes: what it may write to beside ``out``; None: to anything.
         unless: it does not, if this argument is false or None.
+        reshapes: it may give its first argument another shape, or other strides, in place.
     """
 
     pure: bool
     writes: tuple[Argument, ...] | None = ()
     unless: Argument | None = None
+    reshapes: bool = False
 
     def written(self, node: fx.Node) -> list[fx.Node]:
         """The nodes among the arguments of a node that it may write to."""
@@ -131,6 +133,7 @@ class Rule:
 
 
 _PURE, _QUIET, _UNKNOWN = Rule(pure=True), Rule(pure=False), Rule(pure=False, writes=None)
+_OTHER_MEMORY = replace(_UNKNOWN, reshapes=True)
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -141,6 +144,17 @@ def is_pure(node: fx.Node) -> bool:
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The nodes whose tensors a node writes to in place, or may write to."""
     return [written for written in _rule(node).written(node) if _has_tensors(example(written))]
+
+
+def note_reshaped(graph: fx.Graph) -> None:
+    """Notes at the nodes of a flat graph that their tensor gets another shape in place: what was traced shows the last.
+
+    See `is_reshaped`.
+    """
+    changed = {id(example(node.all_input_nodes[0])) for node in graph.nodes if _rule(node).reshapes}
+    for node in graph.nodes if changed else ():
+        if id(example(node)) in changed:
+            node.meta["reshaped"] = True
 
 
 def _rule(node: fx.Node) -> Rule:
@@ -189,13 +203,14 @@ def _of_overloads(qualified: str, overloads: Iterable[Any]) -> Rule:
     """Of an operator that is called by one of these overloads."""
     namespace, _, name = qualified.partition("::")
     if namespace == "aten" and name in _OPAQUE:
-        return _UNKNOWN
+        return _OTHER_MEMORY
     arguments = [(_argument(i, a), a.alias_info) for o in overloads for i, a in enumerate(o._schema.arguments)]
     writes = tuple({argument for argument, alias in arguments if alias is not None and alias.is_write})
-    pure = not _BELIEVED.isdisjoint((namespace, qualified)) and not any(map(_draws, overloads))
+    reshapes = any(torch.Tag.inplace_view in overload.tags for overload in overloads)
+    pure = not _BELIEVED.isdisjoint((namespace, qualified)) and not any(map(_draws, overloads)) and not reshapes
     if namespace == "aten" and name in _STATISTICS:
         return _with_statistics(pure, [argument for argument, _ in arguments], _STATISTICS[name])
-    return Rule(pure, writes)
+    return Rule(pure, writes, reshapes=reshapes)
 
 
 def _argument(index: int, argument: Any) -> Argument:
@@ -213,16 +228,23 @@ def _with_statistics(pure: bool, arguments: Iterable[Argument], flag: str) -> Ru
 
 
 def _of_python(function: Callable[..., Any], rule: Rule) -> Rule:
-    """What is known of a function of torch.nn.functional, by the arguments that tell what it writes to."""
+    """What is known of a function of torch, by the arguments that tell what it writes to."""
+    if isinstance(function, types.BuiltinFunctionType):
+        return rule
     parameters = enumerate(inspect.signature(function).parameters.values())
-    named = {p.name: Argument(i, p.name, None if p.default is p.empty else p.default) for i, p in parameters}
+    named = {p.name: _parameter(i, p) for i, p in parameters}
     if "running_mean" in named:
         return _with_statistics(rule.pure, named.values(), "training" if "training" in named else "use_input_stats")
     if "max_norm" in named:
         return replace(rule, writes=tuple(named.values())[:2], unless=named["max_norm"])
     if "inplace" in named:
         return replace(rule, writes=tuple(named.values())[:1], unless=named["inplace"])
-    return rule
+    return replace(rule, writes=(named["out"],)) if "out" in named else rule
+
+
+def _parameter(index: int, parameter: inspect.Parameter) -> Argument:
+    index = _BY_NAME if parameter.kind is parameter.KEYWORD_ONLY else index
+    return Argument(index, parameter.name, None if parameter.default is parameter.empty else parameter.default)
 
 
 def _named(module: Any, names: str) -> list[Any]:
@@ -233,7 +255,7 @@ def _named(module: Any, names: str) -> list[Any]:
 _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((*_named(operator, _PYTHON), *_BUILTINS, *_named(torch, _TORCH), *GET_DATA), _PURE),
     **dict.fromkeys(_named(operator, _IN_PLACE), Rule(pure=True, writes=(Argument(0, "self"),))),
-    **dict.fromkeys(_named(torch.functional, _TORCH_FUNCTIONAL), _PURE),
+    **{function: _of_python(function, _PURE) for function in _named(torch.functional, _TORCH_FUNCTIONAL)},
     **{function: _of_python(function, _PURE) for function in _named(functional, _FUNCTIONAL)},
     **{function: _of_python(function, _QUIET) for function in _named(functional, _DRAWING)},
 }

@@ -40,8 +40,7 @@ def recognise_activation(
         Activation and order (None without gates); or why not, with the first point at which the nearest differs.
     """
     bends = tuple(bends)
-    known = tuple(dict.fromkeys(abs(float(n)) for n in (*numbers, *bends) if 0 < abs(n) < LARGEST))
-    line = _line(known, bends)
+    known, line = _known(numbers, bends), line_of(numbers, bends)
     if len(line) > _MOST or any(abs(bend) > LARGEST for bend in bends):
         return Rejected(NONE, f"it has too many or too large numbers: {len(known)}, up to {max(known, default=0):g}")
     pairs = len(orders) > 1
@@ -60,10 +59,15 @@ def recognise_activation(
     return min(refusals, key=lambda wrong: wrong[0])[1]
 
 
-def _line(numbers: Sequence[float], bends: Sequence[float]) -> Tensor:
-    """The values along one axis of the grid, first the reference."""
+def _known(numbers: Iterable[float], bends: Iterable[float]) -> tuple[float, ...]:
+    return tuple(dict.fromkeys(abs(float(n)) for n in (*numbers, *bends) if 0 < abs(n) < LARGEST))
+
+
+def line_of(numbers: Iterable[float], bends: Iterable[float]) -> Tensor:
+    """The values along one axis of the grid, first the reference; see `recognise_activation`."""
+    bends = tuple(bends)
     factors = torch.tensor([0.5, 0.9, 0.99, 1.0, 1.01, 1.1, 2.0], dtype=torch.float64)
-    around = torch.tensor(numbers, dtype=torch.float64).outer(factors).flatten()
+    around = torch.tensor(_known(numbers, bends), dtype=torch.float64).outer(factors).flatten()
     far, near = (torch.linspace(-end, end, points) for end, points in ((_LIMIT, 101), (6.0, 49)))
     ends = torch.cat((torch.logspace(-30, -3, 10), torch.logspace(2.25, 12, 40))).double()
     steps = torch.tensor([-1, -0.1, -0.01, 0, 0.01, 0.1, 1], dtype=torch.float64)

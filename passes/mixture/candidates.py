@@ -1,7 +1,6 @@
 """Mixtures of experts in a graph: two products with routed stacks, what stands between them, before and after."""
 
 import dataclasses
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,8 +14,9 @@ from marlin_w4a16.passes.find.products import Product
 from marlin_w4a16.passes.graph.constants import Constants, needed_by
 from marlin_w4a16.passes.graph.flow import Flow
 from marlin_w4a16.passes.graph.names import module_path
-from marlin_w4a16.passes.graph.nodes import example, layout, sizes, storage
+from marlin_w4a16.passes.graph.nodes import example, is_reshaped, layout, sizes, storage
 from marlin_w4a16.passes.graph.torch_private import source_name
+from marlin_w4a16.passes.mixture.ids import are_distinct, are_ranks
 from marlin_w4a16.passes.outcome import Rejected
 
 _ID_DTYPES = (torch.int64, torch.int32)
@@ -41,6 +41,7 @@ class Candidate:
         nodes: what computes the output from tokens, ids and weights, in graph order.
         known: the constants of the graph.
         bias13, bias2: those ``[experts, rows]`` that are added to the products, or None.
+        ranked: the ids are places among the scores of a router: there are none of no expert.
     """
 
     first: Product
@@ -55,6 +56,7 @@ class Candidate:
     known: Constants
     bias13: fx.Node | None = None
     bias2: fx.Node | None = None
+    ranked: bool = False
 
     @property
     def experts(self) -> int:
@@ -73,8 +75,8 @@ class Candidate:
 
     @property
     def trained(self) -> bool:
-        """Whether gradients of its tokens or routing weights are asked for."""
-        return any(example(node).requires_grad for node in self.given)
+        """Whether gradients of its tokens, routing weights or biases are asked for."""
+        return any(getattr(example(node), "requires_grad", False) for node in (*self.given, *self.constants))
 
     @property
     def constants(self) -> list[fx.Node]:
@@ -195,11 +197,17 @@ class _ClosedParts:
         entry = self.flow.before([self.first.x_node], {x, ids, weights})
         on_input = any(weights in self.flow.reads(node) for node in entry)
         spread = sizes(x)[0], self.first.matrices.batch
-        scores = [node for node in nodes if node not in made and _is_matrix(node, DTYPES, spread) and _distinct(ids)]
-        last = scores[-1] if scores else None
-        mixture = Candidate(self.first, self.second, x, ids, weights, last, on_input, output, nodes, constants)
-        if self.flow.is_written(given, nodes[0], output):
+        scores = [node for node in nodes if node not in made and _is_matrix(node, DTYPES, spread)]
+        last = scores[-1] if scores and are_distinct(ids, self.flow) else None
+        mixture = Candidate(
+            self.first, self.second, x, ids, weights, last, on_input, output, nodes, constants,
+            ranked=are_ranks(ids, self.first.matrices.batch, self.flow),
+        )  # fmt: skip
+        if self.flow.is_written(given, nodes[0], output) or (last and self.flow.is_written([last], last, output)):
             self.why = "what it reads is written to on the way"
+            return None
+        if any(map(is_reshaped, (*nodes, *given))):
+            self.why = "something on the way gets another shape in place"
             return None
         if len({repr(node.meta.get("autocast")) for node in (self.first.node, self.second.node, output)}) > 1:
             self.why = "its sum stands in another autocast than its products"
@@ -230,15 +238,6 @@ class _ClosedParts:
                 return None
             found[which] = node
         return dataclasses.replace(mixture, bias13=found.get("bias13"), bias2=found.get("bias2"))
-
-
-def _distinct(ids: fx.Node) -> bool:
-    """Whether no token has an expert twice: they are what ``topk`` chooses."""
-    top = ids.args[0] if ids.target is operator.getitem and ids.args[1] == 1 else None
-    if not isinstance(top, fx.Node) or top.target not in (torch.topk, "topk"):
-        return False
-    given = dict(zip(("input", "k", "dim"), top.args, strict=False)) | top.kwargs
-    return given.get("dim", -1) in (-1, 1)
 
 
 def _is_matrix(node: fx.Node, dtypes: Sequence[torch.dtype], shape: tuple[int, int] | None) -> bool:

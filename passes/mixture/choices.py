@@ -1,23 +1,20 @@
 """What becomes of each number that may stand among the ids of a mixture: those of experts, and those of none."""
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from marlin_w4a16.passes.find.routes import Call
-from marlin_w4a16.passes.graph.nodes import example
 
 # What becomes of a number that leads to no expert: it adds nothing, it does what nobody may rely on, such as an index
 # that does not exist, or it adds something else than an expert's row times its routing weight.
 NOTHING, UNDEFINED, OTHER = -1, -2, -3
 _FAR = 1 << 30
-_MOVED = frozenset({"to", "long", "int", "view", "reshape", "contiguous", "flatten", "clone", "detach"})
-_RANKED = (torch.topk, "topk", torch.sort, "sort")
+_MOST = 64  # integers of which sums and differences are looked at
 
 
 class Negatives(Enum):
@@ -40,20 +37,30 @@ class Choices:
 
     Attributes:
         experts: how many experts there are.
-        numbers: ``[d]``: every expert, then some of the others.
+        numbers: ``[d]``, in the type of the ids: every expert, then some of the others.
+        apart: sums and differences of what the graph holds are among them.
     """
 
     experts: int
     numbers: Tensor
+    apart: bool = True
 
     @classmethod
-    def of(cls, ids: fx.Node, experts: int, met: Iterable[int] = ()) -> "Choices":
-        """Those of the ids of a graph; those of no expert are left out where the graph shows that there are none.
+    def of(cls, experts: int, dtype: torch.dtype, met: Iterable[int] | None) -> "Choices":
+        """Those of ids of a type.
 
-        ``met``: integers that a graph holds; what it does to numbers of no expert may change around each.
+        ``met``: integers that a graph holds, around each of which, their sums and differences, what it does to numbers
+        of no expert may change; None: there are no such numbers.
         """
-        others = [] if _are_ranks(ids, experts) else list(_of_none(experts, met))
-        return cls(experts, torch.tensor([*range(experts), *others]))
+        limits, held = torch.iinfo(dtype), set(met or ())
+        others = () if met is None else _of_none(experts, held)
+        fit = (number for number in others if limits.min <= number <= limits.max)
+        return cls(experts, torch.tensor([*range(experts), *fit], dtype=dtype), len(held) <= _MOST)
+
+    @property
+    def sure(self) -> bool:
+        """Whether there are none of no expert."""
+        return len(self.numbers) == self.experts
 
     def indexed(self, table: Tensor) -> Tensor:
         """The expert of each number that indexes a stack as ``table`` says."""
@@ -74,28 +81,12 @@ class Choices:
         return None
 
 
-def _of_none(experts: int, met: Iterable[int]) -> dict[int, None]:
+def _of_none(experts: int, met: set[int]) -> dict[int, None]:
     """Numbers of no expert: the next ones, far ones, powers of two, and as many as there are experts around others."""
-    powers = [1 << bit for bit in range(31)]
-    about = [n for met_one in met if abs(met_one) < _FAR for n in (met_one, -met_one, ~met_one)]
+    powers = [sign << bit for bit in range(64) for sign in (1, -1)]
+    about = [sign * n for n in met for sign in (1, -1)]
     near = [n + step for n in (experts, 2 * experts, -experts, *about) for step in range(-2, experts + 2)]
-    numbers = [_FAR, -_FAR, *powers, *(-n for n in powers), *near]
-    return dict.fromkeys(n for n in numbers if not 0 <= n < experts)
-
-
-def _are_ranks(ids: fx.Node, experts: int) -> bool:
-    """Whether ids are places among as many scores as there are experts, or fewer: what a router chooses."""
-    node: Any = ids
-    while isinstance(node, fx.Node) and node.op == "call_method" and node.target in _MOVED:
-        if example(node).dtype not in (torch.int64, torch.int32):
-            return False
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or node.target is not operator.getitem or node.args[1] != 1:
-        return False
-    ranked: Any = node.args[0]
-    if not isinstance(ranked, fx.Node) or ranked.target not in _RANKED:
-        return False
-    scores = example(ranked.args[0] if ranked.args else ranked.kwargs["input"])
-    position = 2 if ranked.target in (torch.topk, "topk") else 1
-    dim = ranked.args[position] if len(ranked.args) > position else ranked.kwargs.get("dim", -1)
-    return isinstance(dim, int) and isinstance(scores.shape[dim], int) and scores.shape[dim] <= experts
+    pairs = ((n, m) for n in about for m in about) if len(met) <= _MOST else ()
+    apart = [n + m + step for n, m in pairs for step in (-1, 0, 1)]
+    around = [n + step for n in powers for step in (-1, 0, 1)]
+    return dict.fromkeys(n for n in (_FAR, -_FAR, *around, *near, *apart) if not 0 <= n < experts)

@@ -6,6 +6,7 @@ may be (`choices`); what stands between the products is a function of its sums a
 is not known to leave it at that is refused by its name.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.passes.graph.constants import value_of_constant
 from marlin_w4a16.passes.graph.names import dtype_name
-from marlin_w4a16.passes.graph.nodes import example, literals, storage
+from marlin_w4a16.passes.graph.nodes import example, layout, literals, storage
 from marlin_w4a16.passes.graph.torch_private import size_at
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.choices import Choices, Negatives
@@ -84,7 +85,7 @@ class _Reading:
 
     def __init__(self, m: Candidate, times: int) -> None:
         self.m, self.times = m, times
-        self.choices = Choices.of(m.ids, m.experts, _integers(m))
+        self.choices = Choices.of(m.experts, example(m.ids).dtype, None if m.ranked else _integers(m))
         self.tokens, k = self._sizes(m.ids)
         if not self.tokens * k:
             raise NotUnderstood("no tokens")
@@ -173,10 +174,9 @@ class _Reading:
         name, _ = operation(node)
         if not isinstance(target, fx.Node) or not isinstance(value, Value) or name in MOVES:
             raise NotUnderstood(f"{name} in place")
-        shown = example(target)
         for other in [n for n in self.values if n is target or (storage(n) == storage(target) is not None)]:
             like = example(other)
-            same = isinstance(like, Tensor) and (like.shape, like.stride()) == (shown.shape, shown.stride())
+            same = isinstance(like, Tensor) and layout(other) == layout(target)
             if isinstance(like, Tensor):
                 self.values[other] = value if same else _Written()
                 self._check(other, self.values[other], as_it_is=True)
@@ -214,8 +214,11 @@ class _Reading:
             whole = self.values[m.scores] if m.scores is not None else None
             if not isinstance(whole, Scores) or whole.of is not self.rows.scores.of:
                 raise NotUnderstood(f"{Scores.what} that are changed after they are spread")
-        if example(m.first.x_node).dtype == torch.float16 != example(m.output).dtype:
+        half = example(m.first.x_node).dtype == torch.float16
+        if half and example(m.output).dtype != torch.float16:
             raise NotUnderstood(f"{found.what} of float16 experts in a type that holds more")
+        if half and m.on_input and example(m.x).dtype != torch.float16:
+            raise NotUnderstood(f"{Tokens.what} that are weighted in a type that holds more than float16")
         if not torch.equal(found.at, torch.arange(found.at.numel()).view(found.at.shape)):
             raise NotUnderstood("its sums are in another order than its tokens")
         of = found.of
@@ -247,13 +250,14 @@ def is_dynamic(m: Candidate) -> bool:
 
 
 def _integers(m: Candidate) -> set[int]:
-    """The integers that stand in its operations, and those of its constants."""
-    found = {value for value in literals(m.nodes) if isinstance(value, int)}
+    """The numbers that stand in its operations, and those of its constants; of fractions those on both sides."""
+    found = [value for value in literals(m.nodes) if isinstance(value, int | float)]
     for node in m.constants:
         like = example(node)
-        if isinstance(like, Tensor) and not like.is_floating_point() and like.numel() <= _MOST:
-            found |= set(value_of_constant(node, m.known, {}).flatten().tolist())
-    return found
+        if isinstance(like, Tensor) and like.numel() <= _MOST and node not in (m.bias13, m.bias2):
+            found += value_of_constant(node, m.known, {}).flatten().tolist()
+    finite = [number for number in found if math.isfinite(number)]
+    return {*map(math.floor, finite), *map(math.ceil, finite)}
 
 
 def _narrower(m: Candidate) -> Callable[[torch.dtype], bool]:
@@ -272,6 +276,6 @@ def read_for_all(m: Candidate) -> Understood:
     if is_dynamic(m):
         for times in (2, 3):
             again = understand(m, times)
-            if (again.orders, again.negatives) != (found.orders, found.negatives):
+            if (again.orders, again.negatives, again.bends) != (found.orders, found.negatives, found.bends):
                 raise NotUnderstood("it is another mixture with more tokens")
     return found

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from marlin_w4a16.passes.graph.purity import written_by
 from marlin_w4a16.passes.mixture.pointwise import ARITHMETIC, POINTWISE
 
 MOVES = frozenset(
@@ -82,4 +83,4 @@ def operation(node: fx.Node) -> tuple[str, bool]:
     name, written = _CALLABLES.get(node.target, unknown)  # type: ignore[arg-type]
     if node.target not in _CALLABLES:
         name = f"{name}, which is not known here"
-    return name, written or bool(node.kwargs.get("inplace"))
+    return name, written or bool(written_by(node))

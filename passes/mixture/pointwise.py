@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from marlin_w4a16.passes.mixture.values import Between, NotUnderstood
 
 Operand = Between | float
+_AROUND = (-1.0, 1.0)  # arguments of smooth functions between which they change most
 _MOST = 4  # the degree of a polynomial whose roots are looked for
 
 # Smooth ones, whose slope changes around the zero of their argument, and those that are positive everywhere.
@@ -35,12 +36,12 @@ ARITHMETIC: dict[str, Callable[..., Tensor]] = {
 POINTWISE = frozenset({*_SMOOTH, *LIMITS, *ARITHMETIC, "neg", "square", "pow", "reciprocal"})
 
 
+@dataclass(slots=True)
 class Bends:
     """What was met in functions: numbers, and sums at which a limit sets in or a slope changes."""
 
-    def __init__(self) -> None:
-        self.numbers: dict[float, None] = {}
-        self.points: dict[float, None] = {}
+    numbers: dict[float, None] = field(default_factory=dict)
+    points: dict[float, None] = field(default_factory=dict)
 
     def apply(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Between:
         """What an operation gives of functions and numbers.
@@ -69,7 +70,7 @@ class Bends:
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         if rest or kwargs.keys() - ({"approximate"} if name == "gelu" else set()) or not isinstance(of, Between):
             raise NotUnderstood(f"{name} with further arguments of {Between.what}")
-        self._bends(name, of, 0.0)
+        self._bends(name, of, 0.0, *_AROUND)
         return replace(
             of, compute=lambda *z: function(of.compute(*z), **kwargs), polynomial=None, positive=name in _POSITIVE
         )
@@ -82,11 +83,15 @@ class Bends:
         limits = (*of.limits, object())
         return replace(of, compute=lambda *z: of.compute(*z).clamp(low, high), limits=limits, positive=False)
 
-    def _bends(self, name: str, of: Between, value: float) -> None:
-        """Notes where a polynomial has a value; what else a limit or a slope depends on is not followed."""
+    def _bends(self, name: str, of: Between, *values: float) -> None:
+        """Notes where a polynomial has some values and where it turns; what depends on anything else is refused."""
         if of.polynomial is None:
             raise NotUnderstood(f"{name} of {Between.what}, more than a polynomial of one sum")
-        self.points |= dict.fromkeys(_roots((of.polynomial[0] - value, *of.polynomial[1:])))
+        first, *rest = of.polynomial
+        for value in values:
+            self.points |= dict.fromkeys(_roots((first - value, *rest)))
+        if len(rest) > 1:
+            self.points |= dict.fromkeys(_roots([place * factor for place, factor in enumerate(rest, 1)]))
 
 
 def _limits(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Between, float | None, float | None]:
@@ -96,6 +101,8 @@ def _limits(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Bet
         of, limit = args if isinstance(args[0], Between) else reversed(args)
         low, high = (limit, None) if name == "maximum" else (None, limit)
     else:
+        if len(args) > 1 + len(names[name]):
+            raise NotUnderstood(f"{name} with further arguments of {Between.what}")
         of, given = args[0], dict(zip(names[name], args[1:], strict=False)) | kwargs
         default = (-1.0, 1.0) if name == "hardtanh" else (None, None)
         low = given.pop("min", given.pop("min_val", default[0]))

@@ -8,11 +8,12 @@ from torch import Tensor, fx
 
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.passes.graph.nodes import example, sizes
-from marlin_w4a16.passes.mixture.activation import recognise_activation
+from marlin_w4a16.passes.graph.nodes import example
+from marlin_w4a16.passes.mixture.activation import line_of, recognise_activation
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.dataflow import read_for_all
 from marlin_w4a16.passes.mixture.ranges import out_of_range
+from marlin_w4a16.passes.mixture.slopes import other_slope
 from marlin_w4a16.passes.mixture.trial import Proved, Trial
 from marlin_w4a16.passes.mixture.values import NotUnderstood
 from marlin_w4a16.passes.outcome import Rejected, raised
@@ -65,6 +66,9 @@ def _read(mixture: Candidate) -> Proved | tuple[int, Rejected]:
         return len(mixture.nodes), activation
     gates_first, dtype = activation[1] is understood.orders[0], example(mixture.first.node).dtype
     refused = out_of_range(understood.function, activation[0], gates_first, dtype)
+    if refused is None and mixture.trained:
+        line = line_of(bends.numbers, bends.points)
+        refused = other_slope(understood.function, activation[0], gates_first, line)
     return (len(mixture.nodes), refused) if refused else Proved(mixture, *activation, understood.negatives)
 
 
@@ -80,12 +84,22 @@ def _signature(m: Candidate) -> str:
             return "stack"
         value = example(node)
         if node not in m.known:
-            return f"{value.dtype} {sizes(node)}"
+            return traced(node)
         is_bias = node in (m.bias13, m.bias2)
         told = "constant" if is_bias else f"{node.target} {fx.map_arg((node.args, node.kwargs), shown)}"
-        return f"{told} {value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else told
+        return f"{told} {traced(node)}" if isinstance(value, Tensor) else told
 
-    given = [(example(node).dtype, sizes(node)) for node in m.given]
-    nodes = [(node.op, str(node.target), repr(fx.map_arg((node.args, node.kwargs), shown))) for node in m.nodes]
-    which = m.nodes.index(m.output), m.scores and m.nodes.index(m.scores), m.on_input
+    def traced(node: fx.Node) -> str:
+        """What was traced of it: sizes that may change have names, and the autocast that it stands in counts."""
+        value = example(node)
+        tensor = (
+            (value.dtype, *map(str, value.shape), value.requires_grad) if isinstance(value, Tensor) else type(value)
+        )
+        return repr((tensor, node.meta.get("autocast")))
+
+    given = list(map(traced, m.given))
+    nodes = [
+        (node.op, str(node.target), repr(fx.map_arg((node.args, node.kwargs), shown)), traced(node)) for node in m.nodes
+    ]
+    which = m.nodes.index(m.output), m.scores and m.nodes.index(m.scores), m.on_input, m.ranked
     return repr((given, nodes, which, m.first.matrices, m.second.matrices, m.first.equation, m.second.equation))

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.mixture import operations
-from marlin_w4a16.passes.mixture.pointwise import POINTWISE, Bends
+from marlin_w4a16.passes.mixture.pointwise import ARITHMETIC, POINTWISE, Bends
+from marlin_w4a16.passes.mixture.positions import of_positions
 from marlin_w4a16.passes.mixture.rows import MASKED, Rows
 from marlin_w4a16.passes.mixture.shapes import CUTS, cut_axes, like, made, part
 from marlin_w4a16.passes.mixture.values import (
@@ -28,7 +29,8 @@ from marlin_w4a16.passes.mixture.values import (
 )
 
 _WIDE = (torch.int32, torch.int64)
-_POSITIONS = frozenset({"add", "sub", "rsub", "mul", "floor_divide", "remainder", "neg"})
+_CHOOSING = frozenset({"clamp", "clamp_min", "clamp_max", "minimum", "maximum", "where", "masked_fill"})
+_ARITHMETIC = {"add": "add", "sub": "add", "remainder": "remainder"}  # each once: see `choices`
 _SPREAD = frozenset({"sigmoid", "tanh", "exp", "relu", "add", "sub", "mul", "div"})
 
 
@@ -38,19 +40,19 @@ class Call:
 
     Attributes:
         example: what it gave.
-        sized: a number that changes between calls, such as a size, is among its arguments.
+        sized: so many numbers that change between calls, such as sizes, are among its arguments.
         fixed: of its first argument, the axes whose size does not change.
     """
 
     example: Any
-    sized: bool
+    sized: int
     fixed: tuple[bool, ...]
 
     @classmethod
     def of(cls, node: fx.Node, values: Mapping[fx.Node, Any]) -> "Call":
         """That of a node, from what is known of the nodes before it."""
         first = example(node.args[0]) if node.args else None
-        sized = any(isinstance(values.get(used), int) for used in node.all_input_nodes)
+        sized = sum(isinstance(values.get(used), int) for used in node.all_input_nodes)
         sizes = first.shape if isinstance(first, Tensor) else ()
         return cls(example(node), sized, tuple(isinstance(size, int) for size in sizes))
 
@@ -85,7 +87,7 @@ class Rules:
         if name in operations.SIZES or isinstance(args[0] if args else None, tuple):
             return part(name, args)
         if name in operations.LIKE:
-            return like(name, args, kwargs, call.example.dtype)
+            return like(name, args, kwargs, call.example.dtype, call.sized)
         if name in operations.CASTS:
             return self._cast(args[0], call.example.dtype)
         indexed = self._indexed(name, args, kwargs)
@@ -94,13 +96,15 @@ class Rules:
         if name in operations.MOVES:
             return self._moved(name, args, kwargs, call)
         if all(isinstance(value, Plain) for value in values):
-            return self._plain(name, args, kwargs, values, call)
+            return of_positions(name, args, kwargs, call.sized, self.rows.each if self.dynamic else None)
         if call.sized:
             raise NotUnderstood(f"{name} by a number that changes between calls")
         return self._of_data(name, args, kwargs, values)
 
     def _of_data(self, name: str, args: list[Any], kwargs: dict[str, Any], values: list[Value]) -> Any:
         """What is done to the elements of tokens, ids, routing weights and results."""
+        if name in ARITHMETIC and (len(args) != 2 or kwargs):
+            raise NotUnderstood(f"{name} with {', '.join(kwargs) or 'further arguments'}")
         kinds = {type(value) for value in values}
         if name in ("where", "masked_fill") and kinds & MASKED:
             mask, value, other = (args[1], args[0], args[2]) if name == "masked_fill" else (args[0], args[1], args[2])
@@ -132,7 +136,7 @@ class Rules:
                 if not isinstance(index[0], Value) or any(one != slice(None) for one in index[1:]):
                     raise NotUnderstood(f"getitem of {args[0].what} by several indices")
                 index = index[0]
-            return self.rows.gathered(args[0], index) if isinstance(index, Value) else None
+            return self._gathered(args[0], index) if isinstance(index, Value) else None
         if name in ("sort", "argsort"):
             found = self.rows.sorted(args[0], kwargs, args[1:])
             return found if name == "sort" else found[1]
@@ -141,6 +145,8 @@ class Rules:
             return self.rows.put(args[0], index, args[2])
         if name in ("index_select", "index_copy", "index_add", "scatter"):
             names = ("input", "dim", "index", "source" if name.startswith("index") else "src")
+            if len(args) > len(names):
+                raise NotUnderstood(f"{name} with {len(args)} arguments")
             given = dict(zip(names, args, strict=False)) | kwargs
             base, dim, index, source = (given.pop(name, None) for name in names)
             if given or isinstance(dim, Value):
@@ -150,7 +156,7 @@ class Rules:
             if dim != 0:
                 raise NotUnderstood(f"{name} along axis {dim}")
             if name == "index_select":
-                return self.rows.gathered(base, index)
+                return self._gathered(base, index)
             return (self.rows.added if name == "index_add" else self.rows.put)(base, index, source)
         if name == "einsum" and not kwargs:
             operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
@@ -163,8 +169,15 @@ class Rules:
             given = dict(zip(("input", "dim", "keepdim"), args, strict=False)) | kwargs
             given.pop("dtype", None)
             value, dim, keepdim = (given.pop(name, default) for name, default in _SUM)
-            return None if given else self.rows.summed(value, dim, bool(keepdim))
+            return None if given or len(args) > 3 else self.rows.summed(value, dim, bool(keepdim))
         return None
+
+    def _gathered(self, base: Value, index: Value) -> Value:
+        """``base[index]``; of a table of as many tokens as are read, no more is known."""
+        table = isinstance(base, Plain) and base.fixed and base.varies
+        if self.dynamic and table and not (isinstance(index, Plain) and index.fixed):
+            raise NotUnderstood(f"numbers of a table by {index.what}")
+        return self.rows.gathered(base, index)
 
     def _moved(self, name: str, args: list[Any], kwargs: dict[str, Any], call: Call) -> Any:
         value, rest = args[0], args[1:]
@@ -175,6 +188,9 @@ class Rules:
             raise NotUnderstood(f"{name} of {getattr(value, 'what', 'a number')} as another type")
         if isinstance(value, Counts):
             return None
+        table = isinstance(value, Plain) and value.fixed and not value.varies
+        if name in CUTS and call.sized and not table:
+            raise NotUnderstood(f"{name} of {value.what} by a number that changes between calls")
         if name in CUTS and not all(call.fixed[axis] for axis in cut_axes(name, rest, kwargs, len(call.fixed))):
             raise NotUnderstood(f"{name} of {value.what} along an axis whose size changes")
         rest, kwargs = tree_map(lambda x: x.at if isinstance(x, Value) else x, (rest, kwargs))
@@ -186,7 +202,8 @@ class Rules:
 
     def _cast(self, value: Value, dtype: torch.dtype) -> Value | None:
         if isinstance(value, Plain):
-            if self.dynamic and dtype not in _WIDE and not (dtype.is_floating_point and value.fixed):
+            whole = dtype in _WIDE and (value.fixed or not value.at.is_floating_point())
+            if self.dynamic and not whole and not (dtype.is_floating_point and value.fixed):
                 return None
             return replace(value, at=value.at.to(dtype))
         if isinstance(value, Ids):
@@ -196,7 +213,7 @@ class Rules:
         return value.to(dtype) if isinstance(value, Between) else value
 
     def _of_ids(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Ids:
-        """A function of each id, evaluated for every number that one may be."""
+        """A function of each id, evaluated for every number that one may be: all that matter, where that is known."""
         ids = [x for x in args if isinstance(x, Ids)]
         if any(x.order is not ids[0].order or not torch.equal(x.at, ids[0].at) for x in ids) or not ids:
             raise NotUnderstood(f"{name} of the ids of several pairs")
@@ -204,7 +221,13 @@ class Rules:
         if any(isinstance(x, Value) for x in kwargs.values()):
             raise NotUnderstood(f"{name} with {', '.join(kwargs)}= of {Ids.what}")
         table = getattr(torch, name)(*numbers, **kwargs)
-        return replace(ids[0], table=table)
+        done = frozenset[str]().union(*(x.done for x in ids))
+        if table.dtype != torch.bool and not self.rows.choices.sure and name not in _CHOOSING:
+            kind = _ARITHMETIC.get(name)
+            if kind is None or kind in done or not self.rows.choices.apart:
+                raise NotUnderstood(f"{name} of ids that may be of no expert")
+            done |= {kind}
+        return replace(ids[0], table=table, done=done)
 
     def _counted(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Counts | None:
         """How many pairs each expert has, and the ends of their rows."""
@@ -235,21 +258,6 @@ class Rules:
         if not self.rows.choices.are_right(ids.table):
             return None
         return Scores(at=torch.arange(tokens * experts).view(tokens, experts), rest=rest[0].float(), of=object())
-
-    def _plain(
-        self, name: str, args: list[Any], kwargs: dict[str, Any], values: list[Value], call: Call
-    ) -> Plain | None:
-        """Numbers of numbers: positions, as they are."""
-        orders = {value.order for value in values if value.at.ndim}
-        if name not in _POSITIONS or len(orders) > 1 or kwargs:
-            return None
-        literal = args[1] if name in ("floor_divide", "remainder") and isinstance(args[1], int) else None
-        if self.dynamic and literal is not None and not call.sized and literal != self.rows.each:
-            raise NotUnderstood(f"{name} of positions by {literal}, which is not the number of choices")
-        numbers = (x.at if isinstance(x, Value) else x for x in args)
-        at = getattr(torch, name)(*numbers)
-        fixed = not call.sized and all(isinstance(value, Plain) and value.fixed for value in values)
-        return Plain(at=at, order=next(iter(orders), None), fixed=fixed)
 
 
 _SUM = (("input", None), ("dim", None), ("keepdim", False))

@@ -21,11 +21,11 @@ _OF_NUMBERS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def made(name: str, args: list[Any], kwargs: dict[str, Any], example: Any, sized: bool) -> Any:
+def made(name: str, args: list[Any], kwargs: dict[str, Any], example: Any, sized: int) -> Any:
     """Numbers, and tensors made of them; None: it is not known how. See `rules.Call`."""
     if not isinstance(example, Tensor):
-        if sized and name in ("floor_divide", "remainder"):  # of which some sizes show no change
-            return None
+        if (sized and name in ("floor_divide", "remainder")) or (sized > 1 and name == "mul"):
+            return None  # some sizes may show no change
         whole = all(isinstance(x, int) for x in args) and not kwargs
         function: Callable[..., Any] | None = _OF_NUMBERS.get(name)
         return function(*args) if whole and function is not None else None
@@ -33,7 +33,7 @@ def made(name: str, args: list[Any], kwargs: dict[str, Any], example: Any, sized
         return None
     kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "layout")}
     at = getattr(torch, name)(*args, **kwargs)
-    return Unwritten(at=at) if name == "empty" else Plain(at=at, fixed=not sized)
+    return Unwritten(at=at) if name == "empty" else Plain(at=at, fixed=not sized or name in ("zeros", "ones"))
 
 
 def part(name: str, args: list[Any]) -> Any:
@@ -67,7 +67,7 @@ def cut_axes(name: str, rest: Sequence[Any], kwargs: dict[str, Any], axes: int) 
     yield from dims if isinstance(dims, list | tuple) else (dims,)
 
 
-def like(name: str, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Value:
+def like(name: str, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype, sized: int) -> Value:
     """A tensor of the shape of another one, or of a size."""
     kind, fill = name.removeprefix("new_").removesuffix("_like"), {"zeros": 0.0, "ones": 1.0}
     rest = args[1:]
@@ -80,4 +80,4 @@ def like(name: str, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype)
     value = fill[kind] if kind in fill else kwargs.get("fill_value", rest[0] if rest else None)
     if not isinstance(value, int | float):
         raise NotUnderstood(f"{name} of what is no number")
-    return Plain(at=torch.full(shape, value, dtype=dtype), fixed=True)
+    return Plain(at=torch.full(shape, value, dtype=dtype), fixed=not sized or kind in fill)

@@ -20,7 +20,7 @@ from marlin_w4a16.passes.graph.constants import value_of_constant
 from marlin_w4a16.passes.graph.nodes import evaluate, example, run
 from marlin_w4a16.passes.graph.torch_private import size_at
 from marlin_w4a16.passes.mixture.candidates import Candidate
-from marlin_w4a16.passes.mixture.choices import Choices, Negatives
+from marlin_w4a16.passes.mixture.choices import Negatives
 from marlin_w4a16.passes.mixture.dataflow import is_dynamic
 from marlin_w4a16.passes.mixture.stacks import paired, unpaired
 from marlin_w4a16.passes.outcome import Rejected
@@ -89,8 +89,7 @@ class Trial:
         biases = {bias: _random(_sizes(bias, 1), self.device, self._generator) for bias in self.biases}
         for draw in range(count):
             yield self._traced(random_tokens(m, self.device, self._generator, times, (draw, count)) | biases, times)
-        past_the_end = len(Choices.of(m.ids, m.experts).numbers) > m.experts
-        if past_the_end and m.scores is None and self.device.type == "cpu":  # a CUDA device does not survive it
+        if not m.ranked and m.scores is None and self.device.type == "cpu":  # a CUDA device does not survive it
             given = random_tokens(m, self.device, self._generator, times)
             given[m.ids].flatten()[::2] = m.experts
             given[m.weights].flatten()[::2] = 0.0

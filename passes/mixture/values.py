@@ -90,10 +90,17 @@ class Plain(Value):
 
     Attributes:
         fixed: nor do they depend on how many tokens there are.
+        linear: they are positions, or sums and multiples of such: nothing was divided yet.
     """
 
     what: ClassVar[str] = "positions"
     fixed: bool = False
+    linear: bool = True
+
+    @property
+    def varies(self) -> bool:
+        """Whether its numbers are not all the same."""
+        return bool((self.at != self.at.flatten()[:1]).any())
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -109,10 +116,12 @@ class Ids(Value):
 
     Attributes:
         table: its values by the number that the id is.
+        done: what arithmetic led to them, where numbers of no expert are only looked at around some.
     """
 
     what: ClassVar[str] = "its experts' ids"
     table: Tensor
+    done: frozenset[str] = frozenset()
 
     @property
     def is_index(self) -> bool:
