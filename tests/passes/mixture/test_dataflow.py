@@ -1,7 +1,7 @@
 """Mixtures are read operation by operation: what changes one for some input is refused, by the operation's name."""
 
-from dataclasses import math
-import replace
+import math
+from dataclasses import replace
 
 import pytest
 import torch
