@@ -131,8 +131,10 @@ def backend(reports: list[Report]) -> Iterator[None]:
         yield
 
 
-def run(function: Callable[..., Any], bundle: Bundle, cases: Sequence[Case]) -> list[list[Call]]:
-    """What came out of each program, call by call."""
+def run(
+    function: Callable[..., Any], bundle: Bundle, cases: Sequence[Case], moved: Callable[[Tensor], Tensor] = lambda t: t
+) -> list[list[Call]]:
+    """What came out of each program, call by call; ``moved``: what becomes of the gradients of its results."""
     setting, came = SETTINGS[cases[0].setting], [[] for _ in cases]
     for number in range(len(cases[0].calls)):
         if number == 1:
@@ -143,7 +145,7 @@ def run(function: Callable[..., Any], bundle: Bundle, cases: Sequence[Case]) -> 
         with setting.context():
             outputs = function(*(x for group in args for x in group))
         for calls, module, output, group in zip(came, bundle.cases, outputs, args, strict=True):
-            values = (output, *_gradients(output, group), *group, *module.buffers())
+            values = (output, *_gradients(output, group, moved), *group, *module.buffers())
             calls.append([t.detach().clone() for t in values])
     return came
 
@@ -160,27 +162,27 @@ def _given(x: Tensor, gradients: bool) -> Tensor:
     return x.requires_grad_() if gradients and x.is_floating_point() else x
 
 
-def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Of some of what comes out, for the inputs that want them; those that get none have zeros."""
+def _gradients(output: Tensor, inputs: Sequence[Tensor], moved: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Of the inputs that want some, zeros where there are none; no more exact than the result."""
     wanted = [x for x in inputs if x.requires_grad]
     if not (wanted and output.requires_grad):
         return [torch.zeros_like(x) for x in wanted]
-    given = torch.linspace(-1, 2, output.numel()).view(output.shape).to(output.dtype)
+    given = moved(torch.linspace(-1, 2, output.numel()).view(output.shape).to(output.dtype))
     found = torch.autograd.grad(output, wanted, given, retain_graph=True, materialize_grads=True)
-    return list(found)
+    return [gradient.to(output.dtype) if gradient.itemsize > output.itemsize else gradient for gradient in found]
 
 
-def eager(case: Case) -> list[Call] | None:
-    """What comes of it uncompiled, call by call; None if it raises."""
+def eager(case: Case, moved: Callable[[Tensor], Tensor] = lambda t: t) -> list[Call] | None:
+    """What comes of it uncompiled, call by call; None if it raises. See `run`."""
     bundle = Bundle([case])
     try:
-        return run(bundle, bundle, [case])[0]
+        return run(bundle, bundle, [case], moved)[0]
     except Exception:
         return None
 
 
 def _beside(case: Case, limit: float, draw: int) -> list[Call]:
-    """What eager gives for inputs and biases that are a rounding away."""
+    """What eager gives for inputs, biases and gradients that are a rounding away."""
 
     def moved(x: Tensor) -> Tensor:
         if x.dtype not in _ROUNDING:
@@ -194,7 +196,7 @@ def _beside(case: Case, limit: float, draw: int) -> list[Call]:
     for name, t in (*module.named_buffers(), *module.named_parameters()):
         if "bias" in name:
             t.data.copy_(moved(t))
-    return eager(replace(case, module=module, calls=calls)) or []
+    return eager(replace(case, module=module, calls=calls), moved) or []
 
 
 def _outcome(at: int, reports: list[Report]) -> str:

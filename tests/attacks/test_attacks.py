@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from attacks import linears, mixtures
+from attacks.case import Case
 from attacks.compare import compare
 from attacks.run import Bundle, eager, judge, run
 from narrow import case
@@ -43,6 +45,26 @@ def shows(generator, seed):
         return None
     results = [[[call[0]] for call in calls] for calls in (some, others)]
     return compare(*results) is not None
+
+
+class Scaled(nn.Module):
+    """Twice its input, with a gradient that may be another."""
+
+    def __init__(self, gradient: float) -> None:
+        super().__init__()
+        self.gradient = gradient
+
+    def forward(self, x):
+        return self.gradient * x + (2 - self.gradient) * x.detach()
+
+
+def test_gradients_are_compared():
+    x = torch.randn(3, 4)
+    cases = [Case(0, "", "", "near", Scaled(by), ((x,),), setting="gradients") for by in (2.0, 1.0)]
+    bundles = [Bundle([case]) for case in cases]
+    some, others = (run(bundle, bundle, [case])[0] for case, bundle in zip(cases, bundles, strict=True))
+    assert compare(some, some) is None
+    assert compare(others, some).place == 1
 
 
 @pytest.mark.parametrize("generator", [linears, mixtures], ids=_id)

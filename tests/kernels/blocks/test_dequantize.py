@@ -104,6 +104,20 @@ def test_dequantize_is_the_oracle_rounded_once(kind, group, n, k, dtype, random_
     assert same_bits(dequantize(pack(weight), dtype), weight.decode(dtype))
 
 
+@pytest.mark.parametrize("kind", ["e4m3", "e8m0"])
+def test_a_cpu_that_flushes_subnormals_flushes_no_code(kind, random_weight):
+    weight = random_weight(64, 128, kind)
+    packed, x = pack(weight), torch.randn(3, 128)
+    values, sums = dequantize(packed, torch.float32), linear_by_blocks(x, packed, None)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot")
+    try:
+        assert torch.equal(dequantize(packed, torch.float32), values) and bool((values.abs() > 0).any())
+        assert torch.equal(linear_by_blocks(x, packed, None), sums)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dequantize_does_not_round_twice(dtype, random_weight):
     weight = random_weight(60000, 16)

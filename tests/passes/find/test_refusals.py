@@ -45,6 +45,41 @@ def test_a_bias_in_float16_is_added_by_the_op(fp4_linear):
     assert outcome_of(lambda x: torch.addmm(bias, x, module.weight().T), torch.randn(3, K).half()) is None
 
 
+def stretched(x, w):
+    y = linear(x, w)
+    y.unsqueeze_(0)
+    return y
+
+
+def turned(x, w):
+    h = x.unsqueeze(1) * 1
+    y = torch.bmm(h, w.unflatten(0, (3, -1)).mT)
+    h.transpose_(0, 1)
+    return y
+
+
+IN_PLACE = {"a result": stretched, "an input of one": turned}
+
+
+@pytest.mark.parametrize("multiply", IN_PLACE.values(), ids=IN_PLACE)
+def test_what_gets_another_shape_in_place(fp4_linear, multiply):
+    """Dynamo's examples show the last shape that a tensor had."""
+    module = fp4_linear(N, K)
+    reason = outcome_of(lambda x: multiply(x, module.weight()), torch.randn(3, K))
+    assert "gets another shape in place" in reason
+
+
+def test_an_argument_by_its_place_that_is_not_known(fp4_linear):
+    module, x = fp4_linear(N, K), torch.randn(3, K)
+
+    def function(x):
+        out = torch.zeros(3, N)
+        torch.tensordot(x, module.weight(), ([1], [1]), out)
+        return out
+
+    assert outcome_of(function, x) == "tensordot with argument 4="
+
+
 OF_VECTORS = {
     "mv": lambda x, w: torch.mv(w, x[0]),
     "addmv": lambda x, w: torch.addmv(torch.ones(N), w, x[0]),

@@ -14,6 +14,7 @@ from marlin_w4a16.passes.outcome import Excluded, Rejected, Replaced
 from marlin_w4a16.passes.rewrite import rewrite
 from mixtures.experts import hold_fp4
 from narrow import wide
+from programs.backend import reported
 
 E, N, K, S = 5, 48, 64, 9
 OP = torch.ops.marlin_w4a16.grouped_linear.default
@@ -149,6 +150,34 @@ def test_in_autocast():
             return torch.bmm(x.unsqueeze(1), w[i]).squeeze(1)
 
     assert_one_op(Stack(multiply, True), (torch.randn(X), ids(S)), 1e-2)
+
+
+def _writing(w, x, i):
+    chosen = w[i]
+    chosen[:, 0] = 0
+    return torch.einsum("sk,snk->sn", x, chosen)
+
+
+def _writing_ids(w, x, i):
+    i = i.clone()
+    chosen = w[i]
+    i.zero_()
+    return torch.einsum("sk,snk->sn", x, chosen)
+
+
+def _written_before(w, x, i):
+    i = i.clone()
+    i.zero_()
+    return torch.einsum("sk,snk->sn", x, w[i])
+
+
+@pytest.mark.parametrize("multiply, left", [(_writing, True), (_writing_ids, True), (_written_before, False)])
+def test_matrices_or_ids_that_are_written_once_they_are_gathered(multiply, left):
+    module, args = Stack(multiply), (torch.randn(X), ids(S))
+    found, report = reported(module, args)
+    (row,) = report.rows
+    assert isinstance(row.outcome, Rejected) == left and (not left or "once they are gathered" in row.outcome.reason)
+    torch.testing.assert_close(found, module(*args), rtol=1e-4, atol=1e-4)
 
 
 def test_matrices_that_are_transposed_after_they_are_gathered_are_no_candidate():

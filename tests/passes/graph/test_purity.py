@@ -177,6 +177,9 @@ HIDDEN_WRITES = {
     "a function of somebody else": lambda x, w: counting(w),
     "several": lambda x, w: torch._foreach_lerp_([w], [x], 0.5),
     "outs": lambda x, w: torch.sort(x, out=(w, torch.empty(8, dtype=torch.long))),
+    "out by its place": lambda x, w: torch.norm(x, 2, 0, True, w.view(2, 4)[:1, 0]),
+    "normalize, out by its place": lambda x, w: F.normalize(x, 2.0, 0, 1e-12, w),
+    "another shape in place": lambda x, w: w.view(2, 4).t_(),
 }  # fmt: skip
 
 

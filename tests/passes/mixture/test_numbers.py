@@ -28,6 +28,26 @@ def test_numbers_of_no_expert_that_become_experts(change):
     assert note(Mixture(Parts(flat))) is not None
 
 
+FAR_NUMBERS = {
+    "the largest": (torch.iinfo(torch.int64).max, lambda i: torch.where(i == torch.iinfo(torch.int64).max, 0, i)),
+    "as a fraction": (301, lambda i: torch.where(i == 301.0, 0, i)),
+    "doubled": (10001, lambda i: torch.where(i * 2 == 20002, 0, i)),
+    "after a sum": (20001, lambda i: torch.where(i + 10001 == 30002, 0, i)),
+    "after two sums": (6, lambda i: torch.where((i + 4000) + 50000 == 54006, 0, i)),
+    "wrapped round": (torch.iinfo(torch.int32).max, lambda i: torch.where(i.int() + 1 < 0, 0, i)),
+}
+
+
+@pytest.mark.parametrize("number, change", FAR_NUMBERS.values(), ids=FAR_NUMBERS)
+def test_numbers_of_no_expert_that_few_look_at(number, change):
+    def flat(m: Mixture, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return batched(m, x, weights, change(ids.reshape(-1)).view(ids.shape))
+
+    x, weights, ids = inputs()
+    ids[::3, 1] = number
+    note(Mixture(Parts(flat)), (x, weights, ids))  # which compares
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8])
 def test_ids_of_a_router_in_a_narrow_type(dtype):
     module = Mixture(Parts(batched), experts=200)
@@ -77,3 +97,67 @@ def test_what_holds_for_few_tokens_only_is_refused_where_their_number_is_not_fix
     for given in args:
         torch._dynamo.mark_dynamic(given, 0)
     assert (note(module, args) is None) == whole
+
+
+def at_positions(places) -> Parts:
+    """A mixture whose rows are those of the tokens at some places."""
+
+    def form(m: Mixture, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        chosen, each = ids.reshape(-1), torch.arange(len(x) * K) // K
+        rows = x[places(each, len(x))]
+        y = m.expert(
+            rows, weights.reshape(-1, 1), chosen, lambda x, w: torch.bmm(w[chosen], x.unsqueeze(-1)).squeeze(-1)
+        )
+        return m.total(y.view(len(x), K, -1))
+
+    return Parts(form)
+
+
+def summed_into(base) -> Parts:
+    """A mixture that is added to something that is zero for few tokens."""
+
+    def form(m: Mixture, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        m.base = base(len(x))
+        return batched(m, x, weights, ids)
+
+    return Parts(form)
+
+
+class Based(Mixture):
+    def total(self, y: Tensor) -> Tensor:
+        tokens = torch.arange(y.shape[0] * K) // K
+        return self.base.index_add(0, tokens, y.reshape(-1, y.shape[-1]))
+
+
+def table() -> Tensor:
+    late = torch.zeros(4096, 64)
+    late[100:] = 1.0
+    return late
+
+
+vanishing = lambda t: (t - T) * (t - 2 * T) * (t - 3 * T)  # noqa: E731, for as many tokens as are read
+PLACES = {
+    "as they are": (Mixture(at_positions(lambda p, t: p)), True),
+    "a fraction": (Mixture(at_positions(lambda p, t: p - (p * 0.01).long())), False),
+    "modulo a tensor": (Mixture(at_positions(lambda p, t: p % torch.tensor(100))), False),
+    "modulo a fraction": (Mixture(at_positions(lambda p, t: (p % 100.0).long())), False),
+    "of a table": (Mixture(at_positions(lambda p, t: torch.arange(4096).clamp(max=399)[: t * K] // K)), False),
+    "by a table": (Mixture(at_positions(lambda p, t: torch.arange(4096).clamp(max=199)[p])), False),
+    "halved again and again": (Mixture(at_positions(lambda p, t: p - (p // K // K // K // K // K // K))), False),
+    "by a polynomial": (Mixture(at_positions(lambda p, t: (p + vanishing(t)) % t)), False),
+    "into zeros": (Based(summed_into(lambda t: torch.zeros(t, 64))), True),
+    "into a table": (Based(summed_into(lambda t: table()[:t])), False),
+    "into a polynomial": (Based(summed_into(lambda t: torch.zeros(t, 64) + vanishing(t))), False),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_and_numbers_of_more_tokens_than_are_read(name):
+    module, whole = PLACES[name]
+    args, more = inputs(), inputs(240)
+    for given in args:
+        torch._dynamo.mark_dynamic(given, 0)
+    assert (note(module, args) is None) == whole
+    run = torch.compile(module, backend="marlin_w4a16")
+    for some in (args, more):
+        assert (run(*some) - module(*some)).norm() <= 1e-5 * module(*some).norm()
