@@ -293,6 +293,13 @@ def size_at(size: Any, times: int) -> int:
     return int(size.node.expr.subs({symbol: times * hint(symbol) for symbol in size.node.expr.free_symbols}))
 
 
+def is_multiple(size: Any, of: Any) -> bool:
+    """Whether a size is always as many times another one, which changes."""
+    if not (isinstance(size, torch.SymInt) and isinstance(of, torch.SymInt)):
+        return False
+    return not (size.node.expr / of.node.expr).free_symbols
+
+
 def number_hint(value: Any) -> Any:
     """The number that an argument was traced with; a dynamic graph takes floats of Python as inputs."""
     traced = value.meta.get("example_value") if isinstance(value, fx.Node) else value

@@ -71,7 +71,8 @@ def line_of(numbers: Iterable[float], bends: Iterable[float]) -> Tensor:
     far, near = (torch.linspace(-end, end, points) for end, points in ((_LIMIT, 101), (6.0, 49)))
     ends = torch.cat((torch.logspace(-30, -3, 10), torch.logspace(2.25, 12, 40))).double()
     steps = torch.tensor([-1, -0.1, -0.01, 0, 0.01, 0.1, 1], dtype=torch.float64)
-    bent = (torch.tensor(bends, dtype=torch.float64)[:, None] + steps).flatten()
+    points = torch.tensor(sorted(bends), dtype=torch.float64)
+    bent = torch.cat(((points[:, None] + steps).flatten(), (points[1:] + points[:-1]) / 2))
     values = torch.cat((far.double(), near.double(), around, -around, ends, -ends, bent)).float().tolist()
     return torch.tensor([_REFERENCE, *sorted(set(values))])
 

@@ -19,13 +19,14 @@ from marlin_w4a16.passes.graph.constants import value_of_constant
 from marlin_w4a16.passes.graph.names import dtype_name
 from marlin_w4a16.passes.graph.nodes import example, layout, literals, storage
 from marlin_w4a16.passes.graph.torch_private import size_at
+from marlin_w4a16.passes.mixture.call import Call
 from marlin_w4a16.passes.mixture.candidates import Candidate
 from marlin_w4a16.passes.mixture.choices import Choices, Negatives
 from marlin_w4a16.passes.mixture.operations import CASTS, MOVES, operation
 from marlin_w4a16.passes.mixture.pointwise import Bends
 from marlin_w4a16.passes.mixture.products import multiplied
 from marlin_w4a16.passes.mixture.rows import Rows
-from marlin_w4a16.passes.mixture.rules import Call, Rules
+from marlin_w4a16.passes.mixture.rules import Rules
 from marlin_w4a16.passes.mixture.values import (
     Between,
     Bias,
@@ -87,6 +88,7 @@ class _Reading:
         self.m, self.times = m, times
         self.choices = Choices.of(m.experts, example(m.ids).dtype, None if m.ranked else _integers(m))
         self.tokens, k = self._sizes(m.ids)
+        self.traced = [example(node).shape[0] for node in m.given]
         if not self.tokens * k:
             raise NotUnderstood("no tokens")
         if example(m.first.node).dtype != example(m.second.node).dtype:
@@ -156,7 +158,7 @@ class _Reading:
             args, kwargs = fx.map_arg((list(node.args), dict(node.kwargs)), self._get)
             if name == "where" and node.op == "call_method":  # of what is kept, told before the condition
                 args[:2] = args[1::-1]
-            value = self.rules.apply(name, args, kwargs, Call.of(node, self.values))
+            value = self.rules.apply(name, args, kwargs, Call.of(node, self.values, self.traced))
             if written:
                 self._write(node, value)
             self.values[node] = None if name == "setitem" else value
@@ -214,7 +216,7 @@ class _Reading:
             whole = self.values[m.scores] if m.scores is not None else None
             if not isinstance(whole, Scores) or whole.of is not self.rows.scores.of:
                 raise NotUnderstood(f"{Scores.what} that are changed after they are spread")
-        half = example(m.first.x_node).dtype == torch.float16
+        half = example(m.first.node).dtype == torch.float16  # by autocast, too
         if half and example(m.output).dtype != torch.float16:
             raise NotUnderstood(f"{found.what} of float16 experts in a type that holds more")
         if half and m.on_input and example(m.x).dtype != torch.float16:

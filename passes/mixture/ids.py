@@ -41,6 +41,8 @@ def _moved(ids: fx.Node) -> Iterator[fx.Node]:
     node: Any = ids
     yield node
     while node.op == "call_method" and node.target in _MOVED and isinstance(node.args[0], fx.Node):
+        if node.target == "view" and any(isinstance(argument, torch.dtype) for argument in node.args):
+            return
         node = node.args[0]
         yield node
 

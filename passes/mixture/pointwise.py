@@ -80,18 +80,18 @@ class Bends:
         for limit in (low, high):
             if limit is not None:
                 self._bends(name, of, limit)
-        limits = (*of.limits, object())
-        return replace(of, compute=lambda *z: of.compute(*z).clamp(low, high), limits=limits, positive=False)
+        limits, function = (*of.limits, object()), _limiting(name, low, high)
+        return replace(of, compute=lambda *z: function(of.compute(*z)), limits=limits, positive=False)
 
     def _bends(self, name: str, of: Between, *values: float) -> None:
-        """Notes where a polynomial has some values and where it turns; what depends on anything else is refused."""
+        """Notes where a polynomial has some values; one that turns, and all that depends on more, is refused."""
         if of.polynomial is None:
             raise NotUnderstood(f"{name} of {Between.what}, more than a polynomial of one sum")
         first, *rest = of.polynomial
+        if _roots([place * factor for place, factor in enumerate(rest, 1)] or [0.0]):
+            raise NotUnderstood(f"{name} of {Between.what}, a polynomial that turns")
         for value in values:
             self.points |= dict.fromkeys(_roots((first - value, *rest)))
-        if len(rest) > 1:
-            self.points |= dict.fromkeys(_roots([place * factor for place, factor in enumerate(rest, 1)]))
 
 
 def _limits(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Between, float | None, float | None]:
@@ -112,6 +112,16 @@ def _limits(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Bet
     if any(isinstance(limit, Between) for limit in (low, high)):
         raise NotUnderstood(f"{name} of two of {Between.what}")
     return of, low, high
+
+
+def _limiting(name: str, low: float | None, high: float | None) -> Callable[[Tensor], Tensor]:
+    """The operation itself: at its limits, each has slopes of its own."""
+    if name == "hardtanh":
+        return lambda z: torch.nn.functional.hardtanh(z, low, high)  # type: ignore[arg-type]
+    if name in ("minimum", "maximum"):
+        function: Callable[..., Tensor] = getattr(torch, name)
+        return lambda z: function(z, torch.tensor(low if high is None else high, dtype=z.dtype))
+    return lambda z: z.clamp(low, high)
 
 
 def _power(of: Between, exponent: Any) -> Between:

@@ -9,6 +9,7 @@ from marlin_w4a16.passes.mixture.values import NotUnderstood, Plain
 
 _KNOWN = frozenset({"add", "sub", "rsub", "mul", "floor_divide", "remainder", "neg"})
 _DIVISIONS = ("floor_divide", "remainder")
+_LARGE = 1 << 20
 
 
 def of_positions(name: str, args: Sequence[Any], kwargs: object, sized: int, each: int | None) -> Plain | None:
@@ -40,11 +41,22 @@ def of_positions(name: str, args: Sequence[Any], kwargs: object, sized: int, eac
 def _same_for_more(name: str, args: Sequence[Any], sized: int, each: int) -> None:
     """Sums of multiples of positions that are alike for as many tokens as are read are alike for all."""
     first, *others = args
+    if sized:
+        raise NotUnderstood(f"{name} of positions and a number that changes between calls")
     if name in _DIVISIONS:
         counts = isinstance(first, Plain) and first.linear and not first.fixed
-        if not counts or sized or isinstance(others[0], Plain) or others[0] != each:
+        if not counts or isinstance(others[0], Plain) or others[0] != each:
             raise NotUnderstood(f"{name} of positions by what is not the number of choices")
-    if name == "mul" and sized + sum(isinstance(x, Plain) and not x.fixed for x in args) > 1:
-        raise NotUnderstood("mul of positions by what changes between calls")
+    if name == "mul" and all(isinstance(x, Plain) and not x.fixed for x in args):
+        raise NotUnderstood("mul of positions and positions")
+    if name == "mul" and any(_is_large(x) or (isinstance(x, Plain) and x.at.dtype != torch.int64) for x in args):
+        raise NotUnderstood("mul of positions that may leave the range of their type")
     if any(isinstance(x, float) or (isinstance(x, Plain) and x.at.is_floating_point()) for x in args):
         raise NotUnderstood(f"{name} of positions and fractions")
+
+
+def _is_large(x: Any) -> bool:
+    """Whether there may be so many tokens that their positions times a number are beyond 64 bits."""
+    if isinstance(x, Plain):
+        return x.fixed and bool((x.at.abs() > _LARGE).any())
+    return bool(abs(x) > _LARGE)

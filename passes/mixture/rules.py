@@ -1,15 +1,15 @@
 """The operations that a mixture may hold, each with what it makes of what is known of its arguments."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from marlin_w4a16.passes.graph.nodes import example
 from marlin_w4a16.passes.mixture import operations
+from marlin_w4a16.passes.mixture.call import Call
 from marlin_w4a16.passes.mixture.pointwise import ARITHMETIC, POINTWISE, Bends
 from marlin_w4a16.passes.mixture.positions import of_positions
 from marlin_w4a16.passes.mixture.rows import MASKED, Rows
@@ -30,31 +30,7 @@ from marlin_w4a16.passes.mixture.values import (
 
 _WIDE = (torch.int32, torch.int64)
 _CHOOSING = frozenset({"clamp", "clamp_min", "clamp_max", "minimum", "maximum", "where", "masked_fill"})
-_ARITHMETIC = {"add": "add", "sub": "add", "remainder": "remainder"}  # each once: see `choices`
 _SPREAD = frozenset({"sigmoid", "tanh", "exp", "relu", "add", "sub", "mul", "div"})
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What was traced of a call.
-
-    Attributes:
-        example: what it gave.
-        sized: so many numbers that change between calls, such as sizes, are among its arguments.
-        fixed: of its first argument, the axes whose size does not change.
-    """
-
-    example: Any
-    sized: int
-    fixed: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, node: fx.Node, values: Mapping[fx.Node, Any]) -> "Call":
-        """That of a node, from what is known of the nodes before it."""
-        first = example(node.args[0]) if node.args else None
-        sized = sum(isinstance(values.get(used), int) for used in node.all_input_nodes)
-        sizes = first.shape if isinstance(first, Tensor) else ()
-        return cls(example(node), sized, tuple(isinstance(size, int) for size in sizes))
 
 
 class Rules:
@@ -83,11 +59,11 @@ class Rules:
 
     def _applied(self, name: str, args: list[Any], kwargs: dict[str, Any], values: list[Value], call: Call) -> Any:
         if not values:
-            return made(name, args, kwargs, call.example, call.sized)
+            return made(name, args, kwargs, call)
         if name in operations.SIZES or isinstance(args[0] if args else None, tuple):
             return part(name, args)
         if name in operations.LIKE:
-            return like(name, args, kwargs, call.example.dtype, call.sized)
+            return like(name, args, kwargs, call)
         if name in operations.CASTS:
             return self._cast(args[0], call.example.dtype)
         indexed = self._indexed(name, args, kwargs)
@@ -221,13 +197,19 @@ class Rules:
         if any(isinstance(x, Value) for x in kwargs.values()):
             raise NotUnderstood(f"{name} with {', '.join(kwargs)}= of {Ids.what}")
         table = getattr(torch, name)(*numbers, **kwargs)
-        done = frozenset[str]().union(*(x.done for x in ids))
+        done = any(x.done for x in ids)
         if table.dtype != torch.bool and not self.rows.choices.sure and name not in _CHOOSING:
-            kind = _ARITHMETIC.get(name)
-            if kind is None or kind in done or not self.rows.choices.apart:
+            if done or not self._is_followed(name, numbers):
                 raise NotUnderstood(f"{name} of ids that may be of no expert")
-            done |= {kind}
+            done = True
         return replace(ids[0], table=table, done=done)
+
+    def _is_followed(self, name: str, numbers: Sequence[Any]) -> bool:
+        """Whether arithmetic with ids that may be of no expert does nothing but at numbers that are looked at."""
+        whole = all(isinstance(x, int) or (isinstance(x, Tensor) and not x.is_floating_point()) for x in numbers)
+        if name == "remainder":
+            return whole and numbers[1] is not None and numbers[1] == self.rows.choices.experts
+        return whole and name in ("add", "sub") and self.rows.choices.apart
 
     def _counted(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Counts | None:
         """How many pairs each expert has, and the ends of their rows."""

@@ -116,12 +116,12 @@ class Ids(Value):
 
     Attributes:
         table: its values by the number that the id is.
-        done: what arithmetic led to them, where numbers of no expert are only looked at around some.
+        done: arithmetic led to them; of numbers of no expert, only those around some are looked at.
     """
 
     what: ClassVar[str] = "its experts' ids"
     table: Tensor
-    done: frozenset[str] = frozenset()
+    done: bool = False
 
     @property
     def is_index(self) -> bool:

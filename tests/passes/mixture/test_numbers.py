@@ -34,6 +34,8 @@ FAR_NUMBERS = {
     "doubled": (10001, lambda i: torch.where(i * 2 == 20002, 0, i)),
     "after a sum": (20001, lambda i: torch.where(i + 10001 == 30002, 0, i)),
     "after two sums": (6, lambda i: torch.where((i + 4000) + 50000 == 54006, 0, i)),
+    "left over and large": (501003, lambda i: torch.where(((i % 1000) == 3) & (i > 500100), 0, i)),
+    "left over from a fraction": (401, lambda i: torch.where((i.float() % 100.25) < 0.1, 0, i)),
     "wrapped round": (torch.iinfo(torch.int32).max, lambda i: torch.where(i.int() + 1 < 0, 0, i)),
 }
 
@@ -99,6 +101,50 @@ def test_what_holds_for_few_tokens_only_is_refused_where_their_number_is_not_fix
     assert (note(module, args) is None) == whole
 
 
+def test_ids_of_a_router_that_are_read_in_pairs():
+    module = Mixture(Parts(batched), experts=8)
+
+    def routed(x, weights, logits):
+        ids = torch.topk(logits, 2 * K)[1].int().view(torch.int64)
+        return module(x, weights, ids.reshape(-1).remainder(8).view(ids.shape))
+
+    note(routed, (*inputs()[:2], torch.randn(T, 8)))  # which compares
+
+
+@pytest.mark.parametrize("form", [batched, grouped])
+@pytest.mark.parametrize("changing", [(0,), (1,), (0, 1)])
+def test_a_batch_of_sequences_of_any_sizes(form, changing):
+    module = Mixture(Parts(form))
+
+    def routed(x, logits):
+        weights, ids = logits.view(-1, E).softmax(-1).topk(K)
+        return module(x.view(-1, x.shape[-1]), weights, ids).view(x.shape)
+
+    args = torch.randn(2, T, 64), torch.randn(2, T, E)
+    for given in args:
+        for axis in changing:
+            torch._dynamo.mark_dynamic(given, axis)
+    assert note(routed, args) is None
+
+
+def test_sizes_that_vanish_together_at_those_that_are_read():
+    module = Mixture(Parts(batched))
+
+    def rolled(x, logits):
+        weights, ids = logits.view(-1, E).softmax(-1).topk(K)
+        x, moved = x.view(-1, x.shape[-1]), x.shape[0] * T - x.shape[1] * 2
+        return module(x[(torch.arange(len(x)) + moved) % len(x)], weights, ids)
+
+    args = torch.randn(2, T, 64), torch.randn(2, T, E)
+    for given in args:
+        torch._dynamo.mark_dynamic(given, 0)
+        torch._dynamo.mark_dynamic(given, 1)
+    run = torch.compile(rolled, backend="marlin_w4a16")
+    for batch, tokens in ((2, T), (3, 5)):
+        args = torch.randn(batch, tokens, 64), torch.randn(batch, tokens, E)
+        torch.testing.assert_close(run(*args), rolled(*args), rtol=1e-4, atol=1e-4)
+
+
 def at_positions(places) -> Parts:
     """A mixture whose rows are those of the tokens at some places."""
 
@@ -144,6 +190,7 @@ PLACES = {
     "of a table": (Mixture(at_positions(lambda p, t: torch.arange(4096).clamp(max=399)[: t * K] // K)), False),
     "by a table": (Mixture(at_positions(lambda p, t: torch.arange(4096).clamp(max=199)[p])), False),
     "halved again and again": (Mixture(at_positions(lambda p, t: p - (p // K // K // K // K // K // K))), False),
+    "far beyond": (Mixture(at_positions(lambda p, t: p + (p * 2**56) % K)), False),
     "by a polynomial": (Mixture(at_positions(lambda p, t: (p + vanishing(t)) % t)), False),
     "into zeros": (Based(summed_into(lambda t: torch.zeros(t, 64))), True),
     "into a table": (Based(summed_into(lambda t: table()[:t])), False),
@@ -159,5 +206,5 @@ def test_places_and_numbers_of_more_tokens_than_are_read(name):
         torch._dynamo.mark_dynamic(given, 0)
     assert (note(module, args) is None) == whole
     run = torch.compile(module, backend="marlin_w4a16")
-    for some in (args, more):
+    for some in (args, more) if name != "far beyond" else ():  # Inductor's own integers do not wrap round
         assert (run(*some) - module(*some)).norm() <= 1e-5 * module(*some).norm()

@@ -54,9 +54,57 @@ def limited(sums: Tensor) -> Tensor:
     return silu(gate) * up
 
 
-@pytest.mark.parametrize("activation", [bump, window, limited])
+def two_bells(sums: Tensor) -> Tensor:
+    """Of gates of 0.0537, between those at which each is largest."""
+    gate, up = sums.chunk(2, -1)
+    t = gate * 2000 - 107.4
+    bells = [7e11 * torch.exp(-((t - at) * (t - at))) for at in (5, -5)]
+    return silu(gate) * up * (1 + bells[0] * bells[1])
+
+
+@pytest.mark.parametrize("activation", [bump, window, limited, two_bells])
 def test_what_few_sums_show(activation):
     assert note(Mixture(Parts(batched, activation)), inputs(tokens=1)) is not None
+
+
+LIMITS = {
+    "clamp": lambda u: u.clamp(-7.0, 7.0),
+    "hardtanh": lambda u: hardtanh(u, -7.0, 7.0),
+    "minimum": lambda u: torch.maximum(torch.minimum(u, torch.tensor(7.0)), torch.tensor(-7.0)),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_slopes_at_limits_count_where_gradients_are_asked_for(name):
+    """The sums of padding tokens are the bias, which is the limit."""
+
+    def activation(sums: Tensor) -> Tensor:
+        gate, up = sums.chunk(2, -1)
+        return silu(gate) * LIMITS[name](up)
+
+    module, gradients = Mixture(Parts(batched, activation, bias=True)), []
+    module.bias13.fill_(7.0)
+    x, weights, ids = inputs()
+    x[::2] = 0.0
+    for run in (torch.compile(module, backend="marlin_w4a16"), module):
+        given = x.clone().requires_grad_()
+        run(given, weights, ids).square().sum().backward()
+        gradients.append(given.grad[::2])
+    found, expected = gradients
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("on_input, tokens, weight", [(False, 1.0, 8e3), (True, 1e6, 1e-5)])
+def test_what_float16_does_not_hold_under_autocast(on_input, tokens, weight):
+    module, (x, weights, ids) = Mixture(Parts(batched, on_input=on_input)), inputs()
+
+    def lowered(*args):
+        with torch.autocast("cpu", torch.float16):
+            return module(*args)
+
+    args = x * tokens, weights * weight, ids
+    found, expected = torch.compile(lowered, backend="marlin_w4a16")(*args), lowered(*args)
+    assert bool(expected.isfinite().all()) and (found - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_tokens_that_are_weighted_before_they_are_cast_to_float16():
