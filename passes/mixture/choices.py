@@ -89,4 +89,9 @@ def _of_none(experts: int, met: set[int]) -> dict[int, None]:
     pairs = ((n, m) for n in about for m in about) if len(met) <= _MOST else ()
     apart = [n + m + step for n, m in pairs for step in (-1, 0, 1)]
     around = [n + step for n in powers for step in (-1, 0, 1)]
-    return dict.fromkeys(n for n in (_FAR, -_FAR, *around, *near, *apart) if not 0 <= n < experts)
+    return dict.fromkeys(n for n in (_FAR, -_FAR, *around, *near, *apart) if not 0 <= _as_int32(n) < experts)
+
+
+def _as_int32(number: int) -> int:
+    """What a cast makes of it; no model relies on ids beyond 32 bits that one takes for an expert's."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -101,6 +101,22 @@ def test_what_holds_for_few_tokens_only_is_refused_where_their_number_is_not_fix
     assert (note(module, args) is None) == whole
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_ids_that_are_counted_in_a_narrower_type(dtype):
+    """As on a GPU, where `histc` takes int32; what a cast to that type makes of numbers beyond it is not looked at."""
+
+    class Counted(Mixture):
+        def forward(self, x, weights, ids):
+            chosen, perm = torch.sort(ids.reshape(-1))
+            ends = torch.histc(chosen.to(dtype).float(), E, 0, E - 1).cumsum(0, dtype=torch.int32)
+            multiply = torch.ops.transformers.grouped_mm_fallback
+            weight = weights.reshape(-1)[perm].unsqueeze(-1)
+            y = self.expert(x[perm // K], weight, chosen, lambda x, w: multiply(x, w.mT, ends))
+            return torch.zeros_like(x).index_add_(0, perm // K, y)
+
+    assert (note(Counted(Parts(grouped))) is None) == (dtype == torch.int32)
+
+
 def test_ids_of_a_router_that_are_read_in_pairs():
     module = Mixture(Parts(batched), experts=8)
 
