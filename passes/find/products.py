@@ -1,6 +1,6 @@
 """Finds the products of a graph whose weight is computed from constants, and reads each as an equation."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,10 +13,9 @@ from marlin_w4a16.passes.find import equation
 from marlin_w4a16.passes.find.equation import Equation, Matrices, matrices
 from marlin_w4a16.passes.find.routes import Route, gathered, gathered_matrices, grouped_matrices
 from marlin_w4a16.passes.find.spellings import CONSUMERS, CONV1D, CONV2D, EINSUM, GROUPED, TENSORDOT, Spelling
-from marlin_w4a16.passes.graph.constants import Constants, storages
+from marlin_w4a16.passes.graph.constants import Constants
 from marlin_w4a16.passes.graph.names import dtype_name
-from marlin_w4a16.passes.graph.nodes import example, is_reshaped, storage
-from marlin_w4a16.passes.graph.purity import written_by
+from marlin_w4a16.passes.graph.nodes import example, is_reshaped
 from marlin_w4a16.passes.graph.state import autocast_dtype
 from marlin_w4a16.passes.graph.torch_private import forward_levels, is_plain, level_step, transform_of
 
@@ -71,7 +70,6 @@ class Product:
 def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
     """Walks the products with a constant weight."""
     levels = forward_levels()
-    writes = [(n, storages(found)) for n in graph.nodes if n not in constants.nodes and (found := written_by(n))]
     for node in graph.nodes:
         levels += level_step(node)
         spelling = _spelling_of(node)
@@ -87,8 +85,6 @@ def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
                 continue
             plain = _plain(example(held if route is None else route.stack))
             why = "inside a level of forward-mode differentiation" if levels else None
-            if route is not None and _is_written(route, node, writes):
-                why = f"{spelling.name} of matrices that are written to, or whose ids are, once they are gathered"
             if any(map(is_reshaped, (node, *node.all_input_nodes))):
                 why = f"{spelling.name} of what gets another shape in place"
             product = Product(node, spelling, x, weight, (), *plain, why, route)
@@ -96,12 +92,6 @@ def find_products(graph: fx.Graph, constants: Constants) -> Iterator[Product]:
             product = product if why else read(product, operands, spelled)
             yield product if product.refusal else replace(product, refusal=_refusal(product, operands))
             break
-
-
-def _is_written(route: Route, product: fx.Node, writes: Sequence[tuple[fx.Node, set[Hashable]]]) -> bool:
-    """Whether something writes to the matrices that a product reads, or to their ids, after they were gathered."""
-    read = {storage(route.reader), storage(route.node), None}
-    return any(route.reader < write < product and not read.isdisjoint(found) for write, found in writes)
 
 
 def _spelling_of(node: fx.Node) -> Spelling | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator
 import torch
 from torch import Tensor, fx
 
-from marlin_w4a16.passes.graph.constants import Constants
+from marlin_w4a16.passes.graph.constants import Constants, storages
 from marlin_w4a16.passes.graph.nodes import closure, example, storage
 from marlin_w4a16.passes.graph.purity import written_by
 
@@ -32,8 +32,8 @@ class Flow:
         self._reads: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node, key in self._keys.items():
             self._members.setdefault(key, []).append(node)
-            for target in written_by(node) if node not in constants else ():
-                self._writes.setdefault(storage(target), []).append(node)
+            for target in storages(written_by(node)) if node not in constants else ():
+                self._writes.setdefault(target, []).append(node)
 
     def reads(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """What a node needs: the inputs whose values matter to it and what wrote to them before."""
@@ -79,19 +79,22 @@ class Flow:
                     return None
         if len(nodes) == _MOST:
             return None
-        written = {storage(target) for node in nodes for target in written_by(node)}
+        written = {key for node in nodes for key in storages(written_by(node))}
         if None in written or any(member not in nodes for key in written for member in self._members[key]):
             return None
         return sorted(nodes)
 
     def is_written(self, nodes: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> bool:
         """Whether something between two nodes writes to one of some tensors."""
-        writes = (write for key in {self._keys[node] for node in nodes} - {None} for write in self._writes.get(key, ()))
-        return any(first < write < last for write in writes)
+        return any(first < write < last for write in self._written(nodes))
 
     def is_ever_written(self, nodes: Iterable[fx.Node]) -> bool:
         """Whether something writes to one of some tensors."""
-        return any(self._writes.get(key) for key in {self._keys[node] for node in nodes} - {None})
+        return any(self._written(nodes))
+
+    def _written(self, nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+        """What writes to some tensors, or to what nobody knows."""
+        return (write for key in {self._keys[node] for node in nodes} | {None} for write in self._writes.get(key, ()))
 
     def sets_gradients(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether gradients are switched on or off between two nodes."""

@@ -48,11 +48,6 @@ def level_step(node: fx.Node) -> int:
     return {"_enter_dual_level": 1, "_exit_dual_level": -1}.get(getattr(node.target, "__name__", ""), 0)
 
 
-def is_higher_order(target: object) -> bool:
-    """Whether a node's target takes whole subgraphs (torch.cond, checkpoint, ...)."""
-    return isinstance(target, torch._ops.HigherOrderOperator)
-
-
 def overloads_of(target: object) -> tuple[Any, ...]:
     """An overload of an operator, or those of a packet; not those that only TorchScript has, on lists of its own."""
     packet = isinstance(target, torch._ops.OpOverloadPacket)
@@ -230,7 +225,7 @@ def region_operands(target: object) -> int | None:
         regions.wrap_activation_checkpoint: 1,
         regions.invoke_subgraph: 2,  # after the name by which calls share what is compiled
     }
-    return starts.get(cast(Any, target)) if is_higher_order(target) else None
+    return starts.get(cast(Any, target)) if isinstance(target, torch._ops.HigherOrderOperator) else None
 
 
 def copy_source(node: fx.Node, like: fx.Node) -> None:
@@ -295,9 +290,8 @@ def size_at(size: Any, times: int) -> int:
 
 def is_multiple(size: Any, of: Any) -> bool:
     """Whether a size is always as many times another one, which changes."""
-    if not (isinstance(size, torch.SymInt) and isinstance(of, torch.SymInt)):
-        return False
-    return not (size.node.expr / of.node.expr).free_symbols
+    both = isinstance(size, torch.SymInt) and isinstance(of, torch.SymInt)
+    return both and not (size.node.expr / of.node.expr).free_symbols
 
 
 def number_hint(value: Any) -> Any:

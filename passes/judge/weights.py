@@ -1,7 +1,7 @@
 """The weights of a graph that may be FP4: what computes each, which products use it, and whether it is one."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -88,7 +88,8 @@ def find_weights(traced: Traced, settings: Settings) -> Iterator[Weight]:
     """The weights that could be FP4, each once however often its computation was traced."""
     constants, live = traced.constants, traced.live
     found: dict[Any, Weight] = {}
-    for product in find_products(traced.flat.graph, constants):
+    for found_product in find_products(traced.flat.graph, constants):
+        product = _as_read(found_product, traced)
         reader = product.route.reader if product.route else product.node
         decode = Decode.of(product.weight_node, reader, product.matrices, constants)
         if not decode.leaves or not may_be_fp4(decode, settings.rules):
@@ -109,6 +110,17 @@ def find_weights(traced: Traced, settings: Settings) -> Iterator[Weight]:
         if source is not None:
             found[key].quantised[product.node] = source
     return iter(found.values())
+
+
+def _as_read(product: Product, traced: Traced) -> Product:
+    """A product, refused if something writes to the matrices that it reads, or to their ids, once they are gathered."""
+    route = product.route
+    if product.refusal or route is None:
+        return product
+    if not traced.flow.is_written([route.reader, route.node], route.reader, product.node):
+        return product
+    why = f"{product.spelling.name} of matrices that are written to, or whose ids are, once they are gathered"
+    return replace(product, refusal=why)
 
 
 def _codes_leaf(decode: Decode) -> int:

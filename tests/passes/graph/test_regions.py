@@ -13,12 +13,17 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from marlin_w4a16.passes.graph.constants import find_constants, needed_by, slice_of
 from marlin_w4a16.passes.graph.nodes import storage, value_of
 from marlin_w4a16.passes.graph.regions import Regions
-from marlin_w4a16.passes.graph.torch_private import add_static_input, compile_graph, is_higher_order, source_name
+from marlin_w4a16.passes.graph.torch_private import add_static_input, compile_graph, source_name
 from narrow import wide
 
 wrap = torch.ops.higher_order.wrap
 region = torch.compiler.nested_compile_region
 checkpoint = functools.partial(checkpoints.checkpoint, use_reentrant=False)
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether a node's target takes whole subgraphs (torch.cond, checkpoint, ...)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def save_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

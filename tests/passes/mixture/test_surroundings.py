@@ -63,7 +63,7 @@ def test_what_it_reads_may_be_written_before_and_after(form, change, op):
 
 
 @FORMS
-@pytest.mark.parametrize("written", ["tokens", "a view of tokens", "weights", "ids"])
+@pytest.mark.parametrize("written", ["tokens", "a view of tokens", "parts of tokens", "weights", "ids"])
 def test_what_it_reads_is_not_written_on_the_way(form, written):
     class Writing(Mixture):
         def forward(self, x, weights, ids):
@@ -76,6 +76,8 @@ def test_what_it_reads_is_not_written_on_the_way(form, written):
                 x.add_(1.0)
             elif written == "a view of tokens":
                 x.view(-1)[:100].mul_(2)
+            elif written == "parts of tokens":
+                torch._foreach_mul_(x.chunk(2), 2)
             elif written == "weights":
                 weights.div_(weights.sum())
             else:
