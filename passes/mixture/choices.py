@@ -82,14 +82,14 @@ class Choices:
 
 
 def _of_none(experts: int, met: set[int]) -> dict[int, None]:
-    """Numbers of no expert: the next ones, far ones, powers of two, and as many as there are experts around others."""
+    """Numbers of no expert: the next ones, some around powers of two, as many as there are experts around others."""
     powers = [sign << bit for bit in range(64) for sign in (1, -1)]
     about = [sign * n for n in met for sign in (1, -1)]
     near = [n + step for n in (experts, 2 * experts, -experts, *about) for step in range(-2, experts + 2)]
     pairs = ((n, m) for n in about for m in about) if len(met) <= _MOST else ()
     apart = [n + m + step for n, m in pairs for step in (-1, 0, 1)]
     around = [n + step for n in powers for step in (-1, 0, 1)]
-    return dict.fromkeys(n for n in (_FAR, -_FAR, *around, *near, *apart) if not 0 <= _as_int32(n) < experts)
+    return dict.fromkeys(n for n in (*around, *near, *apart) if not 0 <= _as_int32(n) < experts)
 
 
 def _as_int32(number: int) -> int:

@@ -208,7 +208,7 @@ class Rules:
         """Whether arithmetic with ids that may be of no expert does nothing but at numbers that are looked at."""
         whole = all(isinstance(x, int) or (isinstance(x, Tensor) and not x.is_floating_point()) for x in numbers)
         if name == "remainder":
-            return whole and numbers[1] is not None and numbers[1] == self.rows.choices.experts
+            return whole and isinstance(numbers[1], int) and numbers[1] == self.rows.choices.experts
         return whole and name in ("add", "sub") and self.rows.choices.apart
 
     def _counted(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Counts | None:
