@@ -1,16 +1,19 @@
 """``marlin_w4a16::linear``: ``x @ weight.T + bias`` from a packed FP4 weight, and its gradient."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from marlin_w4a16.fake_impls import inductor
+from marlin_w4a16.fake_impls.eager import device_of, fits, is_plain, needs_gradient, new_output
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
     autocast,
     checked_weight,
     expect,
     expect_no_tangent,
+    format_args,
     register,
     save,
     saved,
@@ -34,8 +37,48 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., n]`` in the dtype of x, or of autocast where that is on. Differentiable in x and bias.
     """
+    if is_plain(x) and x.numel() and packed.n and x.shape[-1] == packed.k:
+        device = x.get_device()
+        if device_of(packed) == device and fits(bias, (packed.n,), device):
+            if needs_gradient(x, bias):
+                weight = packed.words, packed.scales, packed.multiplier
+                return cast(Tensor, _Linear.apply(x, *weight, bias, packed))
+            return _launched(x, packed, bias)
     result: Tensor = torch.ops.marlin_w4a16.linear(x, *weight_args(packed), bias)
     return result
+
+
+def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
+    """A call whose arguments were proved to be right."""
+    from marlin_w4a16.kernels.linear import linear_into  # Triton is on Linux only
+
+    out = new_output(x, packed.n)
+    linear_into(
+        x, packed.words, packed.scales, packed.multiplier, bias, packed.n, packed.k, packed.group, packed.kind, out
+    )
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    """The gradient of a plain call, without the dispatcher; that of a gradient goes through the ops."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        *weight, bias, packed = args
+        ctx.save_for_backward(*weight)
+        ctx.format, ctx.bias_dtype = format_args(packed), None if bias is None else bias.dtype
+        return _launched(x, packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, *_, wants_bias, _ = ctx.needs_input_grad
+        weight = (*ctx.saved_tensors, *ctx.format)
+        grad_x = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight) if wants_x else None
+        return grad_x, None, None, None, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None
+
+
+def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
 
 
 def output_shape(shape: torch.Size, width: int) -> tuple[int, ...]:
@@ -55,6 +98,7 @@ def _checked(x: Tensor, args: tuple[Any, ...]) -> tuple[PackedFP4, Tensor | None
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
+    inductor.register()
     packed, _ = _checked(x, args)
     return x.new_empty(output_shape(x.shape, packed.n))
 
@@ -96,8 +140,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, *_, wants_bias = ctx.needs_input_grad
     weight = saved(ctx)
     grad_x = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight) if wants_x else None
-    rows = grad.reshape(-1, grad.shape[-1])
-    grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
+    grad_bias = _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None
     return (grad_x, *[None for _ in weight], grad_bias)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_w4a16.fake_impls import inductor
+from marlin_w4a16.fake_impls.eager import device_of, fits, is_plain, needs_gradient, new_output
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
     NAMESPACE,
@@ -69,11 +71,47 @@ def moe(
         ``[tokens, hidden]`` in the dtype of x: float32 sums, rounded once, equal bits on every run. Differentiable in
         x, the routing weights and the biases.
     """
+    if is_plain(x) and not needs_gradient(x, topk_weights, bias13, bias2):
+        experts = Experts(w13, w2, activation, bias13, bias2, weight_on_input)
+        if _is_right(x, experts, topk_weights, topk_ids, expert_map):
+            return _launched(x, experts, topk_weights, topk_ids, expert_map)
     weights = (*weight_args(w13), *weight_args(w2))
     result: Tensor = torch.ops.marlin_w4a16.moe(
         x, topk_weights, topk_ids, *weights, bias13, bias2, *activation_args(activation), weight_on_input, expert_map
     )
     return result
+
+
+def _is_right(x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None) -> bool:
+    """Whether a plain call is one of what `_checked` accepts, with something to do."""
+    w13, w2, device, shape = experts.w13, experts.w2, x.get_device(), topk_ids.shape
+    count = w13.words.shape[0]
+    return (
+        device_of(w13) == device and device_of(w2) == device
+        and w13.words.ndim == 4 == w2.words.ndim and w2.words.shape[0] == count
+        and w13.n == (2 * w2.k if experts.activation.gated else w2.k) and w2.n > 0
+        and x.ndim == 2 and x.shape[1] == w13.k and len(shape) == 2 and shape[0] == x.shape[0]
+        and x.numel() > 0 and topk_ids.numel() > 0 and shape == topk_weights.shape
+        and type(topk_ids) is Tensor and topk_ids.get_device() == device and topk_ids.dtype in _ID_DTYPES
+        and fits(topk_weights, shape, device)
+        and fits(experts.bias13, (count, w13.n), device) and fits(experts.bias2, (count, w2.n), device)
+        and expert_map is None
+    )  # fmt: skip
+
+
+def _launched(x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
+    """A call whose arguments were proved to be right, on tensors of weights that are contiguous."""
+    from marlin_w4a16.kernels.moe import moe_into  # Triton is on Linux only
+
+    w13, w2, a = experts.w13, experts.w2, experts.activation
+    out = new_output(x, w2.n)
+    moe_into(
+        x, topk_weights, topk_ids, w13.words, w13.scales, w13.multiplier, w2.words, w2.scales, w2.multiplier,
+        experts.bias13, experts.bias2, expert_map,
+        (w13.n, w13.k, w13.kind, w13.group), (w2.n, w2.k, w2.kind, w2.group), activation_args(a),
+        experts.weight_on_input, out,
+    )  # fmt: skip
+    return out
 
 
 def activation_args(activation: Activation) -> tuple[str, bool, float, float | None, float | None, float]:
@@ -148,6 +186,7 @@ def _checked(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Experts, Tensor, T
 
 
 def _fake(*args: Any) -> Tensor:
+    inductor.register()
     x, experts, *_ = _checked("moe", args)
     return x.new_empty(output_shape(x.shape, experts.w2.n))
 

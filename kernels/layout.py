@@ -27,7 +27,8 @@ Rows and columns are padded with zero codes to whole tiles here, never at run ti
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class PackedFP4:
         n, k: rows and columns without padding.
         kind, group: as in `FP4Weight`.
         layout: the id that op schemas carry.
+        proofs: what the ops keep of their checks.
     """
 
     words: Tensor
@@ -67,6 +69,7 @@ class PackedFP4:
     kind: ScaleKind
     group: int
     layout: str = LAYOUT
+    proofs: list[Any] = field(default_factory=list, init=False, repr=False)
 
     @property
     def format(self) -> str:

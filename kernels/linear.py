@@ -1,12 +1,18 @@
 """The FP4 linear for SM80 to SM90: which kernel runs it, with which launch."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_hopper, plan_linear
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import fused, through_dense
+from marlin_w4a16.kernels.replay import Replays
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.kernels.target import Target
+
+_REPLAYS = Replays()
 
 
 def linear(
@@ -24,25 +30,63 @@ def linear(
     Returns:
         ``[m, n]`` in the dtype of x: sums, multiplier and bias in float32, rounded once. Equal bits on every run.
     """
-    m = x.shape[0]
-    out = torch.empty((m, packed.n), dtype=x.dtype, device=x.device)
+    out = torch.empty((x.shape[0], packed.n), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     if packed.k == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     with torch.cuda.device(x.device):
-        target = Target.of(x.device)
-        if launch is None and target.gluon and x.dtype != torch.float32:
-            launch = plan_hopper(target.processors, m, packed.n, packed.k)
-        if launch is None and (plan_dense(m) or x.dtype == torch.float32):
-            through_dense(x, packed, bias, out)
-            return out
-        launch = launch or plan_linear(target, m, packed.n, packed.k)
-        if isinstance(launch, Launch):
-            fused(x, packed, bias, out, launch, ptx=True, wgmma=target.hopper)
-        else:
-            _on_hopper(x, packed, bias, out, launch)
+        _choose(x, packed, bias, out, launch)
     return out
+
+
+def linear_into(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    multiplier: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    kind: ScaleKind,
+    out: Tensor,
+) -> None:
+    """`linear` for as little of the host's time as there may be: calls that were made before are replayed.
+
+    Nothing is checked; the weight's tensors and bias are contiguous.
+
+    Args:
+        x: ``[..., k]``, of some columns.
+        words, scales, multiplier: see `PackedFP4`, as n, k, group and kind.
+        bias: ``[n]`` or None.
+        n, k, group, kind: of the weight.
+        out: ``[..., n]``, contiguous, which is written.
+    """
+    if not x.numel():
+        return
+    tensors = (x, words, scales, multiplier, out) if bias is None else (x, words, scales, multiplier, out, bias)
+    key = x.get_device(), x.numel(), x.dtype, n, k, group, kind, None if bias is None else bias.dtype
+    if not (x.is_contiguous() and _REPLAYS.run(key, tensors)):
+        packed = PackedFP4(words, scales, multiplier, n, k, kind, group)
+        call = functools.partial(_choose, x.reshape(-1, k), packed, bias, out.view(-1, n))
+        _REPLAYS.record(key if x.is_contiguous() else None, tensors, call)
+
+
+def _choose(
+    x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Launch | Rows | Stream | None = None
+) -> None:
+    target, m = Target.of(x.device), x.shape[0]
+    if launch is None and target.gluon and x.dtype != torch.float32:
+        launch = plan_hopper(target.processors, m, packed.n, packed.k)
+    if launch is None and (plan_dense(m) or x.dtype == torch.float32):
+        through_dense(x, packed, bias, out)
+        return
+    launch = launch or plan_linear(target, m, packed.n, packed.k)
+    if isinstance(launch, Launch):
+        fused(x, packed, bias, out, launch, ptx=True, wgmma=target.hopper)
+    else:
+        _on_hopper(x, packed, bias, out, launch)
 
 
 def _on_hopper(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Rows | Stream) -> None:

@@ -1,5 +1,6 @@
 """Mixtures of FP4 experts for SM80 to SM90: tokens by expert, two products with the activation between, the sum."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,13 +9,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.decode.route import early_launch, local_expert, sorted_tokens, tiles_of_experts
 from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.launch import Launch, Stream, plan_experts, plan_hopper_experts
+from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.grouped import FEW, grouped_product
+from marlin_w4a16.kernels.replay import Replays, scratch, submit
 from marlin_w4a16.kernels.target import Target
 
 _SUM_BLOCK = 512
+_REPLAYS = Replays()
 
 
 @triton.jit(do_not_specialize=["experts", "known"])
@@ -55,14 +60,69 @@ def moe(x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, exp
     if topk_ids.numel() == 0:
         return out.zero_()
     with torch.cuda.device(x.device):
-        target, pairs = Target.of(x.device), topk_ids.numel()
-        if target.gluon:
-            launches = plan_hopper_experts(target.processors, pairs, experts.count, experts.w13.n, experts.w2.n)
-            _on_hopper(x, experts, topk_weights, topk_ids, expert_map, out, *launches)
-            return out
+        _choose(x, experts, topk_weights, topk_ids, expert_map, out)
+    return out
+
+
+def moe_into(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    words13: Tensor,
+    scales13: Tensor,
+    multiplier13: Tensor,
+    words2: Tensor,
+    scales2: Tensor,
+    multiplier2: Tensor,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+    format13: tuple[Any, ...],
+    format2: tuple[Any, ...],
+    activation: tuple[Any, ...],
+    weight_on_input: bool,
+    out: Tensor,
+) -> None:
+    """`moe` for as little of the host's time as there may be: calls that were made before are replayed.
+
+    Nothing is checked; all tensors but x, routing weights and ids are contiguous.
+
+    Args:
+        x, topk_weights, topk_ids, bias13, bias2, expert_map, weight_on_input: see `moe`.
+        words13, scales13, multiplier13, words2, scales2, multiplier2: of the weights.
+        format13, format2: their n, k, kind and group.
+        activation: the fields of an `Activation`.
+        out: ``[tokens, hidden]``, contiguous, which is written.
+    """
+    if not topk_ids.numel():
+        out.zero_()
+        return
+    weights = words13, scales13, multiplier13, words2, scales2, multiplier2
+    optional = bias13, bias2, expert_map
+    tensors = (x, topk_weights, topk_ids, out, *weights, *[t for t in optional if t is not None])
+    kept = x.is_contiguous() and topk_weights.is_contiguous() and topk_ids.is_contiguous()
+    key = (
+        x.get_device(), x.shape, topk_ids.shape, x.dtype, topk_weights.dtype, topk_ids.dtype, words13.shape[0],
+        format13, format2, activation, weight_on_input,
+        *[None if t is None else (t.dtype, t.shape[0]) for t in optional],
+    )  # fmt: skip
+    if not (kept and _REPLAYS.run(key, tensors)):
+        w13, w2 = PackedFP4(*weights[:3], *format13), PackedFP4(*weights[3:], *format2)
+        experts = Experts(w13, w2, Activation(*activation), bias13, bias2, weight_on_input)
+        call = functools.partial(_choose, x, experts, topk_weights, topk_ids, expert_map, out)
+        _REPLAYS.record(key if kept else None, tensors, call)
+
+
+def _choose(
+    x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, out: Tensor
+) -> None:
+    target, pairs = Target.of(x.device), topk_ids.numel()
+    if target.gluon:
+        launches = plan_hopper_experts(target.processors, pairs, experts.count, experts.w13.n, experts.w2.n)
+        _on_hopper(x, experts, topk_weights, topk_ids, expert_map, out, *launches)
+    else:
         launch = plan_experts(pairs, experts.count)
         fused(x, experts, topk_weights, topk_ids, expert_map, out, launch, ptx=True, wgmma=target.hopper)
-    return out
 
 
 def fused(
@@ -87,8 +147,8 @@ def fused(
     how: dict[str, Any] = {"ptx": ptx, "wgmma": wgmma, "expert_map": expert_map}
     tiles = topk_ids if launch is None else tiles_of_experts(topk_ids, expert_map, experts.count, launch.block_m)
     launch = launch or FEW
-    hidden = torch.empty((pairs, experts.w2.k), dtype=x.dtype, device=x.device)
-    parts = torch.empty((pairs, experts.w2.n), dtype=torch.float32, device=x.device)
+    hidden = scratch((pairs, experts.w2.k), x.dtype, x.device)
+    parts = scratch((pairs, experts.w2.n), torch.float32, x.device)
     on_input = experts.weight_on_input
     grouped_product(
         x, experts.w13, experts.bias13, hidden, tiles, launch, choices=k, activation=experts.activation,
@@ -116,8 +176,8 @@ def _on_hopper(
     pairs = topk_ids.numel()
     w13, w2, weights = experts.w13.contiguous(), experts.w2.contiguous(), topk_weights.contiguous()
     tiles, tokens = sorted_tokens(x, topk_ids, expert_map, experts.count, first.block_m)
-    hidden = torch.empty((pairs, w2.k), dtype=x.dtype, device=x.device)
-    parts = torch.empty((pairs, w2.n), dtype=torch.float32, device=x.device)
+    hidden = scratch((pairs, w2.k), x.dtype, x.device)
+    parts = scratch((pairs, w2.n), torch.float32, x.device)
     on_input, on_output = (weights, None) if experts.weight_on_input else (None, weights)
     stream_experts(
         tokens, w13, experts.bias13, hidden, tiles, first, activation=experts.activation,
@@ -133,7 +193,8 @@ def _sum(
     """Adds the float32 parts of the choices of each token, without those of experts that are not local."""
     tokens, n = out.shape
     block = min(_SUM_BLOCK, triton.next_power_of_2(n))
-    _sum_kernel[(tokens, triton.cdiv(n, block))](
+    submit(
+        _sum_kernel, (tokens, triton.cdiv(n, block)),
         parts, topk_ids.contiguous(), topk_ids if expert_map is None else expert_map.contiguous(), out,
         n, experts, 0 if expert_map is None else len(expert_map),
         CHOICES=topk_ids.shape[1], HAS_MAP=expert_map is not None, BLOCK=block, **early_launch(pdl),

@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "marlin_w4a16"
 _NUMERICS = (
+    "private",
+    "replay",
     "target",
     "scale_bytes",
     "fp4",

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from marlin_w4a16.kernels.decode.tiles import Tiles, bins_for, empty_tiles, end_tiles, most_tiles, write_tiles
+from marlin_w4a16.kernels.replay import scratch, submit
 
 FEW = 128  # pairs up to which each is compared with all others
 _BLOCK = 4096  # pairs looked at at a time
@@ -89,14 +90,15 @@ def tiles_of_experts(
 ) -> Tiles:
     """The tiles of tokens that choose ``topk_ids`` ``[tokens, k]``."""
     ids = topk_ids.contiguous()
-    order = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
-    counts = torch.empty(experts, dtype=torch.int32, device=ids.device)
-    tiles = empty_tiles(ids, most_tiles(ids.numel(), experts, block_m), order, torch.empty_like(order), block_m)
+    order, places = (scratch(ids.numel(), torch.int32, ids.device) for _ in range(2))
+    counts = scratch(experts, torch.int32, ids.device)
+    tiles = empty_tiles(ids, most_tiles(ids.numel(), experts, block_m), order, places, block_m)
     known = 0 if expert_map is None else len(expert_map)
     of = (ids, ids if expert_map is None else expert_map.contiguous())
     how = {"HAS_MAP": expert_map is not None, "BLOCK": _BLOCK, "num_warps": 16, **early_launch(pdl)}
-    _count_kernel[(experts,)](*of, counts, ids.numel(), known, experts, **how)
-    _expert_kernel[(experts,)](
+    submit(_count_kernel, (experts,), *of, counts, ids.numel(), known, experts, **how)
+    submit(
+        _expert_kernel, (experts,),
         *of, counts, *tiles.tables, order, tiles.places,
         ids.numel(), known, experts, len(tiles.experts),
         BINS=bins_for(experts), BLOCK_M=block_m, **how,
@@ -168,19 +170,21 @@ def sorted_tokens(
     if x.stride(1) != 1:
         x = x.contiguous()
     pairs, choices = topk_ids.numel(), topk_ids.shape[1]
-    out = torch.empty((pairs, x.shape[1]), dtype=x.dtype, device=x.device)
+    out = scratch((pairs, x.shape[1]), x.dtype, x.device)
     block = min(2048, triton.next_power_of_2(x.shape[1]))
     how = {"CHOICES": choices, "BLOCK": block, **early_launch(pdl)}
     if pairs > FEW:
         tiles = tiles_of_experts(topk_ids, expert_map, experts, block_m, pdl)
-        _gather_kernel[(x.shape[0], triton.cdiv(x.shape[1], block))](
-            x, tiles.places, out, x.shape[1], x.stride(0), **how
-        )
+        submit(
+            _gather_kernel, (x.shape[0], triton.cdiv(x.shape[1], block)),
+            x, tiles.places, out, x.shape[1], x.stride(0), **how,
+        )  # fmt: skip
         return tiles, out
-    order = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    order = scratch(pairs, torch.int32, x.device)
     tiles = empty_tiles(x, most_tiles(pairs, experts, block_m), order, None, block_m)
     ids = topk_ids.contiguous()
-    _few_kernel[(pairs,)](
+    submit(
+        _few_kernel, (pairs,),
         ids, ids if expert_map is None else expert_map.contiguous(), *tiles.tables, order, x, out,
         pairs, 0 if expert_map is None else len(expert_map), experts, len(tiles.experts), x.shape[1], x.stride(0),
         HAS_MAP=expert_map is not None, PAIRS=32 if pairs <= 32 else FEW, BLOCK_M=block_m, **how,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from marlin_w4a16.kernels.replay import scratch, submit
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
@@ -46,8 +48,8 @@ def most_tiles(pairs: int, experts: int, block_m: int) -> int:
 
 def empty_tiles(like: Tensor, most: int, order: Tensor | None, places: Tensor | None, block_m: int) -> Tiles:
     """Tables for so many tiles, on the device of a tensor."""
-    experts, starts, stops = (torch.empty(most, dtype=torch.int32, device=like.device) for _ in range(3))
-    count = torch.empty(1, dtype=torch.int32, device=like.device)
+    experts, starts, stops = (scratch(most, torch.int32, like.device) for _ in range(3))
+    count = scratch(1, torch.int32, like.device)
     return Tiles(experts, starts, stops, count, order, places, block_m)
 
 
@@ -103,7 +105,8 @@ def tiles_of_offsets(offsets: Tensor, rows: int, block_m: int) -> Tiles:
     """The tiles of rows that are sorted by expert; those past the last offset belong to one more, the last."""
     experts = len(offsets)
     tiles = empty_tiles(offsets, most_tiles(rows, experts + 1, block_m), None, None, block_m)
-    _offset_kernel[(experts + 1,)](
+    submit(
+        _offset_kernel, (experts + 1,),
         offsets.contiguous(), *tiles.tables,
         rows, experts, len(tiles.experts),
         BINS=bins_for(experts + 1), BLOCK_M=block_m,

@@ -32,6 +32,7 @@ from marlin_w4a16.kernels.hopper.rings import (
 )
 from marlin_w4a16.kernels.launch import Stream
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.replay import submit
 
 activate = gluon.jit(in_triton.activate.fn)
 
@@ -223,7 +224,8 @@ def stream_experts(
         to_pairs=to_pairs, activation=activation,
         out=out_layout(rows, launch.num_warps, out.element_size()) if width % 8 == 0 else None,
     )  # fmt: skip
-    _stream_experts_kernel[(min(launch.programs, len(tiles.experts) * row_blocks),)](
+    submit(
+        _stream_experts_kernel, (min(launch.programs, len(tiles.experts) * row_blocks),),
         *boxes_of(x, packed, launch), *packed.per_row(bias), packed.multiplier if weights is None else weights,
         *tiles.tables, tiles.experts if tiles.order is None else tiles.order, out,
         packed.n, width, experts, row_blocks, row_tiles, triton.cdiv(k_tiles, launch.tiles),

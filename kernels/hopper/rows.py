@@ -23,6 +23,7 @@ from marlin_w4a16.kernels.decode.fragments import copy_to_shared, scale_pairs, u
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.launch import Rows
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.replay import submit
 
 _X_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _REGISTERS = 128  # a lane: 16 warps fill a multiprocessor, of one program or of two
@@ -243,7 +244,8 @@ def by_rows(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, laun
     """``x @ weight.T + bias`` into ``out``, for x ``[m, k]`` of at most ``block_m`` rows, columns adjacent."""
     m, n = out.shape
     k_tiles, width = packed.words.shape[1], launch.num_warps * launch.steps
-    _rows_kernel[(launch.programs,)](
+    submit(
+        _rows_kernel, (launch.programs,),
         x if launch.resident else _tiles(x, launch), packed.words, packed.scales.view(torch.int32),
         *packed.per_row(bias), out,
         m, n, packed.k, x.stride(0), triton.cdiv(n, launch.rows), k_tiles, triton.cdiv(k_tiles, width),

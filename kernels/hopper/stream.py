@@ -31,6 +31,7 @@ from marlin_w4a16.kernels.hopper.rings import (
 from marlin_w4a16.kernels.hopper.schedule import Work, k_block, place, share
 from marlin_w4a16.kernels.launch import Stream, division
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.replay import scratch, submit
 
 _HALF_REGISTERS = 128  # of a multiprocessor, so that the next kernel starts beside a program of four warps
 _SUMS = 1024  # elements a program of the second kernel sums
@@ -175,8 +176,9 @@ def stream(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launc
     work = Work(tiles_n, tiles_m, k_blocks, tiles_n * tiles_m - rest, rest, sharers, programs)
     per_row = packed.per_row(bias)
     slabs = (2 * sharers, launch.rows, launch.block_m)
-    parts = torch.empty(slabs, dtype=torch.float32, device=x.device) if rest else out
-    _stream_kernel[(programs,)](
+    parts = scratch(slabs, torch.float32, x.device) if rest else out
+    submit(
+        _stream_kernel, (programs,),
         *boxes_of(x, packed, launch), *per_row, out, parts,
         m, n, *work,
         loop=loop_of(launch, packed.kind, packed.group), HAS_BIAS=bias is not None,
@@ -185,7 +187,8 @@ def stream(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launc
     )  # fmt: skip
     if rest:
         block = min(launch.rows, max(16, _SUMS // launch.block_m))
-        _sum_kernel[(rest, launch.rows // block)](
+        submit(
+            _sum_kernel, (rest, launch.rows // block),
             parts, *per_row, out,
             m, n, *work[:-1],
             GAIN=UNPACK_GAIN[packed.kind], HAS_BIAS=bias is not None,

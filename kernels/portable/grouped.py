@@ -18,6 +18,7 @@ from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_o
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import wait_for_products
+from marlin_w4a16.kernels.replay import submit
 
 FEW = Launch(64, 16, 128, 1, 4, 4)  # where every pair has a tile of its own
 
@@ -115,7 +116,8 @@ def grouped_product(
     row_blocks = triton.cdiv(packed.n, launch.block_n)
     direct = isinstance(tiles, Tensor)
     table, order = ((tiles,) * 3, None) if isinstance(tiles, Tensor) else (tiles.tables[:3], tiles.order)
-    _grouped_kernel[(table[0].numel() * row_blocks,)](
+    submit(
+        _grouped_kernel, (table[0].numel() * row_blocks,),
         x, packed.words, packed.scales.view(torch.int32), *packed.per_row(bias),
         packed.multiplier if weights is None else weights, *table, table[0] if order is None else order,
         table[0] if expert_map is None else expert_map, out,

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_operand, scale_pairs, unpack_words
 from marlin_w4a16.kernels.launch import Launch, plan_linear
 from marlin_w4a16.kernels.layout import TILE, PackedFP4
+from marlin_w4a16.kernels.replay import scratch, submit
 from marlin_w4a16.kernels.target import Target
 
 _EPILOGUE_BLOCK = 1024
@@ -130,8 +131,9 @@ def fused(
     m, n = out.shape
     packed = packed.contiguous()
     split = launch.split_k > 1
-    target = torch.empty((launch.split_k, m, n), dtype=torch.float32, device=x.device) if split else out
-    _linear_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), launch.split_k)](
+    target = scratch((launch.split_k, m, n), torch.float32, x.device) if split else out
+    submit(
+        _linear_kernel, (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), launch.split_k),
         x, packed.words, packed.scales.view(torch.int32), *packed.per_row(bias), target,
         m, n, packed.k, *packed.words.shape[:2], x.stride(0), x.stride(1),
         kind=packed.kind, GROUP=packed.group, GAIN=UNPACK_GAIN[packed.kind], HAS_BIAS=bias is not None,
@@ -162,7 +164,8 @@ def _epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor
     m, n = out.shape
     block = min(_EPILOGUE_BLOCK, triton.next_power_of_2(n))
     multiplier = packed.multiplier[rows].contiguous()
-    _epilogue_kernel[(m, triton.cdiv(n, block))](
+    submit(
+        _epilogue_kernel, (m, triton.cdiv(n, block)),
         parts, multiplier, multiplier if bias is None else bias[rows].contiguous(), out,
         m, n, parts.stride(0), out.stride(0),
         GAIN=UNPACK_GAIN[packed.kind], HAS_BIAS=bias is not None, PARTS=parts.shape[0], BLOCK=block,
@@ -181,8 +184,16 @@ def through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor
         tiles = slice(first, min(first + step, row_tiles))
         rows = slice(first * TILE, min(tiles.stop * TILE, packed.n))
         words, scales = packed.words[tiles].contiguous(), packed.scales[tiles].contiguous()
-        _decode_kernel[(words.shape[0], k_tiles)](
-            words, scales.view(torch.int32), weight, k_tiles, kind=packed.kind, GROUP=packed.group, PTX=True
+        submit(
+            _decode_kernel,
+            (words.shape[0], k_tiles),
+            words,
+            scales.view(torch.int32),
+            weight,
+            k_tiles,
+            kind=packed.kind,
+            GROUP=packed.group,
+            PTX=True,
         )
         columns = rows.stop - rows.start
         if powers is not None:

@@ -108,10 +108,11 @@ class PackedExperts(PackedState):
         Returns:
             The shape and dtype of ``hidden_states``.
         """
+        packed = self._packed if torch.compiler.is_compiling() else self._kept
         out = moe(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
-            self.w13,
-            self.w2,
+            packed("13"),
+            packed("2"),
             top_k_weights.reshape(-1, top_k_weights.shape[-1]),
             top_k_index.reshape(-1, top_k_index.shape[-1]),
             activation=self.activation,

@@ -66,7 +66,8 @@ class PackedLinear(PackedState, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `marlin_w4a16.linear`."""
-        return linear(x, self.packed, self.bias)
+        packed = self._packed("") if torch.compiler.is_compiling() else self._kept("")
+        return linear(x, packed, self.bias)
 
     def extra_repr(self) -> str:
         """Shape, format and bytes of the packed weight."""

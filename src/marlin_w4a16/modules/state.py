@@ -29,6 +29,7 @@ class PackedState(nn.Module):
     def _own(self, weights: dict[str, PackedFP4], biases: dict[str, nn.Parameter | None]) -> None:
         """Takes packed weights over, by what stands behind the names of their tensors, and biases by their names."""
         self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in weights.items()}
+        self._weights: dict[str, PackedFP4] = {}
         self._uncast = tuple(f"multiplier{of}" for of in weights)  # the parameters that casts would round
         for name, bias in biases.items():
             self.register_parameter(name, bias)
@@ -40,6 +41,15 @@ class PackedState(nn.Module):
     def _packed(self, of: str) -> PackedFP4:
         words, scales, multiplier = (getattr(self, f"{name}{of}") for name in _TENSORS)
         return PackedFP4(words, scales, multiplier, *self._formats[of])
+
+    def _kept(self, of: str) -> PackedFP4:
+        """The same, made once for the tensors that the module holds: not for code that is compiled."""
+        kept = self._weights.get(of)
+        words, scales = self._buffers[f"words{of}"], self._buffers[f"scales{of}"]
+        same = kept is not None and kept.words is words and kept.scales is scales
+        if kept is None or not same or kept.multiplier is not self._parameters[f"multiplier{of}"]:
+            kept = self._weights[of] = self._packed(of)
+        return kept
 
     @property
     def _packing(self) -> dict[str, Any]:
@@ -56,6 +66,7 @@ class PackedState(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state, errors = state_dict.get(f"{prefix}_extra_state"), args[-1]
         found = self._packing if state is None else _read(state)  # None: reported as missing
+        self._weights.clear()
         if found == self._packing:
             super()._load_from_state_dict(state_dict, prefix, *args)
             for of in self._formats:  # a kernel may read words while the one before it runs: that is to write none
@@ -70,6 +81,7 @@ class PackedState(nn.Module):
         # aliases: a parameter's own data may be replaced by a narrower one
         kept = {name: getattr(self, name).detach() for name in self._uncast}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._weights.clear()
         for name, before in kept.items():
             parameter = getattr(self, name)
             if parameter.dtype != before.dtype:

@@ -1,0 +1,135 @@
+"""Calls of eager mode that need no dispatcher: it would hand them to the same kernels, through Python, twice.
+
+A call is *plain* if nothing but the kernel would see it: plain tensors, no compiler, no autocast, no transform, no
+mode, no profiler. What is not plain goes through ``torch.ops.marlin_w4a16``.
+"""
+
+import functools
+import threading
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from marlin_w4a16.fake_impls.library import DTYPES
+from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
+from marlin_w4a16.kernels.private import current_device, empty
+from marlin_w4a16.kernels.target import supports
+
+_c = torch._C
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a call with this input is plain, on a GPU that the kernels serve."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cuda
+        and x.dtype in _KERNEL_DTYPES
+        and _dispatch_state() in _plain_states()
+        and not _c._len_torch_function_stack()
+        and forward_ad._current_level < 0
+        and not _c._autograd._profiler_enabled()
+        and x.get_device() == current_device()
+        and _served(x.get_device())
+    )
+
+
+class Proof:
+    """That the tensors of a packed weight are what its numbers say: shapes, dtypes, one device, adjacent elements.
+
+    Holds as long as they stand where they stood and are as large.
+    """
+
+    __slots__ = ("_seen", "device")
+
+    def __init__(self, packed: PackedFP4) -> None:
+        self.device = packed.words.get_device()
+        self._seen = _seen(packed)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # of this place alone: no copy and no file has it
+
+    def holds(self, packed: PackedFP4) -> bool:
+        """Whether it does."""
+        return self._seen == _seen(packed)
+
+
+def device_of(packed: PackedFP4) -> int:
+    """The CUDA device of a packed weight whose tensors are right; -1 if they are not, which the op then tells."""
+    proof: Proof | None = packed.proofs[0] if packed.proofs else None
+    if proof is None or not proof.holds(packed):
+        if not _is_right(packed):
+            return -1
+        packed.proofs[:] = [proof := Proof(packed)]
+    return proof.device
+
+
+def fits(row: Tensor | None, shape: tuple[int, ...], device: int) -> bool:
+    """Whether a bias, if there is one, is right for a call on a device."""
+    return row is None or (
+        row.shape == shape and row.dtype in DTYPES and row.get_device() == device and row.is_contiguous()
+        and type(row) in _PLAIN_TYPES
+    )  # fmt: skip
+
+
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    """Whether a gradient of one of the inputs will be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def new_output(x: Tensor, width: int) -> Tensor:
+    """An empty result for an input ``[..., k]`` on the current device: ``[..., width]``."""
+    shape = x.shape
+    if len(shape) == 2:
+        return empty((shape[0], width), (width, 1), x.dtype)
+    if len(shape) == 3:
+        return empty((shape[0], shape[1], width), (shape[1] * width, width, 1), x.dtype)
+    return x.new_empty((*shape[:-1], width))
+
+
+def _seen(packed: PackedFP4) -> tuple[int | bool, ...]:
+    words, scales, multiplier = packed.words, packed.scales, packed.multiplier
+    return (
+        words.data_ptr(), words.nbytes, words.is_contiguous(),
+        scales.data_ptr(), scales.nbytes, scales.is_contiguous(),
+        multiplier.data_ptr(), multiplier.nbytes, multiplier.is_contiguous(),
+    )  # fmt: skip
+
+
+def _is_right(packed: PackedFP4) -> bool:
+    tensors = packed.words, packed.scales, packed.multiplier
+    shapes, lead = packed_shapes(packed.n, packed.k, packed.group), packed.words.shape[:-3]
+    return all(
+        t.shape == (*lead, *shape) and t.dtype == dtype and t.is_cuda and t.device == tensors[0].device
+        and t.is_contiguous() and type(t) in _PLAIN_TYPES
+        for t, shape, dtype in zip(tensors, shapes, (torch.int32, torch.uint8, torch.float32), strict=True)
+    )  # fmt: skip
+
+
+def _dispatch_state() -> tuple[int, int]:
+    """What this thread adds to the keys of a tensor, and leaves out of them, when it looks for a kernel."""
+    return _c._dispatch_tls_local_include_set().raw_repr(), _c._dispatch_tls_local_exclude_set().raw_repr()
+
+
+@functools.cache
+def _plain_states() -> tuple[tuple[int, int], ...]:
+    """The states of a thread in which nothing was entered, or inference mode alone."""
+    found = []
+
+    def look() -> None:
+        found.append(_dispatch_state())
+        with torch.inference_mode():
+            found.append(_dispatch_state())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return tuple(found)
+
+
+@functools.cache
+def _served(device: int) -> bool:
+    return supports(torch.device("cuda", device))

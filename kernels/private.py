@@ -1,0 +1,106 @@
+"""What a launch asks of Triton and torch below their public interfaces.
+
+Read in Triton 3.6 to 3.9 and torch 2.11 and 2.13; where Triton is another release, nothing is launched from here.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.kernels.target import gluon_is_known
+
+# A launch that is ready: takes the stream and the arguments of the kernel, pointers as integers, descriptors expanded.
+Launcher = Callable[[int, tuple[Any, ...]], None]
+
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)  # none where torch has no CUDA
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+_guards: Any = torch._C._dynamo.guards
+
+
+def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``torch.empty_strided`` on the current CUDA device, for a third of the time."""
+    if torch.are_deterministic_algorithms_enabled():  # it may be asked to fill what it returns
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+    made: Tensor = _guards._empty_strided_cuda(shape, strides, dtype)
+    return made
+
+
+def launcher(compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
+    """What starts a compiled kernel without Triton's look at its arguments; None if that is not known to be right.
+
+    Args:
+        compiled: what ``kernel[grid](...)`` returned, so that it is loaded on this device.
+        grid: its programs.
+    """
+    run: Any = getattr(compiled, "run", None)
+    if not gluon_is_known() or type(run).__name__ != "CudaLauncher" or run.global_scratch_size:
+        return None
+    if run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return None
+    x, y, z = (*grid, 1, 1)[:3]
+    function, meta = compiled.function, compiled.packed_metadata
+    how = function, run.launch_cooperative_grid, run.launch_pdl
+    if hasattr(run, "arg_annotations"):  # since Triton 3.7 one function starts every kernel
+        start, behind = _driver().utils.launch, (None,) * 5 + (run.arg_annotations, run.kernel_signature)
+
+        def launch(stream: int, arguments: tuple[Any, ...]) -> None:
+            start(x, y, z, stream, *how, meta, *behind, arguments)
+
+    else:
+        start, middle = _start_of(run), (*how, None, None, meta, None, None, None)
+
+        def launch(stream: int, arguments: tuple[Any, ...]) -> None:
+            start(x, y, z, stream, *middle, *arguments)
+
+    return launch
+
+
+def hooked() -> bool:
+    """Whether something wants to know of every launch, such as Triton's profiler."""
+    from triton.knobs import runtime
+
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def descriptors_of(compiled: Any) -> list[dict[str, Any]]:
+    """How each descriptor among a compiled kernel's arguments is encoded."""
+    return list(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def tensor_map(address: int, encoding: tuple[Any, ...]) -> Any:
+    """A tensor as the copy engine takes it. Kept by address: it is nothing but this address and its ``encoding``."""
+    return _fill()(address, *encoding)
+
+
+def encoding_of(meta: dict[str, Any], shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...]:
+    """What `tensor_map` takes beside an address, for a descriptor that is zero outside of its tensor."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+    kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+    return meta["swizzle"], meta["elem_size"], kind, tuple(meta["block_size"]), shape, strides, 0
+
+
+def _driver() -> Any:
+    import triton
+
+    return triton.runtime.driver.active
+
+
+@functools.cache
+def _fill() -> Callable[..., Any]:
+    utils = _driver().utils
+    old: Callable[..., Any] | None = getattr(utils, "fill_tma_descriptor", None)  # until Triton 3.6
+    return old or cast(Callable[..., Any], utils.fill_tma_descriptor_tiled)
+
+
+def _start_of(run: Any) -> Callable[..., None]:
+    """The C function of a launcher of Triton 3.6, which stands behind one that makes descriptors."""
+    inner = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
+    start: Callable[..., None] = inner.get("launcher", run.launch)
+    return start
