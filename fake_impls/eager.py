@@ -22,17 +22,18 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a call with this input is plain, on a GPU that the kernels serve."""
+    """Whether a call with this input is plain, on the current GPU, which the kernels serve."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.is_cuda
-        and x.dtype in _KERNEL_DTYPES
-        and _dispatch_state() in _plain_states()
-        and not _c._len_torch_function_stack()
-        and forward_ad._current_level < 0
-        and not _c._autograd._profiler_enabled()
         and x.get_device() == current_device()
+        and x.dtype in _KERNEL_DTYPES
+        and _c._dispatch_tls_local_include_set().raw_repr() in _plain_states()
+        and not _c._is_any_autocast_enabled()
+        and not _c._len_torch_function_stack()
+        and not _c._autograd._profiler_enabled()
+        and forward_ad._current_level < 0
         and _served(x.get_device())
     )
 
@@ -43,28 +44,31 @@ class Proof:
     Holds as long as they stand where they stood and are as large.
     """
 
-    __slots__ = ("_seen", "device")
+    __slots__ = ("device", "seen")
 
-    def __init__(self, packed: PackedFP4) -> None:
-        self.device = packed.words.get_device()
-        self._seen = _seen(packed)
+    def __init__(self, device: int, seen: tuple[int | bool, ...]) -> None:
+        self.device, self.seen = device, seen
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # of this place alone: no copy and no file has it
 
-    def holds(self, packed: PackedFP4) -> bool:
-        """Whether it does."""
-        return self._seen == _seen(packed)
-
 
 def device_of(packed: PackedFP4) -> int:
     """The CUDA device of a packed weight whose tensors are right; -1 if they are not, which the op then tells."""
-    proof: Proof | None = packed.proofs[0] if packed.proofs else None
-    if proof is None or not proof.holds(packed):
-        if not _is_right(packed):
-            return -1
-        packed.proofs[:] = [proof := Proof(packed)]
-    return proof.device
+    words, scales, multiplier = packed.words, packed.scales, packed.multiplier
+    seen = (
+        words.data_ptr(), words.nbytes, words.is_contiguous(),
+        scales.data_ptr(), scales.nbytes, scales.is_contiguous(),
+        multiplier.data_ptr(), multiplier.nbytes, multiplier.is_contiguous(),
+    )  # fmt: skip
+    for proof in packed.proofs:
+        if proof is not None and proof.seen == seen:
+            device: int = proof.device
+            return device
+    if not _is_right(packed):
+        return -1
+    packed.proofs[:] = [Proof(words.get_device(), seen)]
+    return words.get_device()
 
 
 def fits(row: Tensor | None, shape: tuple[int, ...], device: int) -> bool:
@@ -83,20 +87,11 @@ def needs_gradient(*inputs: Tensor | None) -> bool:
 def new_output(x: Tensor, width: int) -> Tensor:
     """An empty result for an input ``[..., k]`` on the current device: ``[..., width]``."""
     shape = x.shape
-    if len(shape) == 2:
-        return empty((shape[0], width), (width, 1), x.dtype)
     if len(shape) == 3:
         return empty((shape[0], shape[1], width), (shape[1] * width, width, 1), x.dtype)
+    if len(shape) == 2:
+        return empty((shape[0], width), (width, 1), x.dtype)
     return x.new_empty((*shape[:-1], width))
-
-
-def _seen(packed: PackedFP4) -> tuple[int | bool, ...]:
-    words, scales, multiplier = packed.words, packed.scales, packed.multiplier
-    return (
-        words.data_ptr(), words.nbytes, words.is_contiguous(),
-        scales.data_ptr(), scales.nbytes, scales.is_contiguous(),
-        multiplier.data_ptr(), multiplier.nbytes, multiplier.is_contiguous(),
-    )  # fmt: skip
 
 
 def _is_right(packed: PackedFP4) -> bool:
@@ -109,25 +104,23 @@ def _is_right(packed: PackedFP4) -> bool:
     )  # fmt: skip
 
 
-def _dispatch_state() -> tuple[int, int]:
-    """What this thread adds to the keys of a tensor, and leaves out of them, when it looks for a kernel."""
-    return _c._dispatch_tls_local_include_set().raw_repr(), _c._dispatch_tls_local_exclude_set().raw_repr()
-
-
 @functools.cache
-def _plain_states() -> tuple[tuple[int, int], ...]:
-    """The states of a thread in which nothing was entered, or inference mode alone."""
+def _plain_states() -> tuple[int, int]:
+    """What a thread adds to the keys by which it looks for a kernel, where nothing is entered, and in inference mode.
+
+    Modes, transforms and tracers of torch show there.
+    """
     found = []
 
     def look() -> None:
-        found.append(_dispatch_state())
+        found.append(_c._dispatch_tls_local_include_set().raw_repr())
         with torch.inference_mode():
-            found.append(_dispatch_state())
+            found.append(_c._dispatch_tls_local_include_set().raw_repr())
 
     thread = threading.Thread(target=look)
     thread.start()
     thread.join()
-    return tuple(found)
+    return found[0], found[1]
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """``marlin_w4a16::linear``: ``x @ weight.T + bias`` from a packed FP4 weight, and its gradient."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -37,10 +39,10 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., n]`` in the dtype of x, or of autocast where that is on. Differentiable in x and bias.
     """
-    if is_plain(x) and x.numel() and packed.n and x.shape[-1] == packed.k:
-        device = x.get_device()
-        if device_of(packed) == device and fits(bias, (packed.n,), device):
-            if needs_gradient(x, bias):
+    if is_plain(x) and x.shape[-1:] == (packed.k,) and x.numel() and packed.n:
+        device = device_of(packed)
+        if device == x.get_device() and (bias is None or fits(bias, (packed.n,), device)):
+            if torch.is_grad_enabled() and needs_gradient(x, bias):
                 weight = packed.words, packed.scales, packed.multiplier
                 return cast(Tensor, _Linear.apply(x, *weight, bias, packed))
             return _launched(x, packed, bias)
@@ -50,13 +52,16 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
 
 def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
     """A call whose arguments were proved to be right."""
+    out, p = new_output(x, packed.n), packed
+    _into()(x, p.words, p.scales, p.multiplier, bias, p.n, p.k, p.group, p.kind, out)
+    return out
+
+
+@functools.cache
+def _into() -> Callable[..., None]:
     from marlin_w4a16.kernels.linear import linear_into  # Triton is on Linux only
 
-    out = new_output(x, packed.n)
-    linear_into(
-        x, packed.words, packed.scales, packed.multiplier, bias, packed.n, packed.k, packed.group, packed.kind, out
-    )
-    return out
+    return linear_into
 
 
 class _Linear(torch.autograd.Function):

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.target import gluon_is_known
 
-# A launch that is ready: takes the stream and the arguments of the kernel, pointers as integers, descriptors expanded.
+# A launch that is ready: takes the stream and what the arguments of the kernel are picked from.
 Launcher = Callable[[int, tuple[Any, ...]], None]
+Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)  # none where torch has no CUDA
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)  # none where torch has no CUDA
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 _guards: Any = torch._C._dynamo.guards
 
@@ -29,12 +30,15 @@ def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return made
 
 
-def launcher(compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
+def launcher(compiled: Any, grid: tuple[int, ...], pick: Pick, constants: tuple[Any, ...]) -> Launcher | None:
     """What starts a compiled kernel without Triton's look at its arguments; None if that is not known to be right.
 
     Args:
         compiled: what ``kernel[grid](...)`` returned, so that it is loaded on this device.
         grid: its programs.
+        pick: the arguments of the kernel, pointers as integers and descriptors expanded, from what the launcher is
+            given and the constants behind it.
+        constants: what no call changes.
     """
     run: Any = getattr(compiled, "run", None)
     if not gluon_is_known() or type(run).__name__ != "CudaLauncher" or run.global_scratch_size:
@@ -48,23 +52,24 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
         start, behind = _driver().utils.launch, (None,) * 5 + (run.arg_annotations, run.kernel_signature)
 
         def launch(stream: int, arguments: tuple[Any, ...]) -> None:
-            start(x, y, z, stream, *how, meta, *behind, arguments)
+            start(x, y, z, stream, *how, meta, *behind, pick(arguments + constants))
 
     else:
         start, middle = _start_of(run), (*how, None, None, meta, None, None, None)
 
         def launch(stream: int, arguments: tuple[Any, ...]) -> None:
-            start(x, y, z, stream, *middle, *arguments)
+            start(x, y, z, stream, *middle, *pick(arguments + constants))
 
     return launch
 
 
 def hooked() -> bool:
     """Whether something wants to know of every launch, such as Triton's profiler."""
-    from triton.knobs import runtime
-
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    runtime = _runtime()
+    try:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    except AttributeError:  # a function was put in the place of a chain of them
+        return True
 
 
 def descriptors_of(compiled: Any) -> list[dict[str, Any]]:
@@ -84,6 +89,13 @@ def encoding_of(meta: dict[str, Any], shape: tuple[int, ...], strides: tuple[int
 
     kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
     return meta["swizzle"], meta["elem_size"], kind, tuple(meta["block_size"]), shape, strides, 0
+
+
+@functools.cache
+def _runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
 
 
 def _driver() -> Any:

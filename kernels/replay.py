@@ -184,10 +184,7 @@ def _start(
     options: dict[str, Any],
     places: dict[int, int],
 ) -> Launcher | None:
-    """A launch as a function of stream and addresses; None if it is not known how, or reads what is not known."""
-    run = launcher(compiled, grid)
-    if run is None:
-        return None
+    """A launch that is given addresses; None if it is not known how, or reads what is not known."""
     try:
         values, maps = _flat(kernel, compiled, arguments, options, places)
     except KeyError:
@@ -196,12 +193,12 @@ def _start(
     first = len(places) + len(maps)
     rest = iter(range(first, first + len(constants)))
     pick = itemgetter(*(value.at if isinstance(value, _Place) else next(rest) for value in values))
-    if not maps:
-        return lambda stream, addresses: run(stream, pick(addresses + constants))
+    run = launcher(compiled, grid, pick, constants)
+    if run is None or not maps:
+        return run
 
     def start(stream: int, addresses: tuple[int, ...]) -> None:
-        made = tuple([tensor_map(addresses[place], encoding) for place, encoding in maps])
-        run(stream, pick(addresses + made + constants))
+        run(stream, addresses + tuple([tensor_map(addresses[place], encoding) for place, encoding in maps]))
 
     return start
 

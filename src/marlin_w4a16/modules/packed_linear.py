@@ -66,8 +66,9 @@ class PackedLinear(PackedState, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `marlin_w4a16.linear`."""
-        packed = self._packed("") if torch.compiler.is_compiling() else self._kept("")
-        return linear(x, packed, self.bias)
+        if torch.compiler.is_compiling():
+            return linear(x, self._packed(""), self.bias)
+        return linear(x, self._kept(""), self._parameters["bias"])
 
     def extra_repr(self) -> str:
         """Shape, format and bytes of the packed weight."""
