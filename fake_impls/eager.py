@@ -29,12 +29,19 @@ def is_plain(x: Tensor) -> bool:
         and x.is_cuda
         and x.get_device() == current_device()
         and x.dtype in _KERNEL_DTYPES
-        and _c._dispatch_tls_local_include_set().raw_repr() in _plain_states()
-        and not _c._is_any_autocast_enabled()
-        and not _c._len_torch_function_stack()
-        and not _c._autograd._profiler_enabled()
-        and forward_ad._current_level < 0
+        and nothing_entered()
         and _served(x.get_device())
+    )
+
+
+def nothing_entered() -> bool:
+    """Whether nothing in this thread would see a call of an op: no mode, transform, tracer, autocast or profiler."""
+    return not (
+        _c._dispatch_tls_local_include_set().raw_repr() not in _plain_states()
+        or _c._is_any_autocast_enabled()
+        or _c._len_torch_function_stack()
+        or _c._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     )
 
 
