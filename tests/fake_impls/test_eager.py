@@ -114,7 +114,7 @@ def test_a_tensor_that_was_changed_is_checked_again(packed, name, change):
 
 
 def test_a_storage_that_was_freed_is_checked_again(packed):
-    weight, checked, right = packed
+    weight, _, right = packed
     eager.device_of(weight)
     weight.words.untyped_storage().resize_(0)
     right.value = False
