@@ -6,6 +6,7 @@ mode, no profiler. What is not plain goes through ``torch.ops.marlin_w4a16``.
 
 import functools
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,17 +52,18 @@ class Proof:
     Holds as long as they stand where they stood and are as large.
     """
 
-    __slots__ = ("device", "seen")
+    __slots__ = ("calls", "device", "seen")
 
     def __init__(self, device: int, seen: tuple[int | bool, ...]) -> None:
         self.device, self.seen = device, seen
+        self.calls: dict[int, Any] = {}  # what calls with a bias at an address keep
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # of this place alone: no copy and no file has it
 
 
-def device_of(packed: PackedFP4) -> int:
-    """The CUDA device of a packed weight whose tensors are right; -1 if they are not, which the op then tells."""
+def proof_of(packed: PackedFP4) -> Proof | None:
+    """That the tensors of a packed weight are right, on a CUDA device; None if not: the op says what is wrong."""
     words, scales, multiplier = packed.words, packed.scales, packed.multiplier
     seen = (
         words.data_ptr(), words.nbytes, words.is_contiguous(),
@@ -70,12 +72,11 @@ def device_of(packed: PackedFP4) -> int:
     )  # fmt: skip
     for proof in packed.proofs:
         if proof is not None and proof.seen == seen:
-            device: int = proof.device
-            return device
+            return proof  # type: ignore[no-any-return]
     if not _is_right(packed):
-        return -1
-    packed.proofs[:] = [Proof(words.get_device(), seen)]
-    return words.get_device()
+        return None
+    packed.proofs[:] = [proof := Proof(words.get_device(), seen)]
+    return proof
 
 
 def fits(row: Tensor | None, shape: tuple[int, ...], device: int) -> bool:

@@ -1,14 +1,12 @@
 """``marlin_w4a16::linear``: ``x @ weight.T + bias`` from a packed FP4 weight, and its gradient."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls import inductor
-from marlin_w4a16.fake_impls.eager import device_of, fits, is_plain, needs_gradient, new_output
+from marlin_w4a16.fake_impls.eager import Proof, fits, is_plain, needs_gradient, new_output, proof_of
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
     autocast,
@@ -39,29 +37,27 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., n]`` in the dtype of x, or of autocast where that is on. Differentiable in x and bias.
     """
-    if is_plain(x) and x.shape[-1:] == (packed.k,) and x.numel() and packed.n:
-        device = device_of(packed)
-        if device == x.get_device() and (bias is None or fits(bias, (packed.n,), device)):
+    if is_plain(x) and (shape := x.shape) and shape[-1] == packed.k and x.numel() and packed.n:
+        proof = proof_of(packed)
+        if proof and proof.device == x.get_device() and (bias is None or fits(bias, (packed.n,), proof.device)):
             if torch.is_grad_enabled() and needs_gradient(x, bias):
                 weight = packed.words, packed.scales, packed.multiplier
-                return cast(Tensor, _Linear.apply(x, *weight, bias, packed))
-            return _launched(x, packed, bias)
+                return cast(Tensor, _Linear.apply(x, *weight, bias, packed, proof))
+            return _launched(x, packed, bias, proof)
     result: Tensor = torch.ops.marlin_w4a16.linear(x, *weight_args(packed), bias)
     return result
 
 
-def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
+def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None, proof: Proof) -> Tensor:
     """A call whose arguments were proved to be right."""
-    out, p = new_output(x, packed.n), packed
-    _into()(x, p.words, p.scales, p.multiplier, bias, p.n, p.k, p.group, p.kind, out)
+    out, where = new_output(x, packed.n), 0 if bias is None else bias.data_ptr()
+    call = proof.calls.get(where)
+    if call is None:
+        from marlin_w4a16.kernels.linear import BoundLinear  # Triton is on Linux only
+
+        call = proof.calls[where] = BoundLinear()
+    call(x, packed, bias, out)
     return out
-
-
-@functools.cache
-def _into() -> Callable[..., None]:
-    from marlin_w4a16.kernels.linear import linear_into  # Triton is on Linux only
-
-    return linear_into
 
 
 class _Linear(torch.autograd.Function):
@@ -69,17 +65,17 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        *weight, bias, packed = args
+        *weight, bias, packed, proof = args
         ctx.save_for_backward(*weight)
         ctx.format, ctx.bias_dtype = format_args(packed), None if bias is None else bias.dtype
-        return _launched(x, packed, bias)
+        return _launched(x, packed, bias, proof)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, *_, wants_bias, _ = ctx.needs_input_grad
+        wants_x, *_, wants_bias, _, _ = ctx.needs_input_grad
         weight = (*ctx.saved_tensors, *ctx.format)
         grad_x = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight) if wants_x else None
-        return grad_x, None, None, None, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None
+        return grad_x, None, None, None, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None, None
 
 
 def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls import inductor
-from marlin_w4a16.fake_impls.eager import device_of, fits, is_plain, needs_gradient, new_output
+from marlin_w4a16.fake_impls.eager import fits, is_plain, needs_gradient, new_output
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
     NAMESPACE,
@@ -87,7 +87,7 @@ def _is_right(x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tenso
     w13, w2, device, shape = experts.w13, experts.w2, x.get_device(), topk_ids.shape
     count = w13.words.shape[0]
     return (
-        device_of(w13) == device and device_of(w2) == device
+        _is_on(w13, device) and _is_on(w2, device)
         and w13.words.ndim == 4 == w2.words.ndim and w2.words.shape[0] == count
         and w13.n == (2 * w2.k if experts.activation.gated else w2.k) and w2.n > 0
         and x.ndim == 2 and x.shape[1] == w13.k and len(shape) == 2 and shape[0] == x.shape[0]
@@ -97,6 +97,11 @@ def _is_right(x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tenso
         and fits(experts.bias13, (count, w13.n), device) and fits(experts.bias2, (count, w2.n), device)
         and expert_map is None
     )  # fmt: skip
+
+
+def _is_on(packed: PackedFP4, device: int) -> bool:
+    proof = proof_of(packed)
+    return proof is not None and proof.device == device
 
 
 def _launched(x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:

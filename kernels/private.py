@@ -30,8 +30,16 @@ def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return made
 
 
-def launcher(compiled: Any, grid: tuple[int, ...], pick: Pick, constants: tuple[Any, ...]) -> Launcher | None:
-    """What starts a compiled kernel without Triton's look at its arguments; None if that is not known to be right.
+def is_known(compiled: Any) -> bool:
+    """Whether `launcher` knows how to start a compiled kernel as this Triton does, which does nothing beside."""
+    run: Any = getattr(compiled, "run", None)
+    if not gluon_is_known() or type(run).__name__ != "CudaLauncher":
+        return False
+    return not (run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False))
+
+
+def launcher(compiled: Any, grid: tuple[int, ...], pick: Pick, constants: tuple[Any, ...]) -> Launcher:
+    """What starts a compiled kernel without Triton's look at its arguments.
 
     Args:
         compiled: what ``kernel[grid](...)`` returned, so that it is loaded on this device.
@@ -40,11 +48,7 @@ def launcher(compiled: Any, grid: tuple[int, ...], pick: Pick, constants: tuple[
             given and the constants behind it.
         constants: what no call changes.
     """
-    run: Any = getattr(compiled, "run", None)
-    if not gluon_is_known() or type(run).__name__ != "CudaLauncher" or run.global_scratch_size:
-        return None
-    if run.profile_scratch_size or getattr(run, "gsan_enabled", False):
-        return None
+    run = compiled.run
     x, y, z = (*grid, 1, 1)[:3]
     function, meta = compiled.function, compiled.packed_metadata
     how = function, run.launch_cooperative_grid, run.launch_pdl
@@ -52,13 +56,13 @@ def launcher(compiled: Any, grid: tuple[int, ...], pick: Pick, constants: tuple[
         start, behind = _driver().utils.launch, (None,) * 5 + (run.arg_annotations, run.kernel_signature)
 
         def launch(stream: int, arguments: tuple[Any, ...]) -> None:
-            start(x, y, z, stream, *how, meta, *behind, pick(arguments + constants))
+            start(x, y, z, stream, *how, meta, *behind, pick((*arguments, *constants)))
 
     else:
         start, middle = _start_of(run), (*how, None, None, meta, None, None, None)
 
         def launch(stream: int, arguments: tuple[Any, ...]) -> None:
-            start(x, y, z, stream, *middle, *pick(arguments + constants))
+            start(x, y, z, stream, *middle, *pick((*arguments, *constants)))
 
     return launch
 
@@ -77,18 +81,30 @@ def descriptors_of(compiled: Any) -> list[dict[str, Any]]:
     return list(getattr(compiled.metadata, "tensordesc_meta", None) or ())
 
 
+class Encoding:
+    """How the copy engine reads a tensor, but for its address; equal ones are one object, which is quick to look up."""
+
+    __slots__ = ("arguments",)
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+
 @functools.lru_cache(maxsize=1 << 16)
-def tensor_map(address: int, encoding: tuple[Any, ...]) -> Any:
-    """A tensor as the copy engine takes it. Kept by address: it is nothing but this address and its ``encoding``."""
-    return _fill()(address, *encoding)
+def tensor_map(address: int, encoding: Encoding) -> Any:
+    """A tensor as the copy engine takes it. Kept by address: it is nothing but this address and its encoding."""
+    return _fill()(address, *encoding.arguments)
 
 
-def encoding_of(meta: dict[str, Any], shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...]:
-    """What `tensor_map` takes beside an address, for a descriptor that is zero outside of its tensor."""
+def encoding_of(meta: dict[str, Any], shape: tuple[int, ...], strides: tuple[int, ...]) -> Encoding:
+    """That of a descriptor of a kernel, which is zero outside of its tensor."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
-    return meta["swizzle"], meta["elem_size"], kind, tuple(meta["block_size"]), shape, strides, 0
+    return _encoding(meta["swizzle"], meta["elem_size"], kind, tuple(meta["block_size"]), shape, strides, 0)
+
+
+_encoding = functools.cache(Encoding)
 
 
 @functools.cache

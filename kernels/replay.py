@@ -5,11 +5,12 @@ driver takes to start it. All of that depends on what a call's key tells (shapes
 the addresses of tensors. So a call runs in the general way once, and is recorded; from then on it is replayed.
 """
 
-import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
 from operator import itemgetter, or_
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin_w4a16.kernels.private import (
+    Encoding,
     Launcher,
     current_device,
     descriptors_of,
     empty,
     encoding_of,
     hooked,
+    is_known,
     launcher,
     raw_stream,
     tensor_map,
@@ -34,6 +37,7 @@ _SCRATCH = 256  # and those that are made in it
 _MOST = 4096  # calls that are kept
 
 _recording = threading.local()
+_address_of = Tensor.data_ptr
 
 
 def submit(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **options: Any) -> None:
@@ -57,32 +61,41 @@ class Replay:
     """A call that was recorded.
 
     Args:
-        launches: what it starts, in order: functions of a stream and of the addresses of all tensors.
-        sizes: bytes of its scratch tensors, whose addresses follow those of its arguments.
+        launches: what it starts, in order.
+        sizes: bytes of its scratch tensors.
+        known: addresses, by their places, that are those of every call. Places are those of the arguments, in the order
+            of the recording, then those of the scratch tensors.
     """
 
-    __slots__ = ("_bytes", "_launches", "_offsets", "device")
+    __slots__ = ("_bytes", "_launches", "_offsets", "_sizes", "_starts", "device")
 
-    def __init__(self, launches: Sequence[Launcher], sizes: Sequence[int]) -> None:
+    def __init__(
+        self, launches: Sequence["_Launch"], sizes: Sequence[int], known: Mapping[int, int], device: int
+    ) -> None:
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + -(-size // _SCRATCH) * _SCRATCH)
-        self._launches, self.device = tuple(launches), current_device()
+        self._launches, self._sizes, self.device = tuple(launches), tuple(sizes), device
         self._offsets, self._bytes = tuple(ends[:-1]), ends[-1]
+        self._starts = tuple([launch.launcher(known) for launch in launches])
 
     def __call__(self, addresses: tuple[int, ...]) -> None:
-        """Starts it.
+        """Starts it on the current device, which is its own.
 
         Args:
-            addresses: of its tensors, in the order of the recording; all on the grid of `ALIGNED` bytes.
+            addresses: of its arguments but for those that are known; all on the grid of `ALIGNED` bytes.
         """
         if self._bytes:
             made = empty((self._bytes,), (1,), torch.uint8)
             base = made.data_ptr()
-            addresses += tuple([base + offset for offset in self._offsets])
+            addresses = (*addresses, *[base + offset for offset in self._offsets])
         stream = raw_stream(self.device)
-        for start in self._launches:
+        for start in self._starts:
             start(stream, addresses)
+
+    def bind(self, known: Mapping[int, int]) -> "Replay":
+        """The same call where some of its arguments, by their places, stay where they are."""
+        return Replay(self._launches, self._sizes, known, self.device)
 
 
 class Replays:
@@ -92,13 +105,17 @@ class Replays:
         self._held: dict[Hashable, Replay | None] = {}
         self._lock = threading.Lock()
 
+    def get(self, key: Hashable) -> Replay | None:
+        """The call of a key, or None."""
+        return self._held.get(key)
+
     def run(self, key: Hashable, tensors: Sequence[Tensor]) -> bool:
         """Replays a call with these tensors; False if there is none with this key, or it does not fit them."""
         replay = self._held.get(key)
         if replay is None:
             return False
-        addresses = tuple([tensor.data_ptr() for tensor in tensors])
-        if functools.reduce(or_, addresses) % ALIGNED or replay.device != current_device() or hooked():
+        addresses = tuple(map(_address_of, tensors))
+        if reduce(or_, addresses) % ALIGNED or replay.device != current_device() or hooked():
             return False
         replay(addresses)
         return True
@@ -160,10 +177,13 @@ class Recording:
         told_apart = len(places) == len(addresses) and all(addresses)
         if not (told_apart and self._launched and self._watch.harmless):
             return None
-        starts = [_start(*launched, places=places) for launched in self._launched]
-        if None in starts:
+        try:
+            launches = [_Launch(*launched, places=places) for launched in self._launched]
+        except KeyError:
             return None
-        return Replay([start for start in starts if start], [t.numel() * t.element_size() for t in self.scratch])
+        if not all(launch.known for launch in launches):
+            return None
+        return Replay(launches, [t.numel() * t.element_size() for t in self.scratch], {}, current_device())
 
 
 class _Watch(TorchDispatchMode):
@@ -176,60 +196,75 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _start(
-    kernel: Any,
-    compiled: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    options: dict[str, Any],
-    places: dict[int, int],
-) -> Launcher | None:
-    """A launch that is given addresses; None if it is not known how, or reads what is not known."""
-    try:
-        values, maps = _flat(kernel, compiled, arguments, options, places)
-    except KeyError:
-        return None
-    constants = tuple(value for value in values if not isinstance(value, _Place))
-    first = len(places) + len(maps)
-    rest = iter(range(first, first + len(constants)))
-    pick = itemgetter(*(value.at if isinstance(value, _Place) else next(rest) for value in values))
-    run = launcher(compiled, grid, pick, constants)
-    if run is None or not maps:
-        return run
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """An argument that is the address at a place, or with an encoding a descriptor of what stands there."""
 
-    def start(stream: int, addresses: tuple[int, ...]) -> None:
-        run(stream, addresses + tuple([tensor_map(addresses[place], encoding) for place, encoding in maps]))
-
-    return start
+    place: int
+    encoding: Encoding | None = None
 
 
-class _Place(int):
-    """Where the value of an argument stands: an address, or a descriptor behind them."""
+class _Launch:
+    """A kernel that was launched.
 
-    @property
-    def at(self) -> int:
-        return int(self)
-
-
-def _flat(
-    kernel: Any, compiled: Any, arguments: tuple[Any, ...], options: dict[str, Any], places: dict[int, int]
-) -> tuple[list[Any], list[tuple[int, tuple[Any, ...]]]]:
-    """The arguments of a kernel in its own order, and the place and encoding of each descriptor.
+    Args:
+        kernel, compiled, grid, arguments, options: the kernel, what it was compiled to, and what it was given.
+        places: of the addresses that are known.
 
     Raises:
-        KeyError: one of them is at an address that is none of ``places``.
+        KeyError: an argument stands at an address that is none of them.
     """
-    names = {name: value for name, value in options.items() if name in kernel.arg_names}
-    bound = inspect.signature(kernel.fn).bind(*arguments, **names)
-    bound.apply_defaults()
-    metas, values, maps = iter(descriptors_of(compiled)), [], []
-    for value in bound.arguments.values():
-        if isinstance(value, Tensor):
-            values.append(_Place(places[value.data_ptr()]))
-        elif hasattr(value, "block_shape"):
-            shape, strides = tuple(value.shape), tuple(value.strides)
-            maps.append((places[value.base.data_ptr()], encoding_of(next(metas), shape, strides)))
-            values += [_Place(len(places) + len(maps) - 1), *shape, *strides]
-        else:
-            values.append(value)
-    return values, maps
+
+    def __init__(
+        self,
+        kernel: Any,
+        compiled: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+        places: Mapping[int, int],
+    ) -> None:
+        self._compiled, self._grid, self._count, self._values = compiled, grid, len(places), list[Any]()
+        self.known = is_known(compiled)
+        names = {name: value for name, value in options.items() if name in kernel.arg_names}
+        bound = inspect.signature(kernel.fn).bind(*arguments, **names)
+        bound.apply_defaults()
+        encodings = iter(descriptors_of(compiled))
+        for value in bound.arguments.values():
+            if isinstance(value, Tensor):
+                self._values.append(_Address(places[value.data_ptr()]))
+            elif hasattr(value, "block_shape"):
+                shape, strides = tuple(value.shape), tuple(value.strides)
+                encoding = encoding_of(next(encodings), shape, strides)
+                self._values += [_Address(places[value.base.data_ptr()], encoding), *shape, *strides]
+            else:
+                self._values.append(value)
+
+    def launcher(self, known: Mapping[int, int]) -> Launcher:
+        """What launches it for the addresses that are not known."""
+        free = {place: at for at, place in enumerate(p for p in range(self._count) if p not in known)}
+        constants, maps, places = list[Any](), list[tuple[int, Encoding]](), list[tuple[int, int]]()
+        for value in self._values:
+            if isinstance(value, _Address) and value.place in free:
+                if value.encoding is None:
+                    places.append((0, free[value.place]))
+                else:
+                    places.append((1, len(maps)))
+                    maps.append((free[value.place], value.encoding))
+                continue
+            if isinstance(value, _Address):
+                address = known[value.place]
+                value = address if value.encoding is None else tensor_map(address, value.encoding)
+            places.append((2, len(constants)))
+            constants.append(value)
+        begins = 0, len(free), len(free) + len(maps)
+        pick = itemgetter(*(begins[kind] + at for kind, at in places))
+        run = launcher(self._compiled, self._grid, pick, tuple(constants))
+        if not maps:
+            return run
+        if len(maps) == 1:
+            ((at, encoding),) = maps
+            return lambda stream, addresses: run(stream, (*addresses, tensor_map(addresses[at], encoding)))
+        return lambda stream, addresses: run(
+            stream, (*addresses, *[tensor_map(addresses[at], encoding) for at, encoding in maps])
+        )
