@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls import inductor
-from marlin_w4a16.fake_impls.eager import fits, is_plain, needs_gradient, new_output
+from marlin_w4a16.fake_impls.eager import fits, is_plain, needs_gradient, new_output, proof_of
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
     NAMESPACE,
