@@ -19,6 +19,7 @@ _NUMERICS = (
     "inputs",
     "layout",
     "launch",
+    "grad_launch",
     "activation",
     "expert_order",
     "experts",
