@@ -38,14 +38,14 @@ class _Regime(NamedTuple):
 
 
 _HOPPER = (
-    _Regime(16, GradLaunch(16, 64, 128, 1, 4, 4), 4, 8),
-    _Regime(32, GradLaunch(32, 64, 128, 1, 4, 4), 4, 8),
+    _Regime(16, GradLaunch(16, 64, 64, 1, 4, 4), 4, 16),
+    _Regime(32, GradLaunch(32, 64, 64, 1, 4, 4), 4, 16),
     _Regime(64, GradLaunch(64, 128, 64, 1, 4, 4), 2, 16),
     _Regime(255, GradLaunch(128, 128, 64, 1, 8, 3), 2, 16),
 )
 _AMPERE = (
-    _Regime(16, GradLaunch(16, 64, 128, 1, 4, 4), 4, 8),
-    _Regime(32, GradLaunch(32, 64, 64, 1, 4, 4), 4, 16),
+    _Regime(16, GradLaunch(16, 64, 64, 1, 4, 4), 4, 16),
+    _Regime(32, GradLaunch(32, 64, 128, 1, 4, 3), 4, 8),
     _Regime(64, GradLaunch(64, 64, 64, 1, 4, 3), 2, 16),
     _Regime(255, GradLaunch(128, 128, 64, 1, 8, 3), 1, 16),
 )

@@ -33,6 +33,13 @@ def _power_for_half(top):
     return (power << 23).to(tl.float32, bitcast=True), ((254 - power) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _load_scaled(row, multiplier, size, at, n, stride):
+    """Gradients of a token at ``at`` times what the multipliers are of ``size``; zeros from ``n`` on."""
+    ratio = tl.div_rn(tl.load(multiplier + at, mask=at < n, other=0.0), size)  # exactly one where they are equal
+    return tl.load(row + at.to(tl.int64) * stride, mask=at < n, other=0.0).to(tl.float32) * ratio
+
+
 @triton.jit(do_not_specialize=["m"])
 def _scale_kernel(
     grad, multiplier, scaled, factors,
@@ -49,23 +56,19 @@ def _scale_kernel(
     size = tl.max(largest, 0)
     size = tl.where(size > 0, size, 1.0)
     for turn in range(tl.cdiv(m - tl.program_id(0), tl.num_programs(0))):
-        token = tl.program_id(0) + turn * tl.num_programs(0)
-        row = grad + token.to(tl.int64) * stride_m
+        token = (tl.program_id(0) + turn * tl.num_programs(0)).to(tl.int64)
+        row = grad + token * stride_m
         power = 1.0
         inverse = 1.0
         if HALF:  # has no room for gradients that are small, times factors that are: the largest of a token fills it
-            largest = tl.zeros((BLOCK,), tl.float32)
+            top = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, n, BLOCK):
-                at = start + column
-                ratio = tl.div_rn(tl.load(multiplier + at, mask=at < n, other=0.0), size)
-                value = tl.load(row + (column.to(tl.int64) + start) * stride_n, mask=at < n, other=0.0).to(tl.float32) * ratio
-                largest = tl.maximum(largest, tl.abs(value))
-            power, inverse = _power_for_half(tl.max(largest, 0))
+                top = tl.maximum(top, tl.abs(_load_scaled(row, multiplier, size, start + column, n, stride_n)))
+            power, inverse = _power_for_half(tl.max(top, 0))
         for start in range(0, width, BLOCK):
             at = start + column
-            ratio = tl.div_rn(tl.load(multiplier + at, mask=at < n, other=0.0), size)
-            value = tl.load(row + (column.to(tl.int64) + start) * stride_n, mask=at < n, other=0.0).to(tl.float32) * ratio * power
-            tl.store(scaled + token.to(tl.int64) * width + at, value.to(scaled.dtype.element_ty), mask=at < width)
+            value = _load_scaled(row, multiplier, size, at, n, stride_n) * power
+            tl.store(scaled + token * width + at, value.to(scaled.dtype.element_ty), mask=at < width)
         tl.store(factors + token, size * inverse)
 
 
@@ -73,49 +76,46 @@ def _scale_kernel(
 def _grad_input_kernel(
     scaled, words, scales, factors, out,
     m, k, width, row_tiles, k_tiles,
-    kind: tl.constexpr, GROUP: tl.constexpr, GAIN: tl.constexpr, launch: tl.constexpr, PTX: tl.constexpr,
-    WGMMA: tl.constexpr,
+    kind: tl.constexpr, GROUP: tl.constexpr, GAIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_M: tl.constexpr = launch.block_m
-    BLOCK_K: tl.constexpr = launch.block_k
-    R: tl.constexpr = launch.block_n // 64
+    R: tl.constexpr = BLOCK_N // 64
     C: tl.constexpr = BLOCK_K // 64
     token_blocks = tl.cdiv(m, BLOCK_M)
     pid = tl.program_id(0)
     block_k = pid // token_blocks
     block_m = pid % token_blocks
     part = tl.program_id(1)
-    part_tiles = tl.cdiv(tl.cdiv(row_tiles, R), launch.split_n) * R
+    part_tiles = tl.cdiv(tl.cdiv(row_tiles, R), tl.num_programs(1)) * R
     first = part * part_tiles
     last = tl.minimum(first + part_tiles, row_tiles)
 
-    # tiles past the end repeat the last one: their columns are not stored and their rows meet zeros
+    # what is past the end repeats the last: tokens and columns are not stored, rows of tiles meet zeros
     tile_column = tl.minimum(block_k * C + tl.arange(0, C), k_tiles - 1)[:, None, None]
     word_at, scale_at = lane_offsets(GROUP)
 
     rows_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_m = rows_m[:, None] < m
-    scaled_rows = scaled + rows_m[:, None].to(tl.int64) * width
+    scaled_rows = scaled + tl.minimum(rows_m, m - 1)[:, None].to(tl.int64) * width
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for step in tl.range(first, last, R, num_stages=launch.num_stages):
+    for step in tl.range(first, last, R, num_stages=STAGES):
         for r in tl.static_range(R):
             tile = step + r
             at = (tile if R == 1 else tl.minimum(tile, row_tiles - 1)) * k_tiles + tile_column
             b = load_rows(words, scales, at, word_at, scale_at, kind, scaled.dtype.element_ty, GROUP, PTX)
             if PTX:
                 b = hide_joins(b)
-            a = tl.load(scaled_rows + tile * 64 + tl.arange(0, 64)[None, :], mask=in_m, other=0.0)
+            a = tl.load(scaled_rows + tile * 64 + tl.arange(0, 64)[None, :])
             acc = tl.dot(a, b, acc)
         if WGMMA:
             acc = wait_for_products(acc)
 
     columns = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = in_m & (columns < k)[None, :]
-    if launch.split_n == 1:
+    mask = (rows_m < m)[:, None] & (columns < k)[None, :]
+    if SPLIT:
+        out_at = (part.to(tl.int64) * m + rows_m)[:, None] * k + columns[None, :]
+    else:
         acc = acc * GAIN * tl.load(factors + rows_m, mask=rows_m < m, other=0.0)[:, None]
         out_at = rows_m[:, None].to(tl.int64) * k + columns[None, :]
-    else:
-        out_at = (part.to(tl.int64) * m + rows_m)[:, None] * k + columns[None, :]
     tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -162,7 +162,8 @@ def fused(grad: Tensor, packed: PackedFP4, out: Tensor, launch: GradLaunch, *, p
     _grad_input_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(k, launch.block_k), launch.split_n)](
         scaled, packed.words, packed.scales.view(torch.int32), factors, target,
         m, k, scaled.shape[1], *packed.words.shape[:2],
-        kind=packed.kind, GROUP=packed.group, GAIN=UNPACK_GAIN[packed.kind], launch=launch, PTX=ptx, WGMMA=wgmma,
+        kind=packed.kind, GROUP=packed.group, GAIN=UNPACK_GAIN[packed.kind], BLOCK_M=launch.block_m,
+        BLOCK_K=launch.block_k, BLOCK_N=launch.block_n, SPLIT=split, STAGES=launch.num_stages, PTX=ptx, WGMMA=wgmma,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     if split:

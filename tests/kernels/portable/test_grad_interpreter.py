@@ -147,7 +147,12 @@ def test_a_slice_of_a_packed_weight(interpret, random_weight):
     packed = pack(random_weight(256, 320))
     tiles = (slice(1, 3), slice(1, 4))
     part = replace(
-        packed, words=packed.words[tiles], scales=packed.scales[tiles], multiplier=packed.multiplier[64:192], n=128, k=192
+        packed,
+        words=packed.words[tiles],
+        scales=packed.scales[tiles],
+        multiplier=packed.multiplier[64:192],
+        n=128,
+        k=192,
     )
     grad = contiguous(3, 128)
     (out,) = interpret(("fused_grad_input", (grad, part, GradLaunch(16, 128, 64, 1, 4, 3))))
