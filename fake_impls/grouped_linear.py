@@ -82,6 +82,14 @@ def _grad_input(grad: Tensor, *args: Any) -> Tensor:
     return grouped_linear_grad_input(grad, *_checked("grouped_linear_grad_input", grad, "n", args))
 
 
+def _cuda_grad_input(grad: Tensor, *args: Any) -> Tensor:
+    if not supports(grad.device) or grad.dtype == torch.float32:
+        return _grad_input(grad, *args)
+    from marlin_w4a16.kernels.grad_input import linear_grad_input as fused  # Triton is on Linux only
+
+    return grouped_linear_grad_input(grad, *_checked("grouped_linear_grad_input", grad, "n", args), fused)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     save(ctx, inputs[1:], output)  # x is not kept
 
@@ -100,5 +108,5 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _LINEAR = f"grouped_linear(Tensor x, {weight_schema()}, Tensor offsets) -> Tensor"
 _GRAD_INPUT = f"grouped_linear_grad_input(Tensor grad, {weight_schema()}, Tensor offsets) -> Tensor"
 register(_LINEAR, _blocks, _cuda, _fake, _backward, _setup)
-register(_GRAD_INPUT, _grad_input, _grad_input, _fake_grad_input, _backward_grad_input, _setup)
+register(_GRAD_INPUT, _grad_input, _cuda_grad_input, _fake_grad_input, _backward_grad_input, _setup)
 autocast("grouped_linear")

@@ -131,6 +131,16 @@ def _grad_input(grad: Tensor, *weight: Any) -> Tensor:
     return out.resize_(output_shape(grad.shape, packed.k))
 
 
+def _cuda_grad_input(grad: Tensor, *weight: Any) -> Tensor:
+    if not supports(grad.device) or grad.dtype == torch.float32:
+        return _grad_input(grad, *weight)
+    from marlin_w4a16.kernels.grad_input import linear_grad_input as fused  # Triton is on Linux only
+
+    packed = checked_weight("linear_grad_input", grad, "n", weight)
+    out = fused(grad.reshape(grad.shape[:-1].numel(), packed.n), packed)
+    return out.resize_(output_shape(grad.shape, packed.k))
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, bias = split_weight(inputs[1:])  # x is not kept
     save(ctx, weight, output)
@@ -153,5 +163,5 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _LINEAR = f"linear(Tensor x, {weight_schema()}, Tensor? bias) -> Tensor"
 _GRAD_INPUT = f"linear_grad_input(Tensor grad, {weight_schema()}) -> Tensor"
 register(_LINEAR, _blocks, _cuda, _fake, _backward, _setup)
-register(_GRAD_INPUT, _grad_input, _grad_input, _fake_grad_input, _backward_grad_input, _setup)
+register(_GRAD_INPUT, _grad_input, _cuda_grad_input, _fake_grad_input, _backward_grad_input, _setup)
 autocast("linear")

@@ -21,6 +21,7 @@ _NUMERICS = (
     "inputs",
     "layout",
     "launch",
+    "grad_launch",
     "activation",
     "expert_order",
     "experts",

@@ -1,6 +1,6 @@
 """Mixtures of experts and grouped linears in plain torch, for every device: expert by expert, in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -89,11 +89,16 @@ def grouped_linear_by_blocks(x: Tensor, packed: PackedFP4, offsets: Tensor) -> T
     return out
 
 
-def grouped_linear_grad_input(grad: Tensor, packed: PackedFP4, offsets: Tensor) -> Tensor:
-    """The gradient of x of a grouped linear, for ``grad`` ``[rows, n]``."""
+def grouped_linear_grad_input(
+    grad: Tensor,
+    packed: PackedFP4,
+    offsets: Tensor,
+    product: Callable[[Tensor, PackedFP4], Tensor] = linear_grad_input,
+) -> Tensor:
+    """The gradient of x of a grouped linear, for ``grad`` ``[rows, n]``; ``product`` computes that of an expert."""
     out = torch.zeros((grad.shape[0], packed.k), dtype=grad.dtype, device=grad.device)
     for expert, rows in _groups(offsets):
-        out[rows] = linear_grad_input(grad[rows].contiguous(), packed.matrix(expert))
+        out[rows] = product(grad[rows].contiguous(), packed.matrix(expert))
     return out
 
 

@@ -213,21 +213,49 @@ def lane_offsets(GROUP: tl.constexpr):
 
 
 @triton.jit
+def load_values(
+    words, scales, at, word_at, scale_at, kind: tl.constexpr, dtype: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Codes times block scales of the tiles ``at`` ``[R, 1, 1]``: ``[R, 4 w, 8 g, 4 t, 4 s, 2 p, 2 r, 2 h]``."""
+    R: tl.constexpr = at.shape[0]
+    w = tl.load(words + at * 512 + word_at)
+    s = scale_pairs(tl.load(scales + at * (32 * 32 // GROUP) + scale_at), kind, dtype, PTX)
+    if GROUP == 32:  # a group serves two k-steps
+        s = tl.broadcast_to(s[:, :, :, :, None], (R, 128, 1, 2, 2))
+    return unpack_words(w, s.reshape((R, 128, 4)), kind, dtype, PTX).reshape((R, 4, 8, 4, 4, 2, 2, 2))
+
+
+@triton.jit
+def hide_joins(operand):
+    """The operand of a product as ``mma.sync`` wants it.
+
+    Triton picks k width 4 for one that comes from `join`, and then shuffles it between lanes, or loads it word by word;
+    an opaque move hides the joins: the fragment is taken as it lies (computeOrigBitWidth, Triton 3.6).
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [operand], dtype=operand.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
 def load_operand(
     words, scales, at, word_at, scale_at, kind: tl.constexpr, dtype: tl.constexpr, GROUP: tl.constexpr,
     PTX: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """The left operand ``[64 R, 64]`` of the tiles ``at`` ``[R, 1, 1]``: codes times block scales."""
     R: tl.constexpr = at.shape[0]
-    w = tl.load(words + at * 512 + word_at)
-    s = scale_pairs(tl.load(scales + at * (32 * 32 // GROUP) + scale_at), kind, dtype, PTX)
-    if GROUP == 32:  # a group serves two k-steps
-        s = tl.broadcast_to(s[:, :, :, :, None], (R, 128, 1, 2, 2))
-    a = unpack_words(w, s.reshape((R, 128, 4)), kind, dtype, PTX)
+    a = load_values(words, scales, at, word_at, scale_at, kind, dtype, GROUP, PTX)
     # R w g t s p r h -> (R w r g) (s h t p)
-    a = a.reshape((R, 4, 8, 4, 4, 2, 2, 2)).permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((R * 64, 64))
-    if PTX and not WGMMA:
-        # Triton picks k width 4 for a left operand that comes from `join`, and then shuffles it between lanes;
-        # an opaque move hides the joins: the fragment is taken as it lies (computeOrigBitWidth, Triton 3.6)
-        a = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [a], dtype=a.dtype, is_pure=False, pack=2)
-    return a
+    a = a.permute((0, 1, 6, 2, 4, 7, 3, 5)).reshape((R * 64, 64))
+    return hide_joins(a) if PTX and not WGMMA else a
+
+
+@triton.jit
+def load_rows(
+    words, scales, at, word_at, scale_at, kind: tl.constexpr, dtype: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """The values ``[64, 64 C]`` of the tiles ``at`` ``[C, 1, 1]``, side by side: codes times block scales."""
+    C: tl.constexpr = at.shape[0]
+    a = load_values(words, scales, at, word_at, scale_at, kind, dtype, GROUP, PTX)
+    # C w g t s p r h -> (w r g) (C s h t p)
+    return a.permute((1, 6, 2, 0, 4, 7, 3, 5)).reshape((64, C * 64))

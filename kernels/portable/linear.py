@@ -11,9 +11,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_operand, scale_pairs, unpack_words
+from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_operand
 from marlin_w4a16.kernels.launch import Launch, plan_linear
 from marlin_w4a16.kernels.layout import TILE, PackedFP4
+from marlin_w4a16.kernels.portable.dense import write_out
 from marlin_w4a16.kernels.replay import scratch, submit
 from marlin_w4a16.kernels.target import Target
 
@@ -105,25 +106,6 @@ def _epilogue_kernel(
     tl.store(out + row.to(tl.int64) * stride_out + column, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["k_tiles"])
-def _decode_kernel(words, scales, out, k_tiles, kind: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr):
-    SCALES: tl.constexpr = 32 // GROUP
-    row = tl.program_id(0)
-    col = tl.program_id(1)
-    tile = row.to(tl.int64) * k_tiles + col
-    lane = tl.arange(0, 128)[:, None]
-    w = tl.load(words + tile * 512 + lane * 4 + tl.arange(0, 4)[None, :])
-    dtype: tl.constexpr = tl.float16 if out.dtype.element_ty == tl.float16 else tl.bfloat16
-    s = tl.load(scales + tile * (32 * SCALES) + (lane // 4) * SCALES + tl.arange(0, SCALES)[None, :])
-    s = scale_pairs(s, kind, dtype, PTX)
-    if GROUP == 32:
-        s = tl.broadcast_to(s[:, :, :, None], (128, 1, 2, 2))
-    a = unpack_words(w, s.reshape((128, 4)), kind, dtype, PTX)
-    a = a.reshape((4, 8, 4, 4, 2, 2, 2)).permute((0, 5, 1, 3, 6, 2, 4)).reshape((64, 64))
-    at = (row * 64 + tl.arange(0, 64))[:, None].to(tl.int64) * (k_tiles * 64) + col * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + at, a.to(out.dtype.element_ty))
-
-
 def fused(
     x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Launch, *, ptx: bool, wgmma: bool
 ) -> None:
@@ -183,18 +165,7 @@ def through_dense(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor
     for first in range(0, row_tiles, step):
         tiles = slice(first, min(first + step, row_tiles))
         rows = slice(first * TILE, min(tiles.stop * TILE, packed.n))
-        words, scales = packed.words[tiles].contiguous(), packed.scales[tiles].contiguous()
-        submit(
-            _decode_kernel,
-            (words.shape[0], k_tiles),
-            words,
-            scales.view(torch.int32),
-            weight,
-            k_tiles,
-            kind=packed.kind,
-            GROUP=packed.group,
-            PTX=True,
-        )
+        write_out(packed.words[tiles].contiguous(), packed.scales[tiles].contiguous(), weight, packed.kind)
         columns = rows.stop - rows.start
         if powers is not None:
             weight[:columns].mul_(powers[rows, None])

@@ -2,6 +2,7 @@
 
 from types import FunctionType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -14,8 +15,10 @@ from marlin_w4a16.kernels.decode import route, tiles
 from marlin_w4a16.kernels.decode.tiles import Tiles
 from marlin_w4a16.kernels.decode.unpack import scale_pairs, unpack_words
 from marlin_w4a16.kernels.experts import Experts
+from marlin_w4a16.kernels.grad_launch import GradLaunch
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.portable import dense, grad_input
 from marlin_w4a16.kernels.portable import linear as kernels
 
 _patch = interpreter._patch_lang
@@ -53,18 +56,37 @@ def fused(x: Tensor, packed: PackedFP4, bias: Tensor | None, launch: Launch) -> 
     return out
 
 
-def decode(packed: PackedFP4) -> Tensor:
-    rows, columns = packed.words.shape[:2]
-    out, scales = torch.empty((64 * rows, 64 * columns), dtype=torch.float16), packed.scales.view(torch.int32)
-    kernels._decode_kernel[(rows, columns)](
-        packed.words, scales, out, columns, kind=packed.kind, GROUP=packed.group, PTX=False
-    )
+def decode(packed: PackedFP4, columns: slice | None = None) -> Tensor:
+    rows, all_columns = packed.words.shape[:2]
+    out = torch.empty((64 * rows, 64 * all_columns), dtype=torch.float16)
+    dense.write_out(packed.words, packed.scales, out, packed.kind, columns, ptx=False)
     return out
 
 
 def epilogue(parts: Tensor, packed: PackedFP4, bias: Tensor | None, rows: slice) -> Tensor:
     out = torch.empty((parts.shape[1], packed.n), dtype=torch.float16)
     kernels._epilogue(parts, packed, bias, out[:, rows], rows)
+    return out
+
+
+def scaled_gradient(grad: Tensor, packed: PackedFP4, programs: int) -> tuple[Tensor, Tensor]:
+    with patch.object(grad_input, "_SCALE_PROGRAMS", programs):
+        return grad_input.scaled_gradient(grad, packed)
+
+
+def fused_grad_input(grad: Tensor, packed: PackedFP4, launch: GradLaunch) -> Tensor:
+    out = torch.empty((grad.shape[0], packed.k), dtype=grad.dtype)
+    grad_input.fused(grad, packed, out, launch, ptx=False, wgmma=False)
+    return out
+
+
+def grad_input_through_dense(grad: Tensor, packed: PackedFP4, weight_bytes: int, parts_bytes: int) -> Tensor:
+    """With scratch of so many bytes; a CPU has no product of float16 into float32."""
+    out = torch.empty((grad.shape[0], packed.k), dtype=grad.dtype)
+    product = patch.object(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    scratch = patch.multiple(grad_input, _WEIGHT_BYTES=weight_bytes, _PARTS_BYTES=parts_bytes)
+    with product, scratch:
+        grad_input.through_dense(grad, packed, out, ptx=False)
     return out
 
 

@@ -3,7 +3,9 @@
 from dataclasses import replace
 from itertools import product
 
+from marlin_w4a16.kernels import grad_launch
 from marlin_w4a16.kernels import launch as tables
+from marlin_w4a16.kernels.grad_launch import GradLaunch
 from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_hopper
 from marlin_w4a16.kernels.target import Target
 
@@ -18,6 +20,12 @@ def launches(capability: tuple[int, int]) -> tuple[Launch, ...]:
     """Every launch of the portable kernel in a capability's table, without and with a split."""
     table = tables._HOPPER if Target(capability, PROCESSORS).hopper else tables._AMPERE
     return tuple(replace(r.launch, split_k=s) for r in table for s in (1, 4) if s == 1 or r.steps < tables._ANY)
+
+
+def grad_launches(capability: tuple[int, int]) -> tuple[GradLaunch, ...]:
+    """Every launch of the gradient's kernel in a capability's table, without and with a split."""
+    table = grad_launch._HOPPER if Target(capability, PROCESSORS).hopper else grad_launch._AMPERE
+    return tuple(replace(r.launch, split_n=s) for r in table for s in (1, 4))
 
 
 def hopper_expert_launches() -> dict[Stream, int]:

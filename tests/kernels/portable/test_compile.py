@@ -12,7 +12,8 @@ from kernels.portable.limits import CHIPS, FORMATS, HEAVIEST, OWN, assert_limits
 from kernels.recorder import DTYPES, Recorder, weight_without_memory
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.portable import linear as kernels
-from marlin_w4a16.kernels.portable.linear import _decode_kernel, _epilogue_kernel, _linear_kernel
+from marlin_w4a16.kernels.portable.dense import _decode_kernel
+from marlin_w4a16.kernels.portable.linear import _epilogue_kernel, _linear_kernel
 from narrow import matrix
 
 # Registers by (rows, tokens, warps) of a program: 9, 6, 4 and 1 of them fit on a multiprocessor, ...
@@ -98,6 +99,9 @@ DECODED = [*FORMATS, ("fp32", "e4m3", 16), ("fp32", "e8m0", 32)]
 def test_the_decode_kernel_is_small(capability, form):
     dtype, kind, group = form
     pointers = {"words": "*i32", "scales": "*i32", "out": f"*{dtype}"}
-    code = compiled(capability, _decode_kernel, pointers, {"kind": kind, "GROUP": group, "PTX": True})
+    constants = {"kind": kind, "GROUP": group, "TILES": 2, "PTX": True}
+    code = compiled(capability, _decode_kernel, pointers, constants, ("stride",))
     assert_no_spills(code)
-    assert code.registers <= 40 and code.shared <= 8 << 10
+    assert code.registers <= 72 and code.shared <= 16 << 10
+    wide = [i for i in code.instructions if i.startswith("STG")]
+    assert wide and all(i.startswith("STG.E.128") for i in wide)
