@@ -127,6 +127,12 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
         return [vars(t).get(_WRITES, 0) if t.is_inference() else t._version for t in tensors]
 
 
+def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether as many tensors have the shapes, strides and dtypes of these, in the mode of now, told by C++ at once."""
+    guards = _c._dynamo.guards.TensorGuards  # crashes without both lists of what may change; it keeps nothing alive
+    return cast(Callable[..., bool], guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check)
+
+
 def mark_written(tensors: Iterable[Tensor]) -> None:
     """Counts one write to each tensor, as an in-place operation would."""
     for tensor in tensors:

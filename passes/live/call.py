@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from marlin_w4a16.passes.graph.torch_private import GUARDS_LAYOUTS
+from marlin_w4a16.passes.graph.torch_private import GUARDS_LAYOUTS, layout_check
 from marlin_w4a16.passes.live.binding import Binding
-from marlin_w4a16.passes.live.snapshot import Snapshot, callback, laid_out_state_of, state_of
+from marlin_w4a16.passes.live.snapshot import Snapshot, callback, mark, state_of
 from marlin_w4a16.passes.outcome import Rejected, Row
 
-_state_of = state_of if GUARDS_LAYOUTS else laid_out_state_of
 log = logging.getLogger("marlin_w4a16")
 
 
@@ -54,6 +53,7 @@ class _Instance:
     """All leaves at one call and the packed tensors that belong to them, or why there are none."""
 
     leaves: Snapshot
+    same_layouts: Callable[[Sequence[Tensor]], bool]
     packed: list[Tensor] | Rejected
 
 
@@ -61,7 +61,7 @@ class LiveCall:
     """A compiled graph that runs with the weights it is called with.
 
     Each binding looks its own leaves up; while no leaf of the whole graph has changed since the last call with an
-    instance of the model, that is one comparison of marks, addresses and versions.
+    instance of the model, that is one comparison of identities, marks, addresses and versions.
 
     Args:
         compiled: the compiled form of ``rewritten.graph``.
@@ -83,15 +83,21 @@ class LiveCall:
         if self._wrappers:
             parts = [getattr(args[i], name) for i, names in self._wrappers.items() for name in names]
             leaves = [*leaves, *parts, *[args[i] for i in self._wrappers]]  # as `watched` orders them
-        state = _state_of(leaves)
-        instance = id(args[self._codes_leaf])
-        held = self._instances.get(instance)
-        if held is None or not held.leaves.holds(state):
-            snapshot = Snapshot(leaves, state, self._forget(instance))
-            held = self._instances[instance] = _Instance(snapshot, self._look_up(args, snapshot))
+        state = state_of(leaves)
+        held = self._instances.get(id(args[self._codes_leaf]))
+        if held is None or not held.leaves.holds(state) or not held.same_layouts(leaves):
+            held = self._look_all_up(args, leaves)
         if isinstance(held.packed, Rejected):
             return self._run_as_traced(held.packed, args)
         return self._compiled(*[args[i] for i in self._kept], *held.packed)
+
+    def _look_all_up(self, args: Sequence[Any], leaves: Sequence[Tensor]) -> _Instance:
+        instance = id(args[self._codes_leaf])
+        mark(leaves)
+        same_layouts = _same_layouts(leaves)
+        snapshot = Snapshot(leaves, state_of(leaves), self._forget(instance))
+        held = self._instances[instance] = _Instance(snapshot, same_layouts, self._look_up(args, snapshot))
+        return held
 
     def _look_up(self, args: Sequence[Any], user: Snapshot) -> list[Tensor] | Rejected:
         tensors = []
@@ -112,6 +118,14 @@ class LiveCall:
             self._warned = True
             log.warning("a weight changed and is no longer FP4 as compiled, so this graph runs eagerly: %s", why.reason)
         return self._traced(*args)
+
+
+def _same_layouts(leaves: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], bool]:
+    """Whether tensors are laid out as these are, where Dynamo's guards do not compare that already."""
+    if GUARDS_LAYOUTS:
+        return lambda _: True
+    check = layout_check(leaves)
+    return lambda tensors: check(*tensors)
 
 
 def _getter(positions: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

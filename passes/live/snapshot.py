@@ -1,15 +1,18 @@
 """The tensors of a call at one moment: which they are, where they lie, how often they were written to."""
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, is_wrapper, storage_of, versions_of
 
 T = TypeVar("T")
-State = tuple[list[Any], ...]
+State = tuple[Any, ...]
+_MARK = "_marlin_w4a16_mark"
 
 
 class Mark:
@@ -32,24 +35,48 @@ class Mark:
 
 
 def state_of(tensors: Sequence[Tensor]) -> State:
-    """Address, version and mark of each tensor, read as fast as Python can: it is read at every call."""
+    """Identity, mark, address and version of each tensor, read as fast as Python can: it is read at every call.
+
+    Neither mark nor identity alone says which tensor one is: shallow copies share a mark, and objects may be swapped.
+    """
     try:
         keys = [t._marlin_w4a16_mark.key for t in tensors]  # type: ignore[attr-defined]
     except AttributeError:
         keys = [_mark(t).key for t in tensors]
-    return list(map(Tensor.data_ptr, tensors)), versions_of(tensors), keys
+    return _identities(tuple(tensors)), keys, list(map(Tensor.data_ptr, tensors)), versions_of(tensors)
 
 
 def laid_out_state_of(tensors: Sequence[Tensor]) -> State:
-    """The same with shapes, strides and dtypes, which Dynamo's guards compare before a graph is called."""
+    """The same with shapes, strides and dtypes, of tensors that have marks of their own."""
+    mark(tensors)
     return *state_of(tensors), [(t.shape, t.stride(), t.dtype) for t in tensors]
 
 
+def mark(tensors: Iterable[Tensor]) -> None:
+    """Gives each tensor a mark of its own, before a state is read that is to be held against later ones."""
+    for tensor in tensors:
+        _mark(tensor)
+
+
+def _identities(objects: tuple[object, ...]) -> bytes:
+    """The ids of objects, which CPython's tuples are arrays of; `id` may cost 0.15 us each (see docs/design.md)."""
+    return ctypes.string_at(id(objects) + tuple.__basicsize__, len(objects) * tuple.__itemsize__)
+
+
 def _mark(tensor: Tensor) -> Mark:
-    mark = vars(tensor).get("_marlin_w4a16_mark")
-    if not isinstance(mark, Mark):
-        mark = vars(tensor)["_marlin_w4a16_mark"] = Mark()
-    return mark
+    """The mark of a tensor; a new one if it has none, or `copy.copy` gave its own to another tensor."""
+    attributes = vars(tensor)
+    if not isinstance(attributes.get(_MARK), Mark) or _references(attributes) > _ALONE:
+        attributes[_MARK] = Mark()
+    return cast(Mark, attributes[_MARK])
+
+
+def _references(attributes: dict[str, Any]) -> int:
+    """References to the mark among attributes, and those that counting makes, which differ between releases."""
+    return sys.getrefcount(attributes[_MARK])
+
+
+_ALONE = _references({_MARK: Mark()})
 
 
 def watched(tensors: Sequence[Tensor]) -> list[Tensor]:

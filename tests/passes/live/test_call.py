@@ -1,5 +1,6 @@
 import gc
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from marlin_w4a16.fake_impls.dequantize import dequantize
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.passes.live import call
 from marlin_w4a16.passes.live.call import LiveCall
 from marlin_w4a16.passes.rewrite import rewrite
 
@@ -75,6 +77,48 @@ def test_one_changed_leaf_is_noticed(live, model, i, name):
     after = live(a)
     assert_holds(after, a)
     assert [t.data_ptr() for t in after] == before
+
+
+LAYOUTS = {
+    "strides": lambda t: t.as_strided(t.shape, (1, t.shape[0])),
+    "shape": lambda t: t[:16],
+    "dtype": lambda t: t.view(torch.int8),
+}
+
+
+@pytest.fixture
+def looked_up():
+    """Counts how often the leaves of an instance are looked up."""
+    with patch.object(LiveCall, "_look_up", autospec=True, side_effect=LiveCall._look_up) as look_up:
+        yield lambda: look_up.call_count
+
+
+@pytest.mark.parametrize("i", [0, 1])
+@pytest.mark.parametrize("lay_out", LAYOUTS.values(), ids=LAYOUTS)
+def test_another_layout_of_the_same_memory_is_seen_where_no_guard_compares_it(
+    live, model, looked_up, monkeypatch, i, lay_out
+):
+    monkeypatch.setattr(call, "GUARDS_LAYOUTS", False)
+    instance = model()
+    live(instance)
+    codes = instance[i].codes
+    before = codes.data_ptr(), codes._version
+    for times in (1, 3):
+        codes.data, old = lay_out(codes.data), codes.data
+        live(instance)
+        assert (codes.data_ptr(), codes._version) == before and looked_up() == times + 1
+        codes.data = old
+        assert_holds(live(instance), instance)
+        assert looked_up() == times + 2
+
+
+@pytest.mark.parametrize("guards", [False, True])
+def test_an_unchanged_instance_is_looked_up_once(live, model, looked_up, monkeypatch, guards):
+    monkeypatch.setattr(call, "GUARDS_LAYOUTS", guards)
+    instances = model(), model()
+    for instance in 3 * instances:
+        assert_holds(live(instance), instance)
+    assert looked_up() == len(instances)
 
 
 def test_packed_tensors_die_with_the_instance(live, model):

@@ -1,11 +1,12 @@
+import copy
 import gc
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlin_w4a16.passes.graph.torch_private import mark_written
-from marlin_w4a16.passes.live.snapshot import Snapshot, state_of
+from marlin_w4a16.passes.live.snapshot import Snapshot, mark, state_of
 
 
 def tensors() -> list[Tensor]:
@@ -48,8 +49,33 @@ def test_views_of_one_memory_are_told_apart():
     rows = torch.zeros(8, 4)
     first, second = [rows[:4]], [rows[:4]]
     at = snapshot(first)
-    assert state_of(first)[:2] == state_of(second)[:2]
+    assert state_of(first)[2:] == state_of(second)[2:]
     assert holds(at, first) and not holds(at, second)
+
+
+def test_shallow_copies_are_told_apart_and_get_marks_of_their_own():
+    values = [nn.Parameter(torch.zeros(4), requires_grad=False)]
+    at, copies = snapshot(values), [copy.copy(values[0])]
+    assert state_of(values)[1:] == state_of(copies)[1:]
+    assert holds(at, values) and not holds(at, copies)
+    mark(copies)
+    deaths: list[object] = []
+    later = snapshot(copies, deaths.append)
+    assert holds(at, values) and holds(later, copies) and state_of(values)[1] != state_of(copies)[1]
+    del copies
+    gc.collect()
+    assert len(deaths) == 1 and holds(at, values)
+
+
+def test_marking_again_changes_nothing():
+    values = tensors()
+    at = snapshot(values)
+    mark(values)
+    assert holds(at, values)
+    torch.utils.swap_tensors(*values)
+    swapped = state_of(values)
+    mark(values)
+    assert state_of(values) == swapped
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -59,6 +59,34 @@ def test_one_that_shares_the_memory_but_not_the_version(fp4_linear, assert_near)
     assert_near(run(X), module(X))
 
 
+@pytest.mark.parametrize("name", ["codes", "scales", "factor", "table"])
+def test_a_shallow_copy_shares_the_memory_and_the_mark_but_not_the_version(fp4_linear, assert_near, name):
+    module = fp4_linear()
+    for key in ("codes", "scales", "factor", "table"):
+        setattr(module, key, nn.Parameter(getattr(module, key).data, requires_grad=False))
+    run, tensor = compiled(module), getattr(module, name)
+    assert_near(run(X), module(X))
+    twin = copy.copy(tensor)
+    assert (twin.data_ptr(), twin._version) == (tensor.data_ptr(), tensor._version)
+    tensor.copy_(tensor.flip(0) if tensor.ndim else tensor * 2)
+    setattr(module, name, twin)
+    for _ in range(2):
+        assert_near(run(X), module(X))
+    torch.utils.swap_tensors(twin, tensor)
+    assert_near(run(X), module(X))
+
+
+def test_shallow_copies_that_are_written_and_replaced(fp4_linear, assert_near):
+    """Each lies over the same memory, and every second one at the same address, as the same object would."""
+    module = fp4_linear()
+    module.factor = nn.Parameter(module.factor, requires_grad=False)
+    run, factor = compiled(module), module.factor
+    for _ in range(6):
+        module.factor = copy.copy(factor)
+        module.factor.mul_(2)
+        assert_near(run(X), module(X))
+
+
 def test_inference_tensors_that_were_marked_as_written(fp4_linear, assert_near):
     with torch.inference_mode():
         module, other = fp4_linear(), fp4_linear()
