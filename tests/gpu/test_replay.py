@@ -42,6 +42,15 @@ def op(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
     return torch.ops.marlin_w4a16.linear(x, *weight_args(packed), bias)
 
 
+def calls(code: str) -> dict[str, int]:
+    """How often what Inductor wrote calls launches, and ops of this library."""
+    lines = [line.strip() for line in code.splitlines() if not line.strip().startswith("#")]
+    names = {"linear_into", "moe_into"}
+    found = {name: sum(line.startswith(f"{name}(") for line in lines) for name in names}
+    counted = {name: count for name, count in found.items() if count}
+    return counted | {"torch.ops": sum("torch.ops.marlin_w4a16" in line for line in lines)}
+
+
 class Seen(TorchDispatchMode):
     """The ops of this library that were called."""
 
@@ -176,9 +185,8 @@ def test_modes_autocast_and_profilers_see_the_op():
     with torch.profiler.profile() as profile:
         marlin_w4a16.linear(x, packed)
     assert any(event.key == "marlin_w4a16::linear" for event in profile.key_averages())
-    mapped = torch.vmap(lambda row: marlin_w4a16.linear(row, packed), in_dims=0)
-    with pytest.raises(RuntimeError):  # the op has no rule for it, and says so
-        mapped(x)
+    mapped = torch.vmap(lambda row: marlin_w4a16.linear(row, packed))(x)
+    assert (mapped.double() - expected.double()).norm() <= 4e-3 * expected.double().norm()
 
 
 def test_hooks_of_triton_see_every_launch():
@@ -198,8 +206,8 @@ def test_hooks_of_triton_see_every_launch():
 @pytest.mark.parametrize("name", ["words", "scales", "multiplier"])
 @pytest.mark.parametrize(
     "change",
-    [lambda t: t[:0], lambda t: t.cpu(), lambda t: t.view(torch.uint8), lambda t: t.flatten()[:-1]],
-    ids=["shorter", "on the CPU", "another dtype", "another shape"],
+    [lambda t: t[:0], lambda t: t.cpu(), lambda t: t.flatten()[:-1], lambda t: t.double()],
+    ids=["shorter", "on the CPU", "another shape", "another dtype"],
 )
 def test_a_weight_that_was_changed_is_refused(name, change):
     packed, x = packed_weight(192, 576), random(20, 576)
@@ -260,8 +268,7 @@ def test_what_inductor_writes_calls_the_launches(backend):
         x = random(20, 512)
         out, (code,) = run_and_get_code(compiled, x)
         assert torch.equal(out, model(x))
-    assert code.count("linear_into(") == 2
-    assert "torch.ops.marlin_w4a16" not in code
+    assert calls(code) == {"linear_into": 2, "torch.ops": 0}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -285,4 +292,4 @@ def test_compiled_mixtures_call_the_launches():
     with torch.no_grad():
         out, (code,) = run_and_get_code(torch.compile(module, backend="marlin_w4a16"), x, ids, weights)
         assert torch.equal(out, module(x, ids, weights))
-    assert code.count("moe_into(") == 1 and "torch.ops.marlin_w4a16" not in code
+    assert calls(code) == {"moe_into": 1, "torch.ops": 0}
