@@ -56,7 +56,7 @@ class Proof:
 
     def __init__(self, device: int, seen: tuple[int | bool, ...]) -> None:
         self.device, self.seen = device, seen
-        self.calls: dict[int, Any] = {}  # what calls with a bias at an address keep
+        self.calls: dict[tuple[int, torch.dtype] | None, Any] = {}  # what calls with a bias, or none, keep
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # of this place alone: no copy and no file has it

@@ -13,7 +13,6 @@ from marlin_w4a16.fake_impls.library import (
     checked_weight,
     expect,
     expect_no_tangent,
-    format_args,
     register,
     save,
     saved,
@@ -24,6 +23,8 @@ from marlin_w4a16.fake_impls.library import (
 from marlin_w4a16.kernels.blocks.dequantize import linear_by_blocks, linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.target import supports
+
+_BIASES = 8  # with which the calls of a weight are kept
 
 
 def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
@@ -50,12 +51,14 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
 
 def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None, proof: Proof) -> Tensor:
     """A call whose arguments were proved to be right."""
-    out, where = new_output(x, packed.n), 0 if bias is None else bias.data_ptr()
-    call = proof.calls.get(where)
+    out, of_bias = new_output(x, packed.n), None if bias is None else (bias.data_ptr(), bias.dtype)
+    call = proof.calls.get(of_bias)
     if call is None:
         from marlin_w4a16.kernels.linear import BoundLinear  # Triton is on Linux only
 
-        call = proof.calls[where] = BoundLinear()
+        if len(proof.calls) >= _BIASES:
+            proof.calls.clear()
+        call = proof.calls[of_bias] = BoundLinear()
     call(x, packed, bias, out)
     return out
 
@@ -67,15 +70,26 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         *weight, bias, packed, proof = args
         ctx.save_for_backward(*weight)
-        ctx.format, ctx.bias_dtype = format_args(packed), None if bias is None else bias.dtype
+        ctx.packed, ctx.bias_dtype = packed, None if bias is None else bias.dtype
         return _launched(x, packed, bias, proof)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, *_, wants_bias, _, _ = ctx.needs_input_grad
-        weight = (*ctx.saved_tensors, *ctx.format)
-        grad_x = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight) if wants_x else None
+        _ = ctx.saved_tensors  # raises where one was written to since
+        grad_x = _gradient(grad, ctx.packed) if wants_x else None
         return grad_x, None, None, None, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None, None
+
+
+def _gradient(grad: Tensor, packed: PackedFP4) -> Tensor:
+    """``grad @ weight``, by the op where something would see it, as a gradient of it does."""
+    proof = proof_of(packed) if is_plain(grad) and not torch.is_grad_enabled() else None
+    if proof is None or proof.device != grad.get_device():
+        result: Tensor = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight_args(packed))
+        return result
+    from marlin_w4a16.kernels.grad_input import linear_grad_input as launched  # Triton is on Linux only
+
+    return launched(grad.reshape(-1, packed.n), packed).view(output_shape(grad.shape, packed.k))
 
 
 def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,8 @@ from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_h
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import fused, through_dense
 from marlin_w4a16.kernels.private import hooked
-from marlin_w4a16.kernels.replay import ALIGNED, Replay, Replays
+from marlin_w4a16.kernels.record import Replays
+from marlin_w4a16.kernels.replay import ALIGNED, Replay
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.kernels.target import Target
 

@@ -15,7 +15,7 @@ from marlin_w4a16.kernels.experts import Experts
 from marlin_w4a16.kernels.launch import Launch, Stream, plan_experts, plan_hopper_experts
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.grouped import FEW, grouped_product
-from marlin_w4a16.kernels.replay import Replays, scratch, submit
+from marlin_w4a16.kernels.record import Replays, scratch, submit
 from marlin_w4a16.kernels.target import Target
 
 _SUM_BLOCK = 512

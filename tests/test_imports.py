@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "marlin_w4a16"
 _NUMERICS = (
     "private",
+    "record",
     "replay",
     "target",
     "scale_bytes",

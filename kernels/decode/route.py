@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from marlin_w4a16.kernels.decode.tiles import Tiles, bins_for, empty_tiles, end_tiles, most_tiles, write_tiles
-from marlin_w4a16.kernels.replay import scratch, submit
+from marlin_w4a16.kernels.record import scratch, submit
 
 FEW = 128  # pairs up to which each is compared with all others
 _BLOCK = 4096  # pairs looked at at a time

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from marlin_w4a16.kernels.replay import scratch, submit
+from marlin_w4a16.kernels.record import scratch, submit
 
 
 @dataclass(frozen=True, slots=True, eq=False)

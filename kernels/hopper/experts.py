@@ -32,7 +32,7 @@ from marlin_w4a16.kernels.hopper.rings import (
 )
 from marlin_w4a16.kernels.launch import Stream
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.kernels.replay import submit
+from marlin_w4a16.kernels.record import submit
 
 activate = gluon.jit(in_triton.activate.fn)
 

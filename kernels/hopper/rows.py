@@ -23,7 +23,7 @@ from marlin_w4a16.kernels.decode.fragments import copy_to_shared, scale_pairs, u
 from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN
 from marlin_w4a16.kernels.launch import Rows
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.kernels.replay import submit
+from marlin_w4a16.kernels.record import submit
 
 _X_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _REGISTERS = 128  # a lane: 16 warps fill a multiprocessor, of one program or of two

@@ -31,7 +31,7 @@ from marlin_w4a16.kernels.hopper.rings import (
 from marlin_w4a16.kernels.hopper.schedule import Work, k_block, place, share
 from marlin_w4a16.kernels.launch import Stream, division
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.kernels.replay import scratch, submit
+from marlin_w4a16.kernels.record import scratch, submit
 
 _HALF_REGISTERS = 128  # of a multiprocessor, so that the next kernel starts beside a program of four warps
 _SUMS = 1024  # elements a program of the second kernel sums

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.decode.unpack import lane_offsets, load_rows
 from marlin_w4a16.kernels.layout import TILE
-from marlin_w4a16.kernels.replay import submit
+from marlin_w4a16.kernels.record import submit
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 
 _TILES = 2  # side by side, of a program: a row of them is two lines of memory in 16 bits

@@ -15,7 +15,7 @@ from marlin_w4a16.kernels.grad_launch import GradLaunch
 from marlin_w4a16.kernels.layout import TILE, PackedFP4
 from marlin_w4a16.kernels.portable.dense import write_out
 from marlin_w4a16.kernels.portable.linear import wait_for_products
-from marlin_w4a16.kernels.replay import scratch, submit
+from marlin_w4a16.kernels.record import scratch, submit
 
 _SCALE_BLOCK = 2048
 _EPILOGUE_BLOCK = 1024

@@ -18,7 +18,7 @@ from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_o
 from marlin_w4a16.kernels.launch import Launch
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import wait_for_products
-from marlin_w4a16.kernels.replay import submit
+from marlin_w4a16.kernels.record import submit
 
 FEW = Launch(64, 16, 128, 1, 4, 4)  # where every pair has a tile of its own
 

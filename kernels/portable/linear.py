@@ -15,7 +15,7 @@ from marlin_w4a16.kernels.decode.unpack import UNPACK_GAIN, lane_offsets, load_o
 from marlin_w4a16.kernels.launch import Launch, plan_linear
 from marlin_w4a16.kernels.layout import TILE, PackedFP4
 from marlin_w4a16.kernels.portable.dense import write_out
-from marlin_w4a16.kernels.replay import scratch, submit
+from marlin_w4a16.kernels.record import scratch, submit
 from marlin_w4a16.kernels.target import Target
 
 _EPILOGUE_BLOCK = 1024

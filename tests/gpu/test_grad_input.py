@@ -170,7 +170,9 @@ def test_any_multipliers(name, m, run, poisoned):
     out = run(grad, pack(weight))
     exact = grad.double() @ weight.decode()
     gate = ONCE if name in ("negative", "far apart", "all but one zeros") else TWICE
-    assert not out.isnan().any() and (out.double() - exact).norm() <= gate[grad.dtype] * exact.norm()
+    best = (exact.to(out.dtype).double() - exact).norm()
+    assert not out.isnan().any()
+    assert (out.double() - exact).norm() <= max(gate[grad.dtype] * exact.norm(), 1.02 * best)
 
 
 @pytest.mark.parametrize("m", [3, 100, 300])

@@ -277,7 +277,7 @@ def test_gradients_are_those_of_the_dense_weight():
     grad = torch.randn(5, 200, device="cuda", dtype=torch.bfloat16)
     linear(x, pack(weight), bias).backward(grad)
     exact = grad.double() @ dense.double()
-    assert ((x.grad.double() - exact).norm() / exact.norm()).item() < 2.5e-3  # rows have different multipliers
+    assert ((x.grad.double() - exact).norm() / exact.norm()).item() < 1.75e-3
     assert torch.equal(bias.grad, grad.float().sum(0).bfloat16())
 
 

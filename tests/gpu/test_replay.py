@@ -137,6 +137,14 @@ def test_a_bias_off_the_grid():
         assert torch.equal(marlin_w4a16.linear(x, packed, bias), linears.linear(x, packed, bias))
 
 
+def test_another_bias_at_the_address_of_one_that_is_gone():
+    packed, x, memory = packed_weight(192, 576), random(20, 576), torch.zeros(768, dtype=torch.uint8, device="cuda")
+    for dtype in (torch.float32, BF16, torch.float32, torch.float16):
+        bias = memory.view(dtype)[:192].normal_()
+        for _ in range(2):
+            assert torch.equal(marlin_w4a16.linear(x, packed, bias), linears.linear(x, packed, bias))
+
+
 def test_mixtures_have_the_bits_of_the_general_way(general):
     for biases in (False, True):
         first, second = stack(16, 256, 512), stack(16, 512, 128)

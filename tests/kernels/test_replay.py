@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels import private, replay
-from marlin_w4a16.kernels.replay import Recording, Replay, Replays, scratch, submit
+from marlin_w4a16.kernels import private, record, replay
+from marlin_w4a16.kernels.record import Recording, Replays, scratch, submit
+from marlin_w4a16.kernels.replay import Replay
 
 X, W, OUT = (torch.zeros(64) for _ in range(3))
 META = {"swizzle": 3, "elem_size": 2, "elem_type": 5, "block_size": (16, 64)}
@@ -210,7 +211,7 @@ def replays(driver, monkeypatch) -> Replays:
     """Those of a machine whose current GPU has the tensors of these tests."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(private, "hooked", lambda: False)
-    monkeypatch.setattr(replay, "hooked", lambda: False)
+    monkeypatch.setattr(record, "hooked", lambda: False)
     return Replays()
 
 
@@ -247,22 +248,22 @@ def test_what_cannot_be_kept_is_not_recorded_again(replays, driver):
 def test_hooks_of_triton_see_every_launch(replays, driver, monkeypatch):
     kernel, tensors = Kernel(), (X, W, OUT)
     replays.record("key", tensors, call_with(kernel))
-    monkeypatch.setattr(replay, "hooked", lambda: True)
+    monkeypatch.setattr(record, "hooked", lambda: True)
     assert not replays.run("key", tensors)
     replays.record("key", tensors, call_with(kernel))
     assert kernel.calls == 2
-    monkeypatch.setattr(replay, "hooked", lambda: False)
+    monkeypatch.setattr(record, "hooked", lambda: False)
     assert replays.run("key", tensors)
 
 
 def test_another_current_device_is_not_that_of_a_call(replays, driver, monkeypatch):
     replays.record("key", (X, W, OUT), call_with(Kernel()))
-    monkeypatch.setattr(replay, "current_device", lambda: 5)
+    monkeypatch.setattr(record, "current_device", lambda: 5)
     assert not replays.run("key", (X, W, OUT))
 
 
 def test_the_oldest_calls_are_forgotten(replays, driver, monkeypatch):
-    monkeypatch.setattr(replay, "_MOST", 2)
+    monkeypatch.setattr(record, "_MOST", 2)
     for key in "abc":
         replays.record(key, (X, W, OUT), call_with(Kernel()))
     assert [replays.run(key, (X, W, OUT)) for key in "abc"] == [False, True, True]
