@@ -17,7 +17,7 @@ from marlin_w4a16.kernels.portable.dense import write_out
 from marlin_w4a16.kernels.portable.linear import wait_for_products
 from marlin_w4a16.kernels.record import scratch, submit
 
-_SCALE_BLOCK = 2048
+_SCALE_BLOCK = 1024
 _EPILOGUE_BLOCK = 1024
 _STEP = 2 * TILE  # the most weight rows of a step: scaled gradients have columns for whole ones
 _SCALE_PROGRAMS = 1024  # beyond, programs take tokens in turn: each looks through all multipliers

@@ -18,7 +18,7 @@ from narrow import case, matrix
 
 # Registers by (tokens, columns, warps) of a program.
 AMPERE_REGISTERS = {(16, 64, 4): 88, (32, 64, 4): 128, (64, 64, 4): 128, (128, 128, 8): 224}
-HOPPER_REGISTERS = {(16, 64, 4): 80, (32, 64, 4): 128, (64, 128, 4): 128, (128, 128, 8): 128}
+HOPPER_REGISTERS = {(16, 64, 4): 80, (32, 64, 4): 128, (64, 64, 4): 96, (128, 64, 4): 152}
 NAMES = ("_scale_kernel", "_grad_input_kernel", "_epilogue_kernel")
 
 
