@@ -16,6 +16,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,21 +106,32 @@ def experts(n: int, k: int) -> FP4Weight:
     return FP4Weight(*(t.unflatten(0, (128, n)) for t in (one.codes, one.scales, one.multiplier)), one.kind, one.group)
 
 
+class Chain(nn.Module):
+    """Mixtures one after the other, or linears, which leave ids and weights alone."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, *routing) if isinstance(layer, PackedExperts) else layer(x)
+        return x
+
+
 def moe() -> list[Row]:
-    """A mixture of which each token chooses 8 of 128 experts, beside ONE dense linear."""
-    packed = PackedExperts(experts(512, 1024), experts(1024, 256), Activation(), "gate_up")
-    _, dense = packed_linear()
+    """Mixtures of which each token chooses 8 of 128 experts, in chains of eight, beside ONE dense linear each."""
+    layers = [PackedExperts(experts(512, 1024), experts(1024, 256), Activation(), "gate_up") for _ in range(8)]
+    packed, dense = Chain(*layers), Chain(*(packed_linear()[1] for _ in range(8)))
     rows = []
     for tokens in (1, 64):
         x = torch.randn(tokens, 1024, device="cuda", dtype=DTYPE)
         weights, ids = torch.rand(tokens, 128, device="cuda", dtype=DTYPE).topk(8)
         for name, bar, compiles in (("eager", "<= 5", lambda module: module), ("compiled", "<= 3", compiled)):
-            one, other = compiles(packed), compiles(dense)
-            calls = {
-                "packed": lambda x=x, one=one, ids=ids, weights=weights: one(x, ids, weights),
-                "dense": lambda x=x, other=other: other(x),
-            }
-            rows.append(compared(f"{name} mixture, {tokens} tokens", calls, bar, 50, faster=False))
+            torch._dynamo.reset()
+            inputs = {"packed": compiles(packed), "dense": compiles(dense)}
+            calls = {key: partial(one, x, ids, weights) for key, one in inputs.items()}
+            rows.append(compared(f"{name} mixture, {tokens} tokens", calls, bar, 10, faster=False, each=8))
     return rows
 
 
@@ -233,17 +246,20 @@ TRAINED = ("train",)
 
 
 def profile() -> None:
-    """Where the host's time of an eager call goes."""
+    """Where the host's time of an eager call goes, by cProfile, which makes calls of functions look dear."""
     packed, _ = packed_linear()
     for m in (1, 512):
         x = torch.randn(m, SIZE, device="cuda", dtype=DTYPE)
         for _ in range(5):
             packed(x)
-        profiler = cProfile.Profile()
-        profiler.runcall(lambda x=x: [packed(x) for _ in range(200)])
+        profiler, calls = cProfile.Profile(), 200
+        profiler.runcall(lambda x=x: [packed(x) for _ in range(calls)])
         torch.cuda.synchronize()
-        print(f"M = {m}: 200 calls")
-        pstats.Stats(profiler).sort_stats("tottime").print_stats(14)
+        stats: Any = pstats.Stats(profiler)
+        found = [(own, total, name) for name, (_, _, own, total, _) in stats.stats.items()]
+        print(f"M = {m}: us a call, in a function alone and with what it calls")
+        for own, total, (file, _, function) in sorted(found, reverse=True)[:14]:
+            print(f"{own / calls * 1e6:8.1f} {total / calls * 1e6:8.1f}  {function} ({Path(file).name})")
 
 
 def show(rows: Sequence[Row]) -> None:
