@@ -26,6 +26,7 @@ import marlin_w4a16
 from marlin_w4a16 import Activation, FP4Weight, PackedExperts, PackedLinear, quantize_nvfp4
 from marlin_w4a16.cli.measure import Work, generate
 
+PROFILED = 200  # calls
 SIZE = 1024  # rows and columns of single linears: the GPU never limits
 DTYPE = torch.bfloat16
 LLAMA_8B = {
@@ -252,14 +253,14 @@ def profile() -> None:
         x = torch.randn(m, SIZE, device="cuda", dtype=DTYPE)
         for _ in range(5):
             packed(x)
-        profiler, calls = cProfile.Profile(), 200
-        profiler.runcall(lambda x=x: [packed(x) for _ in range(calls)])
+        profiler = cProfile.Profile()
+        profiler.runcall(lambda x=x: [packed(x) for _ in range(PROFILED)])
         torch.cuda.synchronize()
         stats: Any = pstats.Stats(profiler)
         found = [(own, total, name) for name, (_, _, own, total, _) in stats.stats.items()]
         print(f"M = {m}: us a call, in a function alone and with what it calls")
         for own, total, (file, _, function) in sorted(found, reverse=True)[:14]:
-            print(f"{own / calls * 1e6:8.1f} {total / calls * 1e6:8.1f}  {function} ({Path(file).name})")
+            print(f"{own / PROFILED * 1e6:8.1f} {total / PROFILED * 1e6:8.1f}  {function} ({Path(file).name})")
 
 
 def show(rows: Sequence[Row]) -> None:
