@@ -39,6 +39,7 @@ if "attached_loggers" in getattr(catching_logs, "__slots__", ()):
 # tensors this small are slower on several threads, which spin while they wait: up to ten times in several workers
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no process that waits for kernels of GPUs beside each that compiles
 
 
 @functools.cache
@@ -51,6 +52,12 @@ def missing_gpu() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--wide", action="store_true", help="also run what is marked wide: the whole matrices")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Inductor writes scalar loops, but with ``--wide``: g++ takes two thirds of the time, and tries no vectors."""
+    if not config.getoption("--wide"):
+        os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,12 +10,13 @@ from hf.dense import relative
 from hf.loading import choosing, kinds, load, loaded, logits, reference
 from hf.matrix import COMPILE, FEW_ON_LLAMA, MIXTURES, TRACE, params
 
-BY_INDUCTOR = [
-    ("ct-nvfp4a16", "llama"), ("ct-nvfp4a16", "gemma3-tied"), ("modelopt-awq", "llama"),
-    ("modelopt-w4a16", "qwen3moe"), ("modelopt-nemotron", "nemotronh"), ("gpt-oss", "gptoss"),
+BY_INDUCTOR = [("ct-nvfp4a16", "llama"), ("gpt-oss", "gptoss")]
+BY_THE_BACKEND = [
+    ("ct-nvfp4a16", "gemma3-tied"), ("modelopt-awq", "llama"), ("modelopt-w4a16", "qwen3moe"),
+    ("modelopt-nemotron", "nemotronh"),
 ]  # fmt: skip
-# those that Inductor compiles are one graph already
-TRACED_ALONE = {*FEW_ON_LLAMA, *MIXTURES, ("modelopt-head", "llama")} - {*BY_INDUCTOR}
+# those that the backend compiles are one graph already
+TRACED_ALONE = {*FEW_ON_LLAMA, *MIXTURES, ("modelopt-head", "llama")} - {*BY_INDUCTOR, *BY_THE_BACKEND}
 
 
 def told(linears: int, experts: int) -> list[str]:
@@ -46,13 +47,22 @@ def test_one_graph(name, family):
     assert counters["stats"]["unique_graphs"] == 1 and relative(found, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("name, family", params(COMPILE.cases, BY_INDUCTOR))
-def test_one_graph_gives_the_logits_of_eager(name, family, caplog):
+def assert_logits_of_eager(name, family, caplog) -> None:
     model, kind = loaded(name, family, torch.float32), list(kinds(name, family).values())
     found = compiled_once(model, told(kind.count("CheckpointLinear"), kind.count("CheckpointExperts")), caplog)
     assert relative(found, logits(model)) <= 1e-5
     assert relative(found, logits(reference(name, family, torch.float32))) <= 1e-5
     assert torch.equal(found.argmax(-1), logits(model).argmax(-1))
+
+
+@pytest.mark.parametrize("name, family", params(COMPILE.cases, BY_INDUCTOR))
+def test_one_graph_gives_the_logits_of_eager(name, family, caplog):
+    assert_logits_of_eager(name, family, caplog)
+
+
+@pytest.mark.parametrize("name, family", BY_THE_BACKEND)
+def test_what_the_backend_hands_to_inductor_gives_the_logits_of_eager(name, family, as_traced, caplog):
+    assert_logits_of_eager(name, family, caplog)
 
 
 @pytest.mark.parametrize("name", ["ct-mxfp4", "modelopt-nvfp4"])

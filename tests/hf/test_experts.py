@@ -117,7 +117,7 @@ def test_gradients_go_through_them_to_the_router(family):
 
 
 @pytest.mark.parametrize("family", FEW, ids=str)
-def test_a_state_goes_into_a_second_instance_and_copies_stand_alone(family):
+def test_a_state_goes_into_a_second_instance_and_copies_stand_alone(family, as_traced):
     dense, first = models(family)
     other_dense, second = models(family, seed=7)
     compiled = torch.compile(logits, backend="marlin_w4a16", fullgraph=True)

@@ -41,18 +41,19 @@ def compiled_linear(
 def variants() -> list[Any]:
     """Every launch in every format; two formats where the machine code is all but that of SM80.
 
-    Of these are narrow: the first launch in all formats, any other in one and, without a split, in the heaviest; half
-    of the launches of SM86 and SM89.
+    Of these are narrow: the first launch in half of the formats, the other half on the other chip; any other in one,
+    which is the heaviest without a split; a quarter of the launches of SM86 and SM89.
     """
     found = []
     for chip, capability in enumerate(CHIPS):
         for number, launch in enumerate(launches(capability)):
             one = FORMATS[(number + number // 2) % 8]
             if capability in OWN:
-                kept = FORMATS if number == 0 else [one, HEAVIEST] if launch.split_k == 1 else [one]
+                half = [FORMATS[i] for i in ((0, 3, 5, 6) if chip == 0 else (1, 2, 4, 7))]
+                kept = half if number == 0 else [HEAVIEST] if launch.split_k == 1 else [one]
                 found += [named(capability, launch, *form, narrow=form in kept) for form in FORMATS]
             else:
-                found.append(named(capability, launch, *one, narrow=(number + chip) % 2 == 0))
+                found.append(named(capability, launch, *one, narrow=(number + chip) % 4 == 0))
                 found.append(named(capability, launch, *FORMATS[-1 - FORMATS.index(one)], narrow=False))
     return found
 

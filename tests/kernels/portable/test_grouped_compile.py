@@ -67,7 +67,8 @@ def planned(capability: tuple[int, int]) -> list[Launch]:
 
 def variants() -> list[Any]:
     """Every launch of every product on SM80 and SM90, in every format for a few tokens; one where the machine code is
-    all but that of SM80. Narrow: one format and, for a few tokens, the heaviest; half of what is all but SM80's."""
+    all but that of SM80. Narrow: one format and, for a few tokens, the heaviest; for more tokens the second product on
+    one chip and the grouped linear on the other; half of what is all but SM80's."""
     found = []
     for chip, capability in enumerate(CHIPS):
         own = capability in OWN
@@ -76,7 +77,8 @@ def variants() -> list[Any]:
                 continue
             every, one = own and launch.block_m == 16 and what == "first", FORMATS[number % len(FORMATS)]
             for form in FORMATS if every else [one]:
-                narrow = form in (one, HEAVIEST) and (own or (number + chip) % 2 == 0)
+                twice = launch != FEW and what == ("grouped" if chip == 0 else "second")
+                narrow = form in (one, HEAVIEST) and (not twice if own else (number + chip) % 2 == 0)
                 found.append(named(capability, launch, what, *form, narrow=narrow))
     return found
 
