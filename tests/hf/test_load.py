@@ -26,6 +26,7 @@ from hf.loading import (
 from hf.matrix import LEFT, LOAD, MIXTURES, OWN_HEADS, REFUSED, params
 from marlin_w4a16 import PackedExperts, PackedLinear
 from marlin_w4a16.hf import CheckpointError, report
+from marlin_w4a16.tensors import held_tensors
 
 CODES_AND_SCALES = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "scale")
 BIASES = {"bias", "bias13", "bias2", "gate_up_proj_bias", "down_proj_bias"}
@@ -104,7 +105,7 @@ def test_experts_take_no_more_bytes_than_their_files(name, family):
     """But for a multiplier of each row and the rows that fill a tile."""
     model, tensors = loaded(name, family, torch.bfloat16), unstacked(stored(name, family))
     in_files = sum(t.nbytes for key, t in tensors.items() if ".experts." in key)
-    held = sum(p.nbytes for m in experts_of(model).values() for p in (*m.parameters(), *m.buffers()))
+    held = sum(tensor.nbytes for module in experts_of(model).values() for tensor in held_tensors(module))
     assert held <= 1.6 * in_files
 
 

@@ -179,7 +179,7 @@ def test_the_keys_of_its_state_and_the_parameter_that_is_none_of_them(form, modu
     assert list(state) == keys and not any(isinstance(tensor, nn.Parameter) for tensor in state.values())
     kept = module.state_dict(keep_vars=True)
     assert list(kept) == keys and all(kept[name] is tensor for name, tensor in module.bits().items())
-    more = {parameters[0]: torch.empty(0)} if parameters[0] not in keys else {}
+    more = {parameters[0]: torch.empty(0, 0)} if parameters[0] not in keys else {}
     for _ in range(2):  # with it and without it
         assert str(module.load_state_dict(state | more)) == "<All keys matched successfully>"
     assert [name for name, _ in module.named_parameters()] == parameters
@@ -202,7 +202,7 @@ def test_a_dense_weight_is_unexpected():
     dense = {"weight": torch.randn(N, K), "bias": torch.zeros(N)}
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "weight"'):
         module.load_state_dict(dense)
-    assert module.load_state_dict(dense, strict=False).unexpected_keys == ["weight"] and module.weight.shape == (0,)
+    assert module.load_state_dict(dense, strict=False).unexpected_keys == ["weight"] and module.weight.shape == (0, 0)
 
 
 def test_a_tensor_of_another_shape_is_refused(module):

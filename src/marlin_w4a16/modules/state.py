@@ -58,7 +58,7 @@ class PackedState(nn.Module):
         """Adds the empty parameter, where one is needed."""
         told = next((bias.dtype for bias in biases.values() if bias is not None), None)
         if told is None or self._is_always_told:
-            empty = torch.empty(0, dtype=told or dtype, device=device)
+            empty = torch.empty(0, 0, dtype=told or dtype, device=device)
             self.register_parameter(self._empty, nn.Parameter(empty, requires_grad=False))
 
     def register_bits(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
@@ -192,7 +192,7 @@ def parameter_of(bias: Tensor | None) -> nn.Parameter | None:
 
 
 def _is_empty(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and tensor.shape == (0,)
+    return isinstance(tensor, Tensor) and not tensor.numel()
 
 
 def _read(state: Any) -> Any:
