@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import marlin_w4a16.hf
 from marlin_w4a16.checkpoints import files
+from marlin_w4a16.tensors import held_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # quantization_config as ModelOpt (NVFP4) and compressed-tensors (MXFP4) write it
@@ -105,7 +106,7 @@ def load(folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE)
     seconds = time.perf_counter() - start
-    held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    held = sum(tensor.nbytes for tensor in held_tensors(model))
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     return {"held": held, "peak": peak, "bound": held + largest + (64 << 20), "seconds": seconds}
 

@@ -40,6 +40,7 @@ from torch._inductor import cudagraph_trees
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import marlin_w4a16.hf
+from marlin_w4a16.tensors import held_tensors
 
 CACHE, CONTEXT, CHUNK = 512, 256, 64  # tokens: room, filled before the first step, at a time
 WARM_UP, STEPS = 8, 96
@@ -100,8 +101,7 @@ class Decoder:
 
 
 def bytes_of(module: nn.Module) -> int:
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in held_tensors(module))
 
 
 @contextmanager

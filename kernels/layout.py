@@ -86,6 +86,11 @@ class PackedFP4:
         words, scales, multiplier = (t[index] for t in (self.words, self.scales, self.multiplier))
         return replace(self, words=words, scales=scales, multiplier=multiplier)
 
+    def to(self, device: torch.device) -> "PackedFP4":
+        """The same weight on a device."""
+        words, scales, multiplier = (t.to(device) for t in (self.words, self.scales, self.multiplier))
+        return replace(self, words=words, scales=scales, multiplier=multiplier)
+
     def contiguous(self) -> "PackedFP4":
         """The same weight, its tensors laid out as the kernels read them; itself where they are."""
         tensors = (self.words, self.scales, self.multiplier)

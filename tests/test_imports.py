@@ -45,7 +45,7 @@ STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("passes.replace",),),
     (("passes.fuse",),),
     (("passes",),),
-    (("version", "options", "refresh"), ("checkpoints",)),
+    (("version", "options", "tensors", "refresh"), ("checkpoints",)),
     (("report",),),
     (("modules",), ("backend",)),
     (("producers",),),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from marlin_w4a16 import PackedLinear, prepare, quantize_nvfp4, restore
 from marlin_w4a16.prepare import Swap
 from marlin_w4a16.producers import torchao as producer
+from marlin_w4a16.tensors import held_tensors
 from swaps import refusals
 
 DENSE = "its weight is dense torch.float32, of no producer of FP4"
@@ -65,8 +66,8 @@ def storages(model: nn.Module) -> list[weakref.ref]:
     return [
         weakref.ref(t.untyped_storage())
         for module in (model.up, model.down)
-        for name, held in (*module.named_parameters(), *module.named_buffers())
-        if name != "bias"
+        for held in held_tensors(module)
+        if held is not module.bias
         for t in plain(held)
         if t.numel() > 1
     ]

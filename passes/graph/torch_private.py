@@ -194,6 +194,12 @@ def add_static_input(graph: fx.Graph, like: fx.Node, member: str, value: Tensor)
     return node, fake
 
 
+def stays(tensor: Tensor) -> Tensor:
+    """Marks a tensor as ``mark_static_address`` and ``mark_static`` of Dynamo do: its address and its sizes stay."""
+    vars(tensor).update(_dynamo_static_input_type="unguarded", _dynamo_static_indices=set(range(tensor.ndim)))
+    return tensor
+
+
 def fake_result(node: fx.Node, like: fx.Node) -> Any:
     """Runs a new node's operator on the example values of its inputs; fakes are made as that of ``like`` was."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
@@ -201,18 +207,11 @@ def fake_result(node: fx.Node, like: fx.Node) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def mode_patches(mode: str) -> dict[str, Any]:
-    """The Inductor settings of a torch.compile mode."""
+def modes() -> dict[str, dict[str, Any]]:
+    """The torch.compile modes by name, as Inductor settings."""
     from torch._inductor import list_mode_options
 
-    return dict(list_mode_options(mode))
-
-
-def modes() -> list[str]:
-    """The names of the torch.compile modes."""
-    from torch._inductor import list_mode_options
-
-    return list(list_mode_options())
+    return dict(list_mode_options())
 
 
 def compile_graph(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from marlin_w4a16.passes.graph.torch_private import mode_patches, modes
+from marlin_w4a16.passes.graph.torch_private import modes
 from marlin_w4a16.passes.settings import ActivationQuant, Rules, Settings
 
 
@@ -61,12 +61,12 @@ class Options:
         if self.activation_quant not in get_args(ActivationQuant):
             raise ValueError(unknown("activation_quant", self.activation_quant, list(get_args(ActivationQuant))))
         if self.mode is not None and self.mode not in modes():
-            raise ValueError(unknown("mode", self.mode, modes()))
+            raise ValueError(unknown("mode", self.mode, list(modes())))
 
     @property
     def patches(self) -> dict[str, Any]:
         """The settings Inductor compiles with."""
-        return {**(mode_patches(self.mode) if self.mode else {}), **self.inductor}
+        return {**(modes()[self.mode] if self.mode else {}), **self.inductor}
 
     @property
     def settings(self) -> Settings:

@@ -152,7 +152,7 @@ def _packed_as_found(producer: str, found: FoundModule, module: nn.Module) -> Pa
         packed = HOOKS
     else:
         fitted = weight.fit(found.dtype)
-        packed = PackedLinear(pack(fitted), module.bias).train(module.training)  # type: ignore[arg-type]
+        packed = PackedLinear(pack(fitted), module.bias, found.dtype).train(module.training)  # type: ignore[arg-type]
         unfitted = None if fitted is weight else (weight.scales.clone(), weight.multiplier)
     if not isinstance(packed, Rejected):
         device = weight.codes.device

@@ -1,10 +1,9 @@
 """Tells compiled graphs of writes that leave no trace."""
 
-from collections.abc import Iterator
-
-from torch import Tensor, nn
+from torch import nn
 
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, mark_written
+from marlin_w4a16.tensors import held_tensors
 
 
 def refresh(model: nn.Module) -> None:
@@ -18,11 +17,4 @@ def refresh(model: nn.Module) -> None:
         model: the model, compiled or not, or a part of it. Its parameters, its buffers and the tensors among its
             modules' attributes count as written.
     """
-    mark_written(part for tensor in _tensors(model) for part in inner_tensors(tensor))
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+    mark_written(part for tensor in held_tensors(model) for part in inner_tensors(tensor))

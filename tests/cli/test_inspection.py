@@ -1,6 +1,7 @@
 import json
 import re
 import struct
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from marlin_w4a16.cli import inspection
 from marlin_w4a16.cli.inspection import Inspection, Line, inspect
 from marlin_w4a16.hf.experts.modules import CheckpointExperts
 from marlin_w4a16.kernels.layout import packed_nbytes
+from marlin_w4a16.modules.state import PackedState
 
 Q = "model.layers.0.self_attn.q_proj"
 FILE = "model.safetensors"
@@ -36,7 +38,8 @@ def stored_bytes(folder: Path) -> int:
 def held_bytes(model: torch.nn.Module) -> int:
     """Bytes of what a model holds of its checkpoint."""
     made = ("inv_freq", "embed_scale", "unfitted_rows", "unfitted_scales")
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    packed = (module.bits().items() for module in model.modules() if isinstance(module, PackedState))
+    tensors = [*model.named_parameters(), *model.named_buffers(), *chain.from_iterable(packed)]
     return sum(tensor.nbytes for name, tensor in tensors if not name.endswith(made))
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.models import FAMILIES
+from marlin_w4a16 import PackedLinear, quantize
 from marlin_w4a16.cli import measure
 from marlin_w4a16.cli.measure import RUNS, Result, Work, bytes_of
 
@@ -110,3 +111,12 @@ def test_a_tied_embedding_is_read_in_each_step(clock):
     assert bytes_of(Clocked(clock, [])) == (3212, 1612)
     assert bytes_of(Clocked(clock, [], tied=True)) == (1612, 1612)
     assert bytes_of(FAMILIES["llama"]())[1] == bytes_of(FAMILIES["llama-tied"]())[1]
+
+
+def test_packed_weights_are_counted():
+    model = FAMILIES["llama"]()
+    swaps, before = quantize(model, "nvfp4", progress=False).done, bytes_of(FAMILIES["llama"]())
+    packed = sum(module.packed.nbytes for module in model.modules() if isinstance(module, PackedLinear))
+    assert len(swaps) > 2 and packed == sum(swap.after for swap in swaps)
+    let_go = sum(swap.before - swap.after for swap in swaps)
+    assert bytes_of(model) == (before[0] - let_go, before[1] - let_go)

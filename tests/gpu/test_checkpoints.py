@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 import marlin_w4a16.hf  # noqa: E402
 from marlin_w4a16.hf.linear import CheckpointLinear, StoredLinear  # noqa: E402
 from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4  # noqa: E402
+from marlin_w4a16.tensors import held_tensors  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 SLACK = 64 << 20
@@ -49,7 +50,7 @@ def load(folder, **choices):
 
 
 def held(model):
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return sum(tensor.nbytes for tensor in held_tensors(model))
 
 
 def difference(a, b):

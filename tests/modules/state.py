@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from marlin_w4a16.tensors import held_tensors
+
 
 def bits(module: nn.Module) -> dict[str, Tensor]:
     """Copies of them."""
@@ -18,4 +20,4 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def addresses(module: nn.Module) -> list[int]:
     """Where they lie, but for what says how they are packed."""
-    return [t.data_ptr() for t in (*module.parameters(), *module.buffers())]
+    return [t.data_ptr() for t in held_tensors(module) if t.numel()]

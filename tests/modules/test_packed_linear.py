@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import marlin_w4a16.backend
@@ -72,39 +71,6 @@ def test_packed_tensors_are_taken_as_they_are(weight):
     for name in PACKED:
         for found in (getattr(module, name), getattr(module.packed, name)):
             assert found.data_ptr() == getattr(packed, name).data_ptr()
-
-
-def test_its_parameters_are_bias_and_multiplier_and_are_frozen(linear):
-    assert [name for name, _ in linear.named_parameters()] == ["bias", "multiplier"]
-    assert [name for name, _ in linear.named_buffers()] == ["words", "scales"]
-    assert not any(p.requires_grad for p in linear.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_the_first_parameter_has_the_dtype_of_the_model(linear, dtype):
-    model = nn.Sequential(linear, nn.Linear(N, 4)).to(dtype)
-    assert next(model.parameters()).dtype == dtype
-    assert model(X.to(next(model.parameters()).dtype)).dtype == dtype
-
-
-def test_without_a_bias_the_first_parameter_is_a_floating_one_too(weight):
-    assert next(PackedLinear(weight).bfloat16().parameters()).dtype == torch.float32
-
-
-AVERAGES = {
-    "equal": {}, "by hand": {"avg_fn": lambda averaged, new, n: averaged + (new - averaged) / (n + 1)},
-    "exponential": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", AVERAGES.values(), ids=AVERAGES)
-def test_the_average_of_a_packed_weight_is_that_weight(weight, linear, how):
-    for module in (linear, PackedLinear(weight)):
-        model = nn.Sequential(module)
-        average = AveragedModel(model, **how)
-        for _ in range(3):
-            average.update_parameters(model)
-        assert_same(bits(average.module), bits(model))
 
 
 def test_a_loaded_state_writes_the_multiplier_last(linear):
@@ -193,11 +159,6 @@ def test_a_call_changes_no_parameter(linear):
 
 
 # State dicts
-
-
-def test_the_keys_of_its_state(weight, linear):
-    assert list(linear.state_dict()) == ["bias", *PACKED, "_extra_state"]
-    assert list(PackedLinear(weight).state_dict()) == [*PACKED, "_extra_state"]
 
 
 def test_the_state_says_how_it_is_packed(linear):

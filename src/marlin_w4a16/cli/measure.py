@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from marlin_w4a16.tensors import held_tensors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -43,7 +45,7 @@ class Result:
         name: of the model.
         compiled: the backend that compiled decode, or None: it ran eagerly.
         load_s: seconds of from_pretrained, with reading the files from disk or from the system's cache.
-        model_bytes: parameters and buffers.
+        model_bytes: parameters, buffers and packed tensors.
         read_bytes: of them, what a step of decode reads: all but an embedding of its own.
         compile_s: seconds that the first generate() took beyond a later one; where nothing is compiled, to warm up.
         generate_s: seconds of a later one, median.
@@ -145,9 +147,8 @@ def prompt(model: "PreTrainedModel", work: Work) -> Tensor:
 
 
 def bytes_of(model: "PreTrainedModel") -> tuple[int, int]:
-    """Bytes of a model's parameters and buffers, each once, and of those that a step of decode reads."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    """Bytes of the tensors of a model, each once, and of those that a step of decode reads."""
+    total = sum(tensor.nbytes for tensor in held_tensors(model))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weight: Any = getattr(embedding, "weight", None)
     shared = weight is None or weight is getattr(head, "weight", None)

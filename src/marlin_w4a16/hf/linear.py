@@ -85,19 +85,18 @@ class CheckpointLinear(PackedLinear):
         storage = layer.fp4
         stored = storage.read(tensors, layer.path)
         fitted = stored.fit_first(torch.float16, dtype)
-        super().__init__(fitted, bias)
+        super().__init__(fitted, bias, dtype)
         self.layer = layer
         self.quantize_input = storage.activations if keep else None
-        self._uncast += layer.small  # they are the checkpoint's
         for leaf in layer.small:
-            self.register_parameter(leaf, nn.Parameter(tensors[leaf], requires_grad=False))
+            self.register_bits(leaf, tensors[leaf])
         scale, factor = storage.part("pre-quant scale"), storage.part("input multiplier", "input divisor")
         self.pre_scale = scale.leaf if scale is not None and scale.leaf in layer.entries else None
         self.input_factor = factor if factor is not None and factor.leaf in layer.entries else None
         # rows whose scales packing changed (see FP4Weight.fit), as they were
         rows = (fitted.scales != stored.scales).any(-1).nonzero()[:, 0]
-        self.register_buffer("unfitted_rows", rows, persistent=False)
-        self.register_buffer("unfitted_scales", stored.scales[rows], persistent=False)
+        self.register_bits("unfitted_rows", rows, persistent=False)
+        self.register_bits("unfitted_scales", stored.scales[rows], persistent=False)
 
     unfitted_rows: Tensor
     unfitted_scales: Tensor

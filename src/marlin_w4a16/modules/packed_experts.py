@@ -22,7 +22,8 @@ class PackedExperts(PackedState):
 
     Stands where an Experts module of transformers does, with its arguments. Runs in eager mode and under any
     torch.compile backend, as one op, differentiable in the hidden states, the routing weights and the biases. The
-    rules of `PackedLinear` for parameters, casts and state dicts are its own.
+    rules of `PackedLinear` for packed tensors, casts and state dicts are its own. Its parameters are the biases, or one
+    that is empty and has the dtype of the activations, ``input_like``.
 
     Args:
         w13: gate and up of each expert, or up alone: ``[experts, rows, hidden]``; packed on its device, as is ``w2``.
@@ -31,7 +32,8 @@ class PackedExperts(PackedState):
         order: which rows of ``w13`` are gates; None if there are none.
         bias13: ``[experts, rows]`` in the order of ``w13``, or None. Held as `pack_bias` orders it.
         bias2: ``[experts, hidden]`` or None.
-        dtype: the activations to come, for weights whose scales float16 cannot hold (see `FP4Weight.fit`).
+        dtype: the activations to come, where no bias tells it; also for weights whose scales float16 cannot hold (see
+            `FP4Weight.fit`).
         weight_on_input: see `marlin_w4a16.moe`.
 
     Raises:
@@ -40,6 +42,7 @@ class PackedExperts(PackedState):
 
     bias13: nn.Parameter | None
     bias2: nn.Parameter | None
+    _empty = "input_like"
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class PackedExperts(PackedState):
                 found, expected = list(bias.shape), list(weight.multiplier.shape)
                 raise ValueError(f"PackedExperts: {name}: found shape {found}, expected {expected}")
         packed = pack_experts(w13.fit_first(torch.float16, dtype), w2.fit_first(torch.float16, dtype), order)
-        self._hold(packed, activation, order, w13.n, bias13, bias2)
+        self._hold(packed, activation, order, w13.n, (bias13, bias2), dtype)
         self.weight_on_input = weight_on_input
 
     def _hold(
@@ -71,7 +74,8 @@ class PackedExperts(PackedState):
         activation: Activation,
         order: Order | None,
         rows: int,
-        *biases: Tensor | None,
+        biases: Sequence[Tensor | None],
+        dtype: torch.dtype,
     ) -> None:
         """Takes packed weights over; ``rows`` are those of the first product, for other arguments see the class."""
         (w13, w2), (bias13, bias2) = packed, biases
@@ -80,7 +84,7 @@ class PackedExperts(PackedState):
         if bias13 is not None:
             trained = isinstance(bias13, nn.Parameter) and bias13.requires_grad
             bias13 = nn.Parameter(pack_bias(bias13.detach(), w2.k, order), requires_grad=trained)
-        self._own({"13": w13, "2": w2}, {"bias13": parameter_of(bias13), "bias2": parameter_of(bias2)})
+        self._own({"13": w13, "2": w2}, {"bias13": parameter_of(bias13), "bias2": parameter_of(bias2)}, dtype)
 
     @property
     def w13(self) -> PackedFP4:
@@ -109,15 +113,26 @@ class PackedExperts(PackedState):
             The shape and dtype of ``hidden_states``.
         """
         packed = self._packed if torch.compiler.is_compiling() else self._kept
+        weights, biases = (packed("13"), packed("2")), (self.bias13, self.bias2)
+        return self._run(hidden_states, top_k_index, top_k_weights, weights, biases)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        weights: tuple[PackedFP4, PackedFP4],
+        biases: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
+        """See `forward`, with weights and biases that may stand elsewhere than those of the module."""
         out = moe(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
-            packed("13"),
-            packed("2"),
+            *weights,
             top_k_weights.reshape(-1, top_k_weights.shape[-1]),
             top_k_index.reshape(-1, top_k_index.shape[-1]),
             activation=self.activation,
-            bias13=self.bias13,
-            bias2=self.bias2,
+            bias13=biases[0],
+            bias2=biases[1],
             weight_on_input=self.weight_on_input,
         )
         return out.reshape(*hidden_states.shape[:-1], out.shape[-1])

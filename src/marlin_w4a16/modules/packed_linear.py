@@ -15,13 +15,13 @@ from marlin_w4a16.report.table import size
 class PackedLinear(PackedState, nn.Linear):
     """``x @ weight.T + bias`` from a weight that is held packed, and nowhere else.
 
-    A ``nn.Linear`` whose ``weight`` is None, so that libraries which look for linears find it: PEFT puts adapters on it
-    (`merge` fails there, since there is no dense weight to add to).
+    A ``nn.Linear`` whose ``weight`` is empty, ``[0, 0]``, so that libraries which look for linears find it: PEFT puts
+    adapters on it (`merge` fails there, since no dense weight is of that shape). Its dtype and device are those of the
+    activations, as ``x.to(linear.weight.dtype)`` expects.
 
     Runs in eager mode and under any torch.compile backend, as one op; captured in a CUDA graph it sees what is loaded
-    in place later (``load_state_dict``). Its parameters are the bias and the multiplier, which requires no grad; words
-    and scales are buffers. Casts of the module (``half()``, ``to(dtype)``) leave these and the multiplier as they are:
-    bits, and float32.
+    in place later (``load_state_dict``). Its parameters are the bias and the empty weight; the packed tensors are plain
+    attributes. Casts of the module (``half()``, ``to(dtype)``) leave these as they are: bits, and float32.
 
     The state dict holds them as they are packed, and ``_extra_state`` says how: JSON bytes with the layout's id, the
     format and the shape. A state of another layout, format or shape is refused before anything is overwritten.
@@ -29,7 +29,8 @@ class PackedLinear(PackedState, nn.Linear):
     Args:
         weight: in canonical or packed form, ``[n, k]``; a canonical one is packed on its device.
         bias: ``[n]`` or None; a Parameter is kept as it is.
-        dtype: the activations to come, for a canonical weight whose scales float16 cannot hold (see `FP4Weight.fit`).
+        dtype: the activations to come, where no bias tells it; also for a canonical weight whose scales float16 cannot
+            hold (see `FP4Weight.fit`).
 
     Raises:
         ValueError: the weight has more than two dimensions, or scales that ``dtype`` cannot hold.
@@ -38,17 +39,17 @@ class PackedLinear(PackedState, nn.Linear):
     def __init__(
         self, weight: FP4Weight | PackedFP4, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        nn.Module.__init__(self)
+        PackedState.__init__(self)
         if weight.multiplier.ndim != 1:
             raise ValueError(f"PackedLinear: found a weight of {weight.multiplier.ndim + 1} dimensions, expected 2")
         packed = pack(weight if isinstance(weight, PackedFP4) else weight.fit_first(torch.float16, dtype))
         self.in_features, self.out_features = packed.k, packed.n
-        self._own({"": packed}, {"bias": parameter_of(bias)})
-        self.register_parameter("weight", None)
+        self._own({"": packed}, {"bias": parameter_of(bias)}, dtype)
 
     words: Tensor
     scales: Tensor
-    multiplier: nn.Parameter
+    multiplier: Tensor
+    _empty, _is_always_told = "weight", True
 
     @property
     def qweight(self) -> Tensor:

@@ -1,7 +1,8 @@
-"""What modules that own packed weights share: their state dict says how they are packed, and casts leave them alone."""
+"""What modules that own packed weights share: tensors that nothing may change but what loads, moves or saves them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,45 +10,92 @@ from torch import Tensor, nn
 
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.modules.origin import Origin
+from marlin_w4a16.passes.graph.torch_private import stays
 
-_TENSORS = ("words", "scales", "multiplier")
+_NAMES = {of: (f"words{of}", f"scales{of}", f"multiplier{of}") for of in ("", "13", "2")}
 
 
 class PackedState(nn.Module):
     """A module that holds packed weights.
 
-    Words and scales are buffers: they are bits, of which there is no average, no gradient and no initial value. The
-    multipliers are parameters that require no grad, and stand behind the biases, since the first parameter of a module
-    is where libraries look for the dtype of its inputs.
+    Their tensors are bits, of which there is no average, no gradient, no cast and no initial value. So they are neither
+    parameters, all of which some code averages or updates (AveragedModel), nor buffers, which DistributedDataParallel
+    sends around at each step, but plain attributes, which this class moves, loads and saves. Casts leave them alone.
+
+    The first parameter of a module is where libraries look for the dtype of its inputs. Where no bias tells it, an
+    empty one does, which requires no grad and is in no state dict; casts and moves take it along.
 
     ``_extra_state`` holds ``_packing`` as JSON bytes; a state that says something else is refused before anything of it
-    is loaded. Casts of the module leave packed tensors as they are, since they hold bits and float32 multipliers.
+    is loaded.
     """
 
     origin: Origin | None = None
+    _empty: str  # the name of the empty parameter
+    _is_always_told = False  # also beside a bias
 
-    def _own(self, weights: dict[str, PackedFP4], biases: dict[str, nn.Parameter | None]) -> None:
-        """Takes packed weights over, by what stands behind the names of their tensors, and biases by their names."""
-        self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in weights.items()}
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self._bits: dict[str, bool] = {}
+        self._formats: dict[str, tuple[Any, ...]] = {}
         self._weights: dict[str, PackedFP4] = {}
-        self._uncast = tuple(f"multiplier{of}" for of in weights)  # the parameters that casts would round
+
+    def _own(self, weights: dict[str, PackedFP4], biases: dict[str, nn.Parameter | None], dtype: torch.dtype) -> None:
+        """Takes over packed weights, by what stands behind the names of their tensors, and biases by their names.
+
+        ``dtype`` is that of the activations to come, if no bias tells it.
+        """
+        self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in weights.items()}
         for name, bias in biases.items():
             self.register_parameter(name, bias)
         for of, weight in weights.items():
-            self.register_buffer(f"words{of}", weight.words)
-            self.register_buffer(f"scales{of}", weight.scales)
-            self.register_parameter(f"multiplier{of}", nn.Parameter(weight.multiplier, requires_grad=False))
+            self.register_bits(f"multiplier{of}", weight.multiplier)
+        for of, weight in weights.items():
+            self.register_bits(f"words{of}", weight.words)
+            self.register_bits(f"scales{of}", weight.scales)
+        self._tell(dtype)
+
+    def _tell(self, dtype: torch.dtype) -> None:
+        """Adds the empty parameter where one is needed, or lets it follow the bias and the words."""
+        held, device = self._parameters.get(self._empty), getattr(self, f"words{next(iter(self._formats))}").device
+        biases = (p for name, p in self._parameters.items() if name != self._empty and p is not None)
+        told = next((bias.dtype for bias in biases), None)
+        dtype = told or (dtype if held is None else held.dtype)
+        stale = held is None or (_is_empty(held) and (held.dtype, held.device) != (dtype, device))
+        if stale and (told is None or self._is_always_told):
+            empty = torch.empty(0, 0, dtype=dtype, device=device)
+            self.register_parameter(self._empty, nn.Parameter(empty, requires_grad=False))
+
+    def register_bits(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
+        """Adds a tensor that is moved, loaded and saved as a buffer is, and cast, averaged or sent by nobody."""
+        self._bits[name] = persistent
+        setattr(self, name, tensor)
+
+    def bits(self) -> dict[str, Tensor]:
+        """These tensors by name."""
+        return {name: vars(self)[name] for name in self._bits}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in vars(self).get("_bits", ()) or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+        elif torch.compiler.is_compiling():  # torch.func.functional_call
+            vars(self)[name] = value
+        else:
+            # Dynamo also traces what a view is of
+            vars(self)[name] = stays(value.detach() if isinstance(value, nn.Parameter) or value._is_view() else value)
+            self._weights.clear()
 
     def _packed(self, of: str) -> PackedFP4:
-        words, scales, multiplier = (getattr(self, f"{name}{of}") for name in _TENSORS)
+        words, scales, multiplier = (getattr(self, f"{name}{of}") for name in ("words", "scales", "multiplier"))
         return PackedFP4(words, scales, multiplier, *self._formats[of])
 
     def _kept(self, of: str) -> PackedFP4:
         """The same, made once for the tensors that the module holds: not for code that is compiled."""
-        kept = self._weights.get(of)
-        words, scales = self._buffers[f"words{of}"], self._buffers[f"scales{of}"]
-        same = kept is not None and kept.words is words and kept.scales is scales
-        if kept is None or not same or kept.multiplier is not self._parameters[f"multiplier{of}"]:
+        held, (words, scales, multiplier) = self.__dict__, _NAMES[of]
+        kept: PackedFP4 | None = held["_weights"].get(of)
+        if (
+            kept is None or kept.words is not held[words] or kept.scales is not held[scales]
+            or kept.multiplier is not held[multiplier]
+        ):  # fmt: skip
             kept = self._weights[of] = self._packed(of)
         return kept
 
@@ -63,30 +111,75 @@ class PackedState(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Checked before anything is loaded."""
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if _is_empty(destination.get(f"{prefix}{self._empty}")):
+            del destination[f"{prefix}{self._empty}"]
+        said = destination.pop(f"{prefix}_extra_state")
+        saved = ((name, tensor) for name, tensor in self.bits().items() if self._bits[name])
+        destination.update((f"{prefix}{name}", t if keep_vars else t.detach()) for name, t in saved)
+        destination[f"{prefix}_extra_state"] = said
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state, errors = state_dict.get(f"{prefix}_extra_state"), args[-1]
         found = self._packing if state is None else _read(state)  # None: reported as missing
-        self._weights.clear()
-        if found == self._packing:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            for of in self._formats:  # a kernel may read words while the one before it runs: that is to write none
-                getattr(self, f"multiplier{of}").detach().mul_(1)
-        else:
+        if found != self._packing:
             errors.append(
                 f"{prefix.rstrip('.') or type(self).__name__}: found a weight packed as {found}, expected "
                 f"{self._packing}: go through to_fp4() of a module that holds it"
             )
+            return
+        if _is_empty(state_dict.get(f"{prefix}{self._empty}")):
+            del state_dict[f"{prefix}{self._empty}"]
+        with self._as_buffers():
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        self._settle()
+        for of in self._formats:  # a kernel may read words while the one before it runs: that is to write none
+            getattr(self, f"multiplier{of}").mul_(1)
+
+    @contextmanager
+    def _as_buffers(self) -> Iterator[None]:
+        """For its length the tensors are buffers, and the empty parameter is none: so nn.Module loads them."""
+        empty = self._parameters.get(self._empty)
+        if _is_empty(empty):
+            self._parameters[self._empty] = None
+        self._buffers.update({name: tensor for name, tensor in self.bits().items() if self._bits[name]})
+        try:
+            yield
+        finally:
+            for name in self._bits:
+                self._buffers.pop(name, None)
+            if _is_empty(empty):
+                self._parameters[self._empty] = empty
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedState":
-        # aliases: a parameter's own data may be replaced by a narrower one
-        kept = {name: getattr(self, name).detach() for name in self._uncast}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._weights.clear()
-        for name, before in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != before.dtype:
-                parameter.data = before.to(parameter.device)
+        for name, before in self.bits().items():
+            after = fn(before)
+            is_moved = after.dtype == before.dtype and after.stride() == before.stride()
+            setattr(self, name, after if is_moved else before.to(after.device))
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_bits" not in state:  # pickled while they were parameters and buffers
+            self._take_over()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Marks the tensors, whose marks may be lost, and forgets what was made of others."""
+        for name, tensor in self.bits().items():
+            setattr(self, name, tensor)
+        self._tell(torch.bfloat16 if self.origin is None else self.origin.dtype)
+
+    def _take_over(self) -> None:
+        self._bits = {}
+        for holder in (self._parameters, self._buffers):
+            for name in [name for name, tensor in holder.items() if tensor is not None]:
+                if not name.startswith("bias"):
+                    tensor: Any = holder.pop(name)
+                    self.register_bits(name, tensor, name not in self._non_persistent_buffers_set)
+        self._non_persistent_buffers_set.clear()
 
 
 def held(module: PackedState) -> tuple[str, int]:
@@ -98,6 +191,10 @@ def held(module: PackedState) -> tuple[str, int]:
 def parameter_of(bias: Tensor | None) -> nn.Parameter | None:
     """A bias as a parameter; one that is a parameter is kept as it is."""
     return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+
+
+def _is_empty(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and not tensor.numel()
 
 
 def _read(state: Any) -> Any:

@@ -39,13 +39,16 @@ def lost_with(module: nn.Module, kept: Sequence[str], packed: str) -> str | None
     return f"it also holds {lost}, which a {packed} would lose" if lost else None
 
 
-def read_outside(places: Places, names: Sequence[str], why: str) -> str | None:
-    """Why a module cannot become a packed one: a parent reads ``self.child.name``."""
-    found = ((_reader(type(parent), child, name), name) for parent, child in places for name in names)
+def read_outside(places: Places, names: Sequence[str], why: str, held: Sequence[str] = ()) -> str | None:
+    """Why a module cannot become a packed one: a parent reads ``self.child.name``.
+
+    Reading no more of it than what is ``held`` by the packed module's too is left out, such as its dtype.
+    """
+    found = ((_reader(type(parent), child, name, held), name) for parent, child in places for name in names)
     return next((f"{method} reads its {name}, {why}" for method, name in found if method is not None), None)
 
 
-def _reader(cls: type[nn.Module], child: str, name: str) -> str | None:
+def _reader(cls: type[nn.Module], child: str, name: str, held: Sequence[str]) -> str | None:
     """The method of a class that reads ``self.child.name``, or None; what only initialises is left out.
 
     `nn.MultiheadAttention` has one, Bloom and Mamba of transformers too. T5's asks first whether it is a tensor.
@@ -60,7 +63,7 @@ def _reader(cls: type[nn.Module], child: str, name: str) -> str | None:
                 source = inspect.getsource(function)
             except OSError:  # made at run time
                 continue
-            read = rf"self\.{re.escape(child)}\.{re.escape(name)}\b"
+            read = rf"self\.{re.escape(child)}\.{re.escape(name)}\b" + "".join(rf"(?!\.{what}\b)" for what in held)
             if re.search(read, source) and not re.search(rf"isinstance\({read}", source):
                 return f"{owner.__name__}.{method}"
     return None

@@ -32,7 +32,7 @@ def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:
         return "its forward has been replaced"
     return (
         lost_with(module, ("weight", "bias"), "PackedLinear")
-        or read_outside(places, ("weight",), "which is None in a PackedLinear")
+        or read_outside(places, ("weight",), "which is empty in a PackedLinear", ("dtype", "device"))
         or dense_refusal(module, "weight")
         or _shape_refusal(module.weight, group, named)
     )

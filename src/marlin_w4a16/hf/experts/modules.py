@@ -16,6 +16,7 @@ from marlin_w4a16.hf.linear import decoded
 from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
+from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.modules.transformers_experts import biases_of, names_of
 
 
@@ -66,19 +67,19 @@ class CheckpointExperts(PackedExperts):
     """
 
     def __init__(self, stored: StoredExperts, reader: Reader) -> None:
-        nn.Module.__init__(self)
+        PackedState.__init__(self)
         mixture, order = stored.mixture, stored.order
         self.mixture, self.like, self._unfitted = mixture, stored.like, dict[tuple[str, int], tuple[Tensor, Tensor]]()
         count, width = mixture.second.experts, mixture.second.like.k
         for stack in mixture.stacks:
             for leaf in stack.like.small:
                 kept = torch.empty((count, stack.like.entries[leaf].nbytes), dtype=torch.uint8)
-                self.register_buffer(_kept(stack, leaf), kept, persistent=False)
+                self.register_bits(_kept(stack, leaf), kept, persistent=False)
 
         def read(stack: Stack, expert: int) -> FP4Weight:
             tensors = stack.read(expert, reader)
             for leaf in stack.like.small:
-                self.get_buffer(_kept(stack, leaf))[expert] = tensors[leaf].reshape(-1).view(torch.uint8)
+                getattr(self, _kept(stack, leaf))[expert] = tensors[leaf].reshape(-1).view(torch.uint8)
             weight = stack.weight(tensors)
             fitted = weight.fit_first(torch.float16, stored.dtype)
             if fitted is not weight:  # as they were: see FP4Weight.fit
@@ -90,7 +91,7 @@ class CheckpointExperts(PackedExperts):
         w13 = pack_first(parts, count, width, order)
         w2 = pack_each((read(mixture.second, expert) for expert in range(count)), count)
         biases = [getattr(stored, f"{name}_bias") for name in names_of(self.like[0])]
-        self._hold((w13, w2), stored.activation, order, mixture.rows, *biases)
+        self._hold((w13, w2), stored.activation, order, mixture.rows, biases, stored.dtype)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `PackedExperts.forward`; experts that a device map put on the CPU come over for the call."""
@@ -98,9 +99,9 @@ class CheckpointExperts(PackedExperts):
         if device == held:
             return super().forward(hidden_states, top_k_index, top_k_weights)
         if held.type == "cpu":
-            held_there = (*self.named_parameters(), *self.named_buffers())
-            here = {name: tensor.to(device) for name, tensor in held_there}
-            out: Tensor = torch.func.functional_call(self, here, (hidden_states, top_k_index, top_k_weights))
+            weights = self.w13.to(device), self.w2.to(device)
+            bias13, bias2 = (None if bias is None else bias.to(device) for bias in (self.bias13, self.bias2))
+            out = self._run(hidden_states, top_k_index, top_k_weights, weights, (bias13, bias2))
         else:
             inputs = (tensor.to(held) for tensor in (hidden_states, top_k_index, top_k_weights))
             out = super().forward(*inputs).to(device)
@@ -138,7 +139,7 @@ class CheckpointExperts(PackedExperts):
 
     def _stored(self, stack: Stack, held: FP4Weight, expert: int) -> dict[str, Tensor]:
         entries, like = stack.like.entries, stack.like
-        small = {leaf: self.get_buffer(_kept(stack, leaf))[expert] for leaf in stack.like.small}
+        small = {leaf: getattr(self, _kept(stack, leaf))[expert] for leaf in stack.like.small}
         small = {leaf: t.view(DTYPES[entries[leaf].dtype]).reshape(entries[leaf].shape) for leaf, t in small.items()}
         return stack.storage.restore(held, self._unfitted.get((stack.name, expert)), small, entries, like.path)
 
