@@ -181,18 +181,25 @@ def through_dense(grad: Tensor, packed: PackedFP4, out: Tensor, *, ptx: bool = T
     packed = packed.contiguous()
     scaled, factors = scaled_gradient(grad, packed)
     row_tiles, k_tiles = packed.words.shape[:2]
-    step = max(1, _WEIGHT_BYTES // (row_tiles * TILE * grad.element_size()) // TILE)
-    weight = torch.empty((row_tiles * TILE, min(step, k_tiles) * TILE), dtype=scaled.dtype, device=grad.device)
+    rows, step = row_tiles * TILE, max(1, _WEIGHT_BYTES // (row_tiles * TILE * grad.element_size()) // TILE)
+    weight = torch.empty((rows, min(step, k_tiles) * TILE), dtype=scaled.dtype, device=grad.device)
+    scaled = _part(scaled, slice(0, m), slice(0, rows))
     for first in range(0, k_tiles, step):
         tiles = slice(first, min(first + step, k_tiles))
         columns = slice(first * TILE, min(tiles.stop * TILE, k))
         write_out(packed.words, packed.scales, weight, packed.kind, tiles, ptx=ptx)
-        dense = weight[:, : columns.stop - columns.start]
+        dense = _part(weight, slice(0, rows), slice(0, columns.stop - columns.start))
         tokens = max(1, _PARTS_BYTES // (dense.shape[1] * 4))
         for start in range(0, m, tokens):
-            some = slice(start, start + tokens)
-            part = torch.mm(scaled[some, : len(weight)], dense, out_dtype=torch.float32)
-            _epilogue(part.unsqueeze(0), packed, factors[some], out[some, columns])
+            some = slice(start, min(start + tokens, m))
+            part = torch.mm(_part(scaled, some, slice(0, rows)), dense, out_dtype=torch.float32)
+            _epilogue(part.unsqueeze(0), packed, factors[some], _part(out, some, columns))
+
+
+def _part(matrix: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Some rows and columns; the matrix itself where these are all, which a view takes the host 4 us to say."""
+    whole = (rows.stop - rows.start, columns.stop - columns.start) == matrix.shape
+    return matrix if whole else matrix[rows, columns]
 
 
 def _epilogue(parts: Tensor, packed: PackedFP4, factors: Tensor, out: Tensor) -> None:
