@@ -6,7 +6,8 @@ mode, no profiler. What is not plain goes through ``torch.ops.marlin_w4a16``.
 
 import functools
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from torch.autograd import forward_ad
 
 from marlin_w4a16.fake_impls.library import DTYPES
 from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
-from marlin_w4a16.kernels.private import current_device, empty
+from marlin_w4a16.kernels.private import current_device, empty, hooked
+from marlin_w4a16.kernels.replay import ALIGNED
 from marlin_w4a16.kernels.target import supports
 
 _c = torch._C
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_MOST = 64  # calls of a weight that are kept: numbers of tokens, and biases
 
 
 def is_plain(x: Tensor) -> bool:
@@ -56,7 +59,7 @@ class Proof:
 
     def __init__(self, device: int, seen: tuple[int | bool, ...]) -> None:
         self.device, self.seen = device, seen
-        self.calls: dict[tuple[int, torch.dtype] | None, Any] = {}  # what calls with a bias, or none, keep
+        self.calls: dict[tuple[Any, ...], _Call] = {}
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # of this place alone: no copy and no file has it
@@ -77,6 +80,55 @@ def proof_of(packed: PackedFP4) -> Proof | None:
         return None
     packed.proofs[:] = [proof := Proof(words.get_device(), seen)]
     return proof
+
+
+class _Call(NamedTuple):
+    """A call of `linear` with a weight: what launches it for other addresses of x and the output, and the latter."""
+
+    launch: Callable[[tuple[int, int]], None]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def again(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor | None:
+    """`linear`, if such a call was made before, is plain, and asks for no gradient; else None. Not to be compiled.
+
+    All in one function, with few of torch's: between the other operators of a model each of them costs five times what
+    it costs where nothing else runs, since the processor has forgotten it.
+    """
+    proof: Proof | None = packed.proofs[0] if packed.proofs else None
+    call = None if proof is None else proof.calls.get(_call_key(x, bias))
+    if proof is None or call is None or type(x) is not Tensor:
+        return None
+    device, address = proof.device, x.data_ptr()
+    words, scales, multiplier = packed.words, packed.scales, packed.multiplier
+    if (
+        x.get_device() != device or current_device() != device or address % ALIGNED or not x.is_contiguous()
+        or proof.seen != (
+            words.data_ptr(), words.nbytes, words.is_contiguous(),
+            scales.data_ptr(), scales.nbytes, scales.is_contiguous(),
+            multiplier.data_ptr(), multiplier.nbytes, multiplier.is_contiguous(),
+        )
+        or (torch.is_grad_enabled() and needs_gradient(x, bias)) or hooked() or not nothing_entered()
+    ):  # fmt: skip
+        return None
+    out = empty(call.shape, call.strides, x.dtype)
+    call.launch((address, out.data_ptr()))
+    return out
+
+
+def keep(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Any) -> None:
+    """Keeps a call of `linear` that was made, with what launches it."""
+    calls = packed.proofs[0].calls
+    if len(calls) >= _MOST:
+        calls.clear()
+    calls[_call_key(x, bias)] = _Call(launch, tuple(out.shape), out.stride())
+
+
+def _call_key(x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    if bias is None:
+        return x.shape, x.dtype
+    return x.shape, x.dtype, bias.data_ptr(), bias.nbytes, bias.dtype, bias.is_contiguous()
 
 
 def fits(row: Tensor | None, shape: tuple[int, ...], device: int) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls import inductor
-from marlin_w4a16.fake_impls.eager import Proof, fits, is_plain, needs_gradient, new_output, proof_of
+from marlin_w4a16.fake_impls.eager import again, fits, is_plain, keep, needs_gradient, new_output, proof_of
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
     autocast,
@@ -24,8 +24,6 @@ from marlin_w4a16.kernels.blocks.dequantize import linear_by_blocks, linear_grad
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.target import supports
 
-_BIASES = 8  # with which the calls of a weight are kept
-
 
 def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` from a packed weight.
@@ -38,28 +36,29 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., n]`` in the dtype of x, or of autocast where that is on. Differentiable in x and bias.
     """
+    out = None if torch.compiler.is_compiling() else again(x, packed, bias)
+    if out is not None:
+        return out
     if is_plain(x) and (shape := x.shape) and shape[-1] == packed.k and x.numel() and packed.n:
         proof = proof_of(packed)
         if proof and proof.device == x.get_device() and (bias is None or fits(bias, (packed.n,), proof.device)):
             if torch.is_grad_enabled() and needs_gradient(x, bias):
                 weight = packed.words, packed.scales, packed.multiplier
-                return cast(Tensor, _Linear.apply(x, *weight, bias, packed, proof))
-            return _launched(x, packed, bias, proof)
+                return cast(Tensor, _Linear.apply(x, *weight, bias, packed))
+            return _launched(x, packed, bias)
     result: Tensor = torch.ops.marlin_w4a16.linear(x, *weight_args(packed), bias)
     return result
 
 
-def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None, proof: Proof) -> Tensor:
+def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
     """A call whose arguments were proved to be right."""
-    out, of_bias = new_output(x, packed.n), None if bias is None else (bias.data_ptr(), bias.dtype)
-    call = proof.calls.get(of_bias)
-    if call is None:
-        from marlin_w4a16.kernels.linear import BoundLinear  # Triton is on Linux only
+    from marlin_w4a16.kernels.linear import bound, linear_into  # Triton is on Linux only
 
-        if len(proof.calls) >= _BIASES:
-            proof.calls.clear()
-        call = proof.calls[of_bias] = BoundLinear()
-    call(x, packed, bias, out)
+    out, p = new_output(x, packed.n), packed
+    linear_into(x, p.words, p.scales, p.multiplier, bias, p.n, p.k, p.group, p.kind, out)
+    launch = bound(x, packed, bias)
+    if launch is not None:
+        keep(x, packed, bias, out, launch)
     return out
 
 
@@ -68,17 +67,17 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        *weight, bias, packed, proof = args
+        *weight, bias, packed = args
         ctx.save_for_backward(*weight)
         ctx.packed, ctx.bias_dtype = packed, None if bias is None else bias.dtype
-        return _launched(x, packed, bias, proof)
+        return linear(x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, *_, wants_bias, _, _ = ctx.needs_input_grad
+        wants_x, *_, wants_bias, _ = ctx.needs_input_grad
         _ = ctx.saved_tensors  # raises where one was written to since
         grad_x = _gradient(grad, ctx.packed) if wants_x else None
-        return grad_x, None, None, None, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None, None
+        return grad_x, None, None, None, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None
 
 
 def _gradient(grad: Tensor, packed: PackedFP4) -> Tensor:

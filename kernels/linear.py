@@ -9,14 +9,12 @@ from torch import Tensor
 from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_hopper, plan_linear
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import fused, through_dense
-from marlin_w4a16.kernels.private import hooked
 from marlin_w4a16.kernels.record import Replays
 from marlin_w4a16.kernels.replay import ALIGNED, Replay
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.kernels.target import Target
 
 _REPLAYS = Replays()
-_MOST = 64  # numbers of tokens for which a weight's calls are kept
 
 
 def linear(
@@ -77,29 +75,13 @@ def linear_into(
         _REPLAYS.record(key if x.is_contiguous() else None, tensors, call)
 
 
-class BoundLinear:
-    """`linear_into` for a weight and a bias that stay where they are, on the current device."""
-
-    __slots__ = ("_calls",)
-
-    def __init__(self) -> None:
-        self._calls: dict[tuple[int, torch.dtype], Replay] = {}
-
-    def __call__(self, x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor) -> None:
-        """See `linear_into`; the weight and the bias are those of every call."""
-        shape = x.numel(), x.dtype
-        call, address = self._calls.get(shape), x.data_ptr()
-        if call is not None and not address % ALIGNED and x.is_contiguous() and not hooked():
-            call((address, out.data_ptr()))
-            return
-        p, (words, scales, multiplier) = packed, (packed.words, packed.scales, packed.multiplier)
-        linear_into(x, words, scales, multiplier, bias, p.n, p.k, p.group, p.kind, out)
-        replay = _REPLAYS.get(_key(x, p.n, p.k, p.group, p.kind, bias))
-        fixed = [t.data_ptr() for t in (words, scales, multiplier, *([] if bias is None else [bias]))]
-        if replay is not None and not any(address % ALIGNED for address in fixed):
-            if len(self._calls) >= _MOST:
-                self._calls.clear()
-            self._calls[shape] = replay.bind(dict(zip((1, 2, 3, 5), fixed, strict=False)))
+def bound(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Replay | None:
+    """A call of `linear_into` that was made, for addresses of x and its output: weight and bias stay where they are."""
+    replay = _REPLAYS.get(_key(x, packed.n, packed.k, packed.group, packed.kind, bias))
+    tensors = (packed.words, packed.scales, packed.multiplier, *([] if bias is None else [bias]))
+    fixed = dict(zip((1, 2, 3, 5), [tensor.data_ptr() for tensor in tensors], strict=False))
+    aligned = not any(address % ALIGNED for address in fixed.values())
+    return replay.bind(fixed) if replay is not None and aligned else None
 
 
 def _key(x: Tensor, n: int, k: int, group: int, kind: ScaleKind, bias: Tensor | None) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ Read in Triton 3.6 to 3.9 and torch 2.11 and 2.13; where Triton is another relea
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.target import gluon_is_known
 
-# A launch that is ready: takes the stream and what the arguments of the kernel are picked from.
-Launcher = Callable[[int, tuple[Any, ...]], None]
+# A launch that is ready: takes the stream and addresses.
+Launcher = Callable[[int, tuple[int, ...]], None]
 Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)  # none where torch has no CUDA
@@ -24,7 +24,7 @@ _guards: Any = torch._C._dynamo.guards
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``torch.empty_strided`` on the current CUDA device, for a third of the time."""
-    if torch.are_deterministic_algorithms_enabled():  # it may be asked to fill what it returns
+    if torch._C._get_deterministic_algorithms():  # it may be asked to fill what it returns
         return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
     made: Tensor = _guards._empty_strided_cuda(shape, strides, dtype)
     return made
@@ -38,14 +38,21 @@ def is_known(compiled: Any) -> bool:
     return not (run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False))
 
 
-def launcher(compiled: Any, grid: tuple[int, ...], pick: Pick, constants: tuple[Any, ...]) -> Launcher:
+def launcher(
+    compiled: Any,
+    grid: tuple[int, ...],
+    pick: Pick,
+    maps: Sequence[tuple[int, "Encoding"]],
+    constants: tuple[Any, ...],
+) -> Launcher:
     """What starts a compiled kernel without Triton's look at its arguments.
 
     Args:
         compiled: what ``kernel[grid](...)`` returned, so that it is loaded on this device.
         grid: its programs.
-        pick: the arguments of the kernel, pointers as integers and descriptors expanded, from what the launcher is
-            given and the constants behind it.
+        pick: the arguments of the kernel, pointers as integers and descriptors expanded, from the addresses that the
+            launcher is given, the descriptors and the constants behind them.
+        maps: the addresses, by their places, and encodings of the descriptors.
         constants: what no call changes.
     """
     run = compiled.run
@@ -53,16 +60,18 @@ def launcher(compiled: Any, grid: tuple[int, ...], pick: Pick, constants: tuple[
     function, meta = compiled.function, compiled.packed_metadata
     how = function, run.launch_cooperative_grid, run.launch_pdl
     if hasattr(run, "arg_annotations"):  # since Triton 3.7 one function starts every kernel
-        start, behind = _driver().utils.launch, (None,) * 5 + (run.arg_annotations, run.kernel_signature)
+        start, behind = _driver().utils.launch, (meta, *(None,) * 5, run.arg_annotations, run.kernel_signature)
 
-        def launch(stream: int, arguments: tuple[Any, ...]) -> None:
-            start(x, y, z, stream, *how, meta, *behind, pick((*arguments, *constants)))
+        def launch(stream: int, given: tuple[int, ...]) -> None:
+            made = [tensor_map(given[at], encoding) for at, encoding in maps]
+            start(x, y, z, stream, *how, *behind, pick((*given, *made, *constants)))
 
     else:
         start, middle = _start_of(run), (*how, None, None, meta, None, None, None)
 
-        def launch(stream: int, arguments: tuple[Any, ...]) -> None:
-            start(x, y, z, stream, *middle, *pick((*arguments, *constants)))
+        def launch(stream: int, given: tuple[int, ...]) -> None:
+            made = [tensor_map(given[at], encoding) for at, encoding in maps]
+            start(x, y, z, stream, *middle, *pick((*given, *made, *constants)))
 
     return launch
 

@@ -88,15 +88,7 @@ class Launch:
             constants.append(value)
         begins = 0, len(free), len(free) + len(maps)
         pick = itemgetter(*(begins[kind] + at for kind, at in places))
-        run = launcher(self._compiled, self._grid, pick, tuple(constants))
-        if not maps:
-            return run
-        if len(maps) == 1:
-            ((at, encoding),) = maps
-            return lambda stream, addresses: run(stream, (*addresses, tensor_map(addresses[at], encoding)))
-        return lambda stream, addresses: run(
-            stream, (*addresses, *[tensor_map(addresses[at], encoding) for at, encoding in maps])
-        )
+        return launcher(self._compiled, self._grid, pick, tuple(maps), tuple(constants))
 
 
 class Replay:

@@ -151,3 +151,95 @@ def test_biases_that_fit():
     for wrong in (row[:4], row.int(), torch.zeros(16)[::2], row.unsqueeze(0)):
         assert not eager.fits(wrong, (8,), -1)
     assert not eager.fits(row, (8,), 0)
+
+
+@pytest.fixture
+def known(packed, monkeypatch):
+    """A weight, an input and a bias with which a call was made and kept, and what was launched for them since."""
+    weight, _, _ = packed
+    launched: list[tuple[int, int]] = []
+    monkeypatch.setattr(eager, "empty", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
+    monkeypatch.setattr(eager, "current_device", lambda: weight.words.get_device())
+    monkeypatch.setattr(eager, "hooked", lambda: False)
+    eager.proof_of(weight)
+    x, bias = torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(64)
+    for row in (None, bias):
+        eager.keep(x, weight, row, torch.zeros(3, 64, dtype=torch.bfloat16), launched.append)
+    return SimpleNamespace(weight=weight, x=x, bias=bias, launched=launched)
+
+
+def test_a_call_that_is_known_is_launched(known):
+    for bias in (None, known.bias):
+        x = torch.zeros_like(known.x)
+        out = eager.again(x, known.weight, bias)
+        assert (out.shape, out.dtype) == ((3, 64), x.dtype)
+        assert known.launched[-1] == (x.data_ptr(), out.data_ptr())
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        lambda x: x.half(),
+        lambda x: x[:2],
+        lambda x: x[None],
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.zeros(3 * 64 + 1, dtype=x.dtype)[1:].view(3, 64),
+        lambda x: torch.nn.Parameter(x, requires_grad=False),
+        lambda x: x.clone().requires_grad_(),
+    ],
+    ids=["dtype", "fewer", "axes", "strides", "off the grid", "subclass", "gradient"],
+)
+def test_another_input_is_not_known(known, x):
+    assert eager.again(x(known.x), known.weight, None) is None
+    assert not known.launched
+
+
+def test_an_input_that_asks_for_no_gradient_now(known):
+    with torch.no_grad():
+        assert eager.again(known.x.clone().requires_grad_(), known.weight, None) is not None
+
+
+@pytest.mark.parametrize(
+    "bias", [lambda b: b.clone(), lambda b: b[:32], lambda b: b.view(torch.int32), lambda b: b.view(32, 2).t()]
+)
+def test_another_bias_is_not_known(known, bias):
+    assert eager.again(known.x, known.weight, bias(known.bias)) is None
+
+
+def test_a_bias_that_asks_for_a_gradient(known):
+    assert eager.again(known.x, known.weight, known.bias.requires_grad_()) is None
+
+
+@pytest.mark.parametrize("name", ["words", "scales", "multiplier"])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.clone(), lambda t: t[:0], lambda t: t.unsqueeze(-1).expand(*t.shape, 2)]
+)
+def test_a_weight_that_was_changed_is_not_known(known, name, change):
+    tensor = getattr(known.weight, name)
+    tensor.data = change(tensor.data)
+    assert eager.again(known.x, known.weight, None) is None
+
+
+@pytest.mark.parametrize("enter", [Dispatch, Function, lambda: torch.autocast("cpu"), forward_ad.dual_level])
+def test_what_would_see_the_op_is_shown_it(known, enter):
+    with enter():
+        assert eager.again(known.x, known.weight, None) is None
+
+
+def test_hooks_and_other_devices(known, monkeypatch):
+    monkeypatch.setattr(eager, "hooked", lambda: True)
+    assert eager.again(known.x, known.weight, None) is None
+    monkeypatch.setattr(eager, "hooked", lambda: False)
+    monkeypatch.setattr(eager, "current_device", lambda: 5)
+    assert eager.again(known.x, known.weight, None) is None
+
+
+def test_copies_of_a_weight_know_no_calls(known):
+    assert eager.again(known.x, copy.deepcopy(known.weight), None) is None
+
+
+def test_calls_are_forgotten_when_there_are_too_many(known, monkeypatch):
+    monkeypatch.setattr(eager, "_MOST", 2)
+    eager.keep(known.x[:2], known.weight, None, torch.zeros(2, 64), known.launched.append)
+    assert eager.again(known.x, known.weight, None) is None
+    assert eager.again(known.x[:2], known.weight, None) is not None

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from marlin_w4a16.fake_impls.eager import again
 from marlin_w4a16.fake_impls.linear import linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
@@ -69,7 +70,9 @@ class PackedLinear(PackedState, nn.Linear):
         """See `marlin_w4a16.linear`."""
         if torch.compiler.is_compiling():
             return linear(x, self._packed(""), self.bias)
-        return linear(x, self._kept(""), self._parameters["bias"])
+        packed, bias = self._kept(""), self._parameters["bias"]
+        out = again(x, packed, bias)
+        return linear(x, packed, bias) if out is None else out
 
     def extra_repr(self) -> str:
         """Shape, format and bytes of the packed weight."""
