@@ -26,6 +26,7 @@ from hf.loading import (
 from hf.matrix import LEFT, LOAD, MIXTURES, OWN_HEADS, REFUSED, params
 from marlin_w4a16 import PackedExperts, PackedLinear
 from marlin_w4a16.hf import CheckpointError, report
+from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.tensors import held_tensors
 
 CODES_AND_SCALES = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "scale")
@@ -107,6 +108,26 @@ def test_experts_take_no_more_bytes_than_their_files(name, family):
     in_files = sum(t.nbytes for key, t in tensors.items() if ".experts." in key)
     held = sum(tensor.nbytes for module in experts_of(model).values() for tensor in held_tensors(module))
     assert held <= 1.6 * in_files
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name, family", [("modelopt-awq", "llama"), ("ct-nvfp4", "qwen3moe"), ("gpt-oss", "gptoss")])
+def test_packed_modules_have_parameters_of_the_models_dtype_only_and_no_buffers(name, family, dtype):
+    model = loaded(name, family, dtype)
+    packed = [module for module in model.modules() if isinstance(module, PackedState)]
+    assert packed and model.dtype == dtype
+    for module in packed:
+        assert {p.dtype for p in module.parameters()} == {dtype} and not list(module.buffers())
+
+
+def test_experts_on_the_cpu_come_over_for_the_call_only():
+    experts = next(iter(experts_of(loaded("gpt-oss", "gptoss", torch.bfloat16)).values()))
+    before = list(held_tensors(experts))
+    with torch.device("meta"):
+        x, ids = torch.empty(3, experts.w13.k, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.long)
+        out = experts(x, ids, torch.ones(3, 2))
+    assert out.is_meta and out.shape == x.shape
+    assert all(now is then for now, then in zip(held_tensors(experts), before, strict=True))
 
 
 def test_a_checkpoint_without_fp4_is_left_to_transformers(monkeypatch):

@@ -37,7 +37,7 @@ ONE, TWO = (
 )
 FORMS = {
     "linear": (linear, False, ["weight"], [*ONE, "_extra_state"]),
-    "linear with a bias": (linear, True, ["weight", "bias"], ["bias", *ONE, "_extra_state"]),
+    "linear with a bias": (linear, True, ["bias", "weight"], ["bias", *ONE, "_extra_state"]),
     "experts": (experts, False, ["input_like"], [*TWO, "_extra_state"]),
     "experts with biases": (experts, True, ["bias13", "bias2"], ["bias13", "bias2", *TWO, "_extra_state"]),
 }
@@ -179,7 +179,7 @@ def test_the_keys_of_its_state_and_the_parameter_that_is_none_of_them(form, modu
     assert list(state) == keys and not any(isinstance(tensor, nn.Parameter) for tensor in state.values())
     kept = module.state_dict(keep_vars=True)
     assert list(kept) == keys and all(kept[name] is tensor for name, tensor in module.bits().items())
-    more = {parameters[0]: torch.empty(0, 0)} if parameters[0] not in keys else {}
+    more = {name: torch.empty(0, 0) for name in parameters if name not in keys}
     for _ in range(2):  # with it and without it
         assert str(module.load_state_dict(state | more)) == "<All keys matched successfully>"
     assert [name for name, _ in module.named_parameters()] == parameters
@@ -195,6 +195,14 @@ def test_what_is_missing_or_unexpected_is_told(module, assign):
     found = module.load_state_dict(other, strict=False, assign=assign)
     assert (found.missing_keys, found.unexpected_keys) == ([words], ["gate"])
     assert_same(module.state_dict(), state)
+
+
+def test_a_module_on_the_meta_device_is_where_its_state_is_assigned_from(form, module):
+    module.to("meta").load_state_dict(FORMS[form][0](torch.float16, FORMS[form][1]).state_dict(), assign=True)
+    assert {tensor.device.type for tensor in held_tensors(module)} == {"cpu"}
+    dtype = torch.float16 if FORMS[form][1] else torch.float32  # a bias tells the dtype
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert module(*inputs(module, dtype)).dtype == dtype
 
 
 def test_a_dense_weight_is_unexpected():

@@ -1,7 +1,7 @@
 """What modules that own packed weights share: tensors that nothing may change but what loads, moves or saves them."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,6 @@ class PackedState(nn.Module):
         ``dtype`` is that of the activations to come, if no bias tells it.
         """
         self._formats = {of: (p.n, p.k, p.kind, p.group, p.layout) for of, p in weights.items()}
-        self._tell(biases, dtype, next(iter(weights.values())).words.device)
         for name, bias in biases.items():
             self.register_parameter(name, bias)
         for of, weight in weights.items():
@@ -53,12 +52,17 @@ class PackedState(nn.Module):
         for of, weight in weights.items():
             self.register_bits(f"words{of}", weight.words)
             self.register_bits(f"scales{of}", weight.scales)
+        self._tell(dtype)
 
-    def _tell(self, biases: Mapping[str, Tensor | None], dtype: torch.dtype, device: torch.device) -> None:
-        """Adds the empty parameter, where one is needed."""
-        told = next((bias.dtype for bias in biases.values() if bias is not None), None)
-        if told is None or self._is_always_told:
-            empty = torch.empty(0, 0, dtype=told or dtype, device=device)
+    def _tell(self, dtype: torch.dtype) -> None:
+        """Adds the empty parameter where one is needed, or lets it follow the bias and the words."""
+        held, device = self._parameters.get(self._empty), getattr(self, f"words{next(iter(self._formats))}").device
+        biases = (p for name, p in self._parameters.items() if name != self._empty and p is not None)
+        told = next((bias.dtype for bias in biases), None)
+        dtype = told or (dtype if held is None else held.dtype)
+        stale = held is None or (_is_empty(held) and (held.dtype, held.device) != (dtype, device))
+        if stale and (told is None or self._is_always_told):
+            empty = torch.empty(0, 0, dtype=dtype, device=device)
             self.register_parameter(self._empty, nn.Parameter(empty, requires_grad=False))
 
     def register_bits(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
@@ -129,7 +133,7 @@ class PackedState(nn.Module):
             del state_dict[f"{prefix}{self._empty}"]
         with self._as_buffers():
             super()._load_from_state_dict(state_dict, prefix, *args)
-        self._set_again()
+        self._settle()
         for of in self._formats:  # a kernel may read words while the one before it runs: that is to write none
             getattr(self, f"multiplier{of}").mul_(1)
 
@@ -160,13 +164,13 @@ class PackedState(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_bits" not in state:  # pickled while they were parameters and buffers
             self._take_over()
-        self._set_again()
+        self._settle()
 
-    def _set_again(self) -> None:
+    def _settle(self) -> None:
         """Marks the tensors, whose marks may be lost, and forgets what was made of others."""
-        self._weights.clear()
         for name, tensor in self.bits().items():
             setattr(self, name, tensor)
+        self._tell(torch.bfloat16 if self.origin is None else self.origin.dtype)
 
     def _take_over(self) -> None:
         self._bits = {}
@@ -176,8 +180,6 @@ class PackedState(nn.Module):
                     tensor: Any = holder.pop(name)
                     self.register_bits(name, tensor, name not in self._non_persistent_buffers_set)
         self._non_persistent_buffers_set.clear()
-        dtype = torch.bfloat16 if self.origin is None else self.origin.dtype
-        self._tell(self._parameters, dtype, next(iter(self.bits().values())).device)
 
 
 def held(module: PackedState) -> tuple[str, int]:
