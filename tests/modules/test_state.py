@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from marlin_w4a16 import PackedExperts, PackedLinear, prepare, quantize, quantize_nvfp4
@@ -146,7 +147,8 @@ def group(tmp_path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def test_distributed_training_sends_nothing_of_it(group, module):
+@pytest.mark.parametrize("everything", [False, True], ids=["adapters", "everything"])
+def test_distributed_training_sends_nothing_of_it(group, module, everything):
     class Adapted(nn.Module):
         def __init__(self):
             super().__init__()
@@ -157,8 +159,8 @@ def test_distributed_training_sends_nothing_of_it(group, module):
         def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
             return self.packed(x, *routing) + self.up(self.down(x))
 
-    model = Adapted()
-    before, ddp = bits(module), DistributedDataParallel(model)
+    model = Adapted().requires_grad_() if everything else Adapted()
+    before, ddp = {name: bit.clone() for name, bit in module.bits().items()}, DistributedDataParallel(model)
     assert [tensor is model.seen for tensor in ddp.modules_buffers] == [True]
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2, weight_decay=0.1)
     losses, given = [], inputs(module)
@@ -167,7 +169,15 @@ def test_distributed_training_sends_nothing_of_it(group, module):
         losses[-1].backward()
         optimizer.step(), optimizer.zero_grad()
     assert losses[-1] < losses[0]
-    assert_same(bits(module), before)
+    assert_same(module.bits(), before)
+
+
+def test_a_bias_that_is_no_parameter_of_its_own():
+    module = linear(torch.float32, True)
+    expected = module(X) - module.bias
+    prune.l1_unstructured(module, "bias", 0.5)
+    assert (module.bias == 0).sum() == N // 2
+    assert torch.allclose(module(X), expected + module.bias)
 
 
 # State dicts
@@ -217,6 +227,14 @@ def test_a_tensor_of_another_shape_is_refused(module):
     state, name = module.state_dict(), next(name for name in module.bits() if name.startswith("scales"))
     with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
         module.load_state_dict(state | {name: state[name][:, :0]})
+
+
+def test_tensors_of_inference_mode_are_assigned(make):
+    with torch.inference_mode():
+        state = {name: tensor.clone() for name, tensor in make().state_dict().items()}
+    module = make()
+    module.load_state_dict(state, assign=True)
+    assert_same(bits(module), {name: state[name] for name in bits(module)})
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -135,7 +135,7 @@ class PackedExperts(PackedState):
             bias2=biases[1],
             weight_on_input=self.weight_on_input,
         )
-        return out.reshape(*hidden_states.shape[:-1], out.shape[-1])
+        return self._asking(out.reshape(*hidden_states.shape[:-1], out.shape[-1]))
 
     def extra_repr(self) -> str:
         """Shapes, activation, formats and bytes of the packed weights."""

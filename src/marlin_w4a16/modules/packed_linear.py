@@ -69,10 +69,10 @@ class PackedLinear(PackedState, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """See `marlin_w4a16.linear`."""
         if torch.compiler.is_compiling():
-            return linear(x, self._packed(""), self.bias)
-        packed, bias = self._kept(""), self._parameters["bias"]
+            return self._asking(linear(x, self._packed(""), self.bias))
+        packed, bias = self._kept(""), self.bias
         out = again(x, packed, bias)
-        return linear(x, packed, bias) if out is None else out
+        return self._asking(linear(x, packed, bias) if out is None else out)
 
     def extra_repr(self) -> str:
         """Shape, format and bytes of the packed weight."""

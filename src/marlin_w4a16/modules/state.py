@@ -100,6 +100,13 @@ class PackedState(nn.Module):
             kept = self._weights[of] = self._packed(of)
         return kept
 
+    def _asking(self, out: Tensor) -> Tensor:
+        """The output, with a gradient for the empty parameter if that is trained: DDP waits for one of each."""
+        empty = self._parameters.get(self._empty)
+        if torch.is_grad_enabled() and empty is not None and empty.requires_grad and _is_empty(empty):
+            return out + empty.sum().to(out.dtype)
+        return out
+
     @property
     def _packing(self) -> dict[str, Any]:
         """How the tensors of the state dict are to be read: values that JSON can hold."""
@@ -136,7 +143,9 @@ class PackedState(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
         self._settle()
         for of in self._formats:  # a kernel may read words while the one before it runs: that is to write none
-            getattr(self, f"multiplier{of}").mul_(1)
+            multiplier = getattr(self, f"multiplier{of}").detach()
+            if torch.is_inference_mode_enabled() or not multiplier.is_inference():
+                multiplier.mul_(1)
 
     @contextmanager
     def _as_buffers(self) -> Iterator[None]:
