@@ -172,6 +172,20 @@ def test_distributed_training_sends_nothing_of_it(group, module, everything):
     assert_same(module.bits(), before)
 
 
+def test_several_modules_at_once_are_refused_or_right(make, module):
+    if "bias13" in module._parameters and module._parameters["bias13"] is not None:
+        pytest.skip("what is stacked are its biases alone")
+    modules, given = [module, make()], inputs(module)
+    stacked = torch.func.stack_module_state(modules)
+    call = lambda state: torch.func.functional_call(module, state, given)  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"stack those of bits\(\) beside them"):
+        torch.vmap(call)(stacked)
+    if isinstance(module, PackedLinear):
+        own = [dict(m.named_parameters()) | m.bits() for m in modules]
+        both = {name: torch.stack([state[name].detach() for state in own]) for name in own[0] if name != "weight"}
+        assert torch.allclose(torch.vmap(call)(both), torch.stack([m(*given) for m in modules]))
+
+
 def test_a_bias_that_is_no_parameter_of_its_own():
     module = linear(torch.float32, True)
     expected = module(X) - module.bias

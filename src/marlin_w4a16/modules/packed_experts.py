@@ -112,6 +112,8 @@ class PackedExperts(PackedState):
         Returns:
             The shape and dtype of ``hidden_states``.
         """
+        if not torch.compiler.is_compiling():
+            self._expect_one()
         packed = self._packed if torch.compiler.is_compiling() else self._kept
         weights, biases = (packed("13"), packed("2")), (self.bias13, self.bias2)
         return self._run(hidden_states, top_k_index, top_k_weights, weights, biases)

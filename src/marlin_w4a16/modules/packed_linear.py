@@ -72,7 +72,10 @@ class PackedLinear(PackedState, nn.Linear):
             return self._asking(linear(x, self._packed(""), self.bias))
         packed, bias = self._kept(""), self.bias
         out = again(x, packed, bias)
-        return self._asking(linear(x, packed, bias) if out is None else out)
+        if out is None:
+            self._expect_one()
+            out = linear(x, packed, bias)
+        return self._asking(out)
 
     def extra_repr(self) -> str:
         """Shape, format and bytes of the packed weight."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.modules.origin import Origin
-from marlin_w4a16.passes.graph.torch_private import stays
+from marlin_w4a16.passes.graph.torch_private import stays, transform_of
 
 _NAMES = {of: (f"words{of}", f"scales{of}", f"multiplier{of}") for of in ("", "13", "2")}
 
@@ -99,6 +99,14 @@ class PackedState(nn.Module):
         ):  # fmt: skip
             kept = self._weights[of] = self._packed(of)
         return kept
+
+    def _expect_one(self) -> None:
+        """Raises a NotImplementedError where parameters of several modules stand in the place of its own."""
+        if transform_of(self._parameters.get(self._empty)) == "vmap":
+            raise NotImplementedError(
+                f"{type(self).__name__}: found parameters of several modules (torch.func.stack_module_state), which do "
+                f"not hold packed tensors, expected these as well: stack those of bits() beside them"
+            )
 
     def _asking(self, out: Tensor) -> Tensor:
         """The output, with a gradient for the empty parameter if that is trained: DDP waits for one of each."""
