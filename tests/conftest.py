@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -123,6 +124,13 @@ def fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_inductor() -> Iterator[None]:
+    """What the backend makes of a graph runs eagerly: where it is held against eager, Inductor only takes seconds."""
+    with patch("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward):
+        yield
 
 
 class FP4Linear(nn.Module):

@@ -131,6 +131,7 @@ def test_axes_that_are_no_numbers_are_left(fp4_linear, multiply):
     assert not any(row.path == "(the graph)" for row in report.rows)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_factor_that_changes_between_calls(fp4_linear):
     module = fp4_linear(N, K)
     run = torch.compile(lambda x, a, b: torch.addmm(a, x, module.weight().T, beta=b), backend="marlin_w4a16")

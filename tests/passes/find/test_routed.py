@@ -133,6 +133,7 @@ def test_dynamic_rows_through_inductor(name):
         torch.testing.assert_close(run(x, *more), module(x, *more), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_gradients_of_gathered_rows():
     module, i = Stack(GATHERED["bmm of a vector"][0]), ids(S)
     run, gradients = torch.compile(module, backend="marlin_w4a16", fullgraph=True), []

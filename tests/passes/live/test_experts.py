@@ -11,6 +11,8 @@ from marlin_w4a16.passes.live import binding
 from marlin_w4a16.passes.mixture.stacks import pack_stack
 from mixtures.written import Mixture, Parts, batched, grouped, inputs, interleaved
 
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
 PARTS = {
     "grouped": Parts(grouped, interleaved, bias=True),
     "batched": Parts(batched),
@@ -22,12 +24,6 @@ PARTS = {
 def parts(request) -> Parts:
     """What the experts of a test are made of."""
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def without_inductor():
-    with patch("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward):
-        yield
 
 
 def compiled(function):

@@ -1,21 +1,15 @@
 """Never another weight's result: where tensors stay what they are and are laid out in another way."""
 
-from unittest.mock import patch
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from marlin_w4a16 import refresh
 
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
 N, K = 64, 128  # as many rows of codes as columns
 X = torch.linspace(-1, 1, 3 * K).view(3, K)
-
-
-@pytest.fixture(autouse=True)
-def without_inductor():
-    with patch("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward):
-        yield
 
 
 def fewer_rows(module, rows: slice) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import io
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,13 +9,9 @@ from torch import nn
 
 from marlin_w4a16 import refresh
 
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
-
-
-@pytest.fixture(autouse=True)
-def without_inductor():
-    with patch("marlin_w4a16.backend.compile_graph", lambda gm, *_: gm.forward):
-        yield
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_what_counts_the_tokens_of_an_expert_is_refused(form):
     assert "eq of the ids of several pairs" in note(Changed(batched, pairs=capacity))
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("form", [grouped, batched])
 def test_a_limit_on_positions_is_refused_where_the_number_of_tokens_is_not_fixed(form):
     module = Changed(form, total=lambda y: torch.where(torch.arange(len(y))[:, None, None] > 20, 0.0, y).sum(1))

@@ -143,6 +143,7 @@ def test_a_batch_of_sequences_of_any_sizes(form, changing):
     assert note(routed, args) is None
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_sizes_that_vanish_together_at_those_that_are_read():
     module = Mixture(Parts(batched))
 

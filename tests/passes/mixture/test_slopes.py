@@ -74,6 +74,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("name", LIMITS)
 def test_slopes_at_limits_count_where_gradients_are_asked_for(name):
     """The sums of padding tokens are the bias, which is the limit."""
@@ -94,6 +95,7 @@ def test_slopes_at_limits_count_where_gradients_are_asked_for(name):
     assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("on_input, tokens, weight", [(False, 1.0, 8e3), (True, 1e6, 1e-5)])
 def test_what_float16_does_not_hold_under_autocast(on_input, tokens, weight):
     module, (x, weights, ids) = Mixture(Parts(batched, on_input=on_input)), inputs()
@@ -107,6 +109,7 @@ def test_what_float16_does_not_hold_under_autocast(on_input, tokens, weight):
     assert bool(expected.isfinite().all()) and (found - expected).norm() <= 1e-2 * expected.norm()
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_tokens_that_are_weighted_before_they_are_cast_to_float16():
     class OnInput(Mixture):
         def expert(self, x, weight, chosen, multiply):

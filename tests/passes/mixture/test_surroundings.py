@@ -255,6 +255,7 @@ def test_a_proof_is_not_shared_with_another_autocast():
     assert compared(module, inputs(scale=8.0)) == ["grouped_linear", "moe"]  # the second's rows stand first
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_proof_is_not_shared_with_another_number_of_tokens():
     def both(m, x, weights, ids, *args):
         return m.first(x, weights, ids), m.second(*args)
