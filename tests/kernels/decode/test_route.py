@@ -61,7 +61,7 @@ def test_every_local_pair_is_in_one_place_in_order(tokens, k, experts, interpret
 
 
 def test_many_experts_and_choices(interpret):
-    ids = random_ids(9, 22, 512, "distinct")
+    ids = random_ids(3, 22, 512, "distinct")
     (found,) = interpret(("tiles_of_experts", (ids, None, 512, 16)))
     assert_tiles(found, groups_of(ids, None, 512), 16)
 
@@ -84,8 +84,8 @@ def test_a_map_gives_the_place_of_an_expert(known, dtype, interpret):
     ids=str,
 )  # fmt: skip
 def test_narrow_ids_of_many_experts(dtype, experts, interpret):
-    """256 pairs that are no whole block: what lies past the last has no expert, not even the last of a byte."""
-    ids = torch.arange(256).view(64, 4).to(dtype)
+    """Pairs that are no whole block: what lies past the last has no expert, not even the last of a byte."""
+    ids = torch.arange(0, 256, 5).view(13, 4).to(dtype)
     (found,) = interpret(("tiles_of_experts", (ids, None, experts, 16)))
     assert_tiles(found, groups_of(ids, None, experts), 16)
 
@@ -122,7 +122,7 @@ def test_rows_of_offsets_are_in_one_place_in_order(offsets, rows, interpret):
 
 
 def test_rows_of_many_groups(interpret):
-    offsets = torch.randint(6, (512,)).cumsum(0)
+    offsets = torch.randint(3, (270,)).cumsum(0)
     rows = int(offsets[-1]) + 37
     (found,) = interpret(("tiles_of_offsets", (offsets.int(), rows, 16)))
     assert_tiles(found, of_offsets(offsets, rows), 16)

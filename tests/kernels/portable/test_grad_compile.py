@@ -39,13 +39,15 @@ def compiled_gradient(
 def variants() -> list[Any]:
     """Every launch in every format; two formats where the machine code is all but that of SM80.
 
-    Of these are narrow: the first launch in all formats, any other in one and, without a split, in the heaviest.
+    Of these are narrow: the first launch in half of the formats, the other half on the other chip; any other in one,
+    which is the heaviest without a split; a quarter of the launches of SM86 and SM89.
     """
     found = []
-    for capability in CHIPS:
+    for chip, capability in enumerate(CHIPS):
         for number, launch in enumerate(grad_launches(capability)):
             one = FORMATS[number % 8]
-            kept = FORMATS if number == 0 else [one, HEAVIEST] if launch.split_n == 1 else [one]
+            half = [FORMATS[i] for i in ((0, 3, 5, 6) if chip == 0 else (1, 2, 4, 7))]
+            kept = half if number == 0 else [HEAVIEST] if launch.split_n == 1 else [one]
             for form in FORMATS if capability in OWN else (one, FORMATS[-1 - FORMATS.index(one)]):
                 tile = "x".join(map(str, (launch.block_m, launch.block_k, launch.block_n, launch.split_n)))
                 name = "-".join(map(str, ("sm{}{}".format(*capability), tile, *form)))

@@ -66,10 +66,10 @@ GRADIENTS = [
     (1, 70, 160, contiguous, equal, GradLaunch(16, 64, 64, 1, 4, 3)),
     (1, 70, 160, transposed, any_sign, GradLaunch(16, 64, 128, 4, 4, 3)),
     (5, 1, 32, sliced, any_sign, GradLaunch(16, 128, 64, 1, 4, 3)),
-    (5, 1120, 224, contiguous, merged, GradLaunch(16, 128, 128, 4, 4, 3)),
+    (5, 672, 224, contiguous, merged, GradLaunch(16, 128, 128, 4, 4, 3)),
     (17, 70, 160, repeated, merged, GradLaunch(16, 64, 128, 1, 4, 3)),
-    (17, 1120, 224, transposed, equal, GradLaunch(32, 64, 128, 4, 4, 3)),
-    (17, 1090, 224, sliced, any_sign, GradLaunch(16, 128, 64, 1, 4, 3)),
+    (17, 672, 224, transposed, equal, GradLaunch(32, 64, 128, 4, 4, 3)),
+    (17, 642, 224, sliced, any_sign, GradLaunch(16, 128, 64, 1, 4, 3)),
     (33, 64, 32, contiguous, zeros, GradLaunch(16, 64, 64, 4, 4, 3)),
 ]
 ROUNDED = matrix(lambda i, j: (i + i // 2 + j + j // 2) % 2 == 0, FORMATS, dict(enumerate(GRADIENTS)))

@@ -44,10 +44,10 @@ LINEARS = [
     (1, 70, 160, contiguous, False, Launch(64, 16, 64, 1, 4, 3)),
     (1, 70, 160, transposed, True, Launch(64, 16, 128, 4, 4, 3)),
     (5, 70, 160, sliced, True, Launch(128, 16, 64, 1, 4, 3)),
-    (5, 200, 1120, contiguous, False, Launch(128, 16, 128, 4, 4, 3)),
+    (5, 200, 672, contiguous, False, Launch(128, 16, 128, 4, 4, 3)),
     (17, 70, 160, transposed, False, Launch(64, 16, 128, 1, 4, 3)),
-    (17, 200, 1120, contiguous, True, Launch(64, 32, 128, 4, 4, 3)),
-    (17, 200, 1120, sliced, False, Launch(128, 16, 64, 1, 4, 3)),
+    (17, 200, 672, contiguous, True, Launch(64, 32, 128, 4, 4, 3)),
+    (17, 200, 672, sliced, False, Launch(128, 16, 64, 1, 4, 3)),
     (33, 64, 32, transposed, True, Launch(64, 16, 64, 4, 4, 3)),
 ]
 
