@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from marlin_w4a16.fake_impls.library import DTYPES
-from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
+from marlin_w4a16.kernels.layout import LAYOUTS, PackedFP4, packed_shapes
 from marlin_w4a16.kernels.private import current_device, empty, hooked
 from marlin_w4a16.kernels.replay import ALIGNED
 from marlin_w4a16.kernels.target import supports
@@ -93,23 +93,17 @@ class _Call(NamedTuple):
 def again(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor | None:
     """`linear`, if such a call was made before, is plain, and asks for no gradient; else None. Not to be compiled.
 
-    All in one function, with few of torch's: between the other operators of a model each of them costs five times what
+    Few functions, and few of torch's: between the other operators of a model each of them costs five times what
     it costs where nothing else runs, since the processor has forgotten it.
     """
-    proof: Proof | None = packed.proofs[0] if packed.proofs else None
+    proof = proof_of(packed) if packed.proofs else None
     call = None if proof is None else proof.calls.get(_call_key(x, bias))
     if proof is None or call is None or type(x) is not Tensor:
         return None
     device, address = proof.device, x.data_ptr()
-    words, scales, multiplier = packed.words, packed.scales, packed.multiplier
     if (
         x.get_device() != device or current_device() != device or address % ALIGNED or not x.is_contiguous()
-        or proof.seen != (
-            words.data_ptr(), words.nbytes, words.is_contiguous(),
-            scales.data_ptr(), scales.nbytes, scales.is_contiguous(),
-            multiplier.data_ptr(), multiplier.nbytes, multiplier.is_contiguous(),
-        )
-        or (torch.is_grad_enabled() and needs_gradient(x, bias)) or hooked() or not nothing_entered()
+        or needs_gradient(x, bias) or hooked() or not nothing_entered()
     ):  # fmt: skip
         return None
     out = empty(call.shape, call.strides, x.dtype)
@@ -155,6 +149,8 @@ def new_output(x: Tensor, width: int) -> Tensor:
 
 
 def _is_right(packed: PackedFP4) -> bool:
+    if packed.layout not in LAYOUTS:
+        return False
     tensors = packed.words, packed.scales, packed.multiplier
     shapes, lead = packed_shapes(packed.n, packed.k, packed.group), packed.words.shape[:-3]
     return all(

@@ -42,7 +42,7 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
     if is_plain(x) and (shape := x.shape) and shape[-1] == packed.k and x.numel() and packed.n:
         proof = proof_of(packed)
         if proof and proof.device == x.get_device() and (bias is None or fits(bias, (packed.n,), proof.device)):
-            if torch.is_grad_enabled() and needs_gradient(x, bias):
+            if needs_gradient(x, bias):
                 weight = packed.words, packed.scales, packed.multiplier
                 return cast(Tensor, _Linear.apply(x, *weight, bias, packed))
             return _launched(x, packed, bias)

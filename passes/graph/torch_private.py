@@ -1,4 +1,4 @@
-"""Every private torch interface this project touches, each read in torch 2.11 and 2.13."""
+"""The private interfaces of torch that tracing and compiling touch, each read in torch 2.11 and 2.13."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -129,8 +129,9 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
 
 def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Whether as many tensors have the shapes, strides and dtypes of these, in the mode of now, told by C++ at once."""
-    guards = _c._dynamo.guards.TensorGuards  # crashes without both lists of what may change; it keeps nothing alive
-    return cast(Callable[..., bool], guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check)
+    # needs both lists of what may change; keeps nothing alive
+    guards: Any = _c._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return cast(Callable[..., bool], guards.check)
 
 
 def mark_written(tensors: Iterable[Tensor]) -> None:
@@ -267,9 +268,7 @@ def skipped_functions() -> list[Any]:
 
 def refusals() -> Counter[str]:
     """How often Dynamo refused something, by its message; not those that it told as the reason of a break."""
-    from torch._dynamo.utils import counters
-
-    return Counter(counters["unimplemented"])
+    return Counter(torch._dynamo.utils.counters["unimplemented"])
 
 
 def size_hint(size: Any) -> int:
@@ -279,11 +278,7 @@ def size_hint(size: Any) -> int:
 
 
 def size_at(size: Any, times: int) -> int:
-    """The size that a dimension has where each size that may change is so many times what it was traced with.
-
-    Raises:
-        ValueError: it is no integer.
-    """
+    """The size of a dimension where each that may change is so many times the traced one; ValueError: no integer."""
     if not isinstance(size, int | torch.SymInt) or isinstance(size, bool):
         raise ValueError(f"{type(size).__name__} where a size is expected")
     if times == 1 or isinstance(size, int):
