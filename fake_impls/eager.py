@@ -22,7 +22,7 @@ from marlin_w4a16.kernels.target import supports
 _c = torch._C
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_MOST = 64  # calls of a weight that are kept: numbers of tokens, and biases
+_MOST = 128  # calls of a weight that are kept: numbers of tokens, biases, and gradients
 
 
 def is_plain(x: Tensor) -> bool:
@@ -59,7 +59,7 @@ class Proof:
 
     def __init__(self, device: int, seen: tuple[int | bool, ...]) -> None:
         self.device, self.seen = device, seen
-        self.calls: dict[tuple[Any, ...], _Call] = {}
+        self.calls: dict[tuple[Any, ...], Call] = {}
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # of this place alone: no copy and no file has it
@@ -82,47 +82,59 @@ def proof_of(packed: PackedFP4) -> Proof | None:
     return proof
 
 
-class _Call(NamedTuple):
-    """A call of `linear` with a weight: what launches it for other addresses of x and the output, and the latter."""
+class Call(NamedTuple):
+    """A product with a weight: what launches it for other addresses of its input and output, and the latter."""
 
     launch: Callable[[tuple[int, int]], None]
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    def __call__(self, x: Tensor) -> Tensor:
+        out = empty(self.shape, self.strides, x.dtype)
+        self.launch((x.data_ptr(), out.data_ptr()))
+        return out
 
-def again(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor | None:
-    """`linear`, if such a call was made before, is plain, and asks for no gradient; else None. Not to be compiled.
 
-    Few functions, and few of torch's: between the other operators of a model each of them costs five times what
-    it costs where nothing else runs, since the processor has forgotten it.
+def known(of: str, x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Call | None:
+    """Such a call if one was made before and this one is plain. Not to be compiled.
+
+    Few functions, and few of torch's: between the other operators of a model each of them costs five times what it
+    costs where nothing else runs, since the processor has forgotten it.
+
+    Args:
+        of: what is called.
+        x: its input.
+        packed: the weight.
+        bias: what is added, or None.
     """
-    proof = proof_of(packed) if packed.proofs else None
-    call = None if proof is None else proof.calls.get(_call_key(x, bias))
-    if proof is None or call is None or type(x) is not Tensor:
+    if not packed.proofs or type(x) is not Tensor or not nothing_entered():
         return None
-    device, address = proof.device, x.data_ptr()
+    proof = proof_of(packed)
+    call = None if proof is None else proof.calls.get(_call_key(of, x, bias))
+    if proof is None or call is None:
+        return None
+    device = proof.device
     if (
-        x.get_device() != device or current_device() != device or address % ALIGNED or not x.is_contiguous()
-        or needs_gradient(x, bias) or hooked() or not nothing_entered()
+        x.get_device() != device or current_device() != device or x.data_ptr() % ALIGNED or not x.is_contiguous()
+        or hooked()
     ):  # fmt: skip
         return None
-    out = empty(call.shape, call.strides, x.dtype)
-    call.launch((address, out.data_ptr()))
-    return out
+    return call
 
 
-def keep(x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Any) -> None:
-    """Keeps a call of `linear` that was made, with what launches it."""
+def keep(of: str, x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Any) -> None:
+    """Keeps a call that was made, with what launches it, if that is known."""
     calls = packed.proofs[0].calls
-    if len(calls) >= _MOST:
-        calls.clear()
-    calls[_call_key(x, bias)] = _Call(launch, tuple(out.shape), out.stride())
+    if launch is not None:
+        if len(calls) >= _MOST:
+            calls.clear()
+        calls[_call_key(of, x, bias)] = Call(launch, tuple(out.shape), out.stride())
 
 
-def _call_key(x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+def _call_key(of: str, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     if bias is None:
-        return x.shape, x.dtype
-    return x.shape, x.dtype, bias.data_ptr(), bias.nbytes, bias.dtype, bias.is_contiguous()
+        return of, x.shape, x.dtype
+    return of, x.shape, x.dtype, bias.data_ptr(), bias.nbytes, bias.dtype, bias.is_contiguous()
 
 
 def fits(row: Tensor | None, shape: tuple[int, ...], device: int) -> bool:

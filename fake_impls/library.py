@@ -116,6 +116,11 @@ def checked_packed(
     return packed_of(weight)
 
 
+def is_adjacent(*tensors: Tensor | None) -> bool:
+    """Whether the elements of each tensor are adjacent, as calls that are made again read them."""
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+
+
 def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     """Keeps arguments of an op, tensors or not, for its gradient, and nothing of its output."""
     ctx.places = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.fake_impls import inductor
-from marlin_w4a16.fake_impls.eager import again, fits, is_plain, keep, needs_gradient, new_output, proof_of
+from marlin_w4a16.fake_impls.eager import Call, fits, is_plain, keep, known, needs_gradient, new_output, proof_of
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
+    NAMESPACE,
     autocast,
     checked_weight,
     expect,
     expect_no_tangent,
+    is_adjacent,
     register,
     save,
     saved,
@@ -42,53 +44,81 @@ def linear(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
     if is_plain(x) and (shape := x.shape) and shape[-1] == packed.k and x.numel() and packed.n:
         proof = proof_of(packed)
         if proof and proof.device == x.get_device() and (bias is None or fits(bias, (packed.n,), proof.device)):
-            if needs_gradient(x, bias):
-                weight = packed.words, packed.scales, packed.multiplier
-                return cast(Tensor, _Linear.apply(x, *weight, bias, packed))
-            return _launched(x, packed, bias)
+            return _differentiable(x, packed, bias, None) if needs_gradient(x, bias) else _launched(x, packed, bias)
     result: Tensor = torch.ops.marlin_w4a16.linear(x, *weight_args(packed), bias)
     return result
+
+
+def again(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor | None:
+    """`linear`, if such a call was made before and is plain; else None. Not to be compiled."""
+    call = known("linear", x, packed, bias)
+    if call is None:
+        return None
+    return _differentiable(x, packed, bias, call) if needs_gradient(x, bias) else call(x)
 
 
 def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
     """A call whose arguments were proved to be right."""
     from marlin_w4a16.kernels.linear import bound, linear_into  # Triton is on Linux only
 
-    out, p = new_output(x, packed.n), packed
-    linear_into(x, p.words, p.scales, p.multiplier, bias, p.n, p.k, p.group, p.kind, out)
-    launch = bound(x, packed, bias)
-    if launch is not None:
-        keep(x, packed, bias, out, launch)
+    out = new_output(x, packed.n)
+    linear_into(x, *packed.tensors, bias, packed.n, packed.k, packed.group, packed.kind, out)
+    keep("linear", x, packed, bias, out, bound(x, packed, bias))
     return out
 
 
+def _differentiable(x: Tensor, packed: PackedFP4, bias: Tensor | None, call: Call | None) -> Tensor:
+    return cast(Tensor, _Linear.apply(x, bias, packed, call))
+
+
 class _Linear(torch.autograd.Function):
-    """The gradient of a plain call, without the dispatcher; that of a gradient goes through the ops."""
+    """The gradient of a plain call, without the dispatcher; that of a gradient goes through the ops.
+
+    The weight is looked at, not saved: whatever offloads what is saved need not move it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        *weight, bias, packed = args
-        ctx.save_for_backward(*weight)
-        ctx.packed, ctx.bias_dtype = packed, None if bias is None else bias.dtype
-        return linear(x, packed, bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedFP4, call: Call | None) -> Tensor:
+        ctx.packed, ctx.versions, ctx.bias_dtype = packed, _versions(packed), None if bias is None else bias.dtype
+        return _launched(x, packed, bias) if call is None else call(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, *_, wants_bias, _ = ctx.needs_input_grad
-        _ = ctx.saved_tensors  # raises where one was written to since
+        wants_x, wants_bias, *_ = ctx.needs_input_grad
+        if _versions(ctx.packed) != ctx.versions:
+            raise RuntimeError(
+                f"{NAMESPACE}::linear: found a packed weight that was written to since the forward, expected it as it "
+                "was: load or refresh weights after the backward"
+            )
         grad_x = _gradient(grad, ctx.packed) if wants_x else None
-        return grad_x, None, None, None, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None
+        return grad_x, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None, None
+
+
+def _versions(packed: PackedFP4) -> tuple[int, ...]:
+    """How often its tensors were written to, if they count that."""
+    return tuple([tensor._version for tensor in packed.tensors if not tensor.is_inference()])
 
 
 def _gradient(grad: Tensor, packed: PackedFP4) -> Tensor:
     """``grad @ weight``, by the op where something would see it, as a gradient of it does."""
-    proof = proof_of(packed) if is_plain(grad) and not torch.is_grad_enabled() else None
-    if proof is None or proof.device != grad.get_device():
-        result: Tensor = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight_args(packed))
-        return result
-    from marlin_w4a16.kernels.grad_input import linear_grad_input as launched  # Triton is on Linux only
+    if not torch.is_grad_enabled():
+        call = known("gradient", grad, packed)
+        if call is not None:
+            return call(grad)
+        proof = proof_of(packed) if is_plain(grad) and grad.numel() else None
+        if proof is not None and proof.device == grad.get_device():
+            return _launched_gradient(grad, packed)
+    result: Tensor = torch.ops.marlin_w4a16.linear_grad_input(grad, *weight_args(packed))
+    return result
 
-    return launched(grad.reshape(-1, packed.n), packed).view(output_shape(grad.shape, packed.k))
+
+def _launched_gradient(grad: Tensor, packed: PackedFP4) -> Tensor:
+    from marlin_w4a16.kernels.grad_input import bound, grad_input_into  # Triton is on Linux only
+
+    out = new_output(grad, packed.k)
+    grad_input_into(grad, packed, out)
+    keep("gradient", grad, packed, None, out, bound(grad, packed))
+    return out
 
 
 def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,8 +157,13 @@ def _cuda(x: Tensor, *args: Any) -> Tensor:
     if not supports(x.device):
         return _blocks(x, *args)
     from marlin_w4a16.kernels.linear import linear as fused  # Triton is on Linux only
+    from marlin_w4a16.kernels.linear import linear_into
 
     packed, bias = _checked(x, args)
+    if is_adjacent(*packed.tensors, bias) and packed.n and packed.k:
+        out = x.new_empty(output_shape(x.shape, packed.n))
+        linear_into(x, *packed.tensors, bias, packed.n, packed.k, packed.group, packed.kind, out)
+        return out
     out = fused(x.reshape(x.shape[:-1].numel(), packed.k), packed, bias)
     return out.resize_(output_shape(x.shape, packed.n))  # a view may not be written in place
 
@@ -147,9 +182,14 @@ def _grad_input(grad: Tensor, *weight: Any) -> Tensor:
 def _cuda_grad_input(grad: Tensor, *weight: Any) -> Tensor:
     if not supports(grad.device) or grad.dtype == torch.float32:
         return _grad_input(grad, *weight)
-    from marlin_w4a16.kernels.grad_input import linear_grad_input as fused  # Triton is on Linux only
+    from marlin_w4a16.kernels.grad_input import grad_input_into  # Triton is on Linux only
+    from marlin_w4a16.kernels.grad_input import linear_grad_input as fused
 
     packed = checked_weight("linear_grad_input", grad, "n", weight)
+    if is_adjacent(*packed.tensors) and packed.n and packed.k:
+        out = grad.new_empty(output_shape(grad.shape, packed.k))
+        grad_input_into(grad, packed, out)
+        return out
     out = fused(grad.reshape(grad.shape[:-1].numel(), packed.n), packed)
     return out.resize_(output_shape(grad.shape, packed.k))
 

@@ -16,6 +16,7 @@ from marlin_w4a16.fake_impls.library import (
     checked_packed,
     expect,
     expect_no_tangent,
+    is_adjacent,
     packed_of,
     register,
     save,
@@ -74,7 +75,7 @@ def moe(
     if is_plain(x) and not needs_gradient(x, topk_weights, bias13, bias2):
         experts = Experts(w13, w2, activation, bias13, bias2, weight_on_input)
         if _is_right(x, experts, topk_weights, topk_ids, expert_map):
-            return _launched(x, experts, topk_weights, topk_ids, expert_map)
+            return _launched(x, experts, topk_weights, topk_ids, expert_map, new_output(x, w2.n))
     weights = (*weight_args(w13), *weight_args(w2))
     result: Tensor = torch.ops.marlin_w4a16.moe(
         x, topk_weights, topk_ids, *weights, bias13, bias2, *activation_args(activation), weight_on_input, expert_map
@@ -104,16 +105,16 @@ def _is_on(packed: PackedFP4, device: int) -> bool:
     return proof is not None and proof.device == device
 
 
-def _launched(x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
+def _launched(
+    x: Tensor, experts: Experts, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, out: Tensor
+) -> Tensor:
     """A call whose arguments were proved to be right, on tensors of weights that are contiguous."""
     from marlin_w4a16.kernels.moe import moe_into  # Triton is on Linux only
 
-    w13, w2, a = experts.w13, experts.w2, experts.activation
-    out = new_output(x, w2.n)
+    w13, w2 = experts.w13, experts.w2
     moe_into(
-        x, topk_weights, topk_ids, w13.words, w13.scales, w13.multiplier, w2.words, w2.scales, w2.multiplier,
-        experts.bias13, experts.bias2, expert_map,
-        (w13.n, w13.k, w13.kind, w13.group), (w2.n, w2.k, w2.kind, w2.group), activation_args(a),
+        x, topk_weights, topk_ids, *w13.tensors, *w2.tensors, experts.bias13, experts.bias2, expert_map,
+        (w13.n, w13.k, w13.kind, w13.group), (w2.n, w2.k, w2.kind, w2.group), activation_args(experts.activation),
         experts.weight_on_input, out,
     )  # fmt: skip
     return out
@@ -201,9 +202,12 @@ def _blocks(*args: Any) -> Tensor:
 
 
 def _cuda(*args: Any) -> Tensor:
-    x, *_ = call = _checked("moe", args)
+    x, experts, *_, expert_map = call = _checked("moe", args)
     if not supports(x.device) or x.dtype == torch.float32:
         return moe_by_blocks(*call)
+    beside = experts.bias13, experts.bias2, expert_map
+    if is_adjacent(*experts.w13.tensors, *experts.w2.tensors, *beside) and x.numel() and experts.w2.n:
+        return _launched(*call, x.new_empty(output_shape(x.shape, experts.w2.n)))
     from marlin_w4a16.kernels.moe import moe as fused  # Triton is on Linux only
 
     return fused(*call)

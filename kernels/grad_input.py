@@ -1,12 +1,19 @@
 """The gradient of an FP4 linear's input for SM80 to SM90: which kernels compute it, with which launch."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.grad_launch import GradLaunch, plan_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.grad_input import fused, through_dense
+from marlin_w4a16.kernels.record import Replays
+from marlin_w4a16.kernels.replay import Replay
 from marlin_w4a16.kernels.target import Target
+
+_REPLAYS = Replays()
 
 
 def linear_grad_input(grad: Tensor, packed: PackedFP4, launch: GradLaunch | None = None) -> Tensor:
@@ -29,10 +36,43 @@ def linear_grad_input(grad: Tensor, packed: PackedFP4, launch: GradLaunch | None
     if packed.n == 0:
         return out.zero_()
     with torch.cuda.device(grad.device):
-        target = Target.of(grad.device)
-        launch = launch or plan_grad_input(target, m, packed.n, packed.k)
-        if launch is None:
-            through_dense(grad, packed, out)
-        else:
-            fused(grad, packed, out, launch, ptx=True, wgmma=target.hopper)
+        _choose(grad, packed, out, launch)
     return out
+
+
+def grad_input_into(grad: Tensor, packed: PackedFP4, out: Tensor) -> None:
+    """`linear_grad_input` for as little of the host's time as there may be: calls that were made before are replayed.
+
+    Nothing is checked; the weight's tensors are contiguous.
+
+    Args:
+        grad: ``[..., n]``, of some columns.
+        packed: the weight.
+        out: ``[..., k]``, contiguous, which is written.
+    """
+    if not out.numel():
+        return
+    tensors = grad, packed.words, packed.scales, packed.multiplier, out
+    key = _key(grad, packed)
+    if not (grad.is_contiguous() and _REPLAYS.run(key, tensors)):
+        call = functools.partial(_choose, grad.reshape(-1, packed.n), packed, out.view(-1, packed.k))
+        _REPLAYS.record(key if grad.is_contiguous() else None, tensors, call)
+
+
+def bound(grad: Tensor, packed: PackedFP4) -> Replay | None:
+    """A call of `grad_input_into` that was made, for addresses of grad and its output: the weight stays where it is."""
+    replay = _REPLAYS.get(_key(grad, packed))
+    return None if replay is None else replay.bind({1: packed.words, 2: packed.scales, 3: packed.multiplier})
+
+
+def _key(grad: Tensor, packed: PackedFP4) -> tuple[Any, ...]:
+    return grad.get_device(), grad.numel(), grad.dtype, packed.n, packed.k, packed.group, packed.kind
+
+
+def _choose(grad: Tensor, packed: PackedFP4, out: Tensor, launch: GradLaunch | None = None) -> None:
+    target = Target.of(grad.device)
+    launch = launch or plan_grad_input(target, grad.shape[0], packed.n, packed.k)
+    if launch is None:
+        through_dense(grad, packed, out)
+    else:
+        fused(grad, packed, out, launch, ptx=True, wgmma=target.hopper)

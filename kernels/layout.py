@@ -77,26 +77,30 @@ class PackedFP4:
         return format_name(self.kind, self.group)
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Words, scales and multiplier."""
+        return self.words, self.scales, self.multiplier
+
+    @property
     def nbytes(self) -> int:
         """Bytes of words, scales and multiplier."""
-        return sum(t.numel() * t.element_size() for t in (self.words, self.scales, self.multiplier))
+        return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def matrix(self, index: int) -> "PackedFP4":
         """One matrix of a weight of three dimensions, as views."""
-        words, scales, multiplier = (t[index] for t in (self.words, self.scales, self.multiplier))
+        words, scales, multiplier = (t[index] for t in self.tensors)
         return replace(self, words=words, scales=scales, multiplier=multiplier)
 
     def to(self, device: torch.device) -> "PackedFP4":
         """The same weight on a device."""
-        words, scales, multiplier = (t.to(device) for t in (self.words, self.scales, self.multiplier))
+        words, scales, multiplier = (t.to(device) for t in self.tensors)
         return replace(self, words=words, scales=scales, multiplier=multiplier)
 
     def contiguous(self) -> "PackedFP4":
         """The same weight, its tensors laid out as the kernels read them; itself where they are."""
-        tensors = (self.words, self.scales, self.multiplier)
-        if all(t.is_contiguous() for t in tensors):
+        if all(t.is_contiguous() for t in self.tensors):
             return self
-        words, scales, multiplier = (t.contiguous() for t in tensors)
+        words, scales, multiplier = (t.contiguous() for t in self.tensors)
         return replace(self, words=words, scales=scales, multiplier=multiplier)
 
     def per_row(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:

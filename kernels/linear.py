@@ -10,7 +10,7 @@ from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_h
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import fused, through_dense
 from marlin_w4a16.kernels.record import Replays
-from marlin_w4a16.kernels.replay import ALIGNED, Replay
+from marlin_w4a16.kernels.replay import Replay
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.kernels.target import Target
 
@@ -78,10 +78,8 @@ def linear_into(
 def bound(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Replay | None:
     """A call of `linear_into` that was made, for addresses of x and its output: weight and bias stay where they are."""
     replay = _REPLAYS.get(_key(x, packed.n, packed.k, packed.group, packed.kind, bias))
-    tensors = (packed.words, packed.scales, packed.multiplier, *([] if bias is None else [bias]))
-    fixed = dict(zip((1, 2, 3, 5), [tensor.data_ptr() for tensor in tensors], strict=False))
-    aligned = not any(address % ALIGNED for address in fixed.values())
-    return replay.bind(fixed) if replay is not None and aligned else None
+    fixed = {1: packed.words, 2: packed.scales, 3: packed.multiplier, **({} if bias is None else {5: bias})}
+    return None if replay is None else replay.bind(fixed)
 
 
 def _key(x: Tensor, n: int, k: int, group: int, kind: ScaleKind, bias: Tensor | None) -> tuple[Any, ...]:

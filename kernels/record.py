@@ -7,7 +7,6 @@ the addresses of tensors. So a call runs in the general way once, and is recorde
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import contextmanager
 from functools import reduce
 from itertools import count
 from operator import or_
@@ -15,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin_w4a16.kernels.private import current_device, hooked, is_known
-from marlin_w4a16.kernels.replay import ALIGNED, Launch, Replay
+from marlin_w4a16.kernels.recording import Recording, recording
+from marlin_w4a16.kernels.replay import ALIGNED, Launch, Replay, product
 
 _MOST = 4096  # calls that are kept
 
-_recording = threading.local()
 _address_of = Tensor.data_ptr
 
 
@@ -31,13 +29,13 @@ def submit(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **options: An
 
     A kernel of Triton that was launched before with these numbers and dtypes is launched again, without a look at them.
     """
-    recording: Recording | None = getattr(_recording, "current", None)
-    key = None if recording is not None else _key_of(kernel, grid, arguments, options)
+    current = recording()
+    key = None if current is not None else _key_of(kernel, grid, arguments, options)
     if key is not None and _LAUNCHES.run(key, [a for a in arguments if isinstance(a, Tensor)]):
         return
     compiled = kernel[grid](*arguments, **options)
-    if recording is not None:
-        recording.add(kernel, compiled, grid, arguments, options)
+    if current is not None:
+        current.add(kernel, compiled, grid, arguments, options)
     elif key is not None and not hooked():
         _LAUNCHES.keep(key, _alone(kernel, compiled, grid, arguments, options))
 
@@ -59,16 +57,25 @@ def _alone(
         return None
     places = count()
     launch = Launch(kernel, compiled, grid, arguments, options, len(tensors), lambda tensor: next(places))
-    return Replay([launch], (), {}, tensors[0].get_device())
+    return Replay([launch], (), (), {}, tensors[0].get_device())
 
 
 def scratch(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An empty tensor for the time of a call, which a recording sees."""
     made = torch.empty(shape, dtype=dtype, device=device)
-    recording: Recording | None = getattr(_recording, "current", None)
-    if recording is not None:
-        recording.scratch.append(made)
+    current = recording()
+    if current is not None:
+        current.scratch.append(made)
     return made
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a @ b`` of 16 bits by cuBLAS into float32 ``out``, which a recording sees."""
+    current = recording()
+    if current is None:
+        product(a, b, out)
+    else:
+        current.multiply(a, b, out)
 
 
 class Replays:
@@ -106,10 +113,10 @@ class Replays:
             if key is None or key in self._held or hooked() or not aligned:
                 call()
                 return
-            recording = Recording(tensors)
-            with recording.on():
+            seen = Recording(tensors)
+            with seen.on():
                 call()
-            self.keep(key, recording.replay())
+            self.keep(key, seen.replay())
 
     def keep(self, key: Hashable, replay: Replay | None) -> None:
         """Keeps a call, or that it cannot be kept."""
@@ -117,59 +124,6 @@ class Replays:
             if len(self._held) >= _MOST:
                 del self._held[next(iter(self._held))]
             self._held[key] = replay
-
-
-class Recording:
-    """What one call launches.
-
-    Args:
-        tensors: its arguments and its result.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._launched: list[tuple[Any, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
-        self._watch = _Watch()
-        self.scratch: list[Tensor] = []
-
-    def add(self, *launched: Any) -> None:
-        """Notes a launch."""
-        self._launched.append(launched)
-
-    @contextmanager
-    def on(self) -> Any:
-        """While it is entered, launches of this thread are noted."""
-        _recording.current = self
-        try:
-            with self._watch:
-                yield
-        finally:
-            _recording.current = None
-
-    def replay(self) -> Replay | None:
-        """The call, to be made again; None if not all that it does is known."""
-        addresses = [tensor.data_ptr() for tensor in (*self._tensors, *self.scratch)]
-        places = {address: place for place, address in enumerate(addresses)}
-        told_apart = len(places) == len(addresses) and all(addresses)
-        known = all(is_known(compiled) for _, compiled, *_ in self._launched)
-        if not (told_apart and known and self._launched and self._watch.harmless):
-            return None
-        try:
-            place_of = lambda tensor: places[tensor.data_ptr()]  # noqa: E731
-            launches = [Launch(*launched, len(places), place_of) for launched in self._launched]
-        except KeyError:
-            return None
-        return Replay(launches, [t.numel() * t.element_size() for t in self.scratch], {}, current_device())
-
-
-class _Watch(TorchDispatchMode):
-    """Sees operators that compute something, of which a recording knows nothing."""
-
-    harmless = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.harmless &= func.is_view or func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.detach)
-        return func(*args, **(kwargs or {}))
 
 
 _LAUNCHES = Replays()

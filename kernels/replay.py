@@ -1,10 +1,11 @@
 """What was launched, as it can be launched again with other addresses."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,25 +92,67 @@ class Launch:
         return launcher(self._compiled, self._grid, pick, tuple(maps), tuple(constants))
 
 
+class Operand(NamedTuple):
+    """A scratch tensor that cuBLAS reads or writes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Product(NamedTuple):
+    """``out = a @ b`` by cuBLAS, of operands by their places among those of a call."""
+
+    a: int
+    b: int
+    out: int
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a @ b`` of 16 bits by cuBLAS into float32 ``out``."""
+    torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
 class Replay:
     """A call that was recorded.
 
     Args:
-        launches: what it starts, in order.
-        sizes: bytes of its scratch tensors.
+        steps: what it starts, in order.
+        sizes: bytes of its scratch tensors but for operands.
+        operands: the others.
         known: addresses, by their places, that are those of every call. Places are those of the arguments, in the order
-            of the recording, then those of the scratch tensors.
+            of the recording, then those of the scratch tensors, operands last.
+        device: where it runs.
     """
 
-    __slots__ = ("_bytes", "_launches", "_offsets", "_sizes", "_starts", "device")
+    __slots__ = ("_bytes", "_offsets", "_operands", "_sizes", "_stages", "_steps", "device")
 
-    def __init__(self, launches: Sequence[Launch], sizes: Sequence[int], known: Mapping[int, int], device: int) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Launch | Product],
+        sizes: Sequence[int],
+        operands: Sequence[Operand],
+        known: Mapping[int, int],
+        device: int,
+    ) -> None:
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + -(-size // _SCRATCH) * _SCRATCH)
-        self._launches, self._sizes, self.device = tuple(launches), tuple(sizes), device
+        self._steps, self._sizes, self._operands, self.device = tuple(steps), tuple(sizes), tuple(operands), device
         self._offsets, self._bytes = tuple(ends[:-1]), ends[-1]
-        self._starts = tuple([launch.launcher(known) for launch in launches])
+        stages: list[tuple[list[Launcher], Product | None]] = [([], None)]
+        for step in steps:
+            if isinstance(step, Launch):
+                stages[-1][0].append(step.launcher(known))
+            else:
+                stages[-1] = stages[-1][0], step
+                stages.append(([], None))
+        self._stages = tuple((tuple(starts), multiplied) for starts, multiplied in stages)
 
     def __call__(self, addresses: tuple[int, ...]) -> None:
         """Starts it on the current device, which is its own.
@@ -118,13 +161,22 @@ class Replay:
             addresses: of its arguments but for those that are known; all on the grid of `ALIGNED` bytes.
         """
         if self._bytes:
-            made = empty((self._bytes,), (1,), torch.uint8)
-            base = made.data_ptr()
+            memory = empty((self._bytes,), (1,), torch.uint8)
+            base = memory.data_ptr()
             addresses = (*addresses, *[base + offset for offset in self._offsets])
+        if self._operands:
+            made = [empty(*operand) for operand in self._operands]
+            addresses = (*addresses, *[tensor.data_ptr() for tensor in made])
         stream = raw_stream(self.device)
-        for start in self._starts:
-            start(stream, addresses)
+        for starts, multiplied in self._stages:
+            for start in starts:
+                start(stream, addresses)
+            if multiplied is not None:
+                product(*[made[at] for at in multiplied])
 
-    def bind(self, known: Mapping[int, int]) -> "Replay":
-        """The same call where some of its arguments, by their places, stay where they are."""
-        return Replay(self._launches, self._sizes, known, self.device)
+    def bind(self, known: Mapping[int, Tensor]) -> "Replay | None":
+        """The same call where some of its arguments, by their places, stay where they are; None if off the grid."""
+        addresses = {place: tensor.data_ptr() for place, tensor in known.items()}
+        if any(address % ALIGNED for address in addresses.values()):
+            return None
+        return Replay(self._steps, self._sizes, self._operands, addresses, self.device)

@@ -5,6 +5,8 @@ largest absolute multiplier is applied to the sums, in float32, and what a row's
 products are rounded to 16 bits. Where all rows have one multiplier, that factor is one and grad stays as it is.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from marlin_w4a16.kernels.grad_launch import GradLaunch
 from marlin_w4a16.kernels.layout import TILE, PackedFP4
 from marlin_w4a16.kernels.portable.dense import write_out
 from marlin_w4a16.kernels.portable.linear import wait_for_products
-from marlin_w4a16.kernels.record import scratch, submit
+from marlin_w4a16.kernels.record import multiply, scratch, submit
 
 _SCALE_BLOCK = 1024
 _EPILOGUE_BLOCK = 1024
@@ -123,13 +125,13 @@ def _grad_input_kernel(
 @triton.jit(do_not_specialize=["stride_part"])
 def _epilogue_kernel(
     parts, factors, out,
-    k, stride_part, stride_out,
+    k, stride_part, stride_row, stride_out,
     GAIN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < k
-    at = row.to(tl.int64) * k + column
+    at = row.to(tl.int64) * stride_row + column
     acc = tl.load(parts + at, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):  # always in this order: the sum repeats bit for bit
         acc += tl.load(parts + part * stride_part + at, mask=mask, other=0.0)
@@ -137,8 +139,12 @@ def _epilogue_kernel(
     tl.store(out + row.to(tl.int64) * stride_out + column, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def scaled_gradient(grad: Tensor, packed: PackedFP4) -> tuple[Tensor, Tensor]:
+def scaled_gradient(grad: Tensor, packed: PackedFP4, step: int = _STEP) -> tuple[Tensor, Tensor]:
     """Gradients ``[m, n]`` of any strides times the multipliers of the rows.
+
+    Args:
+        grad, packed: see `fused`.
+        step: weight rows of a step.
 
     Returns:
         ``scaled``: ``[m, columns of whole steps]``, zeros from column ``n`` on: in float16, which has three bits more
@@ -147,7 +153,7 @@ def scaled_gradient(grad: Tensor, packed: PackedFP4) -> tuple[Tensor, Tensor]:
     """
     m, n = grad.shape
     dtype = torch.float16 if packed.kind == "e4m3" else grad.dtype
-    scaled = scratch((m, triton.cdiv(n, _STEP) * _STEP), dtype, grad.device)
+    scaled = scratch((m, triton.cdiv(n, step) * step), dtype, grad.device)
     factors = scratch(m, torch.float32, grad.device)
     submit(
         _scale_kernel, (min(m, _SCALE_PROGRAMS),),
@@ -179,21 +185,23 @@ def through_dense(grad: Tensor, packed: PackedFP4, out: Tensor, *, ptx: bool = T
     """Writes ``code * scale`` out exactly, a block of columns at a time, and lets cuBLAS multiply into float32."""
     m, k = out.shape
     packed = packed.contiguous()
-    scaled, factors = scaled_gradient(grad, packed)
+    scaled, factors = scaled_gradient(grad, packed, TILE)
     row_tiles, k_tiles = packed.words.shape[:2]
     rows, step = row_tiles * TILE, max(1, _WEIGHT_BYTES // (row_tiles * TILE * grad.element_size()) // TILE)
-    weight = torch.empty((rows, min(step, k_tiles) * TILE), dtype=scaled.dtype, device=grad.device)
-    scaled = _part(scaled, slice(0, m), slice(0, rows))
+    weight = scratch((rows, min(step, k_tiles) * TILE), scaled.dtype, grad.device)
+    tokens = min(m, max(1, _PARTS_BYTES // (weight.shape[1] * 4)))
+    part = scratch((tokens, weight.shape[1]), torch.float32, grad.device)
     for first in range(0, k_tiles, step):
         tiles = slice(first, min(first + step, k_tiles))
-        columns = slice(first * TILE, min(tiles.stop * TILE, k))
         write_out(packed.words, packed.scales, weight, packed.kind, tiles, ptx=ptx)
-        dense = _part(weight, slice(0, rows), slice(0, columns.stop - columns.start))
-        tokens = max(1, _PARTS_BYTES // (dense.shape[1] * 4))
+        columns = slice(tiles.start * TILE, min(tiles.stop * TILE, k))
+        dense = _part(weight, slice(0, rows), slice(0, (tiles.stop - tiles.start) * TILE))
         for start in range(0, m, tokens):
             some = slice(start, min(start + tokens, m))
-            part = torch.mm(_part(scaled, some, slice(0, rows)), dense, out_dtype=torch.float32)
-            _epilogue(part.unsqueeze(0), packed, factors[some], _part(out, some, columns))
+            shape = some.stop - start, dense.shape[1]
+            product = part if part.shape == shape else part.view(-1)[: math.prod(shape)].view(shape)
+            multiply(_part(scaled, some, slice(0, rows)), dense, product)
+            _epilogue(product.unsqueeze(0), packed, factors[some], _part(out, some, columns))
 
 
 def _part(matrix: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -203,11 +211,11 @@ def _part(matrix: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def _epilogue(parts: Tensor, packed: PackedFP4, factors: Tensor, out: Tensor) -> None:
-    """Sums float32 parts ``[p, m, k]`` into ``out`` ``[m, k]``, whose rows are contiguous."""
+    """Sums float32 parts ``[p, m, k and more]`` into ``out`` ``[m, k]``; rows are contiguous."""
     m, k = out.shape
     block = min(_EPILOGUE_BLOCK, triton.next_power_of_2(k))
     submit(
         _epilogue_kernel, (m, triton.cdiv(k, block)),
-        parts, factors, out, k, parts.stride(0), out.stride(0),
+        parts, factors, out, k, parts.stride(0), parts.stride(1), out.stride(0),
         GAIN=UNPACK_GAIN[packed.kind], PARTS=parts.shape[0], BLOCK=block,
     )  # fmt: skip

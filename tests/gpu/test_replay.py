@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import marlin_w4a16
 from marlin_w4a16 import Activation, PackedExperts, PackedLinear, pack, quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.fake_impls.library import weight_args
+from marlin_w4a16.kernels import grad_input as gradients
 from marlin_w4a16.kernels import linear as linears
 from marlin_w4a16.kernels import moe as mixtures
 from marlin_w4a16.kernels.experts import Experts
@@ -68,7 +69,7 @@ class Seen(TorchDispatchMode):
 def general(monkeypatch):
     """Counts the calls that ran in the general way."""
     counted: list[object] = []
-    for module in (linears, mixtures):
+    for module in (linears, gradients, mixtures):
         choose = module._choose
         monkeypatch.setattr(module, "_choose", lambda *args, run=choose: (counted.append(args), run(*args))[1])
     return counted
@@ -244,16 +245,82 @@ def test_inputs_that_do_not_fit_are_the_ops_matter(x):
 @pytest.mark.parametrize("trained", [False, True], ids=["a bias that stays", "a bias that is trained"])
 def test_gradients_are_those_of_the_op(m, trained):
     packed, bias = packed_weight(192, 576), nn.Parameter(random(192), requires_grad=trained)
-    gradients = []
+    found = []
     for call in (marlin_w4a16.linear, op):
         torch.manual_seed(0)
         x = random(m, 576).requires_grad_()
         call(x, packed, bias).square().sum().backward()
-        gradients.append((x.grad, bias.grad))
+        found.append((x.grad, bias.grad))
         bias.grad = None
-    (x, row), (expected, of_row) = gradients
+    (x, row), (expected, of_row) = found
     assert torch.equal(x, expected)
     assert (row is None and of_row is None) or torch.equal(row, of_row)
+
+
+@pytest.mark.parametrize("n, k", [(192, 576), (1088, 2048), (100, 96), (2880, 1000)], ids=str)
+def test_gradients_have_the_bits_of_the_general_way(n, k, general, poisoned):
+    for quantise, m in itertools.product((quantize_nvfp4, quantize_mxfp4), (1, 20, 200, 256, 300, 2100)):
+        if k % 32:
+            quantise = lambda weight: quantize_nvfp4(nn.functional.pad(weight, (0, -weight.shape[1] % 16)))  # noqa: E731
+        packed = packed_weight(n, k, quantise)
+        x = random(m, packed.k).requires_grad_()
+        for _ in range(4):
+            grad, x.grad = random(m, n), None
+            marlin_w4a16.linear(x, packed).backward(grad)
+            expected = gradients.linear_grad_input(grad, packed)
+            assert torch.equal(x.grad, expected)
+            assert torch.equal(torch.ops.marlin_w4a16.linear_grad_input(grad, *weight_args(packed)), expected)
+
+
+@pytest.mark.parametrize("m", [1, 200, 300])
+def test_only_the_first_gradient_of_a_shape_runs_in_the_general_way(m, general):
+    packed = packed_weight(256, 640)
+    for _ in range(5):
+        marlin_w4a16.linear(random(m, 640).requires_grad_(), packed).backward(random(m, 256))
+    assert len(general) == 2  # one forward and one backward
+
+
+def test_gradients_of_any_strides_and_of_graphs():
+    packed = packed_weight(256, 640)
+    for m in (20, 300):
+        x = random(m, 640).requires_grad_()
+        marlin_w4a16.linear(x, packed).sum().backward()  # of one element that is expanded
+        expected = gradients.linear_grad_input(torch.ones(m, 256, dtype=BF16, device="cuda"), packed)
+        assert torch.equal(x.grad, expected)
+        grad = random(m, 256)
+        graph, out = captured(lambda x=x, grad=grad: torch.autograd.grad(marlin_w4a16.linear(x, packed), x, grad)[0])
+        for _ in range(3):
+            grad.normal_()
+            graph.replay()
+            assert torch.equal(out, gradients.linear_grad_input(grad, packed))
+
+
+def test_a_backward_on_another_stream_and_thread():
+    packed, stream = packed_weight(1088, 2048), torch.cuda.Stream()
+    for _ in range(20):
+        x, grad = random(300, 2048).requires_grad_(), random(300, 1088)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            out = marlin_w4a16.linear(x, packed)
+            out.backward(grad)
+        stream.synchronize()
+        assert torch.equal(x.grad, gradients.linear_grad_input(grad, packed))
+
+
+def test_ops_that_are_called_as_such_are_replayed(general):
+    packed, x = packed_weight(192, 576), random(20, 576)
+    for _ in range(4):
+        assert torch.equal(op(x, packed), op(x.clone(), packed))
+        torch.ops.marlin_w4a16.linear_grad_input(random(20, 192), *weight_args(packed))
+    assert len(general) == 2
+
+
+def test_what_is_saved_is_not_the_weight():
+    packed, x, saved = packed_weight(192, 576), random(20, 576).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
+        out = marlin_w4a16.linear(x, packed)
+    out.backward(torch.ones_like(out))
+    assert not saved
 
 
 def test_gradients_can_be_differentiated_again():

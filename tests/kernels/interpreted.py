@@ -83,7 +83,7 @@ def fused_grad_input(grad: Tensor, packed: PackedFP4, launch: GradLaunch) -> Ten
 def grad_input_through_dense(grad: Tensor, packed: PackedFP4, weight_bytes: int, parts_bytes: int) -> Tensor:
     """With scratch of so many bytes; a CPU has no product of float16 into float32."""
     out = torch.empty((grad.shape[0], packed.k), dtype=grad.dtype)
-    product = patch.object(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    product = patch.object(torch, "mm", lambda a, b, out_dtype, out: out.copy_(a.to(out_dtype) @ b.to(out_dtype)))
     scratch = patch.multiple(grad_input, _WEIGHT_BYTES=weight_bytes, _PARTS_BYTES=parts_bytes)
     with product, scratch:
         grad_input.through_dense(grad, packed, out, ptx=False)

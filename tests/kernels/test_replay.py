@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels import private, record, replay
-from marlin_w4a16.kernels.record import Recording, Replays, scratch, submit
+from marlin_w4a16.kernels.record import Recording, Replays, multiply, scratch, submit
 from marlin_w4a16.kernels.replay import Replay
 
 X, W, OUT = (torch.zeros(64) for _ in range(3))
@@ -165,6 +165,63 @@ def test_descriptors_are_made_of_addresses_and_kept(driver):
 )
 def test_what_does_more_than_launch_is_not_kept(driver, call):
     assert recorded(lambda: call(Kernel())) is None
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[tuple[Tensor, ...]]:
+    """Operands of the products of cuBLAS, which a CPU has none of from 16 bits into float32."""
+    seen: list[tuple[Tensor, ...]] = []
+    monkeypatch.setattr(torch, "mm", lambda *operands, out_dtype, out: seen.append((*operands, out)))
+    return seen
+
+
+def made_operands() -> tuple[Tensor, ...]:
+    shapes = ((8, 16), torch.bfloat16), ((4, 16), torch.bfloat16), ((8, 4), torch.float32)
+    return tuple(scratch(shape, dtype, CPU) for shape, dtype in shapes)
+
+
+def test_products_are_made_again_between_launches(driver, products):
+    def call() -> None:
+        a, b, c = made_operands()
+        row = scratch(3, torch.float32, CPU)
+        submit(kernel, (1,), a, row, b, 0, 64)
+        multiply(a, b.t(), c)
+        submit(kernel, (1,), c.unsqueeze(0), row, OUT, 0, 64)
+
+    kernel = Kernel()
+    made = recorded(call)
+    first = products.pop()
+    made((16, 32, 48))
+    ((a, b, c),) = products
+    assert [(t.shape, t.stride(), t.dtype) for t in (a, b, c)] == [(t.shape, t.stride(), t.dtype) for t in first]
+    before, after = (args[-1][:3] for args in driver.started)
+    assert (before[0], before[2]) == (a.data_ptr(), b.data_ptr())
+    assert after == (c.data_ptr(), before[1], 48)
+    assert made.bind({1: W})((16, 48)) is None
+    assert driver.started[-1][-1][2] == 48
+
+
+@pytest.mark.parametrize(
+    "multiplies",
+    [
+        lambda a, b, c: multiply(X.view(4, 16).bfloat16(), b.t(), c),
+        lambda a, b, c: multiply(X.view(torch.bfloat16)[:128].view(8, 16), b.t(), c),
+        lambda a, b, c: multiply(a[:4], b.t(), c[:4]),
+        lambda a, b, c: multiply(a[:, :8], b.t()[:8], c),
+        lambda a, b, c: (multiply(a, b.t(), c), multiply(b, a.t(), c.t())),
+        lambda a, b, c: (multiply(a, b.t(), c), torch.ops.aten.mm(a, b.t())),
+    ],
+    ids=["what is no scratch", "an argument", "some rows", "some columns", "two views", "another product"],
+)
+def test_products_of_anything_but_whole_scratch_are_not_kept(driver, products, multiplies):
+    def call() -> None:
+        a, b, c = made_operands()
+        submit(kernel, (1,), a, W, b, 0, 64)
+        multiplies(a, b, c)
+        submit(kernel, (1,), c, W, OUT, 0, 64)
+
+    kernel = Kernel()
+    assert recorded(call) is None
 
 
 def test_views_are_no_operators_that_compute(driver):

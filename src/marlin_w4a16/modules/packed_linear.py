@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.fake_impls.eager import again
-from marlin_w4a16.fake_impls.linear import linear
+from marlin_w4a16.fake_impls.linear import again, linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
 from marlin_w4a16.modules.state import PackedState, held, parameter_of
