@@ -55,10 +55,11 @@ class Proof:
     Holds as long as they stand where they stood and are as large.
     """
 
-    __slots__ = ("calls", "device", "seen")
+    __slots__ = ("calls", "counts_writes", "device", "seen")
 
-    def __init__(self, device: int, seen: tuple[int | bool, ...]) -> None:
-        self.device, self.seen = device, seen
+    def __init__(self, packed: PackedFP4, seen: tuple[int | bool, ...]) -> None:
+        self.device, self.seen = packed.words.get_device(), seen
+        self.counts_writes = not any(tensor.is_inference() for tensor in packed.tensors)
         self.calls: dict[tuple[Any, ...], Call] = {}
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -78,7 +79,7 @@ def proof_of(packed: PackedFP4) -> Proof | None:
             return proof  # type: ignore[no-any-return]
     if not _is_right(packed):
         return None
-    packed.proofs[:] = [proof := Proof(words.get_device(), seen)]
+    packed.proofs[:] = [proof := Proof(packed, seen)]
     return proof
 
 
@@ -145,9 +146,11 @@ def fits(row: Tensor | None, shape: tuple[int, ...], device: int) -> bool:
     )  # fmt: skip
 
 
-def needs_gradient(*inputs: Tensor | None) -> bool:
+def needs_gradient(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a gradient of one of the inputs will be asked for."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any([t is not None and t.requires_grad for t in others])
 
 
 def new_output(x: Tensor, width: int) -> Tensor:

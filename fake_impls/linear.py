@@ -24,6 +24,7 @@ from marlin_w4a16.fake_impls.library import (
 )
 from marlin_w4a16.kernels.blocks.dequantize import linear_by_blocks, linear_grad_input
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.private import apply
 from marlin_w4a16.kernels.target import supports
 
 
@@ -68,7 +69,7 @@ def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
 
 
 def _differentiable(x: Tensor, packed: PackedFP4, bias: Tensor | None, call: Call | None) -> Tensor:
-    return cast(Tensor, _Linear.apply(x, bias, packed, call))
+    return cast(Tensor, apply(_Linear, x, bias, packed, call))
 
 
 class _Linear(torch.autograd.Function):
@@ -79,24 +80,27 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedFP4, call: Call | None) -> Tensor:
-        ctx.packed, ctx.versions, ctx.bias_dtype = packed, _versions(packed), None if bias is None else bias.dtype
+        ctx.of = packed, _writes(packed), None if bias is None else bias.dtype
         return _launched(x, packed, bias) if call is None else call(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, wants_bias, *_ = ctx.needs_input_grad
-        if _versions(ctx.packed) != ctx.versions:
+        packed, writes, bias_dtype = ctx.of
+        if _writes(packed) != writes:
             raise RuntimeError(
                 f"{NAMESPACE}::linear: found a packed weight that was written to since the forward, expected it as it "
                 "was: load or refresh weights after the backward"
             )
-        grad_x = _gradient(grad, ctx.packed) if wants_x else None
-        return grad_x, _bias_gradient(grad, ctx.bias_dtype) if wants_bias else None, None, None
+        wants_x, wants_bias, *_ = ctx.needs_input_grad
+        grad_x = _gradient(grad, packed) if wants_x else None
+        return grad_x, _bias_gradient(grad, bias_dtype) if wants_bias else None, None, None
 
 
-def _versions(packed: PackedFP4) -> tuple[int, ...]:
-    """How often its tensors were written to, if they count that."""
-    return tuple([tensor._version for tensor in packed.tensors if not tensor.is_inference()])
+def _writes(packed: PackedFP4) -> tuple[int, ...]:
+    """How often its tensors, which were proved to be right, were written to, if they count that."""
+    if not packed.proofs[0].counts_writes:
+        return ()
+    return packed.words._version, packed.scales._version, packed.multiplier._version
 
 
 def _gradient(grad: Tensor, packed: PackedFP4) -> Tensor:

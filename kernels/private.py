@@ -30,6 +30,11 @@ def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return made
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply`` where no transform of torch.func is entered, without a look whether one is."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 def is_known(compiled: Any) -> bool:
     """Whether `launcher` knows how to start a compiled kernel as this Triton does, which does nothing beside."""
     run: Any = getattr(compiled, "run", None)

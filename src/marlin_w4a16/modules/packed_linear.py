@@ -69,7 +69,8 @@ class PackedLinear(PackedState, nn.Linear):
         """See `marlin_w4a16.linear`."""
         if torch.compiler.is_compiling():
             return self._asking(linear(x, self._packed(""), self.bias))
-        packed, bias = self._kept(""), self.bias
+        own = self._parameters
+        packed, bias = self._kept(""), own["bias"] if "bias" in own else self.bias
         out = again(x, packed, bias)
         if out is None:
             self._expect_one()

@@ -111,7 +111,7 @@ class PackedState(nn.Module):
     def _asking(self, out: Tensor) -> Tensor:
         """The output, with a gradient for the empty parameter if that is trained: DDP waits for one of each."""
         empty = self._parameters.get(self._empty)
-        if torch.is_grad_enabled() and empty is not None and empty.requires_grad and _is_empty(empty):
+        if empty is not None and empty.requires_grad and torch.is_grad_enabled() and _is_empty(empty):
             return out + empty.sum().to(out.dtype)
         return out
 
