@@ -69,8 +69,8 @@ class PackedLinear(PackedState, nn.Linear):
         """See `marlin_w4a16.linear`."""
         if torch.compiler.is_compiling():
             return self._asking(linear(x, self._packed(""), self.bias))
-        own = self._parameters
-        packed, bias = self._kept(""), own["bias"] if "bias" in own else self.bias
+        packed, own = self._kept(""), self._parameters
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (nn.Module looks an attribute up in Python)
         out = again(x, packed, bias)
         if out is None:
             self._expect_one()
