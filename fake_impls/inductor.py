@@ -18,7 +18,8 @@ def register() -> None:
     """Registers the lowerings, once Inductor is loaded: that takes seconds, and not all who ask for a fake compile."""
     lowering: Any = sys.modules.get("torch._inductor.lowering")
     ops, known = torch.ops.marlin_w4a16, getattr(lowering, "lowerings", None)
-    for op, lower in ((ops.linear.default, _linear), (ops.moe.default, _moe)):
+    for name, lower in (("linear", _linear), ("linear_grad_input", _grad_input), ("moe", _moe)):
+        op = getattr(ops, name).default
         if known is not None and op not in known:
             lowering.register_lowering(op, type_promotion_kind=None)(lower)
 
@@ -29,6 +30,13 @@ def _linear(x: Any, *args: Any) -> Any:
     if not (_launches(x, (*tensors, bias)) and n and k):
         return _dispatched(torch.ops.marlin_w4a16.linear.default, x, *args)
     return _call("linear", [x], [*tensors, bias], (n, k, group, kind), n)
+
+
+def _grad_input(grad: Any, *weight: Any) -> Any:
+    *tensors, n, k, group, kind, _, _ = weight
+    if not (_launches(grad, tensors) and n and k):
+        return _dispatched(torch.ops.marlin_w4a16.linear_grad_input.default, grad, *weight)
+    return _call("grad_input", [grad], tensors, (n, k, group, kind), k)
 
 
 def _moe(x: Any, *args: Any) -> Any:

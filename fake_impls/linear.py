@@ -105,7 +105,7 @@ def _writes(packed: PackedFP4) -> tuple[int, ...]:
 
 def _gradient(grad: Tensor, packed: PackedFP4) -> Tensor:
     """``grad @ weight``, by the op where something would see it, as a gradient of it does."""
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         call = known("gradient", grad, packed)
         if call is not None:
             return call(grad)
@@ -120,7 +120,7 @@ def _launched_gradient(grad: Tensor, packed: PackedFP4) -> Tensor:
     from marlin_w4a16.kernels.grad_input import bound, grad_input_into  # Triton is on Linux only
 
     out = new_output(grad, packed.k)
-    grad_input_into(grad, packed, out)
+    grad_input_into(grad, *packed.tensors, packed.n, packed.k, packed.group, packed.kind, out)
     keep("gradient", grad, packed, None, out, bound(grad, packed))
     return out
 
@@ -173,6 +173,7 @@ def _cuda(x: Tensor, *args: Any) -> Tensor:
 
 
 def _fake_grad_input(grad: Tensor, *weight: Any) -> Tensor:
+    inductor.register()
     packed = checked_weight("linear_grad_input", grad, "n", weight)
     return grad.new_empty(output_shape(grad.shape, packed.k))
 
@@ -192,7 +193,7 @@ def _cuda_grad_input(grad: Tensor, *weight: Any) -> Tensor:
     packed = checked_weight("linear_grad_input", grad, "n", weight)
     if is_adjacent(*packed.tensors) and packed.n and packed.k:
         out = grad.new_empty(output_shape(grad.shape, packed.k))
-        grad_input_into(grad, packed, out)
+        grad_input_into(grad, *packed.tensors, packed.n, packed.k, packed.group, packed.kind, out)
         return out
     out = fused(grad.reshape(grad.shape[:-1].numel(), packed.n), packed)
     return out.resize_(output_shape(grad.shape, packed.k))

@@ -11,6 +11,7 @@ from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.grad_input import fused, through_dense
 from marlin_w4a16.kernels.record import Replays
 from marlin_w4a16.kernels.replay import Replay
+from marlin_w4a16.kernels.scale_bytes import ScaleKind
 from marlin_w4a16.kernels.target import Target
 
 _REPLAYS = Replays()
@@ -40,33 +41,45 @@ def linear_grad_input(grad: Tensor, packed: PackedFP4, launch: GradLaunch | None
     return out
 
 
-def grad_input_into(grad: Tensor, packed: PackedFP4, out: Tensor) -> None:
+def grad_input_into(
+    grad: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    multiplier: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    kind: ScaleKind,
+    out: Tensor,
+) -> None:
     """`linear_grad_input` for as little of the host's time as there may be: calls that were made before are replayed.
 
     Nothing is checked; the weight's tensors are contiguous.
 
     Args:
         grad: ``[..., n]``, of some columns.
-        packed: the weight.
+        words, scales, multiplier: see `PackedFP4`, as n, k, group and kind.
+        n, k, group, kind: of the weight.
         out: ``[..., k]``, contiguous, which is written.
     """
     if not out.numel():
         return
-    tensors = grad, packed.words, packed.scales, packed.multiplier, out
-    key = _key(grad, packed)
+    tensors = grad, words, scales, multiplier, out
+    key = _key(grad, n, k, group, kind)
     if not (grad.is_contiguous() and _REPLAYS.run(key, tensors)):
-        call = functools.partial(_choose, grad.reshape(-1, packed.n), packed, out.view(-1, packed.k))
+        packed = PackedFP4(words, scales, multiplier, n, k, kind, group)
+        call = functools.partial(_choose, grad.reshape(-1, n), packed, out.view(-1, k))
         _REPLAYS.record(key if grad.is_contiguous() else None, tensors, call)
 
 
 def bound(grad: Tensor, packed: PackedFP4) -> Replay | None:
     """A call of `grad_input_into` that was made, for addresses of grad and its output: the weight stays where it is."""
-    replay = _REPLAYS.get(_key(grad, packed))
+    replay = _REPLAYS.get(_key(grad, packed.n, packed.k, packed.group, packed.kind))
     return None if replay is None else replay.bind({1: packed.words, 2: packed.scales, 3: packed.multiplier})
 
 
-def _key(grad: Tensor, packed: PackedFP4) -> tuple[Any, ...]:
-    return grad.get_device(), grad.numel(), grad.dtype, packed.n, packed.k, packed.group, packed.kind
+def _key(grad: Tensor, n: int, k: int, group: int, kind: ScaleKind) -> tuple[Any, ...]:
+    return grad.get_device(), grad.numel(), grad.dtype, n, k, group, kind
 
 
 def _choose(grad: Tensor, packed: PackedFP4, out: Tensor, launch: GradLaunch | None = None) -> None:

@@ -8,6 +8,7 @@ from gpu.capture import captured
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import marlin_w4a16
 from marlin_w4a16 import Activation, PackedExperts, PackedLinear, pack, quantize_mxfp4, quantize_nvfp4
@@ -46,7 +47,7 @@ def op(x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> Tensor:
 def calls(code: str) -> dict[str, int]:
     """How often what Inductor wrote calls launches, and ops of this library."""
     lines = [line.strip() for line in code.splitlines() if not line.strip().startswith("#")]
-    names = {"linear_into", "moe_into"}
+    names = {"linear_into", "grad_input_into", "moe_into"}
     found = {name: sum(line.startswith(f"{name}(") for line in lines) for name in names}
     counted = {name: count for name, count in found.items() if count}
     return counted | {"torch.ops": sum("torch.ops.marlin_w4a16" in line for line in lines)}
@@ -344,6 +345,47 @@ def test_what_inductor_writes_calls_the_launches(backend):
         out, (code,) = run_and_get_code(compiled, x)
         assert torch.equal(out, model(x))
     assert calls(code) == {"linear_into": 2, "torch.ops": 0}
+
+
+@pytest.mark.parametrize("m", [20, 300])
+def test_compiled_gradients_call_the_launches(m):
+    torch._dynamo.reset()
+    module = PackedLinear(quantize_nvfp4(random(512, 640).float()))
+    x, grad = random(m, 640), random(m, 512)
+
+    def step(call):
+        y = x.clone().requires_grad_()
+        call(torch.nn.functional.silu(y)).backward(grad)
+        return y.grad
+
+    compiled = torch.compile(module, backend="marlin_w4a16")
+    found, codes = run_and_get_code(step, compiled)
+    assert torch.equal(found, step(module))
+    assert [calls(code) for code in codes] == [
+        {"linear_into": 1, "torch.ops": 0},
+        {"grad_input_into": 1, "torch.ops": 0},
+    ]
+
+
+def test_compiled_autograd_gives_the_same():
+    packed, grad = packed_weight(192, 576), random(20, 192)
+    for _ in range(3):
+        x = random(20, 576).requires_grad_()
+        out = marlin_w4a16.linear(x, packed)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            out.backward(grad)
+        assert torch.equal(x.grad, gradients.linear_grad_input(grad, packed))
+
+
+def test_recomputed_activations():
+    module = nn.Sequential(PackedLinear(quantize_nvfp4(random(512, 512).float())), nn.SiLU())
+    for _ in range(3):
+        x, grads = random(20, 512), []
+        for call in (module, lambda y: checkpoint(module, y, use_reentrant=False)):
+            y = x.clone().requires_grad_()
+            call(y).sum().backward()
+            grads.append(y.grad)
+        assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
