@@ -15,7 +15,8 @@ from dense import copies_of, random_packed
 from roofline import floor_us
 from timing import copies_for, time_graph
 
-from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_hopper, plan_linear
+from marlin_w4a16.kernels.hopper_launch import plan_hopper
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_linear
 from marlin_w4a16.kernels.linear import linear
 from marlin_w4a16.kernels.target import SHARED_MEMORY, Target
 

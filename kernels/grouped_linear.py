@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.decode.tiles import tiles_of_offsets
-from marlin_w4a16.kernels.launch import Launch, plan_experts, plan_hopper_experts
+from marlin_w4a16.kernels.hopper_launch import plan_hopper_experts
+from marlin_w4a16.kernels.launch import Launch, plan_experts
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.grouped import FEW, grouped_product
 from marlin_w4a16.kernels.target import Target

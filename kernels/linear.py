@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_hopper, plan_linear
+from marlin_w4a16.kernels.hopper_launch import plan_hopper
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_dense, plan_linear
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.linear import fused, through_dense
 from marlin_w4a16.kernels.record import Replays

@@ -12,7 +12,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.decode.route import early_launch, local_expert, sorted_tokens, tiles_of_experts
 from marlin_w4a16.kernels.experts import Experts
-from marlin_w4a16.kernels.launch import Launch, Stream, plan_experts, plan_hopper_experts
+from marlin_w4a16.kernels.hopper_launch import plan_hopper_experts
+from marlin_w4a16.kernels.launch import Launch, Stream, plan_experts
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.portable.grouped import FEW, grouped_product
 from marlin_w4a16.kernels.record import Replays, scratch, submit

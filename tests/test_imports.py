@@ -14,6 +14,7 @@ PACKAGE = ROOT / "src" / "marlin_w4a16"
 _NUMERICS = (
     "private",
     "record",
+    "recording",
     "replay",
     "target",
     "scale_bytes",
@@ -23,6 +24,7 @@ _NUMERICS = (
     "layout",
     "launch",
     "grad_launch",
+    "hopper_launch",
     "activation",
     "expert_order",
     "experts",

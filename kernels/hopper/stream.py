@@ -29,7 +29,8 @@ from marlin_w4a16.kernels.hopper.rings import (
     out_layout,
 )
 from marlin_w4a16.kernels.hopper.schedule import Work, k_block, place, share
-from marlin_w4a16.kernels.launch import Stream, division
+from marlin_w4a16.kernels.hopper_launch import division
+from marlin_w4a16.kernels.launch import Stream
 from marlin_w4a16.kernels.layout import PackedFP4
 from marlin_w4a16.kernels.record import scratch, submit
 

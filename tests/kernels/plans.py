@@ -3,10 +3,11 @@
 from dataclasses import replace
 from itertools import product
 
-from marlin_w4a16.kernels import grad_launch
+from marlin_w4a16.kernels import grad_launch, hopper_launch
 from marlin_w4a16.kernels import launch as tables
 from marlin_w4a16.kernels.grad_launch import GradLaunch
-from marlin_w4a16.kernels.launch import Launch, Rows, Stream, plan_hopper
+from marlin_w4a16.kernels.hopper_launch import plan_hopper
+from marlin_w4a16.kernels.launch import Launch, Rows, Stream
 from marlin_w4a16.kernels.target import Target
 
 PROCESSORS = 132  # multiprocessors of an H200
@@ -30,7 +31,7 @@ def grad_launches(capability: tuple[int, int]) -> tuple[GradLaunch, ...]:
 
 def hopper_expert_launches() -> dict[Stream, int]:
     """Every launch of the products of a mixture, and how many programs of it a multiprocessor holds."""
-    return dict((tables._BY_FEW, *(product for _, products in tables._BY_EXPERT for product in products)))
+    return dict((hopper_launch._BY_FEW, *(product for _, products in hopper_launch._BY_EXPERT for product in products)))
 
 
 def hopper_plans() -> dict[tuple[int, int, int], Rows | Stream]:

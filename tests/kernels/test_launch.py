@@ -8,16 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.plans import PROCESSORS, SIZES, TOKENS, hopper_plans, launches
-from marlin_w4a16.kernels.launch import (
-    DENSE_TOKENS,
-    Launch,
-    Rows,
-    Stream,
-    division,
-    plan_dense,
-    plan_hopper,
-    plan_linear,
-)
+from marlin_w4a16.kernels.hopper_launch import division, plan_hopper
+from marlin_w4a16.kernels.launch import DENSE_TOKENS, Launch, Rows, Stream, plan_dense, plan_linear
 from marlin_w4a16.kernels.target import SHARED_MEMORY, Target
 
 # Multiprocessors of A100, RTX 3090, Jetson Orin, L40S, H200.
@@ -131,7 +123,7 @@ def test_every_call_on_hopper_has_a_launch_its_kernels_can_run(processors, m, n,
         assert x >= k if launch.resident else launch.stages >= 2
     else:
         assert launch.rows in (64, 128, 256) and is_power_of_two(launch.block_m) and 16 <= launch.block_m <= 256
-        assert launch.block_m >= min(m, 128)
+        assert launch.block_m >= min(m, 64)
         assert is_power_of_two(launch.tiles) and launch.stages >= 2
         assert launch.num_warps * 16 <= launch.rows, "warps without rows"
         assert launch.wgmma or not launch.overlap
@@ -145,15 +137,15 @@ def test_every_call_on_hopper_has_a_launch_its_kernels_can_run(processors, m, n,
         assert 2 * sharers * launch.rows * launch.block_m * 4 <= 64 << 20, "too much scratch"
 
 
-def test_up_to_128_more_tokens_never_get_a_smaller_block_on_hopper():
+def test_up_to_64_more_tokens_never_get_a_smaller_block_on_hopper():
     found = hopper_plans()
     for n, k in product(SIZES, SIZES):
-        blocks = [found[m, n, k].block_m for m in TOKENS if m <= 128]
+        blocks = [found[m, n, k].block_m for m in TOKENS if m <= 64]
         assert blocks == sorted(blocks)
 
 
-def test_up_to_128_tokens_the_weight_is_read_once_on_hopper():
-    assert all(launch.block_m >= m for (m, *_), launch in hopper_plans().items() if m <= 128)
+def test_up_to_64_tokens_the_weight_is_read_once_on_hopper():
+    assert all(launch.block_m >= m for (m, *_), launch in hopper_plans().items() if m <= 64)
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 256])

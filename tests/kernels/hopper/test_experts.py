@@ -10,7 +10,8 @@ from kernels.machine import Compiled, assert_no_spills, overwritten_operands
 from kernels.plans import hopper_expert_launches, named
 from marlin_w4a16.kernels.activation import FUNCTIONS, Activation
 from marlin_w4a16.kernels.decode.tiles import Tiles
-from marlin_w4a16.kernels.launch import Stream, plan_hopper_experts
+from marlin_w4a16.kernels.hopper_launch import plan_hopper_experts
+from marlin_w4a16.kernels.launch import Stream
 from marlin_w4a16.kernels.layout import PackedFP4, packed_shapes
 from marlin_w4a16.kernels.target import SHARED_MEMORY, gluon_is_known
 from narrow import case, matrix

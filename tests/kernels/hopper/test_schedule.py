@@ -10,7 +10,8 @@ import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlin_w4a16.kernels.launch import Stream, division, plan_hopper
+from marlin_w4a16.kernels.hopper_launch import division, plan_hopper
+from marlin_w4a16.kernels.launch import Stream
 from marlin_w4a16.kernels.target import gluon_is_known
 
 if not gluon_is_known():
