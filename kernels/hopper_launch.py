@@ -67,9 +67,9 @@ _CYCLES = {
     (128, 32): (400, 1000), (128, 64): (454, 1000), (128, 128): (660, 3700), (128, 256): (1090, 3500),
     (256, 16): (600, 1000), (256, 32): (790, 1000), (256, 64): (990, 2000), (256, 128): (1450, 4000),
 }  # fmt: skip
-# Of sharing tiles: a second kernel, a part that it waits for, an element of all parts, which are written and read; and
-# where no two programs are at the same columns, so that each reads x by itself.
-_SHARING, _WAIT, _OF_A_PART, _ALONE = 1000, 250, 0.0043, 3500
+# Cycles of sharing tiles: a second kernel, each part that it waits for, an element of all parts, written and read. And
+# the column tiles that it takes where no two programs are at the same columns, so that each reads x by itself.
+_SHARING, _WAIT, _OF_A_PART, _ALONE = 1500, 400, 0.0043, 20
 
 
 @lru_cache(maxsize=4096)
@@ -140,8 +140,8 @@ def _last_wave(choice: Stream, cycles: int, processors: int, rest: int, m: int, 
         own = -(-k_blocks // each) * choice.tiles * cycles
         options.append((own + _SHARING + _WAIT * each + part * rest * each, rest * each))
     if m <= 128 and rest * k_blocks > processors:  # two parts a program
-        own = k_tiles * rest / processors * cycles
-        options.append((own + _SHARING + 2 * _WAIT + part * processors + _ALONE, processors))
+        own = (k_tiles * rest / processors + _ALONE) * cycles
+        options.append((own + _SHARING + part * processors, processors))
     return min(options)
 
 
