@@ -137,7 +137,7 @@ def _last_wave(choice: Stream, cycles: int, processors: int, rest: int, m: int, 
     k_blocks, part = -(-k_tiles // choice.tiles), _OF_A_PART * choice.rows * choice.block_m
     options: list[tuple[float, int]] = [(k_blocks * choice.tiles * cycles, 1)]
     for each in range(2, min(processors // rest, k_blocks) + 1):
-        own = -(-k_blocks // each) * choice.tiles * cycles
+        own: float = -(-k_blocks // each) * choice.tiles * cycles
         options.append((own + _SHARING + _WAIT * each + part * rest * each, rest * each))
     if m <= 128 and rest * k_blocks > processors:  # two parts a program
         own = (k_tiles * rest / processors + _ALONE) * cycles

@@ -173,9 +173,8 @@ def graph_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Nod
             new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)
-    for name in ("_param_name_to_source", "compile_subgraph_reason"):
-        if hasattr(gm, name):
-            setattr(copy, name, getattr(gm, name))
+    told = {"_param_name_to_source", "compile_subgraph_reason"} & vars(gm).keys()
+    vars(copy).update({name: vars(gm)[name] for name in told})
     return copy, values
 
 
@@ -190,14 +189,15 @@ def add_static_input(graph: fx.Graph, like: fx.Node, member: str, value: Tensor)
     node = graph.placeholder(f"{like.name}_{member}")
     node.meta["example_value"] = fake
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    source = placeholder_source(like)
-    node._dynamo_source = source and AttrSource(source, f"marlin_w4a16_{member}")
+    node._dynamo_source = (source := placeholder_source(like)) and AttrSource(source, f"marlin_w4a16_{member}")
     return node, fake
 
 
 def stays(tensor: Tensor) -> Tensor:
-    """Marks a tensor as ``mark_static_address`` and ``mark_static`` of Dynamo do: its address and its sizes stay."""
-    vars(tensor).update(_dynamo_static_input_type="unguarded", _dynamo_static_indices=set(range(tensor.ndim)))
+    """It, or an alias, marked as Dynamo's ``mark_static_address`` and ``mark_static`` do: address and sizes stay."""
+    marks = {"_dynamo_static_input_type": "unguarded", "_dynamo_static_indices": set(range(tensor.ndim))}
+    if isinstance(tensor, torch.nn.Parameter) or tensor._is_view() or not marks.items() <= vars(tensor).items():
+        vars(tensor := tensor.detach()).update(marks)  # Dynamo also traces what a view is of
     return tensor
 
 

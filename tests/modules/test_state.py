@@ -336,6 +336,36 @@ def test_another_tensor_in_its_place_is_seen(module, how):
     assert type(found) is Tensor and found.data_ptr() == other.data_ptr() and name not in module._parameters
 
 
+def test_a_tensor_that_it_is_given_is_not_marked(module, make):
+    given = {name: tensor.clone() for name, tensor in make().bits().items()}
+    torch.func.functional_call(module, dict(given), inputs(module))
+    for name, tensor in given.items():
+        setattr(module, name, tensor)
+        assert not vars(tensor)
+        assert vars(getattr(module, name)).keys() >= {"_dynamo_static_input_type", "_dynamo_static_indices"}
+        own = getattr(module, name)
+        setattr(module, name, own)
+        assert getattr(module, name) is own
+
+
+def test_a_tensor_that_was_deleted_can_be_set_again(module):
+    given, (name, tensor) = inputs(module), next(iter(module.bits().items()))
+    before = module(*given)
+    delattr(module, name)
+    assert name not in copy.deepcopy(module).state_dict()
+    with pytest.raises(AttributeError, match=name):
+        module(*given)
+    setattr(module, name, tensor)
+    assert name in module.state_dict() and torch.equal(module(*given), before)
+
+
+def test_what_stands_for_its_empty_parameter_stays():
+    linear = PackedLinear(quantize_nvfp4(torch.randn(64, 64)))
+    prune.l1_unstructured(linear, "weight", amount=0.0)
+    x, copied = torch.randn(3, 64), copy.deepcopy(linear)
+    assert torch.equal(copied(x), linear(x))
+
+
 @pytest.mark.parametrize("backend", [None, "aot_eager", "marlin_w4a16"])
 def test_functional_call_takes_its_state(module, make, backend):
     other, given = make(), inputs(module)

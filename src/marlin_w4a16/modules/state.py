@@ -57,7 +57,10 @@ class PackedState(nn.Module):
 
     def _tell(self, dtype: torch.dtype) -> None:
         """Adds the empty parameter where one is needed, or lets it follow the bias and the words."""
-        held, device = self._parameters.get(self._empty), getattr(self, f"words{next(iter(self._formats))}").device
+        held, words = self._parameters.get(self._empty), vars(self).get(f"words{next(iter(self._formats))}")
+        if words is None or (held is None and getattr(self, self._empty, None) is not None):  # pruned, parametrised
+            return
+        device = words.device
         biases = (p for name, p in self._parameters.items() if name != self._empty and p is not None)
         told = next((bias.dtype for bias in biases), None)
         dtype = told or (dtype if held is None else held.dtype)
@@ -72,8 +75,8 @@ class PackedState(nn.Module):
         setattr(self, name, tensor)
 
     def bits(self) -> dict[str, Tensor]:
-        """These tensors by name."""
-        return {name: vars(self)[name] for name in self._bits}
+        """These tensors by name, but for those that were deleted."""
+        return {name: vars(self)[name] for name in self._bits if name in vars(self)}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in vars(self).get("_bits", ()) or not isinstance(value, Tensor):
@@ -81,8 +84,7 @@ class PackedState(nn.Module):
         elif torch.compiler.is_compiling():  # torch.func.functional_call
             vars(self)[name] = value
         else:
-            # Dynamo also traces what a view is of
-            vars(self)[name] = stays(value.detach() if isinstance(value, nn.Parameter) or value._is_view() else value)
+            vars(self)[name] = stays(value)
             self._weights.clear()
 
     def _packed(self, of: str) -> PackedFP4:
@@ -94,8 +96,8 @@ class PackedState(nn.Module):
         held, (words, scales, multiplier) = self.__dict__, _NAMES[of]
         kept: PackedFP4 | None = held["_weights"].get(of)
         if (
-            kept is None or kept.words is not held[words] or kept.scales is not held[scales]
-            or kept.multiplier is not held[multiplier]
+            kept is None or kept.words is not held.get(words) or kept.scales is not held.get(scales)
+            or kept.multiplier is not held.get(multiplier)
         ):  # fmt: skip
             kept = self._weights[of] = self._packed(of)
         return kept
@@ -174,6 +176,8 @@ class PackedState(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in self.bits().items():
             after = fn(before)
+            if after.is_meta and not self._bits[name]:
+                continue  # no state would bring it back
             is_moved = after.dtype == before.dtype and after.stride() == before.stride()
             setattr(self, name, after if is_moved else before.to(after.device))
         return self
