@@ -23,8 +23,8 @@ class PackedState(nn.Module):
     sends around at each step, but plain attributes, which this class moves, loads and saves. Casts leave them alone.
 
     The first parameter of a module is where libraries look for the dtype of its inputs. Where no bias tells it, an
-    empty one does, which requires no grad and is in no state dict; casts and moves take it along. That of a linear is
-    its ``weight``, and stands beside a bias too.
+    empty one does, which requires no grad; casts and moves take it along, and a state dict may lack it. That of a linear
+    is its ``weight``, and stands beside a bias too.
 
     ``_extra_state`` holds ``_packing`` as JSON bytes; a state that says something else is refused before anything of it
     is loaded.
@@ -131,8 +131,6 @@ class PackedState(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if _is_empty(destination.get(f"{prefix}{self._empty}")):
-            del destination[f"{prefix}{self._empty}"]
         said = destination.pop(f"{prefix}_extra_state")
         saved = ((name, tensor) for name, tensor in self.bits().items() if self._bits[name])
         destination.update((f"{prefix}{name}", t if keep_vars else t.detach()) for name, t in saved)
