@@ -23,8 +23,8 @@ class PackedState(nn.Module):
     sends around at each step, but plain attributes, which this class moves, loads and saves. Casts leave them alone.
 
     The first parameter of a module is where libraries look for the dtype of its inputs. Where no bias tells it, an
-    empty one does, which requires no grad; casts and moves take it along, and a state dict may lack it. That of a linear
-    is its ``weight``, and stands beside a bias too.
+    empty one does, which requires no grad; casts and moves take it along, and a state dict may lack it. That of a
+    linear is its ``weight``, and stands beside a bias too.
 
     ``_extra_state`` holds ``_packing`` as JSON bytes; a state that says something else is refused before anything of it
     is loaded.
