@@ -173,8 +173,8 @@ def graph_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Nod
             new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)
-    told = {"_param_name_to_source", "compile_subgraph_reason"} & vars(gm).keys()
-    vars(copy).update({name: vars(gm)[name] for name in told})
+    told = ("_param_name_to_source", "compile_subgraph_reason")
+    vars(copy).update({name: vars(gm)[name] for name in told if name in vars(gm)})
     return copy, values
 
 
