@@ -19,6 +19,7 @@ from marlin_w4a16.kernels.private import current_device, empty, hooked
 from marlin_w4a16.kernels.replay import ALIGNED
 from marlin_w4a16.kernels.target import supports
 
+_Launch = Callable[[tuple[int, int]], None]  # from the addresses of an input and an output
 _c = torch._C
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -86,7 +87,7 @@ def proof_of(packed: PackedFP4) -> Proof | None:
 class Call(NamedTuple):
     """A product with a weight: what launches it for other addresses of its input and output, and the latter."""
 
-    launch: Callable[[tuple[int, int]], None]
+    launch: _Launch
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -123,13 +124,16 @@ def known(of: str, x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> 
     return call
 
 
-def keep(of: str, x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, launch: Any) -> None:
-    """Keeps a call that was made, with what launches it, if that is known."""
-    calls = packed.proofs[0].calls
+def keep(
+    of: str, x: Tensor, packed: PackedFP4, bias: Tensor | None, out: Tensor, bind: Callable[[], _Launch | None]
+) -> None:
+    """Keeps a call that was made, if what launches it can be bound to the weight."""
+    calls, key = packed.proofs[0].calls, _call_key(of, x, bias)
+    launch = None if key in calls else bind()
     if launch is not None:
         if len(calls) >= _MOST:
             calls.clear()
-        calls[_call_key(of, x, bias)] = Call(launch, tuple(out.shape), out.stride())
+        calls[key] = Call(launch, tuple(out.shape), out.stride())
 
 
 def _call_key(of: str, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:

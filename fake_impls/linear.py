@@ -1,5 +1,6 @@
 """``marlin_w4a16::linear``: ``x @ weight.T + bias`` from a packed FP4 weight, and its gradient."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -64,7 +65,7 @@ def _launched(x: Tensor, packed: PackedFP4, bias: Tensor | None) -> Tensor:
 
     out = new_output(x, packed.n)
     linear_into(x, *packed.tensors, bias, packed.n, packed.k, packed.group, packed.kind, out)
-    keep("linear", x, packed, bias, out, bound(x, packed, bias))
+    keep("linear", x, packed, bias, out, partial(bound, x, packed, bias))
     return out
 
 
@@ -121,7 +122,7 @@ def _launched_gradient(grad: Tensor, packed: PackedFP4) -> Tensor:
 
     out = new_output(grad, packed.k)
     grad_input_into(grad, *packed.tensors, packed.n, packed.k, packed.group, packed.kind, out)
-    keep("gradient", grad, packed, None, out, bound(grad, packed))
+    keep("gradient", grad, packed, None, out, partial(bound, grad, packed))
     return out
 
 

@@ -25,7 +25,7 @@ def known(monkeypatch):
     eager.proof_of(weight)
     x, bias = torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(64)
     for row in (None, bias):
-        eager.keep("linear", x, weight, row, torch.zeros(3, 64, dtype=torch.bfloat16), launched.append)
+        eager.keep("linear", x, weight, row, torch.zeros(3, 64, dtype=torch.bfloat16), lambda: launched.append)
     return SimpleNamespace(weight=weight, x=x, bias=bias, launched=launched)
 
 
@@ -67,7 +67,7 @@ def test_gradients_are_asked_for_only_where_they_are_wanted(known):
 @pytest.fixture
 def trained(known):
     """An output whose backward is a call that was kept, its input and its bias."""
-    eager.keep("gradient", known.x, known.weight, None, torch.zeros_like(known.x), known.launched.append)
+    eager.keep("gradient", known.x, known.weight, None, torch.zeros_like(known.x), lambda: known.launched.append)
     x, bias = known.x.clone().requires_grad_(), known.bias.requires_grad_()
     return again(x, known.weight, bias), x, bias
 
@@ -94,8 +94,8 @@ def test_weights_of_inference_mode_count_no_writes(known):
     eager.proof_of(weight)
     eager.proof_of(known.weight)
     assert (_writes(weight), _writes(known.weight)) == ((), tuple(t._version for t in known.weight.tensors))
-    eager.keep("linear", known.x, weight, None, known.x, known.launched.append)
-    eager.keep("gradient", known.x, weight, None, known.x, known.launched.append)
+    eager.keep("linear", known.x, weight, None, known.x, lambda: known.launched.append)
+    eager.keep("gradient", known.x, weight, None, known.x, lambda: known.launched.append)
     x = known.x.clone().requires_grad_()
     again(x, weight, None).sum().backward(torch.ones(()))
     assert x.grad.shape == x.shape
@@ -159,8 +159,15 @@ def test_copies_of_a_weight_know_no_calls(known):
     assert again(known.x, copy.deepcopy(known.weight), None) is None
 
 
+def test_a_call_is_bound_once_and_only_if_it_can_be(known):
+    bound = []
+    for x in (known.x, known.x[:2], known.x[:2]):
+        eager.keep("linear", x, known.weight, None, torch.zeros(2, 64), lambda: bound.append(1))
+    assert len(bound) == 2 and again(known.x[:2], known.weight, None) is None
+
+
 def test_calls_are_forgotten_when_there_are_too_many(known, monkeypatch):
     monkeypatch.setattr(eager, "_MOST", 2)
-    eager.keep("linear", known.x[:2], known.weight, None, torch.zeros(2, 64), known.launched.append)
+    eager.keep("linear", known.x[:2], known.weight, None, torch.zeros(2, 64), lambda: known.launched.append)
     assert again(known.x, known.weight, None) is None
     assert again(known.x[:2], known.weight, None) is not None
