@@ -372,6 +372,20 @@ def test_a_tensor_that_was_deleted_can_be_set_again(module):
     assert name in module.state_dict() and torch.equal(module(*given), before)
 
 
+def test_a_buffer_in_the_place_of_one_that_was_deleted_is_kept(module):
+    (name, tensor), given = next(iter(module.bits().items())), inputs(module)
+    before = module(*given)
+    delattr(module, name)
+    module.register_buffer(name, tensor)
+    module.load_state_dict(bits(module))
+    assert module._buffers[name] is tensor and torch.equal(module(*given), before)
+
+
+def test_inputs_on_another_device_are_refused(module):
+    with pytest.raises(ValueError, match=r"found device cpu, expected that of the input, meta"):
+        module(*(tensor.to("meta") for tensor in inputs(module)))
+
+
 def test_what_is_no_tensor_does_not_take_its_place(module):
     name, given = next(iter(module.bits())), inputs(module)
     before = module(*given)

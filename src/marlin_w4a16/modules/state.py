@@ -173,11 +173,12 @@ class PackedState(nn.Module):
         empty = self._parameters.get(self._empty)
         if _is_empty(empty):
             self._parameters[self._empty] = None
-        self._buffers.update({name: tensor for name, tensor in self.bits().items() if self._bits[name]})
+        own = {name: tensor for name, tensor in self.bits().items() if self._bits[name]}
+        self._buffers.update(own)
         try:
             yield
         finally:
-            for name in self._bits:
+            for name in own:
                 self._buffers.pop(name, None)
             if _is_empty(empty):
                 self._parameters[self._empty] = empty

@@ -1,4 +1,4 @@
-"""What was swapped in a model, one row per linear or Experts module, and where its modules stand."""
+"""What was swapped in a model, one row per linear or Experts module, where its modules stand, what is tied."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
