@@ -61,10 +61,10 @@ _LOCK = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    """That the traced operations gave, at one moment, the weight of a copy."""
+    """That the traced operations gave, at one moment, the weight of a copy, or none."""
 
     leaves: Snapshot
-    copy: _Copy
+    copy: _Copy | Rejected
 
 
 class Binding:
@@ -103,7 +103,7 @@ class Binding:
             state = laid_out_state_of(tensors)
             verified = self._verified.get(tuple(map(id, leaves)))
             if verified is not None and verified.leaves.holds(state):
-                copy: _Copy | Rejected = verified.copy
+                copy = verified.copy
             elif any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing():
                 raise NeedsCallBeforeCapture(
                     f"{self.name}: this weight is new or has changed, and a CUDA graph is being captured: "
@@ -127,11 +127,13 @@ class Binding:
     def _bind(
         self, leaves: Sequence[Tensor], tensors: list[Tensor], state: State, weight: FP4Weight | Rejected
     ) -> _Copy | Rejected:
-        copy = weight if isinstance(weight, Rejected) else self._copy(leaves, weight)
-        if not isinstance(copy, Rejected):
-            ids = tuple(map(id, leaves))
-            verified = self._verified[ids] = _Verified(Snapshot(tensors, state, self._forget(ids)), copy)
-            copy.users.add(verified.leaves)
+        copy, ids = weight if isinstance(weight, Rejected) else self._copy(leaves, weight), tuple(map(id, leaves))
+        before, at = self._verified.get(ids), Snapshot(tensors, state, self._forget(ids))
+        self._verified[ids] = _Verified(at, copy)
+        if before is None or not before.leaves.held(state):  # else others ended it, and would do so in turn
+            at.end_others()
+        if isinstance(copy, _Copy):
+            copy.users.add(at)
         return copy
 
     def _copy(self, leaves: Sequence[Tensor], weight: FP4Weight) -> _Copy | Rejected:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from marlin_w4a16.passes.graph.torch_private import inner_tensors, is_wrapper, storage_of, versions_of
@@ -23,12 +24,13 @@ class Mark:
 
     Attributes:
         key: equal to itself only. Who holds it keeps neither the mark nor the tensor alive, and it never comes back.
+        of: the id of the tensor that has the key.
     """
 
-    __slots__ = ("__weakref__", "key")
+    __slots__ = ("__weakref__", "key", "of")
 
-    def __init__(self) -> None:
-        self.key = object()
+    def __init__(self, of: int) -> None:
+        self.key, self.of = object(), of
 
     def __reduce__(self) -> tuple[Any, ...]:
         return set, ()
@@ -64,11 +66,17 @@ def _identities(objects: tuple[object, ...]) -> bytes:
 
 
 def _mark(tensor: Tensor) -> Mark:
-    """The mark of a tensor; a new one if it has none, or `copy.copy` gave its own to another tensor."""
+    """The mark of a tensor; a new one if it has none, or `copy.copy` gave its own to another tensor.
+
+    What was another tensor's, of one that it was swapped with or a copy of one that died, gets another key.
+    """
     attributes = vars(tensor)
     if not isinstance(attributes.get(_MARK), Mark) or _references(attributes) > _ALONE:
-        attributes[_MARK] = Mark()
-    return cast(Mark, attributes[_MARK])
+        attributes[_MARK] = Mark(id(tensor))
+    mark = cast(Mark, attributes[_MARK])
+    if mark.of != id(tensor):
+        Mark.__init__(mark, id(tensor))
+    return mark
 
 
 def _references(attributes: dict[str, Any]) -> int:
@@ -76,7 +84,7 @@ def _references(attributes: dict[str, Any]) -> int:
     return sys.getrefcount(attributes[_MARK])
 
 
-_ALONE = _references({_MARK: Mark()})
+_ALONE = _references({_MARK: Mark(0)})
 
 
 def watched(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -105,10 +113,34 @@ def deaths(tensors: Iterable[Tensor], call: Callable[[object], None]) -> list[ob
     return [weakref.ref(_mark(tensor), call) for tensor in tensors]
 
 
+class _Memory(weakref.ref[torch.UntypedStorage]):
+    """The storage of a tensor, the key of the tensor's mark, its first byte and the one past its last.
+
+    Found from the storage by `weakref.getweakrefs`, so that nothing lists who looks at it.
+    """
+
+    __slots__ = ("end", "first", "key", "past")
+    end: Callable[[object], None]
+    first: int
+    key: object
+    past: int
+
+
+def _memory(tensor: Tensor, key: object, end: Callable[[object], None]) -> _Memory | None:
+    storage = storage_of(tensor)
+    if storage is None:
+        return None
+    found, last = _Memory(storage, end), sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    found.key, found.end, found.first = key, end, tensor.data_ptr()
+    found.past = found.first + (last + 1) * tensor.element_size()
+    return found
+
+
 class Snapshot:
     """What tensors were at one moment, without keeping them alive.
 
-    It ends when one of them gives up its memory, since an address may come back as another's, or when it is ended.
+    It ends when one of them gives up its memory, since an address may come back as another's, or when it is ended. One
+    that was ended still knows what it held for.
 
     Args:
         tensors: the tensors (see `watched`).
@@ -116,19 +148,36 @@ class Snapshot:
         on_death: called, with something, when one of them dies.
     """
 
-    __slots__ = ("__weakref__", "_deaths", "_state", "_storages")
+    __slots__ = ("__weakref__", "_deaths", "_last", "_memory", "_state")
 
     def __init__(
         self, tensors: Sequence[Tensor], state: State, on_death: Callable[[object], None] | None = None
     ) -> None:
         self._state: State | None = state
-        end = callback(self, Snapshot.end)
-        self._storages = [weakref.ref(s, end) for s in map(storage_of, tensors) if s is not None]
+        self._last, end = state, callback(self, Snapshot.end)
+        found = (_memory(tensor, key, end) for tensor, key in zip(tensors, state[1], strict=True))
+        self._memory = [memory for memory in found if memory is not None]
         self._deaths = [] if on_death is None else deaths(tensors, on_death)
 
     def holds(self, state: State) -> bool:
         """Whether a state, read as the first one was, is that of the same tensors, unchanged."""
         return self._state == state
+
+    def held(self, state: State) -> bool:
+        """The same, or that it would be, had it not been ended."""
+        return self._last == state
+
+    def end_others(self) -> None:
+        """Ends those of other tensors that lie where these do: what is written to one is counted by it alone.
+
+        Copies (`copy.copy(p)`, `p.data`) are such tensors.
+        """
+        own = {memory.key for memory in self._memory}
+        for mine in self._memory:
+            for other in weakref.getweakrefs(mine()):
+                is_other = isinstance(other, _Memory) and other.key not in own
+                if is_other and mine.first < other.past and other.first < mine.past:
+                    other.end(other)
 
     def end(self) -> None:
         """From now on it holds for nothing."""

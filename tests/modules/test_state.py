@@ -372,6 +372,63 @@ def test_a_tensor_that_was_deleted_can_be_set_again(module):
     assert name in module.state_dict() and torch.equal(module(*given), before)
 
 
+def test_what_is_no_tensor_does_not_take_its_place(module):
+    name, given = next(iter(module.bits())), inputs(module)
+    before = module(*given)
+    with pytest.raises(TypeError, match=f"{name}: found NoneType, expected a packed tensor"):
+        setattr(module, name, None)
+    assert torch.equal(module(*given), before)
+
+
+@pytest.mark.parametrize("how", [setattr, PackedState.register_parameter], ids=["set", "registered"])
+def test_the_empty_parameter_stays_empty(module, how):
+    name, given = module._empty, inputs(module)
+    before = module(*given)
+    with pytest.raises(ValueError, match=rf"{name}: found a parameter of shape \[{N}, {K}\], expected an empty one"):
+        how(module, name, nn.Parameter(torch.randn(N, K)))
+    how(module, name, nn.Parameter(torch.empty(0, 0)))
+    assert torch.equal(module(*given), before)
+
+
+def test_a_linear_is_not_reset():
+    module = linear(torch.float32, True)
+    before = bits(module)
+    module.reset_parameters()
+    assert_same(bits(module), before)
+
+
+# Shallow copies
+
+
+def test_a_shallow_copy_is_another_module_over_the_same_tensors(module, make):
+    copied, other, given = copy.copy(module), make(), inputs(module)
+    expected, names = module(*given), list(module.bits())
+    assert all(copied.bits()[name] is tensor for name, tensor in module.bits().items())
+    assert torch.equal(copied(*given), expected)
+    copied.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(copied(*given), other(*given)) and torch.equal(module(*given), expected)
+    copied.register_bits("more", torch.zeros(3))
+    copied.to("meta")
+    assert torch.equal(module.to("cpu")(*given), expected) and list(module.bits()) == names
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(again(*given), expected)
+
+
+def test_what_is_written_in_place_is_in_a_shallow_copy_too(module, make):
+    copied, other, given = copy.copy(module), make(), inputs(module)
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(copied(*given), other(*given))
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("meta"), lambda m: m.to_empty(device="cpu")], ids=["meta", "empty"])
+def test_what_is_in_no_state_is_there_after_the_state_was_loaded(module, move):
+    module.register_bits("kept", torch.arange(3), persistent=False)
+    state, given = bits(module), inputs(module)
+    expected, copied = module(*given), copy.deepcopy(module)
+    move(copied).load_state_dict(state, assign=True)
+    assert torch.equal(copied.kept, torch.arange(3)) and torch.equal(copied(*given), expected)
+
+
 def test_what_stands_for_its_empty_parameter_stays():
     linear = PackedLinear(quantize_nvfp4(torch.randn(64, 64)))
     prune.l1_unstructured(linear, "weight", amount=0.0)

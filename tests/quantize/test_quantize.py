@@ -240,6 +240,26 @@ def test_dense_weights_go_one_at_a_time(monkeypatch, format, progress):
         gc.enable()
 
 
+def test_a_head_that_was_untied_stays_so_when_weights_are_tied_again(format):
+    model = causal_lm("Gemma3")
+    quantize(model, format, include="lm_head", progress=False)
+    expected = logits(model)
+    for again in (model, copy.deepcopy(model)):
+        again.tie_weights()
+        assert again.lm_head.weight.shape == (0, 0) and not again.all_tied_weights_keys
+        assert torch.equal(logits(again), expected)
+    assert causal_lm("Gemma3").all_tied_weights_keys == type(model)._tied_weights_keys
+
+
+def test_a_head_of_a_part_is_untied_there_alone(format):
+    parts = nn.ModuleDict({"a": causal_lm("Gemma3"), "b": causal_lm("Gemma3")})
+    quantize(parts, format, include="b.lm_head", progress=False)
+    for part in parts.values():
+        part.tie_weights()
+    assert parts["a"].lm_head.weight is parts["a"].get_input_embeddings().weight
+    assert parts["b"].lm_head.weight.shape == (0, 0)
+
+
 @pytest.mark.gpu
 def test_the_memory_of_a_gpu(format):
     model = nn.Sequential(*(nn.Linear(8192, 8192, bias=False, dtype=torch.bfloat16, device="cuda") for _ in range(4)))

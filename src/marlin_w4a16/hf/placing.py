@@ -18,6 +18,7 @@ from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.hf.experts.gather import Destination, ExpertLayers, Gathered
 from marlin_w4a16.hf.experts.modules import StoredExperts
 from marlin_w4a16.hf.linear import StoredLinear
+from marlin_w4a16.modules.swaps import untie
 from marlin_w4a16.producers.found import is_linear
 
 
@@ -77,16 +78,13 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
 
 def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, keep: bool) -> None:
     """Puts a `StoredLinear` on the meta device in place of each linear, and `StoredExperts` in place of experts."""
+    untie(model, placement.layers)  # a head with FP4 tensors of its own, under a config that ties it (both producers)
     for path, layer in placement.layers.items():
         linear = model.get_submodule(path)
         put(model, path, StoredLinear(layer, linear.bias, dtype, keep).train(linear.training))  # type: ignore[arg-type]
     for found in placement.experts:
         experts = model.get_submodule(found.mixture.path)
         put(model, found.mixture.path, StoredExperts(found, experts, dtype).train(experts.training))
-    for name, source in list(model.all_tied_weights_keys.items()):
-        # a head with FP4 tensors of its own beside a dense embedding, under a config that ties them (both producers)
-        if name.rpartition(".")[0] in placement.layers or source.rpartition(".")[0] in placement.layers:
-            del model.all_tied_weights_keys[name]
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

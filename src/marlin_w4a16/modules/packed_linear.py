@@ -77,6 +77,9 @@ class PackedLinear(PackedState, nn.Linear):
             out = linear(x, packed, bias)
         return self._asking(out)
 
+    def reset_parameters(self) -> None:
+        """Leaves it as it is, the bias too: bits have no initial value."""
+
     def extra_repr(self) -> str:
         """Shape, format and bytes of the packed weight."""
         format, nbytes = held(self)

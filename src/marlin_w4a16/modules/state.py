@@ -1,5 +1,6 @@
 """What modules that own packed weights share: tensors that nothing may change but what loads, moves or saves them."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,9 +79,20 @@ class PackedState(nn.Module):
         """These tensors by name, but for those that were deleted."""
         return {name: vars(self)[name] for name in self._bits if name in vars(self)}
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module does it; what takes the place of the empty parameter must be empty."""
+        if name == self._empty and param is not None and param.numel():
+            raise ValueError(
+                f"{type(self).__name__}: {name}: found a parameter of shape {list(param.shape)}, expected an empty "
+                "one, since its weights are packed: untie it, load a state dict, or put a dense module in its place"
+            )
+        super().register_parameter(name, param)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in vars(self).get("_bits", ()) or not isinstance(value, Tensor):
+        if name not in vars(self).get("_bits", ()):
             super().__setattr__(name, value)
+        elif not isinstance(value, Tensor):
+            raise TypeError(f"{type(self).__name__}: {name}: found {type(value).__name__}, expected a packed tensor")
         elif torch.compiler.is_compiling():  # torch.func.functional_call
             vars(self)[name] = value
         else:
@@ -170,13 +182,20 @@ class PackedState(nn.Module):
             if _is_empty(empty):
                 self._parameters[self._empty] = empty
 
+    def __copy__(self) -> "PackedState":
+        """Another module over the same tensors: what is set, moved or registered on one is not on the other."""
+        made = type(self).__new__(type(self))
+        made.__setstate__({name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(self).items()})
+        made.origin = copy.deepcopy(self.origin)  # restore() fills its module
+        return made
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedState":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in self.bits().items():
-            after = fn(before)
-            if after.is_meta and not self._bits[name]:
-                continue  # no state would bring it back
-            is_moved = after.dtype == before.dtype and after.stride() == before.stride()
+            after, loaded = fn(before), self._bits[name] or before.is_meta
+            if not loaded and after.is_meta:
+                continue  # no state would bring it back, nor what to_empty() does not copy
+            is_moved = loaded and after.dtype == before.dtype and after.stride() == before.stride()
             setattr(self, name, after if is_moved else before.to(after.device))
         return self
 

@@ -1,7 +1,8 @@
 """What was swapped in a model, one row per linear or Experts module, and where its modules stand."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -85,6 +86,25 @@ def place(module: nn.Module, places: Places) -> None:
     """Puts a module wherever another one stood."""
     for parent, name in places:
         parent._modules[name] = module
+
+
+def untie(model: nn.Module, paths: Collection[str]) -> None:
+    """Ends what a model of transformers (5.17 to 5.23) ties by name to weights of the modules at these paths.
+
+    Its config says what it said before: that may be true of other weights.
+    """
+    for prefix, module in model.named_modules():
+        if "all_tied_weights_keys" in vars(module):
+            start, found = f"{prefix}." if prefix else "", cast(Any, module)
+            own = {path.removeprefix(start) for path in paths if path.startswith(start)}
+            tied = found.get_expanded_tied_weights_keys()
+            if tied != (left := _without(tied, own)):
+                found._tied_weights_keys = left
+            found.all_tied_weights_keys = _without(found.all_tied_weights_keys, own)
+
+
+def _without(tied: dict[str, str], paths: set[str]) -> dict[str, str]:
+    return {name: of for name, of in tied.items() if paths.isdisjoint(n.rpartition(".")[0] for n in (name, of))}
 
 
 def has_hooks(module: Any) -> bool:

@@ -12,7 +12,7 @@ from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.modules.state import held
-from marlin_w4a16.modules.swaps import PACKED, Places, Swap, Swaps, place, places_of
+from marlin_w4a16.modules.swaps import PACKED, Places, Swap, Swaps, place, places_of, untie
 from marlin_w4a16.modules.transformers_experts import holds_packed, is_experts, names_of
 from marlin_w4a16.options import globs, unknown
 from marlin_w4a16.passes.settings import excluded_by, not_included
@@ -66,9 +66,11 @@ def quantize(
     if format not in _QUANTISERS:
         raise ValueError(unknown("format", format, list(_QUANTISERS)))
     chosen = _Choice(include, exclude)
-    found, shared, rows = _found(model), _Shared(model), []
+    found, shared, rows, packed = _found(model), _Shared(model), list[Swap](), list[str]()
     for paths, places in track(found, f"quantising to {format}", show=progress):
         rows.append(_swap(paths, places, model, chosen, shared, format))
+        packed += paths if rows[-1].refusal is None else ()
+    untie(model, packed)
     return Swaps(tuple(rows))
 
 

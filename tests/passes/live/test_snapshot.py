@@ -67,12 +67,35 @@ def test_shallow_copies_are_told_apart_and_get_marks_of_their_own():
     assert len(deaths) == 1 and holds(at, values)
 
 
+def test_a_copy_of_a_tensor_that_died_has_another_key():
+    """Its own copy may come to lie where the first one did, with the same mark, address and version."""
+    values = [nn.Parameter(torch.zeros(4), requires_grad=False)]
+    mark(values)
+    before, copies = state_of(values)[1], [copy.copy(values.pop())]
+    assert state_of(copies)[1] == before
+    mark(copies)
+    assert state_of(copies)[1] != before
+
+
+def test_it_ends_others_that_lie_where_it_does_and_knows_them_still():
+    memory = torch.zeros(8)
+    whole, part, beside, twin = [memory.data], [memory.data[2:4]], [memory.data[4:]], [memory.data]
+    before = [(snapshot(values), values) for values in (whole, part, beside)]
+    snapshot(part).end_others()
+    assert [holds(at, values) for at, values in before] == [False, True, True]
+    snapshot(twin).end_others()
+    assert [(holds(at, values), at.held(state_of(values))) for at, values in before] == [(False, True)] * 3
+    whole[0].zero_()
+    assert not before[0][0].held(state_of(whole))
+
+
 def test_marking_again_changes_nothing():
     values = tensors()
     at = snapshot(values)
     mark(values)
     assert holds(at, values)
     torch.utils.swap_tensors(*values)
+    mark(values)
     swapped = state_of(values)
     mark(values)
     assert state_of(values) == swapped
