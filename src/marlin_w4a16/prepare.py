@@ -11,8 +11,8 @@ from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
-from marlin_w4a16.modules.state import held
-from marlin_w4a16.modules.swaps import HOOKS, PACKED, Places, Swap, Swaps, has_hooks, place, places_of
+from marlin_w4a16.modules.state import PackedState, held
+from marlin_w4a16.modules.swaps import HOOKS, PACKED, Places, Swap, Swaps, has_hooks, place, places_of, untie
 from marlin_w4a16.modules.transformers_experts import biases_of, holds_packed, is_experts, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers import compressed_tensors, modelopt, torchao, torchao_experts
@@ -66,6 +66,7 @@ def prepare(
         packed = _packed(producer, found, module, activation_quant == "refuse") if path else _ROOT
         rows.append(_swapped(path, producer, module, packed, places.get(id(module), [])))
         del found, packed  # the original weight goes now, one at a time
+    untie(model, [path for path, part in model.named_modules(remove_duplicate=False) if isinstance(part, PackedState)])
     for hook in compressed_tensors.hooks_of(model):
         for part in (hook.owner() or model).modules():
             origin = part.origin if isinstance(part, PackedLinear) else None

@@ -229,17 +229,37 @@ def test_a_module_on_the_meta_device_is_where_its_state_is_assigned_from(form, m
     assert module(*inputs(module, dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("how", ["memory", "disk"])
+@pytest.mark.parametrize("how", ["memory", "disk", "map"])
 def test_accelerate_offloads_what_is_beside_it(make, how, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = nn.ModuleDict({"first": make(), "second": nn.Linear(K, K)})
     given, device = inputs(model["first"]), torch.device("cpu")
     expected = model["first"](*given)
-    if how == "disk":
+    if how == "map":
+        places = {"first": "disk", "second": "cpu"}
+        accelerate.dispatch_model(model, places, main_device=device, offload_dir=tmp_path, force_hooks=True)
+    elif how == "disk":
         accelerate.disk_offload(model, tmp_path, execution_device=device)
     else:
         accelerate.cpu_offload(model, execution_device=device)
     assert torch.equal(model["first"](*given), expected)
+
+
+def test_a_call_on_another_device_than_its_packed_tensors_is_refused(module):
+    module(*inputs(module))  # a call that is known
+    with pytest.raises(ValueError, match=r"(words|multiplier)\w*: found device cpu, expected that of the input, meta"):
+        module(*(tensor.to("meta") for tensor in inputs(module)))
+
+
+def test_a_file_of_safetensors_holds_its_state(module, make, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    models = nn.ModuleList([module, make()]), nn.ModuleList([make(), make()])
+    safetensors.save_model(models[0], str(tmp_path / "saved"))
+    safetensors.load_model(models[1], str(tmp_path / "saved"))
+    for saved, found in zip(*models, strict=True):
+        given = inputs(found)
+        assert_same(found.bits(), saved.bits())
+        assert torch.equal(found(*given), saved(*given))
 
 
 def test_a_dense_weight_is_unexpected():

@@ -104,7 +104,21 @@ def untie(model: nn.Module, paths: Collection[str]) -> None:
 
 
 def _without(tied: dict[str, str], paths: set[str]) -> dict[str, str]:
-    return {name: of for name, of in tied.items() if paths.isdisjoint(n.rpartition(".")[0] for n in (name, of))}
+    """Sources by target; the first target of a source that is left out is the source of the others.
+
+    A bias stays tied, as a source: that of a target ``tie_weights()`` would cut to the rows of the empty weight.
+    """
+    kept: dict[str, str] = {}
+    heirs: dict[str, str] = {}
+    for target, source in tied.items():
+        (path, _, leaf), source_path = target.rpartition("."), source.rpartition(".")[0]
+        if path in paths and source_path not in paths and leaf == "bias":
+            kept[source] = target
+        elif path not in paths:
+            heir = heirs.setdefault(source, target) if source_path in paths and leaf != "bias" else source
+            if heir != target:
+                kept[target] = heir
+    return kept
 
 
 def has_hooks(module: Any) -> bool:
