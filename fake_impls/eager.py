@@ -34,6 +34,7 @@ def is_plain(x: Tensor) -> bool:
         and x.is_cuda
         and x.get_device() == current_device()
         and x.dtype in _KERNEL_DTYPES
+        and not (x.is_neg() or x._is_zerotensor())  # whose memory does not hold their values
         and nothing_entered()
         and _served(x.get_device())
     )
@@ -56,11 +57,10 @@ class Proof:
     Holds as long as they stand where they stood and are as large.
     """
 
-    __slots__ = ("calls", "counts_writes", "device", "seen")
+    __slots__ = ("calls", "device", "seen")
 
     def __init__(self, packed: PackedFP4, seen: tuple[int | bool, ...]) -> None:
         self.device, self.seen = packed.words.get_device(), seen
-        self.counts_writes = not any(tensor.is_inference() for tensor in packed.tensors)
         self.calls: dict[tuple[Any, ...], Call] = {}
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -118,7 +118,7 @@ def known(of: str, x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> 
     device = proof.device
     if (
         x.get_device() != device or current_device() != device or x.data_ptr() % ALIGNED or not x.is_contiguous()
-        or hooked()
+        or not x.data_ptr() or x.is_neg() or hooked()
     ):  # fmt: skip
         return None
     return call

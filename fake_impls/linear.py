@@ -10,7 +10,6 @@ from marlin_w4a16.fake_impls import inductor
 from marlin_w4a16.fake_impls.eager import Call, fits, is_plain, keep, known, needs_gradient, new_output, proof_of
 from marlin_w4a16.fake_impls.library import (
     DTYPES,
-    NAMESPACE,
     autocast,
     checked_weight,
     expect,
@@ -76,32 +75,22 @@ def _differentiable(x: Tensor, packed: PackedFP4, bias: Tensor | None, call: Cal
 class _Linear(torch.autograd.Function):
     """The gradient of a plain call, without the dispatcher; that of a gradient goes through the ops.
 
-    The weight is looked at, not saved: whatever offloads what is saved need not move it.
+    It saves what the op saves: checkpointing may run the one forward and recompute by the other.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedFP4, call: Call | None) -> Tensor:
-        ctx.of = packed, _writes(packed), None if bias is None else bias.dtype
+        ctx.save_for_backward(*packed.tensors)
+        ctx.of = packed, None if bias is None else bias.dtype
         return _launched(x, packed, bias) if call is None else call(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed, writes, bias_dtype = ctx.of
-        if _writes(packed) != writes:
-            raise RuntimeError(
-                f"{NAMESPACE}::linear: found a packed weight that was written to since the forward, expected it as it "
-                "was: load or refresh weights after the backward"
-            )
+        packed, bias_dtype = ctx.of
+        _ = ctx.saved_tensors  # raises where one was written to since
         wants_x, wants_bias, *_ = ctx.needs_input_grad
         grad_x = _gradient(grad, packed) if wants_x else None
         return grad_x, _bias_gradient(grad, bias_dtype) if wants_bias else None, None, None
-
-
-def _writes(packed: PackedFP4) -> tuple[int, ...]:
-    """How often its tensors, which were proved to be right, were written to, if they count that."""
-    if not packed.proofs[0].counts_writes:
-        return ()
-    return packed.words._version, packed.scales._version, packed.multiplier._version
 
 
 def _gradient(grad: Tensor, packed: PackedFP4) -> Tensor:
