@@ -59,8 +59,8 @@ class Proof:
 
     __slots__ = ("calls", "device", "seen")
 
-    def __init__(self, packed: PackedFP4, seen: tuple[int | bool, ...]) -> None:
-        self.device, self.seen = packed.words.get_device(), seen
+    def __init__(self, device: int, seen: tuple[int | bool, ...]) -> None:
+        self.device, self.seen = device, seen
         self.calls: dict[tuple[Any, ...], Call] = {}
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -80,7 +80,7 @@ def proof_of(packed: PackedFP4) -> Proof | None:
             return proof  # type: ignore[no-any-return]
     if not _is_right(packed):
         return None
-    packed.proofs[:] = [proof := Proof(packed, seen)]
+    packed.proofs[:] = [proof := Proof(words.get_device(), seen)]
     return proof
 
 
@@ -115,10 +115,10 @@ def known(of: str, x: Tensor, packed: PackedFP4, bias: Tensor | None = None) -> 
     call = None if proof is None else proof.calls.get(_call_key(of, x, bias))
     if proof is None or call is None:
         return None
-    device = proof.device
+    device, address = proof.device, x.data_ptr()
     if (
-        x.get_device() != device or current_device() != device or x.data_ptr() % ALIGNED or not x.is_contiguous()
-        or not x.data_ptr() or x.is_neg() or hooked()
+        x.get_device() != device or current_device() != device or not address or address % ALIGNED
+        or not x.is_contiguous() or x.is_neg() or hooked()
     ):  # fmt: skip
         return None
     return call
@@ -170,7 +170,7 @@ def new_output(x: Tensor, width: int) -> Tensor:
 def _is_right(packed: PackedFP4) -> bool:
     if packed.layout not in LAYOUTS:
         return False
-    tensors = packed.words, packed.scales, packed.multiplier
+    tensors = packed.tensors
     shapes, lead = packed_shapes(packed.n, packed.k, packed.group), packed.words.shape[:-3]
     return all(
         t.shape == (*lead, *shape) and t.dtype == dtype and t.is_cuda and t.device == tensors[0].device

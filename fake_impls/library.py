@@ -14,8 +14,8 @@ from marlin_w4a16.kernels.scale_bytes import SCALE_KINDS
 
 NAMESPACE = "marlin_w4a16"
 # Part of every call: raise it when a schema, fake or layout changes its meaning, or what Inductor writes into its files
-# (`linear_into`, `moe_into`), so that no compile cache of an older version is met again.
-CONTRACT = 2
+# (`linear_into`, `grad_input_into`, `moe_into`), so that no compile cache of an older version is met again.
+CONTRACT = 3
 _WEIGHT = "Tensor words, Tensor scales, Tensor multiplier, int n, int k, int group, str kind, str layout, int contract"
 _WEIGHT_SIZE = _WEIGHT.count(",") + 1
 _AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}

@@ -6,12 +6,11 @@ Measured on an H200 (docs/performance.md).
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
+from math import inf
 from typing import NamedTuple
 
 from marlin_w4a16.kernels.launch import Rows, Stream
 from marlin_w4a16.kernels.target import SHARED_MEMORY
-
-_ANY = 1 << 62
 
 
 class _Resident(NamedTuple):
@@ -33,7 +32,7 @@ _BY_EXPERT = (
     (12, (_BY_16, _BY_16)),
     (24, (_BY_32, _BY_32)),
     (96, _BY_64),
-    (_ANY, (_BY_128, _BY_128)),
+    (inf, (_BY_128, _BY_128)),
 )
 
 
