@@ -92,11 +92,18 @@ class LiveCall:
         return self._compiled(*[args[i] for i in self._kept], *held.packed)
 
     def _look_all_up(self, args: Sequence[Any], leaves: Sequence[Tensor]) -> _Instance:
+        """Looks each weight up, twice if one shows that another, over the same memory, was written to."""
         instance = id(args[self._codes_leaf])
         mark(leaves)
-        same_layouts = _same_layouts(leaves)
-        snapshot = Snapshot(leaves, state_of(leaves), self._forget(instance))
-        held = self._instances[instance] = _Instance(snapshot, same_layouts, self._look_up(args, snapshot))
+        same_layouts, before = _same_layouts(leaves), self._instances.get(instance)
+        for _ in range(2):
+            state = state_of(leaves)
+            snapshot = Snapshot(leaves, state, self._forget(instance))
+            held = self._instances[instance] = _Instance(snapshot, same_layouts, self._look_up(args, snapshot))
+            if snapshot.holds(state):
+                break
+        if isinstance(held.packed, Rejected) and (before is None or not before.leaves.held(state)):
+            held.leaves.end_others()  # of the weights that were not looked up
         return held
 
     def _look_up(self, args: Sequence[Any], user: Snapshot) -> list[Tensor] | Rejected:

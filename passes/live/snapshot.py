@@ -114,24 +114,29 @@ def deaths(tensors: Iterable[Tensor], call: Callable[[object], None]) -> list[ob
 
 
 class _Memory(weakref.ref[torch.UntypedStorage]):
-    """The storage of a tensor, the key of the tensor's mark, its first byte and the one past its last.
+    """The storage of a tensor, the key of the mark that counts writes to it, its first byte and the one past its last.
 
     Found from the storage by `weakref.getweakrefs`, so that nothing lists who looks at it.
+
+    Attributes:
+        keys: those of all tensors of its snapshot.
+        end: ends the snapshot.
     """
 
-    __slots__ = ("end", "first", "key", "past")
+    __slots__ = ("end", "first", "key", "keys", "past")
     end: Callable[[object], None]
     first: int
     key: object
+    keys: frozenset[object]
     past: int
 
 
-def _memory(tensor: Tensor, key: object, end: Callable[[object], None]) -> _Memory | None:
+def _memory(tensor: Tensor, key: object, keys: frozenset[object], end: Callable[[object], None]) -> _Memory | None:
     storage = storage_of(tensor)
     if storage is None:
         return None
     found, last = _Memory(storage, end), sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    found.key, found.end, found.first = key, end, tensor.data_ptr()
+    found.key, found.keys, found.end, found.first = key, keys, end, tensor.data_ptr()
     found.past = found.first + (last + 1) * tensor.element_size()
     return found
 
@@ -148,14 +153,15 @@ class Snapshot:
         on_death: called, with something, when one of them dies.
     """
 
-    __slots__ = ("__weakref__", "_deaths", "_last", "_memory", "_state")
+    __slots__ = ("__weakref__", "_deaths", "_keys", "_last", "_memory", "_state")
 
     def __init__(
         self, tensors: Sequence[Tensor], state: State, on_death: Callable[[object], None] | None = None
     ) -> None:
         self._state: State | None = state
-        self._last, end = state, callback(self, Snapshot.end)
-        found = (_memory(tensor, key, end) for tensor, key in zip(tensors, state[1], strict=True))
+        self._last, self._keys, end = state, frozenset(state[1]), callback(self, Snapshot.end)
+        pairs = zip(tensors, state[1], strict=True)  # what is written to a wrapper counts for its parts' memory
+        found = (_memory(part, key, self._keys, end) for tensor, key in pairs for part in inner_tensors(tensor))
         self._memory = [memory for memory in found if memory is not None]
         self._deaths = [] if on_death is None else deaths(tensors, on_death)
 
@@ -170,13 +176,13 @@ class Snapshot:
     def end_others(self) -> None:
         """Ends those of other tensors that lie where these do: what is written to one is counted by it alone.
 
-        Copies (`copy.copy(p)`, `p.data`) are such tensors.
+        Copies (`copy.copy(p)`, `p.data`) are such tensors, and so are wrappers that hold the same parts.
         """
-        own = {memory.key for memory in self._memory}
         for mine in self._memory:
             for other in weakref.getweakrefs(mine()):
-                is_other = isinstance(other, _Memory) and other.key not in own
-                if is_other and mine.first < other.past and other.first < mine.past:
+                if not isinstance(other, _Memory) or (other.key in self._keys and mine.key in other.keys):
+                    continue
+                if mine.first < other.past and other.first < mine.past:
                     other.end(other)
 
     def end(self) -> None:

@@ -89,6 +89,17 @@ def test_it_ends_others_that_lie_where_it_does_and_knows_them_still():
     assert not before[0][0].held(state_of(whole))
 
 
+def test_it_ends_those_that_watch_not_all_that_lies_there():
+    memory = torch.zeros(8)
+    one, both = [memory.data], [memory.data]
+    both += one
+    alone, together = snapshot(one), snapshot(both)
+    together.end_others()
+    assert not holds(alone, one) and holds(together, both)
+    snapshot(one).end_others()
+    assert not holds(together, both)
+
+
 def test_marking_again_changes_nothing():
     values = tensors()
     at = snapshot(values)

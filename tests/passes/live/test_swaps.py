@@ -8,12 +8,9 @@ import torch
 from torch import nn
 
 from marlin_w4a16 import refresh
-from marlin_w4a16.passes.live import binding
-from marlin_w4a16.passes.mixture.stacks import pack_stack
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
-NAMES = ("codes", "scales", "factor", "table")
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 
 
@@ -55,74 +52,6 @@ def test_one_that_shares_the_memory_but_not_the_version(fp4_linear, assert_near)
     module.codes.bitwise_xor_(1)
     torch.utils.swap_tensors(module.codes, twin)
     assert_near(run(X), module(X))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_shallow_copy_shares_the_memory_and_the_mark_but_not_the_version(fp4_linear, assert_near, name):
-    module = fp4_linear()
-    parameters_of(module)
-    run, tensor = compiled(module), getattr(module, name)
-    assert_near(run(X), module(X))
-    twin = copy.copy(tensor)
-    assert (twin.data_ptr(), twin._version) == (tensor.data_ptr(), tensor._version)
-    tensor.copy_(tensor.flip(0) if tensor.ndim else tensor * 2)
-    setattr(module, name, twin)
-    for _ in range(2):
-        assert_near(run(X), module(X))
-    torch.utils.swap_tensors(twin, tensor)
-    assert_near(run(X), module(X))
-
-
-def test_shallow_copies_that_are_written_and_replaced(fp4_linear, assert_near):
-    """Each lies over the same memory, and every second one at the same address, as the same object would."""
-    module = fp4_linear()
-    module.factor = nn.Parameter(module.factor, requires_grad=False)
-    run, factor = compiled(module), module.factor
-    for _ in range(6):
-        module.factor = copy.copy(factor)
-        module.factor.mul_(2)
-        assert_near(run(X), module(X))
-
-
-def parameters_of(module: nn.Module) -> nn.Module:
-    for name in NAMES:
-        setattr(module, name, nn.Parameter(getattr(module, name).data, requires_grad=False))
-    return module
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("steps", ["run write", "write run", "run write run"])
-@pytest.mark.parametrize("twin", [copy.copy, lambda p: nn.Parameter(p.data, requires_grad=False)], ids=["copy", "data"])
-def test_what_comes_back_after_a_copy_of_it_was_used_is_looked_at(fp4_linear, assert_near, name, steps, twin):
-    module = parameters_of(fp4_linear())
-    run, tensor = compiled(module), getattr(module, name)
-    run(X)
-    setattr(module, name, twin(tensor))
-    for step in steps.split():
-        if step == "run":
-            assert_near(run(X), module(X))
-        else:
-            written = getattr(module, name)
-            written.copy_(written.flip(0) if written.ndim == 2 else written * 2)
-    setattr(module, name, tensor)
-    for _ in range(2):
-        assert_near(run(X), module(X))
-
-
-def test_tensors_over_one_memory_take_turns_and_are_packed_once_more(fp4_linear, assert_near, monkeypatch):
-    module = fp4_linear()
-    run, turns, packed = compiled(module), [module.codes, copy.copy(module.codes)], []
-    monkeypatch.setattr(binding, "pack_stack", lambda *args: packed.append(1) or pack_stack(*args))
-    for _ in range(3):
-        for module.codes in turns:
-            assert_near(run(X), module(X))
-    assert len(packed) == 3
-    module.codes.bitwise_xor_(1)
-    for _ in range(3):
-        assert_near(run(X), module(X))
-        for module.codes in turns:
-            assert_near(run(X), module(X))
-    assert len(packed) == 5
 
 
 def test_inference_tensors_that_were_marked_as_written(fp4_linear, assert_near):
