@@ -198,8 +198,7 @@ def test_views_of_one_storage_take_turns_and_are_packed_once(fp4_linear, assert_
 
 def wrapped() -> nn.Module:
     """A linear whose weight is a wrapper subclass."""
-    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
-
+    NVFP4Tensor = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor").NVFP4Tensor  # noqa: N806
     module = nn.Linear(64, 48, bias=False).requires_grad_(False)
     module.weight = nn.Parameter(NVFP4Tensor.to_nvfp4(module.weight, is_swizzled_scales=True), requires_grad=False)
     return module
