@@ -198,7 +198,7 @@ def test_views_of_one_storage_take_turns_and_are_packed_once(fp4_linear, assert_
 
 def wrapped() -> nn.Module:
     """A linear whose weight is a wrapper subclass."""
-    NVFP4Tensor = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor").NVFP4Tensor  # noqa: N806
+    NVFP4Tensor = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor").NVFP4Tensor
     module = nn.Linear(64, 48, bias=False).requires_grad_(False)
     module.weight = nn.Parameter(NVFP4Tensor.to_nvfp4(module.weight, is_swizzled_scales=True), requires_grad=False)
     return module
