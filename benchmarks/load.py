@@ -97,7 +97,7 @@ def write(folder: Path, form: str, layers: int) -> None:
 
 def load(folder: Path) -> dict[str, float]:
     """Loads it, and measures."""
-    largest = max(entry.nbytes for entry in files.entries(files.files_of(folder), files.index_of(folder)).values())
+    largest = max(entry.nbytes for entry in files.entries(files.files_of(folder)).values())
     cuda = DEVICE == "cuda"
     if cuda:
         torch.cuda.empty_cache()

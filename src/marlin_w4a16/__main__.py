@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program; that of the process by default.
 
     Returns:
-        0 where all is well, 1 where the command found a problem or could not do what it was asked to.
+        0 where all is well, 1 where the command found a problem or could not do what it was asked to, 130 where it was
+        interrupted.
 
     Raises:
         SystemExit: with 2 for a wrong command line, with 0 after ``--help`` and ``--version``.
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = import_module(f"marlin_w4a16.cli.{name}") if name in COMMANDS else None
         args = _parsed(_parser(name, command), words)
         code = int(command.run(args)) if command else 2  # the parser has left by then
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"marlin_w4a16 {name}: interrupted", file=sys.stderr)
+        return 130  # as shells say of a program that SIGINT ended
     except BrokenPipeError:  # who read the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -23,7 +23,7 @@ def choices(folder: Path, **others) -> argparse.Namespace:
 def entries(folder: Path) -> dict:
     from marlin_w4a16.checkpoints import files
 
-    return files.entries(files.files_of(folder), files.index_of(folder))
+    return files.entries(files.files_of(folder))
 
 
 def test_gpt_oss_is_written_as_it_is_published(benchmark, tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from marlin_w4a16.checkpoints.fields import Fields
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Contents, contents
 from marlin_w4a16.checkpoints.scheme import Scheme
@@ -24,3 +27,8 @@ def problem(scheme: Scheme, tensors: dict[str, Tensor | None], path: str = UP) -
     assert not held.layers and held.others.keys() == {f"{path}.{leaf}" for leaf, t in tensors.items() if t is not None}
     (found,) = held.problems
     return str(found)
+
+
+def fields(config: Mapping[str, Any]) -> Fields:
+    """A quantisation config, as the readers take it."""
+    return Fields(config, "config.json: quantization_config")

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from checkpoints.headers import fields
 from marlin_w4a16.checkpoints import compressed_tensors
 from marlin_w4a16.checkpoints.scheme import Mismatch
 from marlin_w4a16.checkpoints.storage import Activations, FP4Storage
@@ -39,7 +40,7 @@ def config(top: str | None, *groups: dict, **more) -> dict:
 
 
 def storage(values: dict, path: str = Q):
-    return compressed_tensors.scheme(values).storage(path)
+    return compressed_tensors.scheme(fields(values)).storage(path)
 
 
 @pytest.mark.parametrize("top, own", [(NVFP4, NVFP4), (NVFP4, None), (None, NVFP4), (MIXED, NVFP4)])
@@ -47,8 +48,8 @@ def storage(values: dict, path: str = Q):
 def test_a_format_of_the_group_or_of_the_whole(name, size, kind, top, own):
     top, own = (name if spelling == NVFP4 else spelling for spelling in (top, own))
     values = config(top, group(own, args(size)))
-    assert compressed_tensors.is_fp4(values) and compressed_tensors.fp4_groups(values) == {"group_0"}
-    scheme = compressed_tensors.scheme(values)
+    assert compressed_tensors.is_fp4(fields(values)) and compressed_tensors.fp4_groups(fields(values)) == {"group_0"}
+    scheme = compressed_tensors.scheme(fields(values))
     assert (scheme.producer, scheme.algorithm, scheme.notes) == ("compressed-tensors", name, ())
     found = scheme.storage(Q)
     assert isinstance(found, FP4Storage) and found.label == f"compressed-tensors {name}"
@@ -78,8 +79,11 @@ MLP, ATTENTION, ALL = "re:.*mlp.*_proj$", "re:.*self_attn.*_proj$", "Linear"
 @pytest.mark.parametrize("top", [MIXED, FP8])
 def test_groups_of_several_formats(top):
     values = config(top, group(FP8, args(None, 8), ATTENTION), group(NVFP4, args(16), MLP), group(MXFP4, args(32), "o"))
-    assert compressed_tensors.is_fp4(values) and compressed_tensors.fp4_groups(values) == {"group_1", "group_2"}
-    scheme = compressed_tensors.scheme(values)
+    assert compressed_tensors.is_fp4(fields(values)) and compressed_tensors.fp4_groups(fields(values)) == {
+        "group_1",
+        "group_2",
+    }
+    scheme = compressed_tensors.scheme(fields(values))
     assert scheme.algorithm == f"{FP8} + {NVFP4} + {MXFP4}"
     assert [getattr(scheme.storage(path), "kind", None) for path in (Q, UP, "o", "x")] == [None, "e4m3", "e8m0", None]
 
@@ -88,7 +92,7 @@ def test_groups_that_name_no_format():
     """As a config is that was saved as its user gave it: the group size tells."""
     others = [group(None, args(None, 8), "a"), group(None, args(16, kind="int"), "b"), group(None, args(64), "c")]
     values = config(MIXED, group(None, args(16), MLP), group(None, args(32), ATTENTION), *others)
-    assert compressed_tensors.fp4_groups(values) == {"group_0", "group_1"}
+    assert compressed_tensors.fp4_groups(fields(values)) == {"group_0", "group_1"}
     kinds = [getattr(storage(values, path), "kind", None) for path in (UP, Q, "a", "b", "c")]
     assert kinds == ["e4m3", "e8m0", None, None, None]
 
@@ -100,7 +104,7 @@ PRIORITY = [(Q, 16), ("re:.*attn", 32), ("re:.*q_proj", None), (ALL, 64)]
 def test_names_go_before_patterns_and_these_before_classes(order):
     """Whichever group they stand in; patterns in alphabetical order (compressed_tensors.utils.match_targets)."""
     groups = [group(NVFP4 if size else FP8, args(size), target) for target, size in PRIORITY]
-    scheme = compressed_tensors.scheme(config(MIXED, *(groups[i] for i in order)))
+    scheme = compressed_tensors.scheme(fields(config(MIXED, *(groups[i] for i in order))))
     paths = (Q, "model.self_attn.k_proj", "model.q_proj", "model.up_proj")
     found = [scheme.storage(path) for path in paths]
     assert isinstance(found[0], FP4Storage) and found[2] is None
@@ -115,7 +119,7 @@ def test_order_is_that_of_compressed_tensors():
     expected = match_targets(Q, nn.Linear(1, 1), targets)
     groups = [group(FP8, args(None, 8), target) for target in targets]
     assert expected == [Q, "re:.*attn", "re:.*q_proj", "Linear"]
-    assert [t for t in compressed_tensors.scheme(config(FP8, *groups)).targets if t != "re:.*z"] == expected
+    assert [t for t in compressed_tensors.scheme(fields(config(FP8, *groups))).targets if t != "re:.*z"] == expected
 
 
 def test_a_target_of_several_groups_belongs_to_the_last():
@@ -156,7 +160,9 @@ def test_quantised_outputs():
 
 
 def test_a_quantised_cache_is_noted():
-    (note,) = compressed_tensors.scheme(config(NVFP4, group(NVFP4, args(16)), kv_cache_scheme=args(None, 8))).notes
+    (note,) = compressed_tensors.scheme(
+        fields(config(NVFP4, group(NVFP4, args(16)), kv_cache_scheme=args(None, 8)))
+    ).notes
     assert note == "its key/value cache was quantised; it is kept in 16 bits, its scales are not read"
 
 
@@ -169,5 +175,5 @@ def test_a_quantised_cache_is_noted():
     ],
 )  # fmt: skip
 def test_nothing_is_fp4(values):
-    assert not compressed_tensors.is_fp4(values) and compressed_tensors.fp4_groups(values) == set()
-    assert compressed_tensors.scheme(values).storage(Q) is None
+    assert not compressed_tensors.is_fp4(fields(values)) and compressed_tensors.fp4_groups(fields(values)) == set()
+    assert compressed_tensors.scheme(fields(values)).storage(Q) is None

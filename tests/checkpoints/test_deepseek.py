@@ -2,11 +2,11 @@
 
 import pytest
 
-from checkpoints.headers import hold, problem
+from checkpoints.headers import fields, hold, problem
 from marlin_w4a16.checkpoints import deepseek
 
 W1 = "layers.0.ffn.experts.0.w1"
-FLASH = deepseek.scheme(), {"weight": ("I8", (4, 32)), "scale": ("F8_E8M0", (4, 2))}
+FLASH = deepseek.scheme(fields({})), {"weight": ("I8", (4, 32)), "scale": ("F8_E8M0", (4, 2))}
 
 
 @pytest.mark.parametrize("dtype", ["F8_E8M0", "U8", "F32"])
@@ -44,4 +44,4 @@ def test_experts_of_deepseek_that_are_wrong(leaf, tensor, said):
     ],
 )  # fmt: skip
 def test_who_says_that_experts_are_fp4(config, beside, fp4):
-    assert deepseek.is_fp4(config, beside) is fp4
+    assert deepseek.is_fp4(fields(config), fields(beside)) is fp4

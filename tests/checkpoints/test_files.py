@@ -34,7 +34,7 @@ def shards(tmp_path) -> Path:
 
 
 def load(folder: Path) -> dict[str, Entry]:
-    return files.entries(files.files_of(folder), files.index_of(folder))
+    return files.entries(files.files_of(folder))
 
 
 def error(folder: Path) -> str:
@@ -118,7 +118,7 @@ def test_a_file_of_another_kind(content, single):
 @pytest.mark.parametrize("name, kind", [("pytorch_model.bin", ".bin"), ("model.gguf", ".gguf"), ("model", "nameless")])
 def test_files_that_are_not_safetensors(name, kind, tmp_path):
     with pytest.raises(CheckpointError) as caught:
-        files.entries([tmp_path / name], {})
+        files.entries([tmp_path / name])
     assert str(caught.value) == f"{tmp_path / name}: found a {kind} file, expected safetensors"
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_the_index_names_is_missing(shards):
     expected = f"{shards / B}: found no such file, expected it since {INDEX} names it: download it again"
     assert error(shards) == expected
     with pytest.raises(CheckpointError, match=B):  # without files_of, as transformers resolves them
-        files.entries([shards / A, shards / B], {})
+        files.entries([shards / A, shards / B])
 
 
 def test_a_tensor_that_the_index_names_is_missing(shards):

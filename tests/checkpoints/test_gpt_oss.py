@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.headers import Tensor
+from checkpoints.headers import Tensor, fields
 from marlin_w4a16.checkpoints import gpt_oss
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Contents, contents
@@ -19,7 +19,7 @@ def hold_stack(path: str = STACK, **leaves: Tensor | None) -> Contents:
     named = {f"{path}_{leaf}": tensor for leaf, tensor in made.items() if tensor is not None}
     named |= {"model.layers.0.mlp.router.weight": ("BF16", (8, 64))}
     entries = {name: Entry(Path("folder/x.safetensors"), *tensor) for name, tensor in named.items()}
-    return contents(entries, gpt_oss.scheme())
+    return contents(entries, gpt_oss.scheme(fields({})))
 
 
 def test_a_stack_is_one_layer_of_all_experts():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.formats import FORMATS, written
-from checkpoints.headers import UP, Tensor, hold, problem
+from checkpoints.headers import UP, Tensor, fields, hold, problem
 from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Problem, contents
@@ -17,12 +17,12 @@ NAMES = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, F
 
 
 def of_modelopt(algorithm: str, **more) -> Scheme:
-    return modelopt.scheme({"quant_algo": algorithm, "ignore": ["lm_head"], **more})
+    return modelopt.scheme(fields({"quant_algo": algorithm, "ignore": ["lm_head"], **more}))
 
 
 def of_compressed(*groups: tuple[str, str]) -> Scheme:
     made = {f"group_{i}": {"format": name, "targets": [target]} for i, (name, target) in enumerate(groups)}
-    return compressed_tensors.scheme({"config_groups": made, "ignore": ["lm_head"]})
+    return compressed_tensors.scheme(fields({"config_groups": made, "ignore": ["lm_head"]}))
 
 
 SCALES, CODES, ONE = ("F8_E4M3", (4, 4)), ("U8", (4, 32)), ("F32", ())
@@ -279,14 +279,14 @@ def test_a_checkpoint_of_a_producer(name):
     readers = {"modelopt": modelopt.scheme, "compressed-tensors": compressed_tensors.scheme}
     reader, own = readers.get(config["quant_method"]), gpt_oss.scheme if name == "gpt-oss" else deepseek.scheme
     scheme = reader(config) if reader else own()
-    held = contents(files.entries(files.files_of(folder), files.index_of(folder)), scheme)
+    held = contents(files.entries(files.files_of(folder)), scheme)
     assert Counter(layer.format for layer in held.layers.values()) == HELD.get(name, {GROUP16: 14})
     expected = [f"one of {NAMES}"] if name == "modelopt-svdquant" else []
     assert [problem.expected for problem in held.problems] == expected
     assert bool(scheme.notes) == ("kv" in name)
     if name.startswith("deepseek"):
-        assert deepseek.is_fp4(config, files.model_config_of(folder))
+        assert deepseek.is_fp4(fields(config), fields(files.model_config_of(folder)))
     if (folder / files.HF_QUANT_CONFIG).exists():  # both of its configs say the same
-        other = modelopt.scheme(files.read_json(folder / files.HF_QUANT_CONFIG))
+        other = modelopt.scheme(fields(files.read_json(folder / files.HF_QUANT_CONFIG)))
         assert (other.algorithm, other.ignore, other.notes) == (scheme.algorithm, scheme.ignore, scheme.notes)
-        assert contents(files.entries(files.files_of(folder), {}), other).layers.keys() == held.layers.keys()
+        assert contents(files.entries(files.files_of(folder)), other).layers.keys() == held.layers.keys()

@@ -2,10 +2,12 @@
 
 import pytest
 
+from checkpoints.headers import fields
 from marlin_w4a16.checkpoints import modelopt
 from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.fp8 import FP8Storage
 from marlin_w4a16.checkpoints.scheme import Mismatch
-from marlin_w4a16.checkpoints.storage import Activations, FP4Storage, FP8Storage
+from marlin_w4a16.checkpoints.storage import Activations, FP4Storage
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 PRODUCER = {"producer": {"name": "modelopt", "version": "0.47.0"}}
@@ -54,7 +56,7 @@ FP4_CONFIGS = [
 
 @pytest.mark.parametrize("values, algorithm, tensors, kind, groups, activations", FP4_CONFIGS)
 def test_an_algorithm(values, algorithm, tensors, kind, groups, activations):
-    scheme = modelopt.scheme(values)
+    scheme = modelopt.scheme(fields(values))
     assert (scheme.producer, scheme.algorithm, scheme.notes) == ("ModelOpt", algorithm, ())
     storage = scheme.storage(Q)
     assert isinstance(storage, FP4Storage) and storage.label == f"ModelOpt {algorithm}"
@@ -73,7 +75,7 @@ def test_an_algorithm(values, algorithm, tensors, kind, groups, activations):
 @pytest.mark.parametrize("spelling", ["FP8", "fp8", "FP8_PER_CHANNEL_PER_TOKEN"])
 def test_fp8(spelling):
     values = config(spelling)
-    storage = modelopt.scheme(values).storage(Q)
+    storage = modelopt.scheme(fields(values)).storage(Q)
     assert isinstance(storage, FP8Storage) and storage.label == f"ModelOpt {spelling.upper()}"
     assert {part.leaf: part.dtypes for part in storage.parts} == {
         "weight": ("F8_E4M3",), "weight_scale": ("F32", "BF16", "F16"), "input_scale": ("F32",)
@@ -98,7 +100,7 @@ MIXED = {
     ids=["config.json", "hf_quant_config.json"],
 )
 def test_mixed_precision(values):
-    scheme = modelopt.scheme(values)
+    scheme = modelopt.scheme(fields(values))
     found = {path: scheme.storage(path) for path in (*MIXED, DOWN, "lm_head", "model.embed_tokens")}
     assert isinstance(found[Q], FP8Storage)
     up, gate = found["model.layers.0.mlp.up_proj"], found["model.layers.0.mlp.gate_proj"]
@@ -110,16 +112,16 @@ def test_mixed_precision(values):
 
 
 def test_mixed_precision_without_fp4():
-    assert modelopt.scheme(config("MIXED_PRECISION")).storage(Q) is None
+    assert modelopt.scheme(fields(config("MIXED_PRECISION"))).storage(Q) is None
 
 
 @pytest.mark.parametrize("key, wrap", [("ignore", config), ("exclude_modules", other)])
 def test_ignored_names_and_prefixes(key, wrap):
-    scheme = modelopt.scheme(wrap("NVFP4", **{key: ["lm_head", "model.layers.0.self_attn*"]}))
+    scheme = modelopt.scheme(fields(wrap("NVFP4", **{key: ["lm_head", "model.layers.0.self_attn*"]})))
     assert scheme.storage(Q) is None and scheme.storage("lm_head") is None
     assert scheme.ignored_by(Q) == "model.layers.0.self_attn*"
     assert scheme.storage(DOWN) is not None and scheme.storage("model.embed_tokens") is not None
-    assert modelopt.scheme(wrap("NVFP4", **{key: None})).storage("lm_head") is not None
+    assert modelopt.scheme(fields(wrap("NVFP4", **{key: None}))).storage("lm_head") is not None
 
 
 @pytest.mark.parametrize(
@@ -131,28 +133,28 @@ def test_ignored_names_and_prefixes(key, wrap):
     ],
 )
 def test_a_quantised_cache_is_noted(values):
-    assert modelopt.scheme(values).notes == CACHE
+    assert modelopt.scheme(fields(values)).notes == CACHE
 
 
 @pytest.mark.parametrize("algorithm", ["NVFP4_SVD", "INT4_AWQ", "W4A8_AWQ", "MXFP8", "nf4"])
 def test_an_algorithm_that_is_not_supported(algorithm):
     values = config(algorithm, 16, **AWQ)
     known = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN"
-    assert modelopt.scheme(values).storage(Q) == Mismatch(f"ModelOpt's {algorithm.upper()}", f"one of {known}")
+    assert modelopt.scheme(fields(values)).storage(Q) == Mismatch(f"ModelOpt's {algorithm.upper()}", f"one of {known}")
 
 
 @pytest.mark.parametrize("group", [8, 64, 128, "16"])
 @pytest.mark.parametrize("algorithm", ["NVFP4", "MXFP4"])
 def test_a_group_size_that_is_not_supported(algorithm, group):
     expected = Mismatch(f"ModelOpt's {algorithm} with group_size {group!r}", "one of (16, 32)")
-    assert modelopt.scheme(config(algorithm, group)).storage(Q) == expected
-    assert modelopt.scheme(other(algorithm, group_size=group)).storage(Q) == expected
+    assert modelopt.scheme(fields(config(algorithm, group))).storage(Q) == expected
+    assert modelopt.scheme(fields(other(algorithm, group_size=group))).storage(Q) == expected
 
 
 @pytest.mark.parametrize("values", [{}, {"quant_method": "modelopt"}, config(None), config(""), other(None)])
 def test_no_algorithm(values):
     with pytest.raises(CheckpointError) as caught:
-        modelopt.scheme(values)
+        modelopt.scheme(fields(values))
     message = str(caught.value)
     assert message.startswith("quantization_config: quant_algo: found none, expected one of NVFP4, W4A16_NVFP4, ")
     assert "MIXED_PRECISION" in message and "marlin_w4a16.hf.ModelOptConfig.of(path)" in message

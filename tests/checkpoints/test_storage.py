@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoints.headers import fields
 from marlin_w4a16.checkpoints import compressed_tensors, deepseek, gpt_oss, modelopt, storage
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage, FP8Storage, Part, Storage
+from marlin_w4a16.checkpoints.fp8 import FP8Storage, Storage
+from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, row_slices
 from marlin_w4a16.kernels.scale_bytes import scale_bytes as bytes_of_floats
 
@@ -16,13 +18,13 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 
 
 def of_modelopt(algorithm: str, group: int | None = None) -> Storage:
-    return modelopt.scheme({"quant_algo": algorithm, "group_size": group}).storage("x")
+    return modelopt.scheme(fields({"quant_algo": algorithm, "group_size": group})).storage("x")
 
 
 def of_compressed(name: str, group: int) -> Storage:
     weights = {"num_bits": 4, "type": "float", "group_size": group}
     groups = {"group_0": {"format": name, "targets": ["Linear"], "weights": weights}}
-    return compressed_tensors.scheme({"config_groups": groups}).storage("x")
+    return compressed_tensors.scheme(fields({"config_groups": groups})).storage("x")
 
 
 FP4: dict[str, tuple[FP4Storage, int]] = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.checkpoints.values import Reader
@@ -38,11 +39,25 @@ class Stack:
         """How many there are."""
         return self.like.experts or len(self.layers)
 
+    @property
+    def small(self) -> dict[str, Entry]:
+        """What is kept of an expert as it is stored, by leaf, such as global scales; some may lack those of inputs."""
+        kept: dict[str, Entry] = {}
+        for layer in self.layers:
+            kept |= {leaf: layer.entries[leaf] for leaf in layer.small if leaf not in kept}
+        return kept
+
+    def of(self, expert: int) -> Layer:
+        """The layer that holds an expert."""
+        return self.layers[0 if self.like.experts else expert]
+
     def read(self, expert: int, reader: Reader) -> dict[str, Tensor]:
-        """The tensors of one expert by leaf."""
-        layer = self.layers[0 if self.like.experts else expert]
-        index = expert if self.like.experts else None
-        return {leaf: reader.tensor(entry, layer.name(leaf), index) for leaf, entry in layer.entries.items()}
+        """The tensors of one expert by leaf; what is one for all is that of each."""
+        layer, tensors = self.of(expert), dict[str, Tensor]()
+        for leaf, entry in layer.entries.items():
+            index = expert if self.like.experts and entry.shape[:1] == (self.experts,) else None
+            tensors[leaf] = reader.tensor(entry, layer.name(leaf), index)
+        return tensors
 
     def weight(self, tensors: Mapping[str, Tensor]) -> FP4Weight:
         """The weight of the expert whose tensors these are."""
@@ -57,6 +72,9 @@ class Stack:
         whole: dict[str, Tensor] = {}
         for expert, held in enumerate(tensors):
             for leaf, tensor in held.items():
+                if self.like.entries[leaf].shape[:1] != (self.experts,):
+                    whole[leaf] = tensor
+                    continue
                 if not expert:
                     whole[leaf] = tensor.new_empty((self.experts, *tensor.shape))
                 whole[leaf][expert] = tensor

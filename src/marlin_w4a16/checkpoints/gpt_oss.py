@@ -1,5 +1,6 @@
 """Checkpoints of gpt-oss (``quant_method: mxfp4``): experts in MXFP4, all other weights dense."""
 
+from marlin_w4a16.checkpoints.fields import Fields
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage, Part
 
@@ -16,6 +17,7 @@ EXPERTS = FP4Storage(
 )
 
 
-def scheme() -> Scheme:
+def scheme(config: Fields) -> Scheme:
     """What such a config says: everything but experts is dense."""
-    return Scheme("OpenAI", "MXFP4", {"*.experts.*": EXPERTS}, joined=tuple(part.leaf for part in EXPERTS.parts))
+    joined = tuple(part.leaf for part in EXPERTS.parts)
+    return Scheme("OpenAI", "MXFP4", {"*.experts.*": EXPERTS}, joined=joined, where=config.where)

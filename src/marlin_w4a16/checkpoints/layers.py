@@ -1,17 +1,16 @@
 """What a checkpoint holds: its tensors held against its scheme, layer by layer."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from marlin_w4a16.checkpoints.files import Entry
+from marlin_w4a16.checkpoints.fp8 import Storage
 from marlin_w4a16.checkpoints.scheme import Mismatch, Scheme
-from marlin_w4a16.checkpoints.storage import FP4Storage, Storage
+from marlin_w4a16.checkpoints.storage import OF_INPUTS, FP4Storage, Role
 
 # Leaves that only a quantised weight has, of any producer.
 QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
-# The end of a leaf where ModelOpt puts all experts of a transposed projection (gpt-oss, Llama-4) into one tensor.
-STACK = "_proj_weight_scale"
 # Leaves that may stand beside them: a bias, and the scales of a quantised cache.
 BESIDE = {"bias", "k_scale", "v_scale", "q_scale"}
 # ModelOpt: self_attn.k_proj.k_scale, compressed-tensors: self_attn.k_scale
@@ -59,7 +58,7 @@ class Layer:
     @property
     def format(self) -> str:
         """The name of the format for people."""
-        return self.storage.format(self.group) if isinstance(self.storage, FP4Storage) else "FP8 E4M3"
+        return self.storage.format(self.group)
 
     @property
     def fp4(self) -> FP4Storage:
@@ -72,10 +71,19 @@ class Layer:
             raise TypeError(f"{self.path}: found {self.format}, expected FP4")
         return self.storage
 
+    def has(self, *roles: Role) -> bool:
+        """Whether there is a tensor that plays one of some roles."""
+        return any(part.role in roles and part.leaf in self.entries for part in self.storage.parts)
+
     @property
     def experts(self) -> int:
         """How many matrices it is, or 0: it is one."""
         return self.entries[self.storage.leaf("codes")].shape[0] if self.storage.stacked else 0
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The leaves of what belongs to the quantisation of inputs only."""
+        return tuple(part.leaf for part in self.storage.parts if part.role in OF_INPUTS and part.leaf in self.entries)
 
     @property
     def small(self) -> tuple[str, ...]:
@@ -90,7 +98,7 @@ class Layer:
 
     def name(self, leaf: str) -> str:
         """The name of a tensor in the checkpoint."""
-        return f"{self.path}{self.storage.joint}{leaf}"
+        return f"{self.path}{self.storage.joint}{leaf}" if leaf else self.path
 
     @property
     def nbytes(self) -> int:
@@ -106,25 +114,35 @@ class Contents:
         layers: its quantised weights by path, those that are right.
         others: all other tensors.
         problems: what is wrong with it.
+        notes: what is stored otherwise than its config says.
     """
 
     layers: Mapping[str, Layer]
     others: Mapping[str, Entry]
     problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsaid:
+    """A weight that is stored otherwise than the config says, and what that says."""
+
+    layer: Layer
+    said: str
 
 
 def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
     """Holds the tensors of a checkpoint against its scheme."""
-    modules: dict[str, dict[str, Entry]] = {}
-    for name, entry in entries.items():
-        path, leaf = scheme.split(name)
-        modules.setdefault(path, {})[leaf] = entry
     layers: dict[str, Layer] = {}
     others: dict[str, Entry] = {}
     problems: list[Problem] = []
     refused: dict[Mismatch, list[str]] = {}
-    for path, tensors in modules.items():
+    unsaid: dict[tuple[str, str], list[str]] = {}
+    for path, tensors in _modules(entries, scheme).items():
         found = _judge(path, tensors, scheme)
+        if isinstance(found, _Unsaid):
+            unsaid.setdefault((found.layer.format, found.said), []).append(path)
+            found = found.layer
         if isinstance(found, Layer):
             layers[path] = found
         elif isinstance(found, Problem):
@@ -134,25 +152,63 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
         mine = found.entries if isinstance(found, Layer) else {}
         others |= {scheme.name(path, leaf): e for leaf, e in tensors.items() if leaf not in mine}
     for why, paths in refused.items():  # once, not for each of hundreds of layers
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        problems.append(Problem(None, f"{paths[0]}{more}", why.found, why.expected))
-    return Contents(layers, others, tuple(problems))
+        problems.append(Problem(None, counted(paths), why.found, why.expected))
+    told = []
+    for (form, said), paths in unsaid.items():
+        told.append(f"{counted(paths)}: {form} as stored, though the config says {said}")
+    return Contents(layers, others, tuple(problems), tuple(told))
 
 
-def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | Problem | Mismatch | None:
+def counted(paths: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
+
+
+def _modules(entries: Mapping[str, Entry], scheme: Scheme) -> dict[str, dict[str, Entry]]:
+    """The tensors of each module by leaf; that of a stack of experts which bears its path has an empty one."""
+    modules: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        path, leaf = scheme.split(name)
+        modules.setdefault(path, {})[leaf] = entry
+    for path in [path for path in modules if path in entries]:
+        parent, _, last = path.rpartition(".")
+        modules[path][""] = modules[parent].pop(last)
+    return {path: tensors for path, tensors in modules.items() if tensors}
+
+
+def _judge(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Layer | _Unsaid | Problem | Mismatch | None:
     """What the tensors of a module are; None: not quantised here, or no linear."""
-    stack = next((leaf for leaf in tensors if leaf.endswith(STACK)), None)
-    if stack is not None:
-        name = stack.removesuffix("_weight_scale")
-        return _problem(path, tensors, name, "all experts in one tensor", "one for each expert")
     storage = scheme.storage(path)
-    if storage is None:
-        return _stray(path, tensors, scheme)
-    if not _is_quantised(storage, tensors):
+    if storage is None and scheme.left(path):
+        return None
+    if storage is not None and not _is_quantised(storage, tensors):
         return None
     if isinstance(storage, Mismatch):
         return storage
-    storage = storage.named(tensors) if isinstance(storage, FP4Storage) else storage
+    found = None if storage is None else _fitted(path, tensors, storage)
+    if isinstance(found, Layer):
+        return found
+    if _is_quantised(storage, tensors):
+        fits = (_fitted(path, tensors, other) for other in scheme.storages)
+        unsaid = next((layer for layer in fits if isinstance(layer, Layer)), None)
+        if unsaid is not None:
+            return _Unsaid(unsaid, _said(path, storage, scheme))
+    return found if found is not None else _stray(path, tensors, scheme)
+
+
+def _said(path: str, storage: Storage | None, scheme: Scheme) -> str:
+    """What a config says of a weight that is stored otherwise."""
+    if storage is not None:
+        return f"it is {storage.label}"
+    ignored = scheme.ignored_by(path)
+    return f"it is ignored by {ignored!r}" if ignored is not None else "it is not among the quantised layers"
+
+
+def _fitted(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer | Problem:
+    """The tensors of a module as a weight that is stored so."""
+    if "" in tensors and isinstance(storage, FP4Storage):
+        storage = storage.of_stack()
+    storage = storage.named(tensors)
     for part in storage.parts:
         if part.leaf not in tensors and not part.optional:
             held = ", ".join(sorted(tensors))
@@ -176,7 +232,8 @@ def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer 
     axes = {"e": codes.shape[0], "n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1), "g/2": group // 2}
     for part in storage.parts:
         if part.leaf in mine and not storage.fits(part, mine[part.leaf].shape, axes):
-            expected = f"shape {[axes[axis] for axis in part.shape]}" if part.shape else "one element"
+            wanted = ", ".join(str(axes.get(axis, "any")) for axis in part.shape)
+            expected = f"shape [{wanted}]" if part.shape else "one element"
             return _problem(path, tensors, part.leaf, str(mine[part.leaf]), expected, storage.joint)
     for leaf in sorted(set(tensors) - set(mine) - BESIDE):
         return _problem(path, tensors, leaf, str(tensors[leaf]), f"no such tensor in {storage.label}")
@@ -184,18 +241,16 @@ def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer 
 
 
 def _stray(path: str, tensors: Mapping[str, Entry], scheme: Scheme) -> Problem | None:
-    """Packed tensors that the scheme knows nothing of; what compressed-tensors stores in other formats is its own."""
-    ignored = scheme.ignored_by(path)
-    stored = list(scheme.targets.values())
-    codes = sorted({s.leaf("codes") for s in stored if isinstance(s, Storage)})
+    """Packed tensors that the scheme knows nothing of."""
+    codes = sorted({storage.leaf("codes") for storage in scheme.storages})
     leaf = next((leaf for leaf in codes if _packed(tensors.get(leaf))), None)
-    if leaf is None or (ignored is None and None in stored):
+    if leaf is None:
         return None
-    why = f"ignored by {ignored!r}" if ignored is not None else "not among the quantised layers"
-    return _problem(path, tensors, leaf, str(tensors[leaf]), f"a dense weight: the config says it is {why}")
+    expected = f"a dense weight: the config says {_said(path, None, scheme)}"
+    return _problem(path, tensors, leaf, str(tensors[leaf]), expected)
 
 
-def _is_quantised(storage: Storage | Mismatch, tensors: Mapping[str, Entry]) -> bool:
+def _is_quantised(storage: Storage | Mismatch | None, tensors: Mapping[str, Entry]) -> bool:
     """Whether a module is quantised at all: it holds scales, or packed bytes for its weight."""
     known = {part.leaf for part in storage.parts} if isinstance(storage, Storage) else set()
     return bool((QUANTISED | known - {"weight"}) & set(tensors)) or _packed(tensors.get("weight"))
@@ -209,4 +264,4 @@ def _problem(
     path: str, tensors: Mapping[str, Entry], leaf: str, found: str, expected: str, joint: str = "."
 ) -> Problem:
     near = tensors.get(leaf) or next(iter(tensors.values()), None)
-    return Problem(near.file.name if near else None, f"{path}{joint}{leaf}", found, expected)
+    return Problem(near.file.name if near else None, f"{path}{joint}{leaf}" if leaf else path, found, expected)

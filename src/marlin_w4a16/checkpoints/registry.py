@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from marlin_w4a16.checkpoints import compressed_tensors, deepseek, gpt_oss, modelopt
+from marlin_w4a16.checkpoints.fields import Fields
 from marlin_w4a16.checkpoints.scheme import Scheme
-
-Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,7 @@ class CheckpointFormat:
 
     producer: str
     method: str
-    scheme: Callable[[Config, Config], Scheme | None]
+    scheme: Callable[[Fields, Fields], Scheme | None]
     quantizer: str = "OwnQuantizer"
     options: str = "ModelOptConfig"
 
@@ -38,18 +37,28 @@ FORMATS = (
         "CompressedTensorsQuantizer",
         "CompressedTensorsConfig",
     ),
-    CheckpointFormat("OpenAI", "mxfp4", lambda config, model: gpt_oss.scheme(), "Mxfp4Quantizer", "Mxfp4Config"),
+    CheckpointFormat("OpenAI", "mxfp4", lambda config, model: gpt_oss.scheme(config), "Mxfp4Quantizer", "Mxfp4Config"),
     CheckpointFormat(
         "DeepSeek",
         "fp8",
-        lambda config, model: deepseek.scheme() if deepseek.is_fp4(config, model) else None,
+        lambda config, model: deepseek.scheme(config) if deepseek.is_fp4(config, model) else None,
         "FP8Quantizer",
         "FineGrainedFP8Config",
     ),
 )
 
 
-def scheme_of(config: Config, model: Config) -> Scheme | None:
-    """How this project reads a checkpoint with this quantisation config; None: all is left to transformers."""
-    method = config.get("quant_method")
-    return next((row.scheme(config, model) for row in FORMATS if row.method == method), None)
+def scheme_of(config: Mapping[str, Any], model: Mapping[str, Any], file: str = "config.json") -> Scheme | None:
+    """How this project reads a checkpoint with this quantisation config; None: all is left to transformers.
+
+    Args:
+        config: the quantisation config.
+        model: that of the model.
+        file: where the quantisation config stands.
+
+    Raises:
+        CheckpointError: an entry is of another type than it must have; it names file and entry.
+    """
+    fields = Fields(config, f"{file}: quantization_config" if file == "config.json" else file)
+    method = fields.text("quant_method")
+    return next((row.scheme(fields, Fields(model, "config.json")) for row in FORMATS if row.method == method), None)

@@ -1,12 +1,10 @@
 """Which weights of a checkpoint are stored how, as its quantisation config says."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal
+from dataclasses import dataclass, field
 
-from marlin_w4a16.checkpoints.storage import Storage
+from marlin_w4a16.checkpoints.fp8 import Storage
+from marlin_w4a16.checkpoints.names import Kind, Names
 
 LINEAR = "Linear"
 CACHE_NOTE = "its key/value cache was quantised; it is kept in 16 bits, its scales are not read"
@@ -28,20 +26,32 @@ class Scheme:
         producer: who wrote the checkpoint.
         algorithm: its name for the format.
         targets: how linears are stored by module path or by a pattern of paths (``"Linear"`` is every one), or why they
-            cannot be loaded, or None: someone else loads them. A path goes before patterns, they go in their order.
+            cannot be loaded, or None: someone else loads them. A path goes before all else, then comes what is
+            ignored, then patterns in their order.
         ignore: patterns of module paths that are dense.
-        patterns: ``"glob"``, or ``"re"``: regular expressions where they begin with ``re:``, else exact names.
+        patterns: see `Names`.
         notes: what is not loaded, such as a quantised cache.
         joined: leaves that ``_`` joins to their paths, not ``.``.
+        known: how the producer may have stored weights of which the config does not say it.
+        where: the file of the config and its place there, for errors.
     """
 
     producer: str
     algorithm: str
     targets: Mapping[str, Storage | Mismatch | None]
     ignore: tuple[str, ...] = ()
-    patterns: Literal["glob", "re"] = "glob"
+    patterns: Kind = "glob"
     notes: tuple[str, ...] = ()
     joined: tuple[str, ...] = ()
+    known: tuple[Storage, ...] = ()
+    where: str = "quantization_config"
+    _ignored: Names = field(init=False, repr=False, compare=False)
+    _targets: Names = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ignored", Names(self.ignore, self.patterns, f"{self.where}: what is ignored"))
+        targets = (target for target in self.targets if target != LINEAR)
+        object.__setattr__(self, "_targets", Names(targets, self.patterns, f"{self.where}: what is quantised"))
 
     def split(self, name: str) -> tuple[str, str]:
         """The path and the leaf of a tensor's name."""
@@ -55,20 +65,28 @@ class Scheme:
 
     def storage(self, path: str) -> Storage | Mismatch | None:
         """How the linear at a path is stored; None: it is dense, or someone else's."""
-        if self.ignored_by(path) is not None:
+        exact = self._targets.exact(path)
+        if exact is None and self.ignored_by(path) is not None:
             return None
-        if path in self.targets:
-            return self.targets[path]
-        patterns = (p for p in self.targets if p == LINEAR or self._matches(path, p))
-        return self.targets.get(next(patterns, ""))
+        found = exact or self._targets.find(path)
+        return self.targets.get(LINEAR if found is None else found)
 
     def ignored_by(self, path: str) -> str | None:
         """The pattern by which a path is ignored."""
-        return next((pattern for pattern in self.ignore if self._matches(path, pattern)), None)
+        return self._ignored.find(path)
 
-    def _matches(self, path: str, pattern: str) -> bool:
-        if self.patterns == "glob":
-            return fnmatchcase(path, pattern) or path.startswith(f"{pattern}.")
-        if pattern.startswith("re:"):
-            return re.match(pattern.removeprefix("re:"), path) is not None
-        return pattern == path
+    def left(self, path: str) -> bool:
+        """Whether someone else loads the linear at a path."""
+        found = self._targets.find(path) or LINEAR
+        return self.ignored_by(path) is None and found in self.targets and self.targets[found] is None
+
+    @property
+    def shares(self) -> bool:
+        """Whether someone else loads some linears."""
+        return None in self.targets.values()
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """How weights are stored of which the config does not say it: as others, or as the producer may store them."""
+        stored = (storage for storage in self.targets.values() if not isinstance(storage, Mismatch | None))
+        return tuple(dict.fromkeys([*stored, *self.known]))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.kernels.fp4 import FP4Weight, format_name, fp4_weight, round_once, row_slices
+from marlin_w4a16.kernels.fp4 import FP4Weight, format_name, fp4_weight
 from marlin_w4a16.kernels.inputs import Rounding
-from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, fp8_codes, scale_bytes, scale_table
+from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, scale_bytes
 
 FLOATS = ("F32", "BF16", "F16")
 STORED_SCALES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
@@ -19,7 +19,13 @@ DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-Role = Literal["codes", "scales", "multiplier", "divisor", "input multiplier", "input divisor", "pre-quant scale"]
+Role = Literal[
+    "codes", "scales", "multiplier", "divisor", "input multiplier", "input divisor", "pre-quant scale", "low rank a",
+    "low rank b",
+]  # fmt: skip
+# What the weight is not decoded with: it need not be there, nor hold numbers, unless inputs are quantised.
+OF_INPUTS: tuple[Role, ...] = ("input multiplier", "input divisor")
+LOW_RANK: tuple[Role, ...] = ("low rank a", "low rank b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +35,10 @@ class Part:
     Attributes:
         leaf: the last part of its name.
         role: what it is. Global scales multiply or divide; those of the input belong to W4A4; a pre-quant scale
-            multiplies the input before the product (AWQ).
+            multiplies the input before the product (AWQ); ``x a.T b.T`` is added to it (SVDQuant).
         dtypes: as safetensors names them.
-        shape: axes as ``e`` (experts), ``n``, ``k``, ``k/2``, ``k/g`` and ``g/2``; empty for one element.
+        shape: axes as ``e`` (experts), ``n``, ``k``, ``k/2``, ``k/g``, ``g/2`` and ``r`` (any rank); empty for one
+            element.
         optional: may be missing.
         aliases: other names of it.
     """
@@ -72,7 +79,8 @@ class FP4Storage:
         parts: its tensors.
         activations: how its input is quantised, or None.
         joint: what stands between a path and a leaf.
-        stacked: whether it is of every expert; its blocks are axes of their own then, ``[e, n, k/g, g/2]``.
+        stacked: whether it is of every expert: its codes are ``[e, n, k/g, g/2]`` then, or ``[e, k/2, n]``.
+        transposed: whether they, and the scales, are of the latter shape.
     """
 
     label: str
@@ -82,6 +90,7 @@ class FP4Storage:
     activations: Activations | None = None
     joint: str = "."
     stacked: bool = False
+    transposed: bool = False
     big: ClassVar[tuple[Role, ...]] = ("codes", "scales")  # what becomes the weight
 
     def named(self, leaves: Container[str]) -> "FP4Storage":
@@ -89,6 +98,15 @@ class FP4Storage:
         found = [next((a for a in (part.leaf, *part.aliases) if a in leaves), part.leaf) for part in self.parts]
         parts = tuple(replace(part, leaf=leaf) for part, leaf in zip(self.parts, found, strict=True))
         return self if parts == self.parts else replace(self, parts=parts)
+
+    def of_stack(self) -> "FP4Storage":
+        """As ModelOpt stores all experts of a transposed projection (Llama-4, gpt-oss): codes bear the path itself."""
+        parts = []
+        for part in self.parts:
+            name = "" if part.role == "codes" else part.leaf
+            shape = ("e", *part.shape[::-1]) if part.role in self.big else part.shape
+            parts.append(replace(part, leaf=name, shape=shape))
+        return replace(self, parts=tuple(parts), joint="_", stacked=True, transposed=True)
 
     def part(self, *roles: Role) -> Part | None:
         """The tensor that plays one of some roles."""
@@ -104,12 +122,15 @@ class FP4Storage:
     @property
     def scales(self) -> str:
         """The shape of block scales in words."""
-        return f"[{'experts, ' * self.stacked}n, k / {' or '.join(map(str, self.groups))}]"
+        groups = f"k / {' or '.join(map(str, self.groups))}"
+        return f"[{'experts, ' * self.stacked}{f'{groups}, n' if self.transposed else f'n, {groups}'}]"
 
     def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
         """Rows, columns and group size by the shapes of codes and scales, or None: they make no linear."""
         codes, scales = entries[self.leaf("codes")].shape, entries[self.leaf("scales")].shape
-        if self.stacked:
+        if self.transposed:
+            codes, scales = codes[:0:-1], scales[:0:-1]
+        elif self.stacked:
             codes, scales = (*codes[1:2], math.prod(codes[2:])), scales[1:]
         if len(codes) != 2 or len(scales) != 2 or not scales[1] or codes[1] * 2 % scales[1]:
             return None
@@ -118,7 +139,10 @@ class FP4Storage:
 
     def fits(self, part: Part, shape: tuple[int, ...], axes: Mapping[str, int]) -> bool:
         """Whether a tensor has its shape."""
-        return shape == tuple(axes[axis] for axis in part.shape) if part.shape else math.prod(shape) == 1
+        if not part.shape:
+            return math.prod(shape) == 1 or (self.stacked and shape == (axes["e"],))
+        wanted = tuple(axes.get(axis, found) for axis, found in zip(part.shape, shape, strict=False))
+        return len(shape) == len(part.shape) and shape == wanted
 
     def format(self, group: int) -> str:
         """The name of the format for people."""
@@ -131,7 +155,9 @@ class FP4Storage:
         if part is not None and part.role == "divisor":
             factor = torch.as_tensor(factor).reciprocal()
         codes, scales = tensors[self.leaf("codes")], tensors[self.leaf("scales")]
-        if self.stacked:  # one expert of them
+        if self.transposed:  # one expert of them
+            codes, scales = codes.T.contiguous(), scales.T.contiguous()
+        elif self.stacked:
             codes = codes.flatten(1)
         if scales.dtype == torch.float32:
             scales = scale_bytes(scales, self.kind)
@@ -142,6 +168,8 @@ class FP4Storage:
         code, scale = self.leaf("codes"), self.leaf("scales")
         codes = weight.codes.view(weight.n, -1, weight.group // 2) if self.stacked else weight.codes
         scales, dtype = weight.scales, DTYPES[entries[scale].dtype]
+        if self.transposed:
+            codes, scales = weight.codes.T.contiguous(), scales.T.contiguous()
         scales = e8m0_values(scales).float() if dtype == torch.float32 else scales.view(dtype)
         made = {code: codes.view(DTYPES[entries[code].dtype]), scale: scales}
         return {part.leaf: t for part in self.parts if (t := {**kept, **made}.get(part.leaf)) is not None}
@@ -180,75 +208,3 @@ class FP4Storage:
                 "a packed module can be read by to_fp4(), but not saved in the checkpoint's format"
             )
         return {leaf: tensor.cpu() for leaf, tensor in tensors.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class FP8Storage:
-    """A linear whose weight is FP8 (E4M3) with a scale for the tensor or for each row; it is loaded dense.
-
-    Attributes:
-        label: the producer's name for the format.
-        parts: its tensors: ``weight``, ``weight_scale``, maybe ``input_scale``.
-    """
-
-    label: str
-    parts: tuple[Part, ...]
-    joint: ClassVar[str] = "."
-    stacked: ClassVar[bool] = False
-    big: ClassVar[tuple[Role, ...]] = ("codes",)
-    scales: ClassVar[str] = "a scale for the weight or for each row"
-
-    def leaf(self, role: Role) -> str:
-        """The name of a tensor that every linear has."""
-        return next(part.leaf for part in self.parts if part.role == role)
-
-    def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
-        """Rows and columns, and 0 for the group size, or None: the weight is no matrix."""
-        shape = entries["weight"].shape
-        return (shape[0], shape[1], 0) if len(shape) == 2 else None
-
-    def fits(self, part: Part, shape: tuple[int, ...], axes: Mapping[str, int]) -> bool:
-        """Whether a tensor has its shape; a scale may be one for the weight, and one per row may keep its axis."""
-        expected = tuple(axes[axis] for axis in part.shape)
-        one = math.prod(shape) == 1 and part.role != "codes"
-        return one or shape == expected or (part.role == "scales" and shape == (*expected, 1))
-
-    def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight ``[n, k]``, rounded once to ``dtype``."""
-        codes, scale = tensors["weight"], _per_row(tensors["weight_scale"])
-        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        for rows in row_slices(*codes.shape):
-            out[rows] = round_once(codes[rows].double() * (scale[rows] if scale.ndim else scale), dtype)
-        return out
-
-    def write(self, weight: Tensor, kept: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-        """The inverse of `read`.
-
-        Raises:
-            ValueError: the weight is not what was loaded: it changed, or its dtype cannot hold the codes.
-        """
-        scale = _per_row(kept["weight_scale"]).to(weight.device)
-        every = scale_table("e4m3", weight.device, torch.float64)[:0x7F]  # the finite ones that are not negative
-        held = round_once(every * scale, weight.dtype)
-        if not bool(held.isfinite().all() and (held.diff() > 0).all()):
-            raise ValueError(
-                f"{name}.weight: found {weight.dtype}, expected a dtype that holds every FP8 code times weight_scale: "
-                "load in bfloat16 or float32 to save"
-            )
-        codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-        for rows in row_slices(*weight.shape):
-            found = fp8_codes(weight[rows], scale[rows] if scale.ndim else scale, round_once)
-            if found is None:
-                raise ValueError(
-                    f"{name}.weight: found values that are no FP8 codes times weight_scale, expected those loaded: "
-                    "save with dequantize() to store what the layer holds now"
-                )
-            codes[rows] = found
-        return {"weight": codes, **kept}
-
-
-Storage = FP4Storage | FP8Storage
-
-
-def _per_row(scale: Tensor) -> Tensor:
-    return scale.double().reshape(-1, 1) if scale.numel() > 1 else scale.double().reshape(())

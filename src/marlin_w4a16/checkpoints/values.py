@@ -10,9 +10,9 @@ from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer, Problem
-from marlin_w4a16.checkpoints.storage import FP4Storage, Part
+from marlin_w4a16.checkpoints.storage import OF_INPUTS, FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import as_bytes
-from marlin_w4a16.kernels.scale_bytes import first_nan, scale_bytes
+from marlin_w4a16.kernels.scale_bytes import e8m0_values, first_nan, scale_bytes
 
 
 class Reader(ExitStack):
@@ -32,6 +32,10 @@ class Reader(ExitStack):
         found: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         return found
 
+    def tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """The tensors of a layer by leaf."""
+        return {leaf: self.tensor(entry, layer.name(leaf)) for leaf, entry in layer.entries.items()}
+
 
 def read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """Some tensors by name, on the CPU."""
@@ -39,9 +43,15 @@ def read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         return {name: reader.tensor(entry, name) for name, entry in entries.items()}
 
 
-def bad_values(layers: Iterable[Layer]) -> Iterator[Problem]:
-    """NaN scales and global scales that are no numbers to multiply or divide by; reads from files to the CPU."""
+def bad_values(layers: Iterable[Layer], inputs: bool = False) -> Iterator[Problem]:
+    """NaN scales and global scales that are no numbers to multiply or divide by; reads from files to the CPU.
+
+    Args:
+        layers: whose.
+        inputs: those of inputs, too, which are used only where these are quantised.
+    """
     parts = [(layer, part) for layer in layers for part in layer.storage.parts if part.leaf in layer.entries]
+    parts = parts if inputs else [(layer, part) for layer, part in parts if part.role not in OF_INPUTS]
     with Reader(torch.device("cpu")) as reader:
         for layer, part in parts:
             entry, name = layer.entries[part.leaf], layer.name(part.leaf)
@@ -60,6 +70,8 @@ def _wrong(tensor: Tensor, layer: Layer, part: Part) -> tuple[str, str] | None:
         if floats:
             return f"{float(tensor[tuple(at)])} at {at}", "powers of two, 2**-127 to 2**127"
         return f"NaN (byte {int(scales[tuple(at)]):#x}) at {at}", f"finite {kind} scales"
+    if tensor.dtype in (torch.uint8, torch.float8_e8m0fnu):  # of MXFP8
+        tensor = e8m0_values(tensor.view(torch.uint8))
     values = tensor.float()
     bad = ~torch.isfinite(values)
     if part.role.endswith("divisor"):

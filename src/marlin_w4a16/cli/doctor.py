@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the checks; 1 if one of them is a problem."""
-    checks = list(diagnose(look(), tell=sys.stderr.isatty()))
+    checks = list(diagnose(look(), tell=sys.stderr is not None and sys.stderr.isatty()))
     counts = Counter[str](check.status for check in checks)
     if args.json:
         print(json.dumps(as_dict(checks), indent=2))

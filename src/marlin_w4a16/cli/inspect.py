@@ -6,16 +6,15 @@ many layers stand as one line.
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from marlin_w4a16.checkpoints import registry
-from marlin_w4a16.checkpoints.layers import Problem
 from marlin_w4a16.cli.inspection import Inspection, Line, Outcome, inspect, local
 from marlin_w4a16.cli.show import Cells, show_table
 from marlin_w4a16.report.data import Report
-from marlin_w4a16.report.table import collapse_paths, size, size_if_any
+from marlin_w4a16.report.problems import problem_lines
+from marlin_w4a16.report.table import size, size_if_any
 
 SCHEMA = 1
 _COLUMNS = ("weight", "n", "shape", "format", "in files", "loaded", "as bfloat16", "outcome")
@@ -100,17 +99,6 @@ def summary(found: Inspection) -> list[str]:
     if found.problems:
         lines += [f"problem: {text}" for text in problem_lines(found.problems)]
         lines.append(f"it cannot be loaded: {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}")
-    return lines
-
-
-def problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """Problems that differ in the numbers of their tensors and in the file only as one."""
-    groups = collapse_paths((one.tensor, (one.found, one.expected)) for one in problems)
-    lines = []
-    for tensor, places in groups:
-        files = {problems[place].file for place in places}
-        first = problems[places[0]]
-        lines.append(str(Problem(first.file if len(files) == 1 else None, tensor, first.found, first.expected)))
     return lines
 
 

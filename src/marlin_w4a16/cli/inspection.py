@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from marlin_w4a16.checkpoints import files
+from marlin_w4a16.checkpoints import files, registry
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import CACHE_SCALE, QUANTISED, Contents, Layer, Problem, contents
 from marlin_w4a16.checkpoints.registry import scheme_of
@@ -24,6 +25,9 @@ PACKED = {"U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}  # in which 
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST = 8
+# Names that scales of FP4 have, and methods whose FP4 transformers runs itself.
+_FP4_SCALES = (".weight_scale_2", ".weight_global_scale", ".comfy_quant", ".wscales")
+_OF_TRANSFORMERS = ("bitsandbytes", "bitsandbytes_4bit", "nvfp4", "fouroversix")
 SIZES = ("bytes", "loaded_bytes", "bf16_bytes")  # of a line
 
 
@@ -129,11 +133,12 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     """
     found = files.quantization_of(folder)
     config = found[1] if found is not None else {}
-    paths, index = files.files_of(folder), files.index_of(folder)
-    entries = files.entries(track(paths, "Reading headers"), index)
-    scheme = scheme_of(config, files.model_config_of(folder))
+    paths = files.files_of(folder)
+    entries = files.entries(track(paths, "Reading headers"))
+    scheme = scheme_of(config, files.model_config_of(folder), found[0] if found is not None else "config.json")
     held = Contents({}, entries, ()) if scheme is None else _without_embeddings(contents(entries, scheme), scheme)
     linears = collapsed(_linear(layer) for layer in held.layers.values())
+    problems, notes = _fit(folder, held, scheme) if scheme is not None else (_unread(config, entries), ())
     return Inspection(
         folder,
         found[0] if found is not None else None,
@@ -143,9 +148,31 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
         len(entries),
         tuple(held.layers.values()),
         (*linears, *_others(held, scheme, quantised=bool(config))),
-        tuple(_notes(held, scheme, found)),
-        (*held.problems, *(bad_values(held.layers.values()) if values else ())),
+        (*_notes(held, scheme), *notes),
+        (*held.problems, *problems, *(bad_values(held.layers.values()) if values else ())),
     )
+
+
+def _fit(folder: Path, held: Contents, scheme: Scheme) -> tuple[Sequence[Problem], Sequence[str]]:
+    """What is wrong when a checkpoint is held against its model, and what else there is to be told."""
+    if held.problems:
+        return (), ()  # once these are gone, the rest can be told
+    if find_spec("transformers") is None:
+        return (), ("not held against a model: transformers is not installed",)
+    from marlin_w4a16.hf.fit import fit, notes_of, problems_of
+
+    found = fit(folder, held, scheme)
+    return tuple(problems_of(found)), tuple(notes_of(found))
+
+
+def _unread(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Sequence[Problem]:
+    """FP4 that nobody here reads, nor transformers itself."""
+    scales = next((name for name in entries if name.endswith(_FP4_SCALES)), None)
+    if config.get("quant_method") in _OF_TRANSFORMERS or ("fp4" not in str(config).lower() and scales is None):
+        return ()
+    producer = config.get("quant_method") or "a producer that no config names"
+    expected = f"that of {', '.join(row.producer for row in registry.FORMATS)}"
+    return (Problem(None, scales or "quantization_config", f"FP4 of {producer}, which is not read here", expected),)
 
 
 def collapsed(lines: Iterable[Line]) -> list[Line]:
@@ -231,10 +258,10 @@ def _without_embeddings(held: Contents, scheme: Scheme) -> Contents:
             name, expected = f"{path}.{next(iter(layer.entries))}", "a linear: the config's targets say Embedding"
             problems.append(Problem(layer.file, name, f"{layer.format} of an embedding", expected))
             others |= {f"{path}.{leaf}": entry for leaf, entry in layers.pop(path).entries.items()}
-    return Contents(layers, others, tuple(problems))
+    return Contents(layers, others, tuple(problems), held.notes)
 
 
-def _notes(held: Contents, scheme: Scheme | None, found: tuple[str, Mapping[str, Any]] | None) -> Iterator[str]:
+def _notes(held: Contents, scheme: Scheme | None) -> Iterator[str]:
     storages = [layer.storage for layer in held.layers.values()]
     activations = Counter(s.activations for s in storages if isinstance(s, FP4Storage) and s.activations)
     for one, count in activations.items():
@@ -243,8 +270,4 @@ def _notes(held: Contents, scheme: Scheme | None, found: tuple[str, Mapping[str,
     if decoded := sum(not isinstance(storage, FP4Storage) for storage in storages):
         yield f"FP8 weights are decoded to the model's dtype ({decoded} linears)"
     yield from scheme.notes if scheme is not None else ()
-    if scheme is not None and found is not None and found[0] == files.HF_QUANT_CONFIG:
-        yield (
-            f"its config stands in {files.HF_QUANT_CONFIG} alone: from_pretrained needs "
-            "quantization_config=marlin_w4a16.hf.ModelOptConfig.of(path)"
-        )
+    yield from held.notes

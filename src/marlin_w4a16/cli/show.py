@@ -13,7 +13,7 @@ Cells = tuple[str, ...]
 
 def show_table(columns: Cells, lines: Sequence[Cells], **look: Any) -> None:
     """Prints a table: by rich in a terminal, where it is installed, with a look as in `rich_table`, else as text."""
-    if sys.stdout.isatty() and util.find_spec("rich"):
+    if sys.stdout is not None and sys.stdout.isatty() and util.find_spec("rich"):
         from rich import print as show
 
         show(rich_table(columns, lines, **look))
@@ -23,7 +23,7 @@ def show_table(columns: Cells, lines: Sequence[Cells], **look: Any) -> None:
 
 def tell(text: str) -> None:
     """A line on stderr, dim where rich is installed."""
-    if sys.stderr.isatty() and util.find_spec("rich"):
+    if sys.stderr is not None and sys.stderr.isatty() and util.find_spec("rich"):
         from rich.console import Console
 
         Console(stderr=True).print(text, style="dim", highlight=False, markup=False)

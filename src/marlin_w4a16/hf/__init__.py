@@ -12,7 +12,7 @@ from transformers.quantizers import auto
 
 from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.hf import configs, quantizer
+from marlin_w4a16.hf import announced, configs, quantizer
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
 from marlin_w4a16.hf.experts import implementation as implementation
 from marlin_w4a16.hf.generation import compile_blocks
@@ -37,9 +37,10 @@ def report(model: PreTrainedModel) -> Loaded | None:
 
 
 def _register() -> None:
-    """Of formats that transformers knows, its quantizers are replaced; what is not FP4 goes on to those."""
+    """Of formats that transformers knows, its quantizers and configs are replaced; what is not FP4 goes on to those."""
+    announced.wrap()
     for row in registry.FORMATS:
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(row.method, getattr(configs, row.options))
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[row.method] = getattr(configs, row.options)
         auto.AUTO_QUANTIZER_MAPPING[row.method] = getattr(quantizer, row.quantizer)
 
 

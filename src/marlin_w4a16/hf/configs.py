@@ -10,6 +10,7 @@ from transformers.utils.hub import cached_file
 
 from marlin_w4a16.checkpoints import files
 from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.passes.settings import ActivationQuant
 
 
@@ -61,6 +62,17 @@ class _AsStored:
     """A config of transformers that is saved as it stood in config.json."""
 
     values: dict[str, Any] | None = None
+    given: dict[str, Any] | None = None  # as it was read, also where it is not kept
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The config, checked before transformers reads it; see `scheme_of` for errors."""
+        scheme_of(config_dict.get("quantization_config", config_dict), {})
+        otherwise: Any = super()
+        made = otherwise.from_dict(config_dict, *args, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.given = config_dict.get("quantization_config", config_dict)
+        return made
 
     @classmethod
     def like(cls, other: Any, values: dict[str, Any]) -> Any:

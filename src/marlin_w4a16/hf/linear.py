@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.fp8 import FP8Storage
 from marlin_w4a16.checkpoints.layers import Layer
-from marlin_w4a16.checkpoints.storage import DTYPES, Activations, FP8Storage
-from marlin_w4a16.kernels.fp4 import FP4Weight, round_once
+from marlin_w4a16.checkpoints.storage import DTYPES, LOW_RANK, Activations, FP4Storage
+from marlin_w4a16.hf.dense import beside, decoded, plain_linear
 from marlin_w4a16.kernels.inputs import fake_quantize
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind
 from marlin_w4a16.modules.packed_linear import PackedLinear
@@ -25,11 +26,19 @@ class StoredLinear(nn.Module):
         bias: of the linear that this one stands for, or None.
         dtype: of the model.
         keep: quantise the inputs as the producer did.
+        decoded: code of the model reads its weight, which is dense therefore.
     """
 
-    def __init__(self, layer: Layer, bias: nn.Parameter | None, dtype: torch.dtype, keep: bool = False) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        keep: bool = False,
+        decoded: bool = False,
+    ) -> None:
         super().__init__()
-        self.layer, self.dtype, self.keep = layer, dtype, keep
+        self.layer, self.dtype, self.keep, self.decoded = layer, dtype, keep, decoded
         self.in_features, self.out_features = layer.k, layer.n
         for leaf, entry in layer.entries.items():
             empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
@@ -44,8 +53,10 @@ class StoredLinear(nn.Module):
         # a model that keeps some modules in float32 widens theirs, which loses nothing
         return {leaf: tensor.to(DTYPES[self.layer.entries[leaf].dtype]) for leaf, tensor in held.items()}
 
-    def loaded(self) -> "CheckpointLinear | FP8Linear":
+    def loaded(self) -> "CheckpointLinear | FP8Linear | DecodedLinear":
         """The linear that runs; an FP4 weight is packed on its device."""
+        if self.decoded and isinstance(self.layer.storage, FP4Storage):
+            return DecodedLinear(self.layer, self.tensors(), self.dense(self.dtype)).train(self.training)
         runs = FP8Linear if isinstance(self.layer.storage, FP8Storage) else CheckpointLinear
         return runs(self.layer, self.tensors(), self.bias, self.dtype, self.keep).train(self.training)
 
@@ -54,9 +65,7 @@ class StoredLinear(nn.Module):
         tensors, storage = self.tensors(), self.layer.storage
         if isinstance(storage, FP8Storage):
             return plain_linear(storage.read(tensors, dtype), self.bias)
-        scale = storage.part("pre-quant scale")
-        columns = tensors.get(scale.leaf) if scale is not None else None
-        return plain_linear(decoded(storage.read(tensors, self.layer.path), dtype, columns), self.bias)
+        return plain_linear(decoded(storage.read(tensors, self.layer.path), dtype, beside(storage, tensors)), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``."""
@@ -72,7 +81,8 @@ class CheckpointLinear(PackedLinear):
     """A `PackedLinear` that can give back the tensors of its checkpoint, bit for bit.
 
     Beside the packed weight it holds the checkpoint's small tensors under their names (global scales, input scales).
-    A pre-quant scale (AWQ) multiplies the input; with ``keep`` the input is quantised as its producer does (W4A4).
+    A pre-quant scale (AWQ) multiplies the input, of which a low-rank part (SVDQuant) is computed beside the product;
+    with ``keep`` the input of the product is quantised as its producer does (W4A4).
 
     Args:
         layer, tensors: what the checkpoint holds, and its tensors by leaf.
@@ -93,6 +103,8 @@ class CheckpointLinear(PackedLinear):
         scale, factor = storage.part("pre-quant scale"), storage.part("input multiplier", "input divisor")
         self.pre_scale = scale.leaf if scale is not None and scale.leaf in layer.entries else None
         self.input_factor = factor if factor is not None and factor.leaf in layer.entries else None
+        of_rank = (part.leaf for part in storage.parts if part.role in LOW_RANK)
+        self.low_rank = tuple(leaf for leaf in of_rank if leaf in layer.entries)
         # rows whose scales packing changed (see FP4Weight.fit), as they were
         rows = (fitted.scales != stored.scales).any(-1).nonzero()[:, 0]
         self.register_bits("unfitted_rows", rows, persistent=False)
@@ -113,16 +125,21 @@ class CheckpointLinear(PackedLinear):
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """See `StoredLinear.dense`."""
-        columns = getattr(self, self.pre_scale).detach() if self.pre_scale else None
-        return plain_linear(decoded(self.to_fp4(self.layer.path), dtype, columns), self.bias)
+        kept = {leaf: getattr(self, leaf).detach() for leaf in self.layer.small}
+        return plain_linear(decoded(self.to_fp4(self.layer.path), dtype, beside(self.layer.fp4, kept)), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, the input scaled and quantised first where the checkpoint says so."""
         if self.pre_scale is not None:
             x = (x * getattr(self, self.pre_scale)).to(x.dtype)
+        given = x
         if self.quantize_input is not None:
-            x = quantized_input(x, self.quantize_input, self.layer.group, self._input_scale())
-        return super().forward(x)
+            given = quantized_input(x, self.quantize_input, self.layer.group, self._input_scale())
+        out = super().forward(given)
+        if self.low_rank:
+            a, b = (getattr(self, leaf).to(x.dtype) for leaf in self.low_rank)
+            out = out + nn.functional.linear(nn.functional.linear(x, a), b)
+        return out
 
     def _input_scale(self) -> Tensor | None:
         if self.input_factor is None:
@@ -150,15 +167,7 @@ class FP8Linear(nn.Linear):
     def stored(self) -> dict[str, Tensor]:
         """See `CheckpointLinear.stored`."""
         kept = {leaf: self._kept(leaf) for leaf in self.layer.small}
-        weight = self.weight.detach()
-        as_loaded = weight.to(self.loaded_as)
-        if torch.equal(as_loaded.to(weight.dtype), weight):  # a cast since then is no change
-            weight = as_loaded
-        try:
-            tensors = fp8(self.layer).write(weight, kept, self.layer.path)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-        return {leaf: tensors[leaf].cpu() for leaf in self.layer.entries}
+        return fp8_tensors(self.layer, self.weight.detach(), kept, self.loaded_as)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """See `StoredLinear.dense`."""
@@ -177,31 +186,61 @@ class FP8Linear(nn.Linear):
         return kept.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
+class DecodedLinear(nn.Linear):
+    """A linear that was stored in FP4 and is dense, since code of the model reads its weight.
+
+    It keeps the tensors of its checkpoint beside that, to give them back.
+
+    Args:
+        layer, tensors: what the checkpoint holds, and its tensors by leaf.
+        dense: the exact weight in the dtype of the model.
+    """
+
+    def __init__(self, layer: Layer, tensors: Mapping[str, Tensor], dense: nn.Linear) -> None:
+        super().__init__(layer.k, layer.n, bias=dense.bias is not None, device="meta")
+        self.layer = layer
+        self.weight, self.bias = dense.weight.requires_grad_(False), dense.bias
+        for leaf, tensor in tensors.items():  # kept as bytes, which casts leave alone
+            self.register_buffer(f"stored_{leaf}", tensor.reshape(-1).view(torch.uint8), persistent=False)
+
+    def stored(self) -> dict[str, Tensor]:
+        """See `CheckpointLinear.stored`."""
+        tensors = {}
+        for leaf, entry in self.layer.entries.items():
+            held: Tensor = getattr(self, f"stored_{leaf}")
+            tensors[leaf] = held.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        weight, more = self.layer.fp4.read(tensors, self.layer.path), beside(self.layer.fp4, tensors)
+        if not torch.equal(decoded(weight, self.weight.dtype, more), self.weight):
+            raise CheckpointError(f"{self.layer.path}.weight: found values that were changed, expected those loaded")
+        return {leaf: tensor.cpu() for leaf, tensor in tensors.items()}
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """See `StoredLinear.dense`."""
+        return plain_linear(self.weight.detach().to(dtype), self.bias)
+
+
+def fp8_tensors(layer: Layer, weight: Tensor, kept: Mapping[str, Tensor], loaded_as: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of an FP8 layer by leaf, bit for bit, on the CPU, from its dense weight.
+
+    Raises:
+        CheckpointError: the weight was changed since it was loaded in the dtype ``loaded_as``.
+    """
+    as_loaded = weight.to(loaded_as)
+    if torch.equal(as_loaded.to(weight.dtype), weight):  # a cast since then is no change
+        weight = as_loaded
+    try:
+        tensors = fp8(layer).write(weight, kept, layer.path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return {leaf: tensors[leaf].cpu() for leaf in layer.entries}
+
+
 def quantized_input(x: Tensor, activations: Activations, group: int, scale: Tensor | None) -> Tensor:
     """The input as its producer would hand it to an FP4 product, in its own dtype."""
     kind: ScaleKind | None = activations.kind
     if kind is None:
         raise ValueError(f"{activations.told}: it cannot be kept")
     return fake_quantize(x, kind, activations.group or group, scale, activations.rounding)
-
-
-def decoded(weight: FP4Weight, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
-    """The exact weight ``[n, k]`` times a factor for each column, rounded once; made in blocks of rows."""
-    out = torch.empty((weight.n, weight.k), dtype=dtype, device=weight.codes.device)
-    for rows, part in weight.row_blocks():
-        if columns is None:
-            out[rows] = part.decode(dtype)
-        else:
-            out[rows] = round_once(part.decode() * columns.double(), dtype)
-    return out
-
-
-def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    """A dense linear around existing tensors."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
-    linear.bias = bias  # type: ignore[assignment]
-    return linear
 
 
 def fp8(layer: Layer) -> FP8Storage:

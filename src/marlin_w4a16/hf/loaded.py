@@ -2,14 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from marlin_w4a16.checkpoints.experts import StoredMixture
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import Activations, FP4Storage
+from marlin_w4a16.hf.placing import Placement
 from marlin_w4a16.passes.settings import ActivationQuant
 from marlin_w4a16.report.table import collapse_paths, size, table
 
@@ -73,13 +72,9 @@ class Loaded:
 
 
 def loaded(
-    scheme: Scheme,
-    layers: Mapping[str, Layer],
-    mixtures: Iterable[StoredMixture],
-    policy: ActivationQuant,
-    dequantize: bool,
+    scheme: Scheme, placement: Placement, policy: ActivationQuant, dequantize: bool, more: Iterable[str] = ()
 ) -> Loaded:
-    """What loading will do.
+    """What loading will do; ``more`` are notes.
 
     Raises:
         CheckpointError: inputs are quantised, and the policy refuses that or cannot be followed.
@@ -90,20 +85,22 @@ def loaded(
         if activations is not None and not dequantize:
             told[f"{activations.told}; {_followed(policy, path, activations, can_keep)} ({{}} {what})"] += 1
 
-    for path, layer in layers.items():
+    linears = [(path, layer, True) for path, layer in placement.layers.items()]
+    linears += [(path, layer, False) for path, layers in placement.joined.items() for layer in layers]
+    for path, layer, alone in linears:
         if isinstance(layer.storage, FP4Storage):
             activations = layer.storage.activations
-            tell(path, activations, activations is not None and activations.kind is not None, "linears")
-            rows.append(LoadedLayer(path, layer.format, layer.nbytes, outcome))
+            tell(path, activations, alone and activations is not None and activations.kind is not None, "linears")
+            become = "dense, its weight is read" if path in placement.read else outcome
+            rows.append(LoadedLayer(path, layer.format, layer.nbytes, become))
         else:
-            text = "FP8 weights are decoded to the model's dtype: transformers cannot run ModelOpt's FP8"
-            told[f"{text} ({{}} linears)"] += 1
+            told["FP8 weights are decoded to the model's dtype, and are FP8 again when saved ({} linears)"] += 1
             rows.append(LoadedLayer(path, layer.format, layer.nbytes, "dense, decoded from FP8"))
-    for mixture in mixtures:
+    for mixture in placement.mixtures:
         tell(mixture.path, mixture.second.storage.activations, False, "mixtures of experts")
         rows.append(LoadedLayer(mixture.path, mixture.format, mixture.nbytes, outcome, mixture.second.experts))
     notes = tuple(text.format(count) for text, count in told.items()) + scheme.notes
-    return Loaded(scheme, tuple(rows), notes)
+    return Loaded(scheme, tuple(rows), (*notes, *more, *placement.notes))
 
 
 def _followed(policy: ActivationQuant, path: str, activations: Activations, can_keep: bool) -> str:

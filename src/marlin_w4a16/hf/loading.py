@@ -19,14 +19,18 @@ from marlin_w4a16.checkpoints.layers import contents
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.values import bad_values, read
 from marlin_w4a16.hf.configs import checked
-from marlin_w4a16.hf.experts.load import ExpertsLoader, bytes_beside, own_names
+from marlin_w4a16.hf.experts.load import Loader, bytes_beside, own_names
 from marlin_w4a16.hf.experts.modules import CheckpointExperts, StoredExperts
 from marlin_w4a16.hf.generation import compile_decode
-from marlin_w4a16.hf.linear import CheckpointLinear, FP8Linear, StoredLinear
+from marlin_w4a16.hf.joined import CheckpointParts, FP8Parts, StoredParts
+from marlin_w4a16.hf.linear import CheckpointLinear, DecodedLinear, FP8Linear, StoredLinear
 from marlin_w4a16.hf.loaded import Loaded, loaded
 from marlin_w4a16.hf.placing import place, put, swap_in
+from marlin_w4a16.report.problems import told
 from marlin_w4a16.report.progress import track
 
+_LINEARS = CheckpointLinear | FP8Linear | DecodedLinear
+_READ = StoredExperts | StoredParts  # not by transformers
 log = logging.getLogger("marlin_w4a16")
 
 
@@ -61,19 +65,16 @@ class FP4Loading(HfQuantizer):
         self._keep_config(checkpoint_files[0].parent)
         held = contents(_entries(name, checkpoint_files), self.scheme)
         placement = place(held, model, self.scheme)
-        problems = held.problems + placement.problems
-        experts = [layer for mixture in placement.mixtures for layer in mixture.layers]
-        problems = problems or tuple(bad_values((*placement.layers.values(), *experts)))
-        if problems:
-            shown = "\n".join(f"  {problem}" for problem in problems[:20])
-            more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise CheckpointError(f"{name} cannot be loaded:\n{shown}{more}")
         policy = checked(getattr(self.quantization_config, "activation_quant", "drop"))
-        self.report = loaded(self.scheme, placement.layers, placement.mixtures, policy, self._dequantizes)
+        problems = held.problems + placement.problems or tuple(bad_values(placement.every, policy == "keep"))
+        if problems:
+            raise CheckpointError(told(name, problems))
+        self.report = loaded(self.scheme, placement, policy, self._dequantizes, held.notes)
         self.cache_scales = read(placement.cache_scales)
         dense = self.model_dtype.itemsize if self._dequantizes else None
         self._beside = bytes_beside(model, placement.mixtures, dense)
-        not_loaded = (*map(re.escape, self.cache_scales), *own_names(model, placement.mixtures))
+        own = [*(mixture.path for mixture in placement.mixtures), *placement.joined]
+        not_loaded = (*map(re.escape, self.cache_scales), *own_names(model, own))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *not_loaded}
         swap_in(model, placement, self.model_dtype, keep=policy == "keep")
@@ -87,11 +88,11 @@ class FP4Loading(HfQuantizer):
         start = time.perf_counter()
         _to_dtype(model, self.model_dtype)
         dense = self.model_dtype if self._dequantizes else None
-        paths = [path for path, m in model.named_modules() if isinstance(m, StoredLinear | StoredExperts)]
-        with ExpertsLoader(model) as experts:
+        paths = [path for path, module in model.named_modules() if isinstance(module, StoredLinear | _READ)]
+        with Loader(model) as loader:
             for path in track(paths, "Packing weights"):
-                if isinstance(model.get_submodule(path), StoredExperts):
-                    experts.settle(path, dense)
+                if isinstance(model.get_submodule(path), _READ):
+                    loader.settle(path, dense)
                 else:
                     _settle(model, path, dense)
         if not self._dequantizes:
@@ -132,8 +133,11 @@ class FP4Loading(HfQuantizer):
         # save_pretrained makes a name of the dtype in the config, which is what transformers passes on
         chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self.model_dtype
         before = model.dtype
+        for path, module in model.named_modules():
+            if isinstance(module, StoredLinear) and any(parameter.is_meta for parameter in module.parameters()):
+                raise _offloaded(path)
         for path, module in list(model.named_modules()):
-            if isinstance(module, CheckpointLinear | FP8Linear | StoredLinear | CheckpointExperts):
+            if isinstance(module, _LINEARS | StoredLinear | CheckpointExperts | CheckpointParts | FP8Parts):
                 put(model, path, module.dense(chosen).train(module.training))
         for parameter in model.parameters():
             if parameter.dtype == before:
@@ -147,7 +151,7 @@ class FP4Loading(HfQuantizer):
             return state, metadata
         state = dict(model.state_dict())
         for path, module in model.named_modules():
-            if isinstance(module, CheckpointLinear | FP8Linear):
+            if isinstance(module, _LINEARS):
                 prefix = f"{path}."
                 state = {k: v for k, v in state.items() if not k.startswith(prefix) or k == f"{prefix}bias"}
                 state |= {f"{prefix}{leaf}": tensor for leaf, tensor in module.stored().items()}
@@ -155,6 +159,9 @@ class FP4Loading(HfQuantizer):
                 state = {k: v for k, v in state.items() if not k.startswith(f"{path}.")}
                 state |= {f"{path}.{name}": bias for name, bias in module.biases().items()}
                 # under the checkpoint's own names, which no renaming of transformers knows how to change back
+                state |= dict(module.stored())
+            elif isinstance(module, CheckpointParts | FP8Parts):
+                state = {k: v for k, v in state.items() if not k.startswith(f"{path}.") or k == f"{path}.bias"}
                 state |= dict(module.stored())
         return {**state, **self.cache_scales}, {}
 
@@ -187,7 +194,7 @@ def _entries(name: str, checkpoint_files: list[Path]) -> dict[str, files.Entry]:
     folder = Path(name) if Path(name).is_dir() else checkpoint_files[0].parent
     for file in checkpoint_files:
         files.inside(folder, str(file.relative_to(folder) if file.is_relative_to(folder) else file))
-    return files.entries(checkpoint_files, files.index_of(checkpoint_files[0].parent))
+    return files.entries(checkpoint_files)
 
 
 def _to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -205,9 +212,7 @@ def _settle(model: PreTrainedModel, path: str, dense: torch.dtype | None) -> Non
     hook = getattr(stored, "_hf_hook", None)
     if any(parameter.is_meta for parameter in stored.parameters()):
         if dense is not None:
-            raise CheckpointError(
-                f"{path}: found a layer that is offloaded, expected all on devices to dequantize them"
-            )
+            raise _offloaded(path)
         return
     module = stored.loaded() if dense is None else stored.dense(dense).train(stored.training)
     if hook is not None:
@@ -215,3 +220,7 @@ def _settle(model: PreTrainedModel, path: str, dense: torch.dtype | None) -> Non
 
         add_hook_to_module(module, hook)
     put(model, path, module)
+
+
+def _offloaded(path: str) -> CheckpointError:
+    return CheckpointError(f"{path}: found a layer that is offloaded, expected all on devices to dequantize them")

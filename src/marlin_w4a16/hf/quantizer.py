@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils.import_utils import is_kernels_available
 
 from marlin_w4a16.checkpoints import compressed_tensors, files
+from marlin_w4a16.checkpoints.fields import Fields
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.names import Names
 from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+from marlin_w4a16.hf.dense import plain_linear
 from marlin_w4a16.hf.experts.modules import StoredExperts
 from marlin_w4a16.hf.fp8_blocks import FP8Blocks, fp8_blocks
-from marlin_w4a16.hf.linear import plain_linear
 from marlin_w4a16.hf.loading import FP4Loading
 from marlin_w4a16.hf.placing import put
 from marlin_w4a16.kernels.target import Target
@@ -44,12 +47,12 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        config = quantization_config.quantization_config
-        values = config.model_dump() if config is not None else {}
-        self.scheme = scheme_of(values, {})
-        if self.scheme is None:
+        config, given = quantization_config.quantization_config, getattr(quantization_config, "given", None)
+        values = given or (config.model_dump() if config is not None else {})
+        self.scheme = scheme_of({**values, "quant_method": "compressed-tensors"}, {})
+        if self.scheme is None or config is None:
             return
-        mine = compressed_tensors.fp4_groups(values)
+        mine = compressed_tensors.fp4_groups(Fields(values, "quantization_config"))
         rest = copy.deepcopy(config)
         rest.config_groups = {name: group for name, group in config.config_groups.items() if name not in mine}
         self.compressor.quantization_config = rest
@@ -76,10 +79,18 @@ class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
             self.compressor.remove_decompression_hook(model)
         return super()._dequantize(model, dtype)
 
+    def _before_sharing(self, model: PreTrainedModel, others: Mapping[str, Entry], names: Mapping[str, str]) -> None:
+        """compressed-tensors gets names in place of patterns, which are matched here in bounded time."""
+        rest, paths = self.compressor.quantization_config, [path for path, _ in model.named_modules()]
+        rest.ignore = matched(rest.ignore or (), paths)
+        for group in rest.config_groups.values():
+            group.targets = matched(group.targets, paths)
+
     @property
     def _shares(self) -> bool:
         """Whether some groups are not FP4."""
-        return bool(self.compressor.quantization_config.config_groups)
+        rest = self.compressor.quantization_config
+        return rest is not None and bool(rest.config_groups)
 
 
 class Mxfp4Quantizer(FP4Loading, Mxfp4HfQuantizer):  # type: ignore[misc]  # it names one keyword
@@ -130,8 +141,11 @@ class FP8Quantizer(FP4Loading, FineGrainedFP8HfQuantizer):
         config, self._fp8 = self.quantization_config, fp8_blocks(others, names, self.model_dtype)
         dense = config.modules_to_not_convert
         dense = self.get_modules_to_not_convert(model) if dense is None else dense  # a list takes their place
-        experts = [path for path, module in model.named_modules() if isinstance(module, StoredExperts)]
-        config.modules_to_not_convert = [*dense, *experts]
+        named = Names(dense, "transformers", "quantization_config.modules_to_not_convert")
+        paths = dict(model.named_modules())
+        config.modules_to_not_convert = [
+            f"{re.escape(path)}$" for path, m in paths.items() if isinstance(m, StoredExperts) or named.find(path)
+        ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.scheme is not None:
@@ -163,6 +177,12 @@ class FP8Quantizer(FP4Loading, FineGrainedFP8HfQuantizer):
 def left_to_transformers() -> bool:
     """Whether formats that transformers has kernels for are left to it: on GPUs that this project leaves."""
     return torch.cuda.is_available() and not Target.of(torch.device("cuda")).supported
+
+
+def matched(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """Names in place of regular expressions."""
+    names = Names((p for p in patterns if p.startswith("re:")), "re", "quantization_config")
+    return [*(p for p in patterns if not p.startswith("re:")), *(path for path in paths if names.find(path))]
 
 
 def _compressed(module: Any, path: str) -> dict[str, Tensor]:

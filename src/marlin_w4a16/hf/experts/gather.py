@@ -1,6 +1,7 @@
 """Which layers of a checkpoint are the experts of which module of a transformers model."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,14 @@ from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.modules.transformers_experts import gating_of, is_experts, names_of
 from marlin_w4a16.passes.outcome import Rejected
 
+# The projections of an expert by name, where a checkpoint holds them one by one and transformers knows stacks alone:
+# which of the two products, and the place in it of those that are below each other.
+_PLACES = {
+    "gate_proj": (0, 0), "w1": (0, 0), "up_proj": (0, 1), "w3": (0, 1), "gate_up_proj": (0, 0), "w13": (0, 0),
+    "down_proj": (1, 0), "w2": (1, 0),
+}  # fmt: skip
+_WHOLE = ("gate_up_proj", "w13")
+_ALONE = re.compile(r"(?P<layer>.*\.\d+)\.(?:.*\.)?experts\.\d+\.(?P<name>\w+)")
 _STACKED = ("MergeModulelist", "Concatenate")  # what transformers does to experts that are stacked as they are
 
 
@@ -56,14 +65,37 @@ class ExpertLayers:
         self._modules: dict[str, Any] = {path: m for path, m in model.named_modules() if is_experts(m)}
         self._found: dict[str, _Layers] = {}
 
+    @property
+    def paths(self) -> Collection[str]:
+        """Of the modules of which there are layers."""
+        return self._found
+
     def take(self, layer: Layer, target: Destination) -> bool:
         """Whether a layer belongs to experts; it is remembered then."""
         path, _, name = target.name.rpartition(".")
+        if path not in self._modules:
+            target = self._alone(target.name) or target
+            path, _, name = target.name.rpartition(".")
         if path not in self._modules:
             return False
         _, places = self._found.setdefault(path, {}).setdefault(name, (target, {}))
         places.setdefault(target.place, {})[_number(layer)] = layer
         return True
+
+    def _alone(self, name: str) -> Destination | None:
+        """The place of a projection of one expert in the stacks of the only Experts module of its layer."""
+        found = _ALONE.fullmatch(name.removesuffix(".weight"))
+        if found is None or found["name"] not in _PLACES:
+            return None
+        layer = f"{found['layer']}."
+        paths = [path for path in self._modules if path.startswith(layer) or f".{layer}" in f".{path}"]
+        if len(paths) != 1:
+            return None
+        product, place = _PLACES[found["name"]]
+        module = self._modules[paths[0]]
+        places = 2 if not product and module.has_gate and found["name"] not in _WHOLE else 1
+        at = place if places > 1 else 0
+        return Destination(f"{paths[0]}.{names_of(module)[product]}", at, places)
 
     def gathered(self, others: Mapping[str, Entry]) -> tuple[tuple[Gathered, ...], list[Problem]]:
         """The experts of all modules, and what is wrong; ``others`` are other tensors by their names in the model."""
@@ -108,6 +140,9 @@ def _gathered(path: str, module: Any, found: _Layers) -> Gathered | Problem:
     if isinstance(gating, Rejected):
         why = f"experts that do not run as one op: {gating.reason}"
         return Problem(mixture.second.like.file, path, why, "experts that do")
+    if gating[1] not in (None, Order.GATE_UP) and len(first) > 1:
+        why = "a gate and an up for each expert"
+        return Problem(first[0].like.file, path, why, f"one tensor of both, since the model has them {gating[1].value}")
     return Gathered(mixture, *gating)
 
 
@@ -150,8 +185,10 @@ def _biases(mixture: StoredMixture, module: Any, others: Mapping[str, Entry]) ->
 
 
 def _look(layer: Layer) -> tuple[Any, ...]:
-    entries = {leaf: (entry.dtype, entry.shape) for leaf, entry in layer.entries.items()}
-    return layer.storage, layer.n, layer.k, layer.group, entries
+    """What all experts must have alike; scales of inputs, which nothing uses, some may lack."""
+    looked = {leaf: entry for leaf, entry in layer.entries.items() if leaf not in layer.inputs}
+    entries = {leaf: (entry.dtype, entry.shape) for leaf, entry in looked.items()}
+    return layer.format, layer.n, layer.k, layer.group, entries
 
 
 def _told(layer: Layer) -> str:

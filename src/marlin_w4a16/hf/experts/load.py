@@ -17,9 +17,9 @@ from marlin_w4a16.checkpoints.values import Reader
 from marlin_w4a16.hf.placing import put
 
 
-def own_names(model: PreTrainedModel, mixtures: Iterable[StoredMixture]) -> list[str]:
-    """A pattern of the names of tensors that transformers need not load, if there are any."""
-    paths = [mixture.path.removeprefix(f"{model.base_model_prefix}.") for mixture in mixtures]
+def own_names(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
+    """A pattern of the names of tensors of modules that transformers need not load, if there are any."""
+    paths = [path.removeprefix(f"{model.base_model_prefix}.") for path in paths]
     return [rf"(?:^|\.)(?:{'|'.join(map(re.escape, paths))})\."] if paths else []
 
 
@@ -39,15 +39,15 @@ def bytes_beside(model: PreTrainedModel, mixtures: Iterable[StoredMixture], item
     return found
 
 
-class ExpertsLoader(ExitStack):
-    """Puts experts in their places; a context, for whose length the checkpoint's files stay open."""
+class Loader(ExitStack):
+    """Puts experts and joined linears in their places; a context, for whose length the checkpoint's files stay open."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self._model, self._readers = model, dict[torch.device, Reader]()
 
     def settle(self, path: str, dense: torch.dtype | None) -> None:
-        """Puts what runs in place of a `StoredExperts`: packed, or a dense module of a dtype.
+        """Puts what runs in place of a `StoredExperts` or `StoredParts`: packed, or a dense module of a dtype.
 
         Raises:
             CheckpointError: a device map puts them on disk, or on the CPU beside a GPU though they are to be dense.
@@ -73,10 +73,10 @@ class ExpertsLoader(ExitStack):
         device = device_map[max(keys, key=len)] if keys else self._model.device
         if str(device) == "disk":
             raise CheckpointError(
-                f"{path}: found experts on disk, expected them on a GPU or the CPU: change device_map"
+                f"{path}: found weights on disk, expected them on a GPU or the CPU: change device_map"
             )
         if dense and str(device) == "cpu" and any(str(other) != "cpu" for other in device_map.values()):
             raise CheckpointError(
-                f"{path}: found experts that are offloaded, expected all on devices to dequantize them"
+                f"{path}: found weights that are offloaded, expected all on devices to dequantize them"
             )
         return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from marlin_w4a16.checkpoints.experts import Stack
 from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.checkpoints.values import Reader
+from marlin_w4a16.hf.dense import decoded
 from marlin_w4a16.hf.experts.gather import Gathered
-from marlin_w4a16.hf.linear import decoded
 from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
@@ -72,13 +72,14 @@ class CheckpointExperts(PackedExperts):
         self.mixture, self.like, self._unfitted = mixture, stored.like, dict[tuple[str, int], tuple[Tensor, Tensor]]()
         count, width = mixture.second.experts, mixture.second.like.k
         for stack in mixture.stacks:
-            for leaf in stack.like.small:
-                kept = torch.empty((count, stack.like.entries[leaf].nbytes), dtype=torch.uint8)
+            for leaf, entry in stack.small.items():
+                of_all = stack.like.experts and entry.shape[:1] == (count,)
+                kept = torch.zeros((count, entry.nbytes // (count if of_all else 1)), dtype=torch.uint8)
                 self.register_bits(_kept(stack, leaf), kept, persistent=False)
 
         def read(stack: Stack, expert: int) -> FP4Weight:
             tensors = stack.read(expert, reader)
-            for leaf in stack.like.small:
+            for leaf in stack.of(expert).small:
                 getattr(self, _kept(stack, leaf))[expert] = tensors[leaf].reshape(-1).view(torch.uint8)
             weight = stack.weight(tensors)
             fitted = weight.fit_first(torch.float16, stored.dtype)
@@ -138,10 +139,14 @@ class CheckpointExperts(PackedExperts):
         return self.w2.matrix(expert).unpack(f"{self.mixture.path}: expert {expert}")
 
     def _stored(self, stack: Stack, held: FP4Weight, expert: int) -> dict[str, Tensor]:
-        entries, like = stack.like.entries, stack.like
-        small = {leaf: getattr(self, _kept(stack, leaf))[expert] for leaf in stack.like.small}
-        small = {leaf: t.view(DTYPES[entries[leaf].dtype]).reshape(entries[leaf].shape) for leaf, t in small.items()}
-        return stack.storage.restore(held, self._unfitted.get((stack.name, expert)), small, entries, like.path)
+        layer, entries = stack.of(expert), stack.of(expert).entries
+        small = {}
+        for leaf in layer.small:
+            kept, shape = getattr(self, _kept(stack, leaf))[expert], entries[leaf].shape
+            small[leaf] = kept.view(DTYPES[entries[leaf].dtype]).reshape(
+                shape[1:] if layer.experts and shape else shape
+            )
+        return layer.fp4.restore(held, self._unfitted.get((stack.name, expert)), small, entries, layer.path)
 
 
 def dense_experts(

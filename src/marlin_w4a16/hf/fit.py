@@ -1,0 +1,57 @@
+"""Whether a checkpoint fits the model that its config names, told from headers: what `from_pretrained` would refuse."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from marlin_w4a16.checkpoints.layers import Contents, Problem
+from marlin_w4a16.checkpoints.scheme import Scheme
+from marlin_w4a16.hf.placing import Placement, place
+
+
+def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | str:
+    """Where the layers of a folder would go; or why no model can be made; or why that is not known."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever transformers raises of a config
+        text = _first_line(error)
+        if "trust_remote_code" in text or "model type" in text:
+            return f"not held against a model: {text}"
+        return Problem(
+            "config.json", "the config", f"one of which transformers can make no model: {text}", "a valid one"
+        )
+    name = next(iter(config.architectures or ()), None)
+    cls = getattr(transformers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        return f"not held against a model: transformers {transformers.__version__} has no class {name}"
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except Exception as error:  # whatever a model's own code raises
+        return Problem(
+            "config.json", str(name), f"a config of which no model can be made: {_first_line(error)}", "a valid one"
+        )
+    return place(held, model, scheme)
+
+
+def problems_of(found: Placement | Problem | str) -> Iterator[Problem]:
+    """What of that keeps a checkpoint from being loaded."""
+    if isinstance(found, Placement):
+        yield from found.problems
+    elif isinstance(found, Problem):
+        yield found
+
+
+def notes_of(found: Placement | Problem | str) -> Iterator[str]:
+    """What else there is to be told."""
+    if isinstance(found, Placement):
+        yield from found.notes
+    elif isinstance(found, str):
+        yield found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}"
