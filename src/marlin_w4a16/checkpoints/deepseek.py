@@ -20,8 +20,6 @@ EXPERTS = FP4Storage(
         Part("scale", "scales", ("F8_E8M0", "U8", "F32"), ("n", "k/g"), aliases=("weight_scale", "weight_scale_inv")),
     ),
 )
-
-
 _EVERY = "*.experts.*"
 
 
@@ -40,7 +38,7 @@ def scheme(config: Fields) -> Scheme:
     """What such a config says; FP8 linears are left to transformers."""
     named = _of_modelopt(config)
     algorithm = "FP8 with NVFP4 experts" if named else "FP8 with FP4 experts"
-    targets = {**(named or {_EVERY: EXPERTS}), LINEAR: None}
+    targets = {**named, _EVERY: next(iter(named.values()), EXPERTS), LINEAR: None}
     return Scheme("DeepSeek", algorithm, targets, known=(EXPERTS, *modelopt.KNOWN[:1]), where=config.where)
 
 

@@ -94,7 +94,7 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     mine = {*layers, *parts, *experts.paths, *wrong}
     problems += missing(model, contents.others, renamed, mine, scheme)
     cache_scales = {name: entry for name, entry in held.items() if CACHE_SCALE.search(name)}
-    read, notes = dict(_read_by_code(model, layers)), [*_dense(model, held, scheme)]
+    read, notes = dict(_read_by_code(model, layers)), [*_dense(model, others, scheme)]
     notes += [f"{counted(surplus)}: not loaded, the model has no such layer"] if surplus else []
     notes += [f"{counted(list(read))}: dense, since {next(iter(read.values()))}"] if read else []
     return Placement(layers, joined, read, gathered, others, cache_scales, tuple(problems), tuple(notes))
@@ -157,9 +157,10 @@ def _joined(parts: _Parts, model: nn.Module) -> tuple[dict[str, tuple[Layer, ...
     return joined, problems
 
 
-def _dense(model: nn.Module, held: Mapping[str, Entry], scheme: Scheme) -> Iterator[str]:
+def _dense(model: nn.Module, others: Mapping[str, str], scheme: Scheme) -> Iterator[str]:
     """What is told of linears that should be FP4 and are dense."""
-    paths = [path for path, module in model.named_modules() if is_linear(type(module)) and f"{path}.weight" in held]
+    linears = {f"{path}.weight" for path, module in model.named_modules() if is_linear(type(module))}
+    paths = (name.removesuffix(".weight") for name, become in others.items() if become in linears)
     found = [path for path in paths if isinstance(scheme.storage(path), FP4Storage)]
     if found:
         yield f"{counted(found)}: dense in the files, though the config says they are FP4; loaded as they are"
@@ -168,7 +169,7 @@ def _dense(model: nn.Module, held: Mapping[str, Entry], scheme: Scheme) -> Itera
 def _read_by_code(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, str]]:
     """Linears of which a method of the model reads the weight itself, not only its dtype, and which that is."""
     places = places_of(model)
-    for path in layers:
+    for path in (path for path, layer in layers.items() if isinstance(layer.storage, FP4Storage)):
         why = "which is empty in a packed linear"
         reason = read_outside(places[id(model.get_submodule(path))], ("weight",), why, ("dtype", "device"))
         if reason is not None:
