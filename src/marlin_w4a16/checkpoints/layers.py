@@ -1,8 +1,9 @@
 """What a checkpoint holds: its tensors held against its scheme, layer by layer."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.fp8 import Storage
@@ -14,6 +15,7 @@ QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_s
 # Leaves that may stand beside them: a bias, and the scales of a quantised cache.
 BESIDE = {"bias", "k_scale", "v_scale", "q_scale"}
 # ModelOpt: self_attn.k_proj.k_scale, compressed-tensors: self_attn.k_scale
+SHARD = re.compile(r"shard_\d+")
 CACHE_SCALE = re.compile(r"\.[qkv]_scale$")
 
 
@@ -115,12 +117,14 @@ class Contents:
         others: all other tensors.
         problems: what is wrong with it.
         notes: what is stored otherwise than its config says.
+        shards: FP8 weights in shards, by path: the names of the shards, which are among the others, and their scale.
     """
 
     layers: Mapping[str, Layer]
     others: Mapping[str, Entry]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    shards: Mapping[str, tuple[tuple[str, ...], str, Entry]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,11 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
     problems: list[Problem] = []
     refused: dict[Mismatch, list[str]] = {}
     unsaid: dict[tuple[str, str], list[str]] = {}
-    for path, tensors in _modules(entries, scheme).items():
+    modules = _modules(entries, scheme)
+    shards = dict(_shards(modules))
+    others |= {name: entries[name] for names, _, _ in shards.values() for name in names}
+    known = {*shards, *(name.removesuffix(".weight") for name in others)}
+    for path, tensors in ((path, tensors) for path, tensors in modules.items() if path not in known):
         found = _judge(path, tensors, scheme)
         if isinstance(found, _Unsaid):
             unsaid.setdefault((found.layer.format, found.said), []).append(path)
@@ -156,12 +164,25 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
     told = []
     for (form, said), paths in unsaid.items():
         told.append(f"{counted(paths)}: {form} as stored, though the config says {said}")
-    return Contents(layers, others, tuple(problems), tuple(told))
+    return Contents(layers, others, tuple(problems), tuple(told), shards)
 
 
 def counted(paths: Sequence[str]) -> str:
     """The first of some names, and how many more there are."""
     return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
+
+
+def _shards(modules: Mapping[str, Mapping[str, Entry]]) -> Iterator[tuple[str, tuple[tuple[str, ...], str, Entry]]]:
+    """FP8 weights of ModelOpt in shards (embeddings of Qwen3.8), which have one scale: ``x.shard_0.weight``."""
+    found: dict[str, list[str]] = {}
+    for path, tensors in modules.items():
+        parent, _, last = path.rpartition(".")
+        if SHARD.fullmatch(last) and set(tensors) == {"weight"} and tensors["weight"].dtype == "F8_E4M3":
+            found.setdefault(parent, []).append(f"{path}.weight")
+    for path, names in found.items():
+        scale = modules.get(path, {})
+        if set(scale) == {"weight_scale"} and math.prod(scale["weight_scale"].shape) == 1:
+            yield path, (tuple(names), f"{path}.weight_scale", scale["weight_scale"])
 
 
 def _modules(entries: Mapping[str, Entry], scheme: Scheme) -> dict[str, dict[str, Entry]]:

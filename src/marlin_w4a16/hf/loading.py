@@ -26,6 +26,7 @@ from marlin_w4a16.hf.joined import CheckpointParts, FP8Parts, StoredParts
 from marlin_w4a16.hf.linear import CheckpointLinear, DecodedLinear, FP8Linear, StoredLinear
 from marlin_w4a16.hf.loaded import Loaded, loaded
 from marlin_w4a16.hf.placing import place, put, swap_in
+from marlin_w4a16.hf.scaled import ScaledParameters
 from marlin_w4a16.report.problems import told
 from marlin_w4a16.report.progress import track
 
@@ -45,6 +46,7 @@ class FP4Loading(HfQuantizer):
     model_dtype: torch.dtype = torch.bfloat16
     report: Loaded | None = None
     cache_scales: Mapping[str, Tensor] = MappingProxyType({})
+    _scaled: ScaledParameters = ScaledParameters(())
     _beside: Mapping[str, int] = MappingProxyType({})
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -73,8 +75,10 @@ class FP4Loading(HfQuantizer):
         self.cache_scales = read(placement.cache_scales)
         dense = self.model_dtype.itemsize if self._dequantizes else None
         self._beside = bytes_beside(model, placement.mixtures, dense)
+        self._scaled = ScaledParameters(placement.scaled)
         own = [*(mixture.path for mixture in placement.mixtures), *placement.joined]
-        not_loaded = (*map(re.escape, self.cache_scales), *own_names(model, own))
+        scales = (re.escape(one.scale[1]) for one in placement.scaled)
+        not_loaded = (*map(re.escape, self.cache_scales), *scales, *own_names(model, own))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *not_loaded}
         swap_in(model, placement, self.model_dtype, keep=policy == "keep")
@@ -87,6 +91,7 @@ class FP4Loading(HfQuantizer):
             return super()._process_model_after_weight_loading(model, **kwargs)
         start = time.perf_counter()
         _to_dtype(model, self.model_dtype)
+        self._scaled.multiply(model)
         dense = self.model_dtype if self._dequantizes else None
         paths = [path for path, module in model.named_modules() if isinstance(module, StoredLinear | _READ)]
         with Loader(model) as loader:
@@ -163,7 +168,7 @@ class FP4Loading(HfQuantizer):
             elif isinstance(module, CheckpointParts | FP8Parts):
                 state = {k: v for k, v in state.items() if not k.startswith(f"{path}.") or k == f"{path}.bias"}
                 state |= dict(module.stored())
-        return {**state, **self.cache_scales}, {}
+        return {**self._scaled.stored(state), **self.cache_scales}, {}
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes of an element, once dense for a layer that will be dequantised."""

@@ -21,6 +21,7 @@ def missing(
     renamed: Renaming,
     mine: Collection[str],
     scheme: Scheme,
+    scaled: Collection[str] = (),
 ) -> Iterator[Problem]:
     """The parameters and buffers of a model that no tensor becomes, or one of another shape or of bytes.
 
@@ -33,6 +34,7 @@ def missing(
         mine: paths of the modules that are loaded here.
         scheme: what the quantisation config says. Where transformers' own quantizer loads some linears, these may be
             stored as it pleases.
+        scaled: names of parameters that are loaded as FP8 codes, and multiplied.
     """
     made = renamed.made(others)
     own = {f"{path}." for path in mine}
@@ -49,7 +51,7 @@ def missing(
             entry, shape = found
             if shape != tuple(tensor.shape):
                 yield Problem(entry.file.name, name, f"shape {list(shape)}", f"{list(tensor.shape)}, as the model has")
-            elif tensor.is_floating_point() and entry.dtype not in _FLOATS:
+            elif tensor.is_floating_point() and name not in scaled and entry.dtype not in _FLOATS:
                 yield Problem(entry.file.name, name, str(entry), f"dtype {' or '.join(_FLOATS)}")
 
 

@@ -1,5 +1,6 @@
 """Where the layers of a checkpoint stand in a transformers model; transformers 5.17 to 5.23 were read."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,7 @@ from marlin_w4a16.hf.joined import StoredParts
 from marlin_w4a16.hf.linear import StoredLinear
 from marlin_w4a16.hf.missing import missing
 from marlin_w4a16.hf.renaming import Renaming
+from marlin_w4a16.hf.scaled import Scaled
 from marlin_w4a16.modules.swaps import places_of, untie
 from marlin_w4a16.producers.found import is_linear
 from marlin_w4a16.quantize.dense import read_outside
@@ -34,6 +36,7 @@ class Placement:
         layers: of linears, by module path in the model.
         joined: those that are one linear of the model, one below the other.
         read: why the weight of a linear is decoded: code of the model reads it.
+        scaled: FP8 weights of other modules, which are multiplied when they are loaded.
         experts: those of each module.
         others: the names in the model of all other tensors, by those in the checkpoint.
         cache_scales: those of a quantised key/value cache by the name they would have in the model.
@@ -44,6 +47,7 @@ class Placement:
     layers: Mapping[str, Layer]
     joined: Mapping[str, tuple[Layer, ...]]
     read: Mapping[str, str]
+    scaled: tuple[Scaled, ...]
     experts: tuple[Gathered, ...]
     others: Mapping[str, str]
     cache_scales: Mapping[str, Entry]
@@ -68,6 +72,10 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     renamed = Renaming(model)
     layers: dict[str, Layer] = {}
     parts: _Parts = {}
+    scaled = [
+        Scaled(renamed(names[0]), (scale, renamed(scale)), entry) for names, scale, entry in contents.shards.values()
+    ]
+    loose = dict(contents.others)
     experts, problems, surplus, wrong = ExpertLayers(model), list[Problem](), list[str](), set[str]()
     for layer in contents.layers.values():
         target = renamed.target(layer)
@@ -79,25 +87,28 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
             surplus.append(layer.path)
         elif target.places > 1 and isinstance(module, nn.Linear):
             parts.setdefault(path, {})[target.place] = target, layer
+        elif (one := _scaled(layer, path, module, renamed)) is not None:
+            scaled.append(one)
+            loose |= {layer.name(leaf): entry for leaf, entry in layer.entries.items() if leaf == "weight"}
         elif (problem := _misfit(layer, path, module)) is None:
             layers[path] = layer
         else:
             problems.append(problem)
             wrong.add(path)
     joined, odd = _joined(parts, model)
-    others = {name: renamed(name) for name in contents.others}
-    held = {others[name]: entry for name, entry in contents.others.items()}
+    others = {name: renamed(name) for name in loose}
+    held = {others[name]: entry for name, entry in loose.items()}
     gathered, unlike = experts.gathered(held)
     first = {path: layers[0] for path, layers in joined.items()}
     problems += [*odd, *unlike, *_biases(model, {**layers, **first}, held)]
     wrong |= {problem.tensor.rpartition(".")[0] for problem in contents.problems}
     mine = {*layers, *parts, *experts.paths, *wrong}
-    problems += missing(model, contents.others, renamed, mine, scheme)
+    problems += missing(model, loose, renamed, mine, scheme, {one.parameter for one in scaled})
     cache_scales = {name: entry for name, entry in held.items() if CACHE_SCALE.search(name)}
     read, notes = dict(_read_by_code(model, layers)), [*_dense(model, others, scheme)]
     notes += [f"{counted(surplus)}: not loaded, the model has no such layer"] if surplus else []
     notes += [f"{counted(list(read))}: dense, since {next(iter(read.values()))}"] if read else []
-    return Placement(layers, joined, read, gathered, others, cache_scales, tuple(problems), tuple(notes))
+    return Placement(layers, joined, read, tuple(scaled), gathered, others, cache_scales, tuple(problems), tuple(notes))
 
 
 def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, keep: bool) -> None:
@@ -126,6 +137,18 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def _scaled(layer: Layer, path: str, module: nn.Module, renamed: Renaming) -> Scaled | None:
+    """An FP8 weight with one scale, of a module that is no linear."""
+    entry = layer.entries.get("weight_scale")
+    weight = module._parameters.get("weight")
+    if isinstance(layer.storage, FP4Storage) or isinstance(module, nn.Linear) or entry is None or weight is None:
+        return None
+    if tuple(weight.shape) != (layer.n, layer.k) or math.prod(entry.shape) != 1:
+        return None
+    name = layer.name("weight_scale")
+    return Scaled(f"{path}.weight", (name, renamed(name)), entry)
 
 
 def _misfit(layer: Layer, path: str, module: nn.Module) -> Problem | None:
