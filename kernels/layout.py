@@ -201,7 +201,8 @@ def pack_into(weight: FP4Weight, packed: PackedFP4, rows: Tensor | None = None) 
     if supports(weight.codes.device) and packed.contiguous() is packed:
         from marlin_w4a16.kernels.packing import write_tiles  # Triton, which there is for Linux only
 
-        write_tiles(weight, packed, rows)
+        with torch.cuda.device(weight.codes.device):
+            write_tiles(weight, packed, rows)
     else:
         _write_tiles(weight, packed, rows)
     # last: a kernel launched after this one may read words and scales before this one ends (programmatic launch)
@@ -255,37 +256,30 @@ def _pack_codes(codes: Tensor, words: Tensor) -> None:
     # R w r g | C s h, and t by bytes: those that lie side by side in a row
     quads = codes.view(torch.int32).reshape(r, 4, 2, 8, c, 4, 2).permute(6, 2, 0, 4, 1, 3, 5)
     byte = quads.contiguous().view(torch.uint8).flatten(2).int()  # h r, and R C w g s t
-    first, second = (
-        table.to(codes.device).index_select(0, low | (high << 8))
-        for table, (low, high) in zip(_spread(), byte, strict=True)
-    )
+    tables = (table.to(codes.device) for table in _tables()[:2])
+    first, second = (t.index_select(0, low | (high << 8)) for t, (low, high) in zip(tables, byte, strict=True))
     words.view(r, c, 4, 8, 4, 4).copy_((first | second).view(r, c, 4, 8, 4, 4).transpose(-1, -2))
-
-
-@functools.cache
-def _spread() -> tuple[Tensor, Tensor]:
-    """Where the bits of each two bytes, those of rows r = 0 and 1, stand in a word, ``[65536]`` for h = 0 and 1."""
-    byte = torch.arange(256, dtype=torch.int32, device="cpu")
-    words = torch.zeros(4, 256, dtype=torch.int32, device="cpu")
-    for word, places in zip(words, _BIT_OF, strict=True):
-        for half in (0, 1):
-            for bit, place in zip((3, 2, 1, 0), places, strict=True):
-                word |= ((byte >> (4 * half + bit)) & 1) << (16 * half + place)
-    first, second = ((high[:, None] | low).flatten() for low, high in words.view(2, 2, 256))
-    return first, second
 
 
 def _unpack_codes(words: Tensor) -> Tensor:
     r, c, _ = words.shape
-    registers = []
-    for places in _BIT_OF:
-        byte = torch.zeros_like(words)
-        for half in (0, 1):
-            for bit, place in zip((3, 2, 1, 0), places, strict=True):
-                byte |= ((words >> (16 * half + place)) & 1) << (4 * half + bit)
-        registers.append(byte.to(torch.uint8))
-    grid = torch.stack(registers, -1).reshape(r, c, 4, 8, 4, 4, 2, 2)  # R C w g t s h r
+    table = _tables()[2].to(words.device)
+    low, high = (table.index_select(0, (half & 0xFFFF).flatten()) for half in (words, words >> 16))
+    grid = (low | (high << 4)).view(torch.uint8).view(r, c, 4, 8, 4, 4, 2, 2)  # R C w g t s h r
     return grid.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(r * TILE, c * TILE // 2)
+
+
+@functools.cache
+def _tables() -> tuple[Tensor, Tensor, Tensor]:
+    """Words by the two bytes of rows r = 0 and 1, for h = 0 and 1; and low nibbles by half words. Each ``[65536]``."""
+    index = torch.arange(1 << 16, dtype=torch.int32, device="cpu")
+    first, second, back = (torch.zeros_like(index) for _ in range(3))
+    for register, places in enumerate(_BIT_OF):
+        word, byte = (first, second)[register // 2], 8 * (register % 2)
+        for bit, place in zip((3, 2, 1, 0), places, strict=True):
+            word |= (((index >> (byte + bit)) & 1) << place) | (((index >> (byte + bit + 4)) & 1) << (place + 16))
+            back |= ((index >> place) & 1) << (8 * register + bit)
+    return first, second, back
 
 
 def _fold_signs(codes: Tensor, scales: Tensor, kind: ScaleKind, group: int) -> None:
