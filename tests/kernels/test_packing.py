@@ -11,7 +11,7 @@ from kernels.portable.limits import OWN
 from marlin_w4a16.kernels.expert_order import ORDERS, packed_rows
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import empty_packed, pack, pack_into
-from marlin_w4a16.kernels.packing import _pack_kernel
+from marlin_w4a16.kernels.packing import _TILES, _pack_kernel
 
 FORMATS = list(product(["e4m3", "e8m0"], [16, 32]))
 every_format = pytest.mark.parametrize("kind, group", FORMATS)
@@ -58,3 +58,18 @@ def test_codes_and_scales_of_any_strides(interpret):
         wide.codes.mT.contiguous().mT, wide.scales.mT.contiguous().mT, wide.multiplier, "e4m3", 16
     )
     check(interpret, (strided, None), (turned, None))
+
+
+@pytest.mark.parametrize("capability", OWN)
+@pytest.mark.parametrize("kind, group, mapped", [("e4m3", 16, True), ("e8m0", 32, True), ("e4m3", 32, False)])
+def test_the_kernel_is_small(capability, kind, group, mapped):
+    pointers = {"codes": "*u8", "scales": "*u8", "rows": "*i64" if mapped else "*u8", "words": "*i32", "tiles": "*u8"}
+    constants = dict(PAD=127, SIGNED=kind == "e4m3", GROUP=group, MAPPED=mapped, TILES=_TILES)
+    columns = dict(code_column=1, scale_column=1)
+    divisible = ("n", "k", "code_matrix", "code_row", "scale_matrix", "scale_row")
+    code = compiled(capability, _pack_kernel, pointers, constants | columns, divisible, num_warps=4)
+    assert_no_spills(code)
+    assert code.registers <= 96 and code.shared <= 1 << 10 and not code.has("SHFL")
+    words = [i for i in code.instructions if i.startswith("STG.E.128")]
+    assert len(words) == _TILES, "a lane writes its four words at once"
+    assert len(code.instructions) <= 100 * 4 * _TILES
