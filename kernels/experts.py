@@ -1,6 +1,7 @@
 """The packed weights of a mixture's experts."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,22 @@ def unpack_bias(bias: Tensor, intermediate: int, order: Order | str | None) -> T
     return bias[:, places(intermediate, width, order).to(bias.device)]
 
 
+def fit_each(weight: FP4Weight, *dtypes: torch.dtype) -> FP4Weight:
+    """`FP4Weight.fit_first` of each matrix of a stack: one that the first dtype cannot hold changes no other.
+
+    Raises:
+        ValueError: see there.
+    """
+    with suppress(ValueError):
+        return weight.fit(dtypes[0])
+    parts = zip(weight.codes, weight.scales, weight.multiplier, strict=True)
+    fitted = [weight.derived(*part).fit_first(*dtypes) for part in parts]
+    codes, scales, multiplier = (
+        torch.stack([getattr(one, field) for one in fitted]) for field in ("codes", "scales", "multiplier")
+    )
+    return weight.derived(codes, scales, multiplier)
+
+
 def pack_first(
     parts: Iterable[FP4Weight], experts: int, width: int, order: Order | str | None, into: PackedFP4 | None = None
 ) -> PackedFP4:
@@ -131,6 +148,7 @@ def _pack_parts(
         here = count if part.codes.ndim == 2 else slice(count, count + len(part.codes))
         pack_into(part, packed.matrix(here), rows)
         count += 1 if part.codes.ndim == 2 else len(part.codes)
+        del part  # before the next is made
     if packed is None or count != experts:
         raise ValueError(f"experts: found {count} matrices, expected {experts}")
     return packed

@@ -193,10 +193,11 @@ def pack_into(weight: FP4Weight, packed: PackedFP4, rows: Tensor | None = None) 
         rows: which row of each matrix stands at each packed row, -1 where one of zeros does; None: all, as they are.
     """
     rows = None if rows is None else rows.to(weight.codes.device)
-    multiplier, found = weight.multiplier, (weight.k, weight.kind, weight.group)
+    multiplier = weight.multiplier
     if rows is not None:
         multiplier = torch.where(rows < 0, 0, multiplier[..., rows.clamp(min=0)])
-    if found != (packed.k, packed.kind, packed.group) or multiplier.shape != packed.multiplier.shape:
+    same = (weight.k, weight.kind, weight.group) == (packed.k, packed.kind, packed.group)
+    if not same or multiplier.shape != packed.multiplier.shape:
         raise ValueError(f"{weight.name}: found another shape or format than that of the packed weight")
     if supports(weight.codes.device) and packed.contiguous() is packed:
         from marlin_w4a16.kernels.packing import write_tiles  # Triton, which there is for Linux only

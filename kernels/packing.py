@@ -1,8 +1,8 @@
 """Packs weights on a GPU: codes and scale bytes in rows become tiles (layout.py), all of a stack in one launch.
 
 A lane makes the four words that it will read together. Each is one byte of two rows (r) at two places (h), so that no
-byte crosses lanes: what the lanes of a warp ask for at once are four bytes of each of eight rows, which lie in one sector
-of a row of the tile and come from memory once.
+byte crosses lanes: what the lanes of a warp ask for at once are four bytes of each of eight rows, and what it asks for
+after that lies in the same sectors.
 """
 
 import triton
@@ -64,7 +64,9 @@ def _pack_kernel(
             flips = (scale.to(tl.int32) >> 7) * 0x88
         for h in tl.static_range(2):
             column = step * 8 + h * 4 + lane // 4
-            byte = tl.load(codes + source * code_row + column.to(tl.int64) * code_column, mask=held, other=0).to(tl.int32)
+            byte = tl.load(codes + source * code_row + column.to(tl.int64) * code_column, mask=held, other=0).to(
+                tl.int32
+            )
             word |= _bits_of_word(byte ^ flips, 2 * h + r)
     tl.store(words + (first_tile + tile) * 512 + at[None, :, None] * 16 + lane, word, mask=inside)
 

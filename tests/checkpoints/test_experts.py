@@ -9,8 +9,8 @@ from checkpoints.formats import FORMATS, written
 from marlin_w4a16.checkpoints import deepseek, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
 from marlin_w4a16.checkpoints.layers import Layer, contents
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.scheme import Scheme
-from marlin_w4a16.checkpoints.values import Reader
 
 DEEPSEEK = "layers.1.ffn.experts"
 GPT_OSS = "model.layers.1.mlp.experts"

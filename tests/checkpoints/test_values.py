@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import pytest
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt, values
 from marlin_w4a16.checkpoints.layers import contents
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
-from marlin_w4a16.checkpoints.values import Reader, bad_values, read
+from marlin_w4a16.checkpoints.values import bad_values, read
 
 N, K = 3, 64
 COLUMNS, ONE = torch.ones(K, dtype=torch.bfloat16), torch.tensor(0.5)
@@ -140,50 +140,33 @@ def test_a_stack_with_a_nan(tmp_path):
     )
 
 
-def test_a_reader_opens_each_file_once(tmp_path, monkeypatch):
-    stack = torch.arange(24.0).view(4, 3, 2)
-    save_file({"stack": stack, "one": torch.tensor(7.0)}, tmp_path / "a.safetensors")
-    save_file({"other": stack.bfloat16()}, tmp_path / "b.safetensors")
-    entries = files.entries(sorted(tmp_path.glob("*.safetensors")), {})
-    opened, safe_open = [], safetensors.safe_open
-    monkeypatch.setattr(
-        safetensors, "safe_open", lambda file, *args, **more: opened.append(file.name) or safe_open(file, *args, **more)
-    )
-    with Reader(torch.device("cpu")) as reader:
-        assert torch.equal(reader.tensor(entries["stack"], "stack"), stack)
-        assert all(torch.equal(reader.tensor(entries["stack"], "stack", i), part) for i, part in enumerate(stack))
-        assert reader.tensor(entries["one"], "one") == 7
-        assert torch.equal(reader.tensor(entries["other"], "other", 3), stack[3].bfloat16())
-    assert opened == ["a.safetensors", "b.safetensors"]
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_not_read(name, tmp_path, monkeypatch):
-    asked, opened = [], safetensors.safe_open
+    asked, stacked = [], Reader.stacked
 
-    class Recorded:
-        def __init__(self, *args, **kwargs):
-            self.context = opened(*args, **kwargs)
+    def noted(reader, places, *device):
+        asked.extend(place.name for place in places)
+        return stacked(reader, places, *device)
 
-        def __enter__(self):
-            self.file = self.context.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            self.context.__exit__(*error)
-
-        def get_tensor(self, name):
-            asked.append(name)
-            return self.file.get_tensor(name)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    monkeypatch.setattr(safetensors, "safe_open", Recorded)
+    monkeypatch.setattr(Reader, "stacked", noted)
     small = FORMATS[name][1].keys() - {"weight", "weight_packed"}
     scales = "scale" if "scale" in small else "weight_scale"
     assert write(tmp_path, name, scales, FORMATS[name][1][scales]) == []
     assert sorted(asked) == sorted(f"{path}.{leaf}" for path in "ab" for leaf in small)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 12, 1 << 20])
+def test_problems_are_told_in_the_order_of_layers(at_a_time, tmp_path, monkeypatch):
+    """However many tensors are looked at together."""
+    monkeypatch.setattr(values, "_AT_A_TIME", at_a_time)
+    scheme, good = FORMATS["nvfp4"]
+    bad = {"weight_scale": with_byte(E4M3, 0x7F), "input_scale": torch.tensor(torch.inf)}
+    layers = {"a": {}, "b": bad, "c": {}, "d": {"weight_scale_2": torch.tensor(torch.nan)}, "e": bad}
+    tensors = {f"{path}.{leaf}": t.clone() for path, more in layers.items() for leaf, t in {**good, **more}.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    held = contents(files.entries([tmp_path / "a.safetensors"], {}), scheme)
+    found = [problem.tensor for problem in bad_values(held.layers[path] for path in "abcde")]
+    assert found == ["b.weight_scale", "b.input_scale", "d.weight_scale_2", "e.weight_scale", "e.input_scale"]
 
 
 def test_some_tensors_are_read(tmp_path):

@@ -15,9 +15,9 @@ from marlin_w4a16.kernels.decode import route, tiles
 from marlin_w4a16.kernels.decode.tiles import Tiles
 from marlin_w4a16.kernels.decode.unpack import scale_pairs, unpack_words
 from marlin_w4a16.kernels.experts import Experts
+from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.grad_launch import GradLaunch
 from marlin_w4a16.kernels.launch import Launch
-from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, empty_packed
 from marlin_w4a16.kernels.portable import dense, grad_input
 from marlin_w4a16.kernels.portable import linear as kernels

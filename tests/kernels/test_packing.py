@@ -1,6 +1,5 @@
 """The kernel that packs, in Triton's interpreter: bit for bit what plain torch makes."""
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,7 +9,7 @@ from kernels.machine import assert_no_spills, compiled
 from kernels.portable.limits import OWN
 from marlin_w4a16.kernels.expert_order import ORDERS, packed_rows
 from marlin_w4a16.kernels.fp4 import FP4Weight
-from marlin_w4a16.kernels.layout import empty_packed, pack, pack_into
+from marlin_w4a16.kernels.layout import empty_packed, pack_into
 from marlin_w4a16.kernels.packing import _TILES, _pack_kernel
 
 FORMATS = list(product(["e4m3", "e8m0"], [16, 32]))
@@ -53,7 +52,9 @@ def test_stacks_with_their_rows_in_every_order(kind, group, interpret):
 
 def test_codes_and_scales_of_any_strides(interpret):
     wide = draw(70, 192, "e4m3", 16, 2)
-    strided = FP4Weight.unchecked(wide.codes[:, ::2, ::2], wide.scales[:, ::2, ::2], wide.multiplier[:, ::2], "e4m3", 16)
+    strided = FP4Weight.unchecked(
+        wide.codes[:, ::2, ::2], wide.scales[:, ::2, ::2], wide.multiplier[:, ::2], "e4m3", 16
+    )
     turned = FP4Weight.unchecked(
         wide.codes.mT.contiguous().mT, wide.scales.mT.contiguous().mT, wide.multiplier, "e4m3", 16
     )

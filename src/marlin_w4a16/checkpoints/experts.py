@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.layers import Layer
+from marlin_w4a16.checkpoints.reader import Place, Reader
 from marlin_w4a16.checkpoints.storage import FP4Storage
-from marlin_w4a16.checkpoints.values import Reader
 from marlin_w4a16.kernels.fp4 import FP4Weight
+
+_AT_A_TIME = 20 << 20  # bytes; gate and up are there once more while they are put below each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,29 @@ class Stack:
 
     def read(self, expert: int, reader: Reader) -> dict[str, Tensor]:
         """The tensors of one expert by leaf."""
+        return {leaf: reader.tensor(*self._place(expert, leaf)) for leaf in self.like.entries}
+
+    def small(self, reader: Reader) -> dict[str, Tensor]:
+        """The tensors beside codes and scales of all experts by leaf, ``[experts, ...]``, on the CPU."""
+        places = {leaf: [self._place(expert, leaf) for expert in range(self.experts)] for leaf in self.like.small}
+        return {leaf: reader.stacked(of_all, torch.device("cpu")) for leaf, of_all in places.items()}
+
+    def weights(self, experts: range, small: Mapping[str, Tensor], reader: Reader) -> FP4Weight:
+        """The weights of some experts in a row, ``[experts, n, k]``; ``small`` is what `small` found."""
+        n, some = self.like.n, slice(experts.start, experts.stop)
+        big = (self.storage.leaf("codes"), self.storage.leaf("scales"))
+        tensors = {leaf: reader.stacked([self._place(e, leaf) for e in experts]).flatten(0, 1) for leaf in big}
+        factor = self.storage.part("multiplier", "divisor")
+        if factor is not None:  # one for each row of all that stand below each other
+            of_rows = small[factor.leaf][some].reshape(len(experts), -1).expand(-1, n).flatten()
+            tensors[factor.leaf] = of_rows.to(tensors[big[0]].device)
+        flat = self.weight(tensors)
+        parts = (tensor.unflatten(0, (len(experts), n)) for tensor in (flat.codes, flat.scales, flat.multiplier))
+        return flat.derived(*parts)
+
+    def _place(self, expert: int, leaf: str) -> Place:
         layer = self.layers[0 if self.like.experts else expert]
-        index = expert if self.like.experts else None
-        return {leaf: reader.tensor(entry, layer.name(leaf), index) for leaf, entry in layer.entries.items()}
+        return Place(layer.entries[leaf], layer.name(leaf), expert if self.like.experts else None)
 
     def weight(self, tensors: Mapping[str, Tensor]) -> FP4Weight:
         """The weight of the expert whose tensors these are."""
@@ -61,6 +84,14 @@ class Stack:
                     whole[leaf] = tensor.new_empty((self.experts, *tensor.shape))
                 whole[leaf][expert] = tensor
         yield from ((self.like.name(leaf), tensor) for leaf, tensor in whole.items())
+
+
+def some_at_a_time(*stacks: Stack) -> Iterator[range]:
+    """The experts of stacks, as many at a time as have 20 MB of codes and scales, but at least one."""
+    experts = stacks[0].experts
+    nbytes = sum(layer.nbytes for stack in stacks for layer in stack.layers)
+    step = max(1, _AT_A_TIME * experts // max(1, nbytes))
+    return (range(start, min(start + step, experts)) for start in range(0, experts, step))
 
 
 @dataclass(frozen=True, slots=True)

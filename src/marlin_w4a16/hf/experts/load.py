@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from marlin_w4a16.checkpoints.experts import StoredMixture
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.checkpoints.values import Reader
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.hf.placing import put
 
 

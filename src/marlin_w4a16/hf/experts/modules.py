@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.checkpoints.experts import Stack
+from marlin_w4a16.checkpoints.experts import Stack, some_at_a_time
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.storage import DTYPES
-from marlin_w4a16.checkpoints.values import Reader
 from marlin_w4a16.hf.experts.gather import Gathered
 from marlin_w4a16.hf.linear import decoded
-from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_first
+from marlin_w4a16.kernels.experts import fit_each, pack_each, pack_first, unpack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.state import PackedState
@@ -37,7 +37,7 @@ class StoredExperts(nn.Module):
             self.register_parameter(f"{name}_bias", experts._parameters.get(f"{name}_bias"))
 
     def loaded(self, reader: Reader) -> "CheckpointExperts":
-        """The experts that run, read and packed one at a time."""
+        """The experts that run, read and packed some at a time."""
         return CheckpointExperts(self, reader).train(self.training)
 
     def dense(self, reader: Reader, dtype: torch.dtype) -> nn.Module:
@@ -71,27 +71,32 @@ class CheckpointExperts(PackedExperts):
         mixture, order = stored.mixture, stored.order
         self.mixture, self.like, self._unfitted = mixture, stored.like, dict[tuple[str, int], tuple[Tensor, Tensor]]()
         count, width = mixture.second.experts, mixture.second.like.k
+        small = {stack.name: stack.small(reader) for stack in mixture.stacks}
         for stack in mixture.stacks:
-            for leaf in stack.like.small:
-                kept = torch.empty((count, stack.like.entries[leaf].nbytes), dtype=torch.uint8)
+            for leaf, of_all in small[stack.name].items():
+                kept = of_all.reshape(count, -1).view(torch.uint8)
                 self.register_bits(_kept(stack, leaf), kept, persistent=False)
 
-        def read(stack: Stack, expert: int) -> FP4Weight:
-            tensors = stack.read(expert, reader)
-            for leaf in stack.like.small:
-                getattr(self, _kept(stack, leaf))[expert] = tensors[leaf].reshape(-1).view(torch.uint8)
-            weight = stack.weight(tensors)
-            fitted = weight.fit_first(torch.float16, stored.dtype)
-            if fitted is not weight:  # as they were: see FP4Weight.fit
-                rows = (fitted.scales != weight.scales).any(-1).nonzero()[:, 0]
-                self._unfitted[stack.name, expert] = rows.cpu(), weight.scales[rows].cpu()
-            return fitted
+        def read(*stacks: Stack) -> Iterator[FP4Weight]:
+            for experts in some_at_a_time(*stacks):
+                weights = (stack.weights(experts, small[stack.name], reader) for stack in stacks)
+                named = zip((stack.name for stack in stacks), weights, strict=True)
+                yield _joined([self._fitted(name, experts.start, weight, stored.dtype) for name, weight in named])
 
-        parts = (_joined([read(stack, expert) for stack in mixture.first]) for expert in range(count))
-        w13 = pack_first(parts, count, width, order)
-        w2 = pack_each((read(mixture.second, expert) for expert in range(count)), count)
+        w13 = pack_first(read(*mixture.first), count, width, order)
+        w2 = pack_each(read(mixture.second), count)
         biases = [getattr(stored, f"{name}_bias") for name in names_of(self.like[0])]
         self._hold((w13, w2), stored.activation, order, mixture.rows, biases, stored.dtype)
+
+    def _fitted(self, name: str, first: int, weight: FP4Weight, dtype: torch.dtype) -> FP4Weight:
+        """Experts from ``first`` on as they are packed; keeps the scales that changes (see `FP4Weight.fit`)."""
+        fitted = fit_each(weight, torch.float16, dtype)
+        if fitted is not weight:
+            expert, row = (fitted.scales != weight.scales).any(-1).nonzero(as_tuple=True)
+            scales, expert, row = weight.scales[expert, row].cpu(), expert.cpu(), row.cpu()
+            for one in expert.unique().tolist():
+                self._unfitted[name, first + one] = row[expert == one], scales[expert == one]
+        return fitted
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `PackedExperts.forward`; experts that a device map put on the CPU come over for the call."""
@@ -167,11 +172,11 @@ def dense_experts(
 
 
 def _joined(parts: list[FP4Weight]) -> FP4Weight:
-    """Matrices of one format below each other."""
+    """Matrices of one format below each other, or those of stacks."""
     if len(parts) == 1:
         return parts[0]
-    fields = ("codes", "scales", "multiplier")
-    codes, scales, multiplier = (torch.cat([getattr(part, field) for part in parts]) for field in fields)
+    fields = (("codes", -2), ("scales", -2), ("multiplier", -1))
+    codes, scales, multiplier = (torch.cat([getattr(part, field) for part in parts], axis) for field, axis in fields)
     return parts[0].derived(codes, scales, multiplier)
 
 
