@@ -158,10 +158,7 @@ def packed_nbytes(n: int, k: int, group: int) -> int:
 
 
 def pack(weight: FP4Weight | PackedFP4) -> PackedFP4:
-    """Packs a weight on its own device; what is packed already is returned as it is.
-
-    Works in blocks of rows, so that beyond the packed tensors only a few tens of megabytes are taken.
-    """
+    """Packs a weight on its own device, beyond the packed tensors in a few tens of megabytes; or it is packed."""
     if isinstance(weight, PackedFP4):
         return weight
     packed = empty_packed(weight, weight.n)
@@ -192,17 +189,17 @@ def pack_into(weight: FP4Weight, packed: PackedFP4, rows: Tensor | None = None) 
         packed: what is written over.
         rows: which row of each matrix stands at each packed row, -1 where one of zeros does; None: all, as they are.
     """
-    rows = None if rows is None else rows.to(weight.codes.device)
-    multiplier = weight.multiplier
+    multiplier, device = weight.multiplier, weight.codes.device
     if rows is not None:
+        rows = rows.to(device)
         multiplier = torch.where(rows < 0, 0, multiplier[..., rows.clamp(min=0)])
     same = (weight.k, weight.kind, weight.group) == (packed.k, packed.kind, packed.group)
     if not same or multiplier.shape != packed.multiplier.shape:
         raise ValueError(f"{weight.name}: found another shape or format than that of the packed weight")
-    if supports(weight.codes.device) and packed.contiguous() is packed:
+    if supports(device) and packed.words.device == device and packed.contiguous() is packed:
         from marlin_w4a16.kernels.packing import write_tiles  # Triton, which there is for Linux only
 
-        with torch.cuda.device(weight.codes.device):
+        with torch.cuda.device(device):
             write_tiles(weight, packed, rows)
     else:
         _write_tiles(weight, packed, rows)
@@ -263,8 +260,7 @@ def _pack_codes(codes: Tensor, words: Tensor) -> None:
 
 
 def _unpack_codes(words: Tensor) -> Tensor:
-    r, c, _ = words.shape
-    table = _tables()[2].to(words.device)
+    (r, c, _), table = words.shape, _tables()[2].to(words.device)
     low, high = (table.index_select(0, (half & 0xFFFF).flatten()) for half in (words, words >> 16))
     grid = (low | (high << 4)).view(torch.uint8).view(r, c, 4, 8, 4, 4, 2, 2)  # R C w g t s h r
     return grid.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(r * TILE, c * TILE // 2)

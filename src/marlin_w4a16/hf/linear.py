@@ -10,6 +10,7 @@ from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES, Activations, FP8Storage
 from marlin_w4a16.kernels.fp4 import FP4Weight, round_once
 from marlin_w4a16.kernels.inputs import fake_quantize
+from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind
 from marlin_w4a16.modules.packed_linear import PackedLinear
 
@@ -85,7 +86,7 @@ class CheckpointLinear(PackedLinear):
         storage = layer.fp4
         stored = storage.read(tensors, layer.path)
         fitted = stored.fit_first(torch.float16, dtype)
-        super().__init__(fitted, bias, dtype)
+        super().__init__(pack(fitted), bias, dtype)
         self.layer = layer
         self.quantize_input = storage.activations if keep else None
         for leaf in layer.small:
@@ -94,7 +95,9 @@ class CheckpointLinear(PackedLinear):
         self.pre_scale = scale.leaf if scale is not None and scale.leaf in layer.entries else None
         self.input_factor = factor if factor is not None and factor.leaf in layer.entries else None
         # rows whose scales packing changed (see FP4Weight.fit), as they were
-        rows = (fitted.scales != stored.scales).any(-1).nonzero()[:, 0]
+        rows = torch.empty(0, dtype=torch.int64, device=stored.scales.device)
+        if fitted is not stored:  # or the device would be waited for
+            rows = (fitted.scales != stored.scales).any(-1).nonzero()[:, 0]
         self.register_bits("unfitted_rows", rows, persistent=False)
         self.register_bits("unfitted_scales", stored.scales[rows], persistent=False)
 
