@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.formats import FORMATS, written
-from marlin_w4a16.checkpoints import deepseek, files, gpt_oss, modelopt
-from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
+from marlin_w4a16.checkpoints import deepseek, experts, files, gpt_oss, modelopt
+from marlin_w4a16.checkpoints.experts import Stack, StoredMixture, some_at_a_time
 from marlin_w4a16.checkpoints.layers import Layer, contents
 from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.scheme import Scheme
@@ -88,6 +88,31 @@ def test_the_weight_of_each_expert_is_its_own(name, stacks):
     decoded = [weight.decode() for weight in weights]
     assert {tuple(values.shape) for values in decoded} == {LOOKS[name][:2]}
     assert not any(torch.equal(decoded[0], other) for other in decoded[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_some_experts_are_read_as_each_by_itself(name, stacks):
+    one = stacks[name]
+    with Reader(torch.device("cpu")) as reader:
+        small = one.small(reader)
+        alone = [one.read(expert, reader) for expert in range(4)]
+        found = [weight for some in (range(3), range(3, 4)) for weight in [one.weights(some, small, reader)]]
+    assert small.keys() == set(one.like.small) and all(len(tensor) == 4 for tensor in small.values())
+    assert all(same(small[leaf][e], tensors[leaf]) for e, tensors in enumerate(alone) for leaf in small)
+    assert [weight.codes.shape[0] for weight in found] == [3, 1]
+    for field in ("codes", "scales", "multiplier"):
+        expected = torch.stack([getattr(one.weight(tensors), field) for tensors in alone])
+        assert torch.equal(torch.cat([getattr(weight, field) for weight in found]), expected)
+
+
+def test_as_many_experts_are_read_at_a_time_as_are_held(stacks, monkeypatch):
+    one, nbytes = stacks["deepseek-v4"], 96 * (48 + 3)
+    assert list(some_at_a_time(one)) == [range(4)]
+    for held, ranges in ((3 * nbytes, [range(3), range(3, 4)]), (1, [range(e, e + 1) for e in range(4)])):
+        monkeypatch.setattr(experts, "_AT_A_TIME", held)
+        assert list(some_at_a_time(one)) == ranges
+    monkeypatch.setattr(experts, "_AT_A_TIME", 4 * nbytes)
+    assert list(some_at_a_time(one, one)) == [range(2), range(2, 4)]
 
 
 def test_too_few_experts_are_no_stack(stacks):

@@ -13,7 +13,7 @@ from marlin_w4a16.checkpoints.storage import FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import as_bytes
 from marlin_w4a16.kernels.scale_bytes import ScaleKind, is_nan, scale_bytes
 
-_AT_A_TIME = 16 << 20  # bytes
+_AT_A_TIME = 4 << 20  # bytes, which caches hold
 
 
 def read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
