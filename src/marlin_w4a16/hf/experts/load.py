@@ -1,4 +1,4 @@
-"""Experts are read one at a time, and not by transformers, which would hold all of a model before any is packed.
+"""Experts are read some at a time, and not by transformers, which would hold all of a model before any is packed.
 
 What transformers has to know about them: which tensors it need not load, and how many bytes they will take.
 """
