@@ -5,6 +5,7 @@ byte crosses lanes: what the lanes of a warp ask for at once are four bytes of e
 after that lies in the same sectors.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -83,6 +84,8 @@ def _pack_kernel(
 def write_tiles(weight: FP4Weight, packed: PackedFP4, rows: Tensor | None) -> None:
     """Writes the words and the scales of `pack_into`, bit for bit those of plain torch; not the multiplier.
 
+    Their versions count the write, as for one by torch.
+
     Args:
         weight, rows: see `pack_into`; of any strides.
         packed: contiguous.
@@ -98,3 +101,6 @@ def write_tiles(weight: FP4Weight, packed: PackedFP4, rows: Tensor | None) -> No
         PAD=PAD_SCALE[packed.kind], SIGNED=packed.kind == "e4m3", GROUP=packed.group, MAPPED=rows is not None,
         TILES=_TILES, num_warps=4,
     )  # fmt: skip
+    for tensor in (packed.words, packed.scales):
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints.formats import FORMATS, written
 from marlin_w4a16.checkpoints import deepseek, experts, files, gpt_oss, modelopt
@@ -11,7 +12,9 @@ from marlin_w4a16.checkpoints.experts import Stack, StoredMixture, some_at_a_tim
 from marlin_w4a16.checkpoints.layers import Layer, contents
 from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.scheme import Scheme
+from marlin_w4a16.kernels.experts import fit_each, pack_first
 
+aten = torch.ops.aten
 DEEPSEEK = "layers.1.ffn.experts"
 GPT_OSS = "model.layers.1.mlp.experts"
 NEMOTRON = "backbone.layers.1.mixer.experts"
@@ -103,6 +106,31 @@ def test_some_experts_are_read_as_each_by_itself(name, stacks):
     for field in ("codes", "scales", "multiplier"):
         expected = torch.stack([getattr(one.weight(tensors), field) for tensors in alone])
         assert torch.equal(torch.cat([getattr(weight, field) for weight in found]), expected)
+
+
+class Asked(TorchDispatchMode):
+    """How often an operator makes the host wait for what a device computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (aten._local_scalar_dense, aten.equal, aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES[1:4])
+def test_experts_are_asked_about_once_for_all(name, stacks):
+    """Whether scales are NaN, and whether multipliers are finite; the ends of the range of E8M0 are a tensor."""
+    one = stacks[name]
+    with Reader(torch.device("cpu")) as reader:
+        small = one.small(reader)
+        for some in (range(1), range(4)):
+            with Asked() as asked:
+                weight = fit_each(one.weights(some, small, reader), torch.float16, torch.bfloat16)
+                pack_first([weight], len(some), one.like.n // 2, "gate_up")
+            assert asked.count == 2
 
 
 def test_as_many_experts_are_read_at_a_time_as_are_held(stacks, monkeypatch):

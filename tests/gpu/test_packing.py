@@ -59,13 +59,14 @@ def test_strided_codes_and_scales():
 def test_over_a_stack_that_stays_where_it_is():
     first, second = (draw(96, 160, "e4m3", 16, 4) for _ in range(2))
     packed = pack_first([on_the_gpu(first)], 4, 64, "gate_up")
-    before = [t.data_ptr() for t in packed.tensors]
+    before, versions = [t.data_ptr() for t in packed.tensors], [t._version for t in packed.tensors]
     parts = on_the_gpu(second)
     halves = (
         parts.derived(*(t[at] for t in (parts.codes, parts.scales, parts.multiplier))) for at in (slice(1), slice(1, 4))
     )
     assert pack_first(halves, 4, 64, "gate_up", packed) is packed
     assert [t.data_ptr() for t in packed.tensors] == before
+    assert all(t._version > version for t, version in zip(packed.tensors, versions, strict=True))
     assert_same(packed, pack_first([second], 4, 64, "gate_up"))
 
 

@@ -55,7 +55,9 @@ def packed_by_the_kernel(weight: FP4Weight, n: int, rows: Tensor | None) -> tupl
     packed = empty_packed(weight, n)
     packed.words.fill_(-1)
     packed.scales.fill_(0xAA)
+    before = [tensor._version for tensor in (packed.words, packed.scales)]
     packing.write_tiles(weight, packed, rows)
+    assert [tensor._version - 1 for tensor in (packed.words, packed.scales)] == before, "a write is counted"
     return packed.words, packed.scales
 
 

@@ -60,7 +60,8 @@ class Stack:
             of_rows = small[factor.leaf][some].reshape(len(experts), -1).expand(-1, n).flatten()
             tensors[factor.leaf] = of_rows.to(tensors[big[0]].device)
         flat = self.weight(tensors)
-        parts = (tensor.unflatten(0, (len(experts), n)) for tensor in (flat.codes, flat.scales, flat.multiplier))
+        each = (len(experts), n)
+        parts = (torch.unflatten(tensor, 0, each) for tensor in (flat.codes, flat.scales, flat.multiplier))
         return flat.derived(*parts)
 
     def _place(self, expert: int, leaf: str) -> Place:

@@ -24,16 +24,16 @@ _ALONE = 1 << 18  # bytes that are read by the caller's thread: to hand them out
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: its entry, its name, and which part of its first axis, or None: it is all."""
+    """Where a tensor lies: its entry, its name, and which row of its first axis, or None: it is all."""
 
     entry: Entry
     name: str
-    index: int | None = None
+    row: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
-        return self.entry.shape if self.index is None else self.entry.shape[1:]
+        return self.entry.shape if self.row is None else self.entry.shape[1:]
 
 
 class Reader(ExitStack):
@@ -68,11 +68,11 @@ class Reader(ExitStack):
 
     def _pieces(self, places: Sequence[Place]) -> Iterator[tuple[int, int, int]]:
         """Files, offsets and bytes of what is read, in order."""
-        for entry, name, index in places:
+        for entry, name, row in places:
             file, start, nbytes = self._find(entry, name)
-            if index is not None:
+            if row is not None:
                 nbytes //= entry.shape[0]
-                start += index * nbytes
+                start += row * nbytes
             for at in range(0, nbytes, _PIECE):
                 yield file, start + at, min(_PIECE, nbytes - at)
 
