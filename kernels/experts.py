@@ -1,6 +1,7 @@
 """The packed weights of a mixture's experts."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order, packed_rows, places
 from marlin_w4a16.kernels.fp4 import FP4Weight
-from marlin_w4a16.kernels.layout import PAD_SCALE, PackedFP4, empty_packed, pack, pack_into
+from marlin_w4a16.kernels.layout import PackedFP4, empty_packed, pack, pack_into
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +41,7 @@ class Experts:
 def pack_experts(
     w13: FP4Weight | PackedFP4, w2: FP4Weight | PackedFP4, order: Order | str | None
 ) -> tuple[PackedFP4, PackedFP4]:
-    """Packs the weights of a mixture's experts, one expert at a time; what is packed already is returned as it is.
+    """Packs the weights of a mixture's experts; what is packed already is returned as it is.
 
     Args:
         w13: the first product ``[experts, rows, hidden]``, with 2 i rows if gated, else i.
@@ -94,32 +95,60 @@ def unpack_bias(bias: Tensor, intermediate: int, order: Order | str | None) -> T
     return bias[:, places(intermediate, width, order).to(bias.device)]
 
 
+def fit_each(weight: FP4Weight, *dtypes: torch.dtype) -> FP4Weight:
+    """`FP4Weight.fit_first` of each matrix of a stack: one that the first dtype cannot hold changes no other.
+
+    Raises:
+        ValueError: see there.
+    """
+    with suppress(ValueError):
+        return weight.fit(dtypes[0])
+    parts = zip(weight.codes, weight.scales, weight.multiplier, strict=True)
+    fitted = [weight.derived(*part).fit_first(*dtypes) for part in parts]
+    codes, scales, multiplier = (
+        torch.stack([getattr(one, field) for one in fitted]) for field in ("codes", "scales", "multiplier")
+    )
+    return weight.derived(codes, scales, multiplier)
+
+
 def pack_first(
     parts: Iterable[FP4Weight], experts: int, width: int, order: Order | str | None, into: PackedFP4 | None = None
 ) -> PackedFP4:
-    """Packs the first products of a mixture, one expert at a time: each may be let go before the next is made.
+    """Packs the first products of a mixture, some experts at a time: these may be let go before the next are made.
 
     Args:
-        parts: one for each expert, of 2 i rows if gated, else of i.
-        experts: how many there are.
+        parts: of one expert each, or stacks of several, of 2 i rows if gated, else of i.
+        experts: how many there are in all.
         width: columns of the second product: i, padded to whole groups.
         order: see `pack_experts`.
         into: what is packed over, at its addresses, or None for new tensors.
     """
-    return pack_each((_placed(part, width, order) for part in parts), experts, into)
+    return _pack_parts(parts, experts, into, (width, order))
 
 
 def pack_each(parts: Iterable[FP4Weight], experts: int, packed: PackedFP4 | None = None) -> PackedFP4:
-    """Packs equal matrices into one stack, one at a time; over ``packed``, if it is given.
+    """Packs equal matrices, or stacks of some, into one stack, one part at a time; over ``packed``, if it is given.
 
     Raises:
-        ValueError: there are fewer than ``experts``, or they differ in shape or format.
+        ValueError: they are not ``experts`` matrices, or differ in shape or format.
     """
-    count = 0
+    return _pack_parts(parts, experts, packed, None)
+
+
+def _pack_parts(
+    parts: Iterable[FP4Weight], experts: int, packed: PackedFP4 | None, placed: tuple[int, Order | str | None] | None
+) -> PackedFP4:
+    """See `pack_each`; ``placed`` are width and order of a first product."""
+    count, rows = 0, None
     for part in parts:
-        packed = packed or empty_packed(part, part.n, experts)
-        pack_into(part, packed.matrix(count))
-        count += 1
+        if placed is not None and rows is None:
+            width, order = placed
+            rows = packed_rows(part.n // (1 if order is None else 2), width, order).to(part.codes.device)
+        packed = packed or empty_packed(part, part.n if rows is None else len(rows), (experts,))
+        here = count if part.codes.ndim == 2 else slice(count, count + len(part.codes))
+        pack_into(part, packed.matrix(here), rows)
+        count += 1 if part.codes.ndim == 2 else len(part.codes)
+        del part  # before the next is made
     if packed is None or count != experts:
         raise ValueError(f"experts: found {count} matrices, expected {experts}")
     return packed
@@ -134,14 +163,4 @@ def _pack_first(w13: FP4Weight, width: int, order: Order | str | None) -> Packed
             f"{w13.name}: found {found}, expected [experts, {'2 i' if halves == 2 else 'i'}] for a second product of "
             f"{width} columns, which are i, padded to whole groups"
         )
-    return pack_first(w13.matrices(), len(w13.codes), width, order, empty_packed(w13, halves * width))
-
-
-def _placed(part: FP4Weight, width: int, order: Order | str | None) -> FP4Weight:
-    """A matrix with its rows where they are packed, and rows of zeros between them."""
-    rows = packed_rows(part.n // (1 if order is None else 2), width, order).to(part.codes.device)
-    empty, rows = (rows < 0)[:, None], rows.clamp(min=0)
-    codes = torch.where(empty, 0, part.codes[rows])
-    scales = torch.where(empty, PAD_SCALE[part.kind], part.scales[rows])
-    multiplier = torch.where(empty[:, 0], 0, part.multiplier[rows])
-    return part.derived(codes, scales, multiplier)
+    return pack_first((w13,), len(w13.codes), width, order)

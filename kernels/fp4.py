@@ -6,12 +6,13 @@ Formats: E2M1 elements and E8M0 scales as in the OCP Microscaling specification 
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from marlin_w4a16.kernels.scale_bytes import (
+    E8M0_BIAS,
     SCALE_DTYPES,
     SCALE_KINDS,
     ScaleKind,
@@ -99,11 +100,6 @@ class FP4Weight:
         for at in row_slices(self.n, self.k, elements):
             yield at, self.derived(self.codes[at], self.scales[at], self.multiplier[at])
 
-    def matrices(self) -> Iterator["FP4Weight"]:
-        """The matrices of a stack ``[experts, n, k]``, one by one."""
-        for codes, scales, multiplier in zip(self.codes, self.scales, self.multiplier, strict=True):
-            yield self.derived(codes, scales, multiplier)
-
     def derived(self, codes: Tensor, scales: Tensor, multiplier: Tensor) -> "FP4Weight":
         """A weight of this format and name from rows that were checked once: values are not looked at again."""
         return FP4Weight.unchecked(codes, scales, multiplier, self.kind, self.group, self.name)
@@ -130,11 +126,14 @@ class FP4Weight:
         """
         if self.kind == "e4m3" or not self.scales.numel():
             return self
+        limits = EXACT_EXPONENTS[dtype]
+        least, most = (byte - E8M0_BIAS for byte in torch.stack(torch.aminmax(self.scales)).tolist())
+        if limits[0] <= least and most <= limits[1]:
+            return self
         if self.codes.ndim > 2:
             flat = self._reshaped(self.multiplier.numel())
             fitted = flat.fit(dtype)
             return self if fitted is flat else fitted._reshaped(*self.multiplier.shape)
-        limits = EXACT_EXPONENTS[dtype]
         scales, shift = torch.empty_like(self.scales), torch.empty_like(self.multiplier, dtype=torch.int32)
         for rows, part in self.row_blocks(16 * BLOCK_ELEMENTS):  # half a byte each
             scales[rows], shift[rows], span = _moved(part, *limits)
@@ -146,11 +145,11 @@ class FP4Weight:
             raise ValueError(
                 f"{self.name}: multiplier leaves the range of float32 when the rows' powers of two move into it"
             )
-        return replace(self, scales=scales, multiplier=multiplier)
+        return self.derived(self.codes, scales, multiplier)
 
     def _reshaped(self, *lead: int) -> "FP4Weight":
         codes, scales = (t.reshape(*lead, t.shape[-1]) for t in (self.codes, self.scales))
-        return replace(self, codes=codes, scales=scales, multiplier=self.multiplier.reshape(lead))
+        return self.derived(codes, scales, self.multiplier.reshape(lead))
 
     def fit_first(self, *dtypes: torch.dtype) -> "FP4Weight":
         """`fit` for the first of some dtypes that can hold the weight.

@@ -26,7 +26,7 @@ Rows and columns are padded with zero codes to whole tiles here, never at run ti
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.fp4 import FP4Weight, block_rows, format_name
 from marlin_w4a16.kernels.scale_bytes import E8M0_BIAS, ScaleKind
+from marlin_w4a16.kernels.target import supports
 
 TILE = 64
 TILE_WORDS = TILE * TILE // 8
@@ -86,8 +87,8 @@ class PackedFP4:
         """Bytes of words, scales and multiplier."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
-    def matrix(self, index: int) -> "PackedFP4":
-        """One matrix of a weight of three dimensions, as views."""
+    def matrix(self, index: int | slice) -> "PackedFP4":
+        """One matrix of a weight of three dimensions, or some of them, as views."""
         words, scales, multiplier = (t[index] for t in self.tensors)
         return replace(self, words=words, scales=scales, multiplier=multiplier)
 
@@ -124,13 +125,16 @@ class PackedFP4:
         scales = torch.empty((*lead, self.n, self.k // self.group), dtype=torch.uint8, device=self.words.device)
         for rows, words, scale_tiles, codes_out, scales_out in self._blocks(codes, scales):
             count = rows.stop - rows.start
-            scales_out[rows] = untile_scales(scale_tiles, self.group)[:count, : scales.shape[-1]]
-            found = _unpack_codes(words)[:count, : codes.shape[-1]]
-            codes_out[rows] = _fold_signs(found, scales_out[rows], self.kind, self.group)
+            signed, found = untile_scales(scale_tiles, self.group), _unpack_codes(words)
+            _fold_signs(found, signed, self.kind, self.group)
+            scales_out[rows] = signed[:count, : scales.shape[-1]]
+            codes_out[rows] = found[:count, : codes.shape[-1]]
         return FP4Weight(codes, scales, self.multiplier.clone(), self.kind, self.group, name)
 
     def _blocks(self, *canonical: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """Walks blocks of rows, as (rows, words, scale tiles), beside the matrices of two canonical tensors."""
+        if not self.words.numel():
+            return
         step = block_tiles(self.k)
         matrices = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in canonical)
         tiled = (t.view(math.prod(t.shape[:-3]), *t.shape[-3:]) for t in (self.words, self.scales))
@@ -154,10 +158,7 @@ def packed_nbytes(n: int, k: int, group: int) -> int:
 
 
 def pack(weight: FP4Weight | PackedFP4) -> PackedFP4:
-    """Packs a weight on its own device; what is packed already is returned as it is.
-
-    Works in blocks of rows, so that beyond the packed tensors only a few tens of megabytes are taken.
-    """
+    """Packs a weight on its own device, beyond the packed tensors in a few tens of megabytes; or it is packed."""
     if isinstance(weight, PackedFP4):
         return weight
     packed = empty_packed(weight, weight.n)
@@ -165,9 +166,9 @@ def pack(weight: FP4Weight | PackedFP4) -> PackedFP4:
     return packed
 
 
-def empty_packed(weight: FP4Weight, n: int, *stack: int) -> PackedFP4:
-    """Packed tensors, not filled yet, for a stack of matrices like those of a weight but of ``n`` rows."""
-    lead, device = (*stack, *weight.codes.shape[:-2]), weight.codes.device
+def empty_packed(weight: FP4Weight, n: int, lead: Sequence[int] | None = None) -> PackedFP4:
+    """Packed tensors, not filled yet, for matrices like those of a weight but of ``n`` rows, or for a stack of them."""
+    lead, device = weight.codes.shape[:-2] if lead is None else lead, weight.codes.device
     words, scales, multiplier = packed_shapes(n, weight.k, weight.group)
     return PackedFP4(
         torch.empty((*lead, *words), dtype=torch.int32, device=device),
@@ -180,19 +181,41 @@ def empty_packed(weight: FP4Weight, n: int, *stack: int) -> PackedFP4:
     )
 
 
-def pack_into(weight: FP4Weight, packed: PackedFP4) -> None:
-    """Packs a weight over the tensors of a packed one of the same shape and format: addresses stay."""
-    same = (weight.n, weight.k, weight.kind, weight.group) == (packed.n, packed.k, packed.kind, packed.group)
-    if not same or weight.multiplier.shape != packed.multiplier.shape:
+def pack_into(weight: FP4Weight, packed: PackedFP4, rows: Tensor | None = None) -> None:
+    """Packs a weight over the tensors of a packed one of the same shape and format: addresses stay.
+
+    Args:
+        weight: a matrix or a stack of them.
+        packed: what is written over.
+        rows: which row of each matrix stands at each packed row, -1 where one of zeros does; None: all, as they are.
+    """
+    multiplier, device = weight.multiplier, weight.codes.device
+    if rows is not None:
+        rows = rows.to(device)
+        multiplier = torch.where(rows < 0, 0, multiplier[..., rows.clamp(min=0)])
+    same = (weight.k, weight.kind, weight.group) == (packed.k, packed.kind, packed.group)
+    if not same or multiplier.shape != packed.multiplier.shape:
         raise ValueError(f"{weight.name}: found another shape or format than that of the packed weight")
-    for rows, words, scale_tiles, codes, scales in packed._blocks(weight.codes, weight.scales):
-        folded = _fold_signs(codes[rows], scales[rows], weight.kind, weight.group)
-        words.copy_(_pack_codes(_padded(folded, TILE // 2, 0)))
-        scale_tiles.copy_(
-            _tile_scales(_padded(scales[rows], TILE // weight.group, PAD_SCALE[weight.kind]), weight.group)
-        )
+    if supports(device) and packed.words.device == device and packed.contiguous() is packed:
+        from marlin_w4a16.kernels.packing import write_tiles  # Triton, which there is for Linux only
+
+        with torch.cuda.device(device):
+            write_tiles(weight, packed, rows)
+    else:
+        _write_tiles(weight, packed, rows)
     # last: a kernel launched after this one may read words and scales before this one ends (programmatic launch)
-    packed.multiplier.copy_(weight.multiplier)
+    packed.multiplier.copy_(multiplier)
+
+
+def _write_tiles(weight: FP4Weight, packed: PackedFP4, rows: Tensor | None) -> None:
+    """Words and scales in plain torch, a block of rows at a time: what the kernel of packing.py writes, bit for bit."""
+    kind, group = weight.kind, weight.group
+    for at, words, scale_tiles, codes, scales in packed._blocks(weight.codes, weight.scales):
+        some = at if rows is None else rows[at]
+        codes, scales = _whole(codes, some, TILE // 2, 0), _whole(scales, some, TILE // group, PAD_SCALE[kind])
+        _fold_signs(codes, scales, kind, group)
+        _pack_codes(codes, words)
+        scale_tiles.copy_(_tile_scales(scales, group))
 
 
 def block_tiles(k: int) -> int:
@@ -214,53 +237,53 @@ def untile_rows(registers: Tensor) -> Tensor:
     return grid.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(r * TILE, c * TILE)
 
 
-def _padded(tensor: Tensor, columns: int, value: int) -> Tensor:
-    rows = -tensor.shape[0] % TILE
-    cols = -tensor.shape[1] % columns
-    return torch.nn.functional.pad(tensor, (0, cols, 0, rows), value=value) if rows or cols else tensor
+def _whole(matrix: Tensor, rows: Tensor | slice, columns: int, value: int) -> Tensor:
+    """Some rows of a matrix, filled up to whole tiles of ``columns``; the value where there is nothing."""
+    found = matrix[rows] if isinstance(rows, slice) else matrix[rows.clamp(min=0)]
+    if isinstance(rows, Tensor):
+        found.masked_fill_((rows < 0)[:, None], value)
+    shape = [-(-size // whole) * whole for size, whole in zip(found.shape, (TILE, columns), strict=True)]
+    whole = found.new_full(shape, value)
+    whole[: found.shape[0], : found.shape[1]] = found
+    return whole
 
 
-def _pack_codes(codes: Tensor) -> Tensor:
-    n, half_k = codes.shape
-    # R w r g | C s h t : a byte holds the pair p
-    grid = codes.reshape(n // TILE, 4, 2, 8, half_k * 2 // TILE, 4, 2, 4).permute(0, 4, 1, 3, 7, 5, 6, 2)
-    words = torch.zeros(grid.shape[:-2], dtype=torch.int32, device=codes.device)
-    for register, places in enumerate(_BIT_OF):
-        words |= _spread(places).to(codes.device)[grid[..., register // 2, register % 2].int()]
-    return words.reshape(n // TILE, half_k * 2 // TILE, TILE_WORDS)
-
-
-@functools.cache
-def _spread(places: tuple[int, ...]) -> Tensor:
-    """Where the bits of each byte stand in a word, ``[256]``."""
-    byte = torch.arange(256, dtype=torch.int32, device="cpu")
-    word = torch.zeros_like(byte)
-    for half in (0, 1):
-        for bit, place in zip((3, 2, 1, 0), places, strict=True):
-            word |= ((byte >> (4 * half + bit)) & 1) << (16 * half + place)
-    return word
+def _pack_codes(codes: Tensor, words: Tensor) -> None:
+    """Writes the words ``[R, C, 512]`` of codes in whole tiles."""
+    r, c = words.shape[:2]
+    # R w r g | C s h, and t by bytes: those that lie side by side in a row
+    quads = codes.view(torch.int32).reshape(r, 4, 2, 8, c, 4, 2).permute(6, 2, 0, 4, 1, 3, 5)
+    byte = quads.contiguous().view(torch.uint8).flatten(2).int()  # h r, and R C w g s t
+    tables = (table.to(codes.device) for table in _tables()[:2])
+    first, second = (t.index_select(0, low | (high << 8)) for t, (low, high) in zip(tables, byte, strict=True))
+    words.view(r, c, 4, 8, 4, 4).copy_((first | second).view(r, c, 4, 8, 4, 4).transpose(-1, -2))
 
 
 def _unpack_codes(words: Tensor) -> Tensor:
-    r, c, _ = words.shape
-    registers = []
-    for places in _BIT_OF:
-        byte = torch.zeros_like(words)
-        for half in (0, 1):
-            for bit, place in zip((3, 2, 1, 0), places, strict=True):
-                byte |= ((words >> (16 * half + place)) & 1) << (4 * half + bit)
-        registers.append(byte.to(torch.uint8))
-    grid = torch.stack(registers, -1).reshape(r, c, 4, 8, 4, 4, 2, 2)  # R C w g t s h r
+    (r, c, _), table = words.shape, _tables()[2].to(words.device)
+    low, high = (table.index_select(0, (half & 0xFFFF).flatten()) for half in (words, words >> 16))
+    grid = (low | (high << 4)).view(torch.uint8).view(r, c, 4, 8, 4, 4, 2, 2)  # R C w g t s h r
     return grid.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(r * TILE, c * TILE // 2)
 
 
-def _fold_signs(codes: Tensor, scales: Tensor, kind: ScaleKind, group: int) -> Tensor:
-    """Flips the signs of the codes whose block scale is negative; its own inverse."""
-    if kind != "e4m3":
-        return codes
-    flips = (scales >> 7) * 0x88
-    folded: Tensor = codes.unflatten(-1, (-1, group // 2)) ^ flips.unsqueeze(-1)
-    return folded.flatten(-2)
+@functools.cache
+def _tables() -> tuple[Tensor, Tensor, Tensor]:
+    """Words by the two bytes of rows r = 0 and 1, for h = 0 and 1; and low nibbles by half words. Each ``[65536]``."""
+    index = torch.arange(1 << 16, dtype=torch.int32, device="cpu")
+    first, second, back = (torch.zeros_like(index) for _ in range(3))
+    for register, places in enumerate(_BIT_OF):
+        word, byte = (first, second)[register // 2], 8 * (register % 2)
+        for bit, place in zip((3, 2, 1, 0), places, strict=True):
+            word |= (((index >> (byte + bit)) & 1) << place) | (((index >> (byte + bit + 4)) & 1) << (place + 16))
+            back |= ((index >> place) & 1) << (8 * register + bit)
+    return first, second, back
+
+
+def _fold_signs(codes: Tensor, scales: Tensor, kind: ScaleKind, group: int) -> None:
+    """Flips, in place, the signs of the codes whose block scale is negative; its own inverse. Both in whole tiles."""
+    if kind == "e4m3":
+        flips = (scales >> 7).long() * -0x7777777777777778  # the signs of 16 codes
+        codes.view(torch.int64).unflatten(-1, (-1, group // 16)).bitwise_xor_(flips.unsqueeze(-1))
 
 
 def _tile_scales(scales: Tensor, group: int) -> Tensor:

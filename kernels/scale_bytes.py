@@ -45,15 +45,20 @@ def scale_table(kind: ScaleKind, device: torch.device, dtype: torch.dtype) -> Te
     return values.to(dtype).to(device)
 
 
+def is_nan(scales: Tensor, kind: ScaleKind) -> Tensor:
+    """Which bytes are NaN."""
+    return (scales & 0x7F) == _NAN[kind] if kind == "e4m3" else scales == _NAN[kind]
+
+
 def first_nan(scales: Tensor, kind: ScaleKind) -> list[int] | None:
     """Where the first byte stands that is NaN, or None: all are finite."""
-    nan = _is_nan(scales, kind)
+    nan = is_nan(scales, kind)
     return list(map(int, nan.nonzero()[0])) if bool(nan.any()) else None
 
 
 def e8m0_values(scales: Tensor) -> Tensor:
     """The float64 values of E8M0 bytes, NaN included."""
-    return torch.exp2(e8m0_exponents(scales).double()).masked_fill(_is_nan(scales, "e8m0"), torch.nan)
+    return torch.exp2(e8m0_exponents(scales).double()).masked_fill(is_nan(scales, "e8m0"), torch.nan)
 
 
 def e8m0_exponents(scales: Tensor) -> Tensor:
@@ -77,7 +82,3 @@ def fp8_codes(values: Tensor, scale: Tensor, rounded: Callable[[Tensor, torch.dt
     codes = (values.double() / scale).to(torch.float8_e4m3fn)
     again = rounded(codes.double() * scale, values.dtype)
     return codes if torch.allclose(again, values, rtol=0, atol=0, equal_nan=True) else None
-
-
-def _is_nan(scales: Tensor, kind: ScaleKind) -> Tensor:
-    return (scales & 0x7F) == _NAN[kind] if kind == "e4m3" else scales == _NAN[kind]

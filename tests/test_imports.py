@@ -22,6 +22,7 @@ _NUMERICS = (
     "quantize",
     "inputs",
     "layout",
+    "packing",
     "launch",
     "grad_launch",
     "hopper_launch",

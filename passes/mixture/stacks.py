@@ -24,7 +24,7 @@ def pack_stack(weight: FP4Weight, batch: int, order: Order | None, into: PackedF
         parts = (torch.unflatten(tensor, 0, (batch, -1)) for tensor in (weight.codes, weight.scales, weight.multiplier))
         weight = weight.derived(*parts)
         if order is not None:
-            return pack_first(weight.matrices(), batch, weight.n // 2, order, into)
+            return pack_first((weight,), batch, weight.n // 2, order, into)
     if into is None:
         return pack(weight)
     pack_into(weight, into)

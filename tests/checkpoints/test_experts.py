@@ -4,15 +4,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints.formats import FORMATS, written
-from checkpoints.headers import fields
-from marlin_w4a16.checkpoints import deepseek, files, gpt_oss, modelopt
-from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
+from marlin_w4a16.checkpoints import deepseek, experts, files, gpt_oss, modelopt
+from marlin_w4a16.checkpoints.experts import Stack, StoredMixture, some_at_a_time
 from marlin_w4a16.checkpoints.layers import Layer, contents
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.scheme import Scheme
-from marlin_w4a16.checkpoints.values import Reader
+from marlin_w4a16.kernels.experts import fit_each, pack_first
 
+aten = torch.ops.aten
 DEEPSEEK = "layers.1.ffn.experts"
 GPT_OSS = "model.layers.1.mlp.experts"
 NEMOTRON = "backbone.layers.1.mixer.experts"
@@ -20,8 +22,8 @@ NEMOTRON = "backbone.layers.1.mixer.experts"
 
 def layers_of(name: str, scheme: Scheme | None = None) -> dict[str, Layer]:
     folder = written(name, FORMATS[name].family)
-    made = scheme or modelopt.scheme(fields(files.quantization_of(folder)[1]))
-    return dict(contents(files.entries(files.files_of(folder)), made).layers)
+    made = scheme or modelopt.scheme(files.quantization_of(folder)[1])
+    return dict(contents(files.entries(files.files_of(folder), {}), made).layers)
 
 
 def stack(layers: dict[str, Layer], name: str, *paths: str) -> Stack:
@@ -35,12 +37,10 @@ def each(layers: dict[str, Layer], module: str, name: str) -> Stack:
 @pytest.fixture(scope="module")
 def stacks() -> dict[str, Stack]:
     """One projection of four experts, by format."""
-    made = {
-        "gpt-oss": stack(layers_of("gpt-oss", gpt_oss.scheme(fields({}))), "gate_up_proj", f"{GPT_OSS}.gate_up_proj")
-    }
+    made = {"gpt-oss": stack(layers_of("gpt-oss", gpt_oss.scheme()), "gate_up_proj", f"{GPT_OSS}.gate_up_proj")}
     made["modelopt-nemotron"] = each(layers_of("modelopt-nemotron"), NEMOTRON, "up_proj")
     for name in ("deepseek-v4", "deepseek-v4-fp32", "deepseek-v4-inv"):
-        made[name] = each(layers_of(name, deepseek.scheme(fields({}))), DEEPSEEK, "w1")
+        made[name] = each(layers_of(name, deepseek.scheme()), DEEPSEEK, "w1")
     return made
 
 
@@ -93,6 +93,56 @@ def test_the_weight_of_each_expert_is_its_own(name, stacks):
     assert not any(torch.equal(decoded[0], other) for other in decoded[1:])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_some_experts_are_read_as_each_by_itself(name, stacks):
+    one = stacks[name]
+    with Reader(torch.device("cpu")) as reader:
+        small = one.small(reader)
+        alone = [one.read(expert, reader) for expert in range(4)]
+        found = [weight for some in (range(3), range(3, 4)) for weight in [one.weights(some, small, reader)]]
+    assert small.keys() == set(one.like.small) and all(len(tensor) == 4 for tensor in small.values())
+    assert all(same(small[leaf][e], tensors[leaf]) for e, tensors in enumerate(alone) for leaf in small)
+    assert [weight.codes.shape[0] for weight in found] == [3, 1]
+    for field in ("codes", "scales", "multiplier"):
+        expected = torch.stack([getattr(one.weight(tensors), field) for tensors in alone])
+        assert torch.equal(torch.cat([getattr(weight, field) for weight in found]), expected)
+
+
+class Asked(TorchDispatchMode):
+    """How often an operator makes the host wait for what a device computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (aten._local_scalar_dense, aten.equal, aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES[1:4])
+def test_experts_are_asked_about_once_for_all(name, stacks):
+    """Whether scales are NaN, and whether multipliers are finite; the ends of the range of E8M0 are a tensor."""
+    one = stacks[name]
+    with Reader(torch.device("cpu")) as reader:
+        small = one.small(reader)
+        for some in (range(1), range(4)):
+            with Asked() as asked:
+                weight = fit_each(one.weights(some, small, reader), torch.float16, torch.bfloat16)
+                pack_first([weight], len(some), one.like.n // 2, "gate_up")
+            assert asked.count == 2
+
+
+def test_as_many_experts_are_read_at_a_time_as_are_held(stacks, monkeypatch):
+    one, nbytes = stacks["deepseek-v4"], 96 * (48 + 3)
+    assert list(some_at_a_time(one)) == [range(4)]
+    for held, ranges in ((3 * nbytes, [range(3), range(3, 4)]), (1, [range(e, e + 1) for e in range(4)])):
+        monkeypatch.setattr(experts, "_AT_A_TIME", held)
+        assert list(some_at_a_time(one)) == ranges
+    monkeypatch.setattr(experts, "_AT_A_TIME", 4 * nbytes)
+    assert list(some_at_a_time(one, one)) == [range(2), range(2, 4)]
+
+
 def test_too_few_experts_are_no_stack(stacks):
     one = stacks["deepseek-v4"]
     with Reader(torch.device("cpu")) as reader:
@@ -102,7 +152,7 @@ def test_too_few_experts_are_no_stack(stacks):
 
 
 def test_a_mixture():
-    layers = layers_of("deepseek-v4", deepseek.scheme(fields({})))
+    layers = layers_of("deepseek-v4", deepseek.scheme())
     gate, up, down = (each(layers, DEEPSEEK, name) for name in ("w1", "w3", "w2"))
     mixture = StoredMixture("model.layers.1.mlp.experts", (gate, up), down)
     assert mixture.stacks == (gate, up, down) and mixture.rows == 2 * 96
@@ -129,8 +179,8 @@ def test_a_stack_over_shards(tmp_path):
     path = f"{GPT_OSS}.down_proj"
     for leaf in ("blocks", "scales"):
         save_file({f"{path}_{leaf}": tensors[f"{path}_{leaf}"]}, tmp_path / f"{leaf}.safetensors")
-    entries = files.entries(sorted(tmp_path.glob("*")))
-    one = stack(dict(contents(entries, gpt_oss.scheme(fields({}))).layers), "down_proj", path)
+    entries = files.entries(sorted(tmp_path.glob("*")), {})
+    one = stack(dict(contents(entries, gpt_oss.scheme()).layers), "down_proj", path)
     with Reader(torch.device("cpu")) as reader:
         found = one.read(3, reader)
     assert all(same(found[leaf], tensors[f"{path}_{leaf}"][3]) for leaf in ("blocks", "scales"))

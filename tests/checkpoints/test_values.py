@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import pytest
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.headers import fields
-from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt, values
 from marlin_w4a16.checkpoints.layers import contents
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
-from marlin_w4a16.checkpoints.values import Reader, bad_values, read
+from marlin_w4a16.checkpoints.values import bad_values, read
 
 N, K = 3, 64
 COLUMNS, ONE = torch.ones(K, dtype=torch.bfloat16), torch.tensor(0.5)
@@ -22,12 +21,12 @@ E8M0 = torch.full((N, K // 32), 127, dtype=torch.uint8)
 DIVIDED = {"format": "nvfp4-pack-quantized", "targets": ["Linear"]}
 FORMATS: dict[str, tuple[Scheme, dict[str, Tensor]]] = {
     "nvfp4": (
-        modelopt.scheme(fields({"quant_algo": "NVFP4"})),
+        modelopt.scheme({"quant_algo": "NVFP4"}),
         {"weight": CODES, "weight_scale": E4M3, "weight_scale_2": ONE, "input_scale": ONE, "pre_quant_scale": COLUMNS},
     ),
-    "mxfp4": (modelopt.scheme(fields({"quant_algo": "mxfp4"})), {"weight": CODES, "weight_scale": E8M0}),
+    "mxfp4": (modelopt.scheme({"quant_algo": "mxfp4"}), {"weight": CODES, "weight_scale": E8M0}),
     "e8m0": (
-        modelopt.scheme(fields({"quant_algo": "mxfp4"})),
+        modelopt.scheme({"quant_algo": "mxfp4"}),
         {"weight": CODES, "weight_scale": E8M0.view(torch.float8_e8m0fnu)},
     ),
     "float32": (
@@ -35,12 +34,12 @@ FORMATS: dict[str, tuple[Scheme, dict[str, Tensor]]] = {
         {"weight": CODES.view(torch.int8), "scale": torch.ones(N, K // 32)},
     ),
     "fp8": (
-        modelopt.scheme(fields({"quant_algo": "FP8"})),
+        modelopt.scheme({"quant_algo": "FP8"}),
         {"weight": torch.full((N, K), torch.nan).to(torch.float8_e4m3fn), "weight_scale": torch.ones(N),
          "input_scale": ONE},
     ),
     "ct": (
-        compressed_tensors.scheme(fields({"config_groups": {"group_0": DIVIDED}})),
+        compressed_tensors.scheme({"config_groups": {"group_0": DIVIDED}}),
         {"weight_packed": CODES, "weight_scale": E4M3, "weight_global_scale": ONE.view(1),
          "input_global_scale": ONE.view(1)},
     ),
@@ -52,7 +51,7 @@ def write(folder: Path, name: str, leaf: str, tensor: Tensor) -> list[str]:
     scheme, good = FORMATS[name]
     for path, tensors in (("a", good), ("b", {**good, leaf: tensor})):
         save_file({f"{path}.{leaf}": t.clone() for leaf, t in tensors.items()}, folder / f"{path}.safetensors")
-    held = contents(files.entries(sorted(folder.glob("*.safetensors"))), scheme)
+    held = contents(files.entries(sorted(folder.glob("*.safetensors")), {}), scheme)
     assert not held.problems and list(held.layers) == ["a", "b"]
     return [str(problem) for problem in bad_values(held.layers.values())]
 
@@ -135,63 +134,44 @@ def test_a_stack_with_a_nan(tmp_path):
         "model.experts.up_proj_scales": scales,
     }
     save_file(stack, tmp_path / "a.safetensors")
-    (found,) = bad_values(
-        contents(files.entries([tmp_path / "a.safetensors"]), gpt_oss.scheme(fields({}))).layers.values()
-    )
+    (found,) = bad_values(contents(files.entries([tmp_path / "a.safetensors"], {}), gpt_oss.scheme()).layers.values())
     assert str(found) == (
         "a.safetensors: model.experts.up_proj_scales: found NaN (byte 0xff) at [3, 2, 1], expected finite e8m0 scales"
     )
 
 
-def test_a_reader_opens_each_file_once(tmp_path, monkeypatch):
-    stack = torch.arange(24.0).view(4, 3, 2)
-    save_file({"stack": stack, "one": torch.tensor(7.0)}, tmp_path / "a.safetensors")
-    save_file({"other": stack.bfloat16()}, tmp_path / "b.safetensors")
-    entries = files.entries(sorted(tmp_path.glob("*.safetensors")))
-    opened, safe_open = [], safetensors.safe_open
-    monkeypatch.setattr(
-        safetensors, "safe_open", lambda file, *args, **more: opened.append(file.name) or safe_open(file, *args, **more)
-    )
-    with Reader(torch.device("cpu")) as reader:
-        assert torch.equal(reader.tensor(entries["stack"], "stack"), stack)
-        assert all(torch.equal(reader.tensor(entries["stack"], "stack", i), part) for i, part in enumerate(stack))
-        assert reader.tensor(entries["one"], "one") == 7
-        assert torch.equal(reader.tensor(entries["other"], "other", 3), stack[3].bfloat16())
-    assert opened == ["a.safetensors", "b.safetensors"]
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_not_read(name, tmp_path, monkeypatch):
-    asked, opened = [], safetensors.safe_open
+    asked, stacked = [], Reader.stacked
 
-    class Recorded:
-        def __init__(self, *args, **kwargs):
-            self.context = opened(*args, **kwargs)
+    def noted(reader, places, *device):
+        asked.extend(place.name for place in places)
+        return stacked(reader, places, *device)
 
-        def __enter__(self):
-            self.file = self.context.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            self.context.__exit__(*error)
-
-        def get_tensor(self, name):
-            asked.append(name)
-            return self.file.get_tensor(name)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    monkeypatch.setattr(safetensors, "safe_open", Recorded)
+    monkeypatch.setattr(Reader, "stacked", noted)
     small = FORMATS[name][1].keys() - {"weight", "weight_packed"}
     scales = "scale" if "scale" in small else "weight_scale"
     assert write(tmp_path, name, scales, FORMATS[name][1][scales]) == []
     assert sorted(asked) == sorted(f"{path}.{leaf}" for path in "ab" for leaf in small)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 12, 1 << 20])
+def test_problems_are_told_in_the_order_of_layers(at_a_time, tmp_path, monkeypatch):
+    """However many tensors are looked at together."""
+    monkeypatch.setattr(values, "_AT_A_TIME", at_a_time)
+    scheme, good = FORMATS["nvfp4"]
+    bad = {"weight_scale": with_byte(E4M3, 0x7F), "input_scale": torch.tensor(torch.inf)}
+    layers = {"a": {}, "b": bad, "c": {}, "d": {"weight_scale_2": torch.tensor(torch.nan)}, "e": bad}
+    tensors = {f"{path}.{leaf}": t.clone() for path, more in layers.items() for leaf, t in {**good, **more}.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    held = contents(files.entries([tmp_path / "a.safetensors"], {}), scheme)
+    found = [problem.tensor for problem in bad_values(held.layers[path] for path in "abcde")]
+    assert found == ["b.weight_scale", "b.input_scale", "d.weight_scale_2", "e.weight_scale", "e.input_scale"]
+
+
 def test_some_tensors_are_read(tmp_path):
     write(tmp_path, "nvfp4", "weight_scale_2", torch.tensor(7.0))
-    entries = files.entries(sorted(tmp_path.glob("*.safetensors")))
+    entries = files.entries(sorted(tmp_path.glob("*.safetensors")), {})
     found = read({name: entries[name] for name in ("b.weight_scale_2", "a.weight_scale_2", "a.weight_scale")})
     assert found["b.weight_scale_2"] == 7 and found["a.weight_scale_2"] == 0.5
     assert torch.equal(found["a.weight_scale"].view(torch.uint8), E4M3.view(torch.uint8)) and len(found) == 3

@@ -15,6 +15,7 @@ from hf.dense import relative, tensors_of
 from hf.dense_experts import is_expert
 from hf.loading import (
     DTYPES,
+    experts_of,
     kinds,
     linears,
     load,
@@ -98,6 +99,26 @@ def test_rows_whose_scales_float16_does_not_hold(name, family, tmp_path):
     read(folder).save_pretrained(tmp_path / "after")
     found, before = tensors_of(tmp_path / "after"), tensors_of(folder)
     assert found.keys() == before.keys() and all(same(found[key], tensor) for key, tensor in before.items())
+
+
+def test_an_expert_that_float16_does_not_hold_changes_no_other(tmp_path):
+    """Experts are packed together: one keeps its scales, since no power of two helps it, its neighbours do not."""
+    folder = write("gpt-oss", "gptoss", tmp_path / "before")
+    tensors = load_file(folder / "model.safetensors")
+    for key, scales in tensors.items():
+        if key.endswith("_scales"):
+            scales[1, 1] -= 60
+            scales[2, 1, ::2] -= 60
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = read(folder)
+    for path, experts in experts_of(model).items():
+        for weight, name in zip(experts.to_fp4(), ("gate_up_proj", "down_proj"), strict=True):
+            before = tensors[f"{path}_{name}_scales" if path.endswith(name) else f"{path}.{name}_scales"]
+            changed = (weight.scales != before).flatten(1).any(-1)
+            assert changed.tolist() == [False, True, False, False]
+    model.save_pretrained(tmp_path / "after")
+    found = tensors_of(tmp_path / "after")
+    assert found.keys() == tensors.keys() and all(same(found[key], tensor) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("from_shards", [False, True])

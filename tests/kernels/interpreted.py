@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from marlin_w4a16.kernels import grouped_linear, moe
+from marlin_w4a16.kernels import grouped_linear, moe, packing
 from marlin_w4a16.kernels.decode import route, tiles
 from marlin_w4a16.kernels.decode.tiles import Tiles
 from marlin_w4a16.kernels.decode.unpack import scale_pairs, unpack_words
 from marlin_w4a16.kernels.experts import Experts
+from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.grad_launch import GradLaunch
 from marlin_w4a16.kernels.launch import Launch
-from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.kernels.layout import PackedFP4, empty_packed
 from marlin_w4a16.kernels.portable import dense, grad_input
 from marlin_w4a16.kernels.portable import linear as kernels
 
@@ -48,6 +49,16 @@ def unpack(words: Tensor, scales: Tensor, kind: str) -> Tensor:
     out = torch.empty((*words.shape, 2, 2, 2), dtype=torch.float16)
     _unpack_kernel[(1,)](words, scales, out, kind=kind, SIZE=words.shape[0])
     return out
+
+
+def packed_by_the_kernel(weight: FP4Weight, n: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    packed = empty_packed(weight, n)
+    packed.words.fill_(-1)
+    packed.scales.fill_(0xAA)
+    before = [tensor._version for tensor in (packed.words, packed.scales)]
+    packing.write_tiles(weight, packed, rows)
+    assert [tensor._version - 1 for tensor in (packed.words, packed.scales)] == before, "a write is counted"
+    return packed.words, packed.scales
 
 
 def fused(x: Tensor, packed: PackedFP4, bias: Tensor | None, launch: Launch) -> Tensor:

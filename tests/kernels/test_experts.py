@@ -13,7 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import ORDERS, packed_rows
-from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_bias, unpack_experts
+from marlin_w4a16.kernels.experts import (
+    fit_each,
+    pack_bias,
+    pack_each,
+    pack_experts,
+    pack_first,
+    unpack_bias,
+    unpack_experts,
+)
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.kernels.scale_bytes import scale_values
@@ -107,6 +115,57 @@ def test_any_mixture_comes_back(m):
     found = unpack_experts(*packed, m["order"], m["intermediate"])
     assert equal(found[0], w13) and equal(found[1], w2)
     assert packed[0].n == m["columns"] * (1 if m["order"] is None else 2)
+
+
+def parts_of(weight: FP4Weight, *sizes: int) -> list[FP4Weight]:
+    """Its matrices, in stacks of so many; 0 is one that is no stack."""
+    found, start = [], 0
+    for size in sizes:
+        at = slice(start, start + size) if size else start
+        start += size or 1
+        found.append(weight.derived(weight.codes[at], weight.scales[at], weight.multiplier[at]))
+    return found
+
+
+@EVERY_ORDER
+@pytest.mark.parametrize("sizes", [(5,), (0, 0, 0, 0, 0), (2, 3), (1, 0, 3)])
+def test_some_at_a_time_are_packed_as_all_at_once(random_weight, order, sizes):
+    w13, w2 = draw(random_weight, 5, 64, 100, order)
+    first, second = pack_experts(w13, w2, order)
+    assert equal(pack_first(parts_of(w13, *sizes), 5, w2.k, order), first)
+    assert equal(pack_each(parts_of(w2, *sizes), 5), second)
+    into = pack_experts(w13, w2, order)
+    assert pack_each(parts_of(w2, *sizes), 5, into[1]) is into[1] and equal(into[1], second)
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 2), (0, 0, 0)])
+def test_too_few_are_refused(random_weight, sizes):
+    _, w2 = draw(random_weight, 5, 64, 96, None)
+    with pytest.raises(ValueError, match=rf"^experts: found {sum(s or 1 for s in sizes)} matrices, expected 5$"):
+        pack_each(parts_of(w2, *sizes), 5)
+
+
+def test_too_many_or_others_are_refused(random_weight):
+    _, w2 = draw(random_weight, 5, 64, 96, None)
+    for parts in (parts_of(w2, 2, 3), [*parts_of(w2, 2), random_weight(64, 96, lead=(1,), group=32)]):
+        with pytest.raises(ValueError, match="another shape or format"):
+            pack_each(parts, 3)
+
+
+def test_each_matrix_is_fitted_by_itself():
+    """In float16 if it holds all of its rows, else in the other dtype: here as they are, moved, in bfloat16, moved."""
+    weight = any_stack(4, 3, 64, "e8m0", 32)
+    scales = weight.scales.clamp(120, 130)
+    scales[1, 0], scales[2, 2, 0], scales[3] = 60, 30, 200
+    weight = replace(weight, scales=scales)
+    fitted = fit_each(weight, torch.float16, torch.bfloat16)
+    alone = [one.fit_first(torch.float16, torch.bfloat16) for one in parts_of(weight, 0, 0, 0, 0)]
+    assert all(equal(one, other) for one, other in zip(parts_of(fitted, 0, 0, 0, 0), alone, strict=True))
+    assert (fitted.scales != scales).any(-1).tolist() == [[False] * 3, [True, False, False], [False] * 3, [True] * 3]
+    fine = parts_of(weight, 1)[0]
+    assert fit_each(fine, torch.float16, torch.bfloat16) is fine
+    with pytest.raises(ValueError, match="row 2 holds powers of two from -97"):
+        fit_each(weight, torch.float16)
 
 
 def test_what_is_packed_is_returned_as_it_is(random_weight):

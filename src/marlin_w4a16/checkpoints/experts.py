@@ -1,15 +1,17 @@
 """The experts of a mixture as a checkpoint holds them: a layer for each expert and projection, or one for all."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer
+from marlin_w4a16.checkpoints.reader import Place, Reader
 from marlin_w4a16.checkpoints.storage import FP4Storage
-from marlin_w4a16.checkpoints.values import Reader
 from marlin_w4a16.kernels.fp4 import FP4Weight
+
+_AT_A_TIME = 20 << 20  # bytes; gate and up are there once more while they are put below each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +41,51 @@ class Stack:
         """How many there are."""
         return self.like.experts or len(self.layers)
 
-    @property
-    def small(self) -> dict[str, Entry]:
-        """What is kept of an expert as it is stored, by leaf, such as global scales; some may lack those of inputs."""
-        kept: dict[str, Entry] = {}
-        for layer in self.layers:
-            kept |= {leaf: layer.entries[leaf] for leaf in layer.small if leaf not in kept}
-        return kept
+    def read(self, expert: int, reader: Reader) -> dict[str, Tensor]:
+        """The tensors of one expert by leaf; what is one for all is that of each."""
+        return {leaf: reader.tensor(*self._place(expert, leaf)) for leaf in self.of(expert).entries}
 
     def of(self, expert: int) -> Layer:
         """The layer that holds an expert."""
         return self.layers[0 if self.like.experts else expert]
 
-    def read(self, expert: int, reader: Reader) -> dict[str, Tensor]:
-        """The tensors of one expert by leaf; what is one for all is that of each."""
-        layer, tensors = self.of(expert), dict[str, Tensor]()
-        for leaf, entry in layer.entries.items():
-            index = expert if self.like.experts and entry.shape[:1] == (self.experts,) else None
-            tensors[leaf] = reader.tensor(entry, layer.name(leaf), index)
-        return tensors
+    def small(self, reader: Reader) -> dict[str, Tensor]:
+        """The tensors beside codes and scales of all experts by leaf, ``[experts, ...]``, on the CPU.
+
+        What belongs to inputs some may lack: zeros stand for theirs.
+        """
+        found, cpu = dict[str, Tensor](), torch.device("cpu")
+        for leaf in dict.fromkeys(leaf for layer in self.layers for leaf in layer.small):
+            having = [expert for expert in range(self.experts) if leaf in self.of(expert).entries]
+            held = reader.stacked([self._place(expert, leaf) for expert in having], cpu)
+            found[leaf] = held
+            if len(having) < self.experts:
+                found[leaf] = held.new_zeros((self.experts, *held.shape[1:]))
+                found[leaf][having] = held
+        return found
+
+    def weights(self, experts: range, small: Mapping[str, Tensor], reader: Reader) -> FP4Weight:
+        """The weights of some experts in a row, ``[experts, n, k]``; ``small`` is what `small` found."""
+        n, some = self.like.n, slice(experts.start, experts.stop)
+        big = (self.storage.leaf("codes"), self.storage.leaf("scales"))
+        tensors = {leaf: reader.stacked([self._place(e, leaf) for e in experts]) for leaf in big}
+        if self.storage.transposed:
+            tensors = {leaf: tensor.mT.contiguous() for leaf, tensor in tensors.items()}
+        tensors = {leaf: tensor.flatten(0, 1) for leaf, tensor in tensors.items()}
+        factor = self.storage.part("multiplier", "divisor")
+        if factor is not None:  # one for each row of all that stand below each other
+            of_rows = small[factor.leaf][some].reshape(len(experts), -1).expand(-1, n).flatten()
+            tensors[factor.leaf] = of_rows.to(tensors[big[0]].device)
+        flat = replace(self.storage, transposed=False).read(tensors, self.like.path)
+        each = (len(experts), n)
+        parts = (torch.unflatten(tensor, 0, each) for tensor in (flat.codes, flat.scales, flat.multiplier))
+        return flat.derived(*parts)
+
+    def _place(self, expert: int, leaf: str) -> Place:
+        layer = self.of(expert)
+        entry = layer.entries[leaf]
+        of_each = bool(self.like.experts) and entry.shape[:1] == (self.experts,)
+        return Place(entry, layer.name(leaf), expert if of_each else None)
 
     def weight(self, tensors: Mapping[str, Tensor]) -> FP4Weight:
         """The weight of the expert whose tensors these are."""
@@ -79,6 +107,14 @@ class Stack:
                     whole[leaf] = tensor.new_empty((self.experts, *tensor.shape))
                 whole[leaf][expert] = tensor
         yield from ((self.like.name(leaf), tensor) for leaf, tensor in whole.items())
+
+
+def some_at_a_time(*stacks: Stack) -> Iterator[range]:
+    """The experts of stacks, as many at a time as have 20 MB of codes and scales, but at least one."""
+    experts = stacks[0].experts
+    nbytes = sum(layer.nbytes for stack in stacks for layer in stack.layers)
+    step = max(1, _AT_A_TIME * experts // max(1, nbytes))
+    return (range(start, min(start + step, experts)) for start in range(0, experts, step))
 
 
 @dataclass(frozen=True, slots=True)

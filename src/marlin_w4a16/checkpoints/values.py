@@ -1,40 +1,19 @@
 """The small tensors of a checkpoint whose values decide whether it can be decoded: block and global scales."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer, Problem
+from marlin_w4a16.checkpoints.reader import Place, Reader
 from marlin_w4a16.checkpoints.storage import OF_INPUTS, FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import as_bytes
-from marlin_w4a16.kernels.scale_bytes import e8m0_values, first_nan, scale_bytes
+from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, is_nan, scale_bytes
 
-
-class Reader(ExitStack):
-    """Reads tensors of a checkpoint to a device; a context, for whose length their files stay open."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device, self._open = device, dict[Path, Any]()
-
-    def tensor(self, entry: Entry, name: str, index: int | None = None) -> Tensor:
-        """A tensor, or what it holds at an index of its first axis."""
-        if entry.file not in self._open:
-            from safetensors import safe_open
-
-            self._open[entry.file] = self.enter_context(safe_open(entry.file, "pt", device=str(self._device)))
-        file = self._open[entry.file]
-        found: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
-        return found
-
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """The tensors of a layer by leaf."""
-        return {leaf: self.tensor(entry, layer.name(leaf)) for leaf, entry in layer.entries.items()}
+_AT_A_TIME = 4 << 20  # bytes, which caches hold
 
 
 def read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
@@ -50,32 +29,78 @@ def bad_values(layers: Iterable[Layer], inputs: bool = False) -> Iterator[Proble
         layers: whose.
         inputs: those of inputs, too, which are used only where these are quantised.
     """
-    parts = [(layer, part) for layer in layers for part in layer.storage.parts if part.leaf in layer.entries]
-    parts = parts if inputs else [(layer, part) for layer, part in parts if part.role not in OF_INPUTS]
+    looked_at = [_Small(layer, part) for layer in layers for part in layer.storage.parts if part.leaf in layer.entries]
+    left_out = ("codes",) if inputs else ("codes", *OF_INPUTS)
+    looked_at = [small for small in looked_at if small.part.role not in left_out]
+    alike: dict[Hashable, list[int]] = {}
+    for at, small in enumerate(looked_at):
+        alike.setdefault(small.kind, []).append(at)
     with Reader(torch.device("cpu")) as reader:
-        for layer, part in parts:
-            entry, name = layer.entries[part.leaf], layer.name(part.leaf)
-            found = _wrong(reader.tensor(entry, name), layer, part) if part.role != "codes" else None
-            if found is not None:
-                yield Problem(entry.file.name, name, *found)
+        bad = [at for some in alike.values() for at in _bad_among(looked_at, some, reader)]
+        for small in (looked_at[at] for at in sorted(bad)):
+            yield Problem(small.place.entry.file.name, small.place.name, *small.told(reader.tensor(*small.place)))
 
 
-def _wrong(tensor: Tensor, layer: Layer, part: Part) -> tuple[str, str] | None:
-    if part.role == "scales" and isinstance(layer.storage, FP4Storage):
-        kind, floats = layer.storage.kind, tensor.dtype == torch.float32
-        scales = scale_bytes(tensor, kind) if floats else as_bytes(tensor)
-        at = first_nan(scales, kind)
-        if at is None:
-            return None
-        if floats:
-            return f"{float(tensor[tuple(at)])} at {at}", "powers of two, 2**-127 to 2**127"
-        return f"NaN (byte {int(scales[tuple(at)]):#x}) at {at}", f"finite {kind} scales"
-    if tensor.dtype in (torch.uint8, torch.float8_e8m0fnu):  # of MXFP8
-        tensor = e8m0_values(tensor.view(torch.uint8))
-    values = tensor.float()
-    bad = ~torch.isfinite(values)
-    if part.role.endswith("divisor"):
-        bad |= ~torch.isfinite(values.reciprocal())
-    if bool(bad.any()):
-        return f"{float(values[bad][0])}", "finite numbers" + (", not 0" if part.role.endswith("divisor") else "")
-    return None
+@dataclass(frozen=True, slots=True)
+class _Small:
+    """A tensor that is looked at."""
+
+    layer: Layer
+    part: Part
+
+    @property
+    def place(self) -> Place:
+        return Place(self.layer.entries[self.part.leaf], self.layer.name(self.part.leaf))
+
+    @property
+    def scales(self) -> ScaleKind | None:
+        """How its bytes are read if it holds block scales of FP4."""
+        storage = self.layer.storage
+        return storage.kind if self.part.role == "scales" and isinstance(storage, FP4Storage) else None
+
+    @property
+    def kind(self) -> Hashable:
+        """Those that are alike in it are read and looked at as one tensor."""
+        return self.scales, self.part.role, self.place.entry.dtype, self.place.entry.shape
+
+    def bad(self, tensor: Tensor) -> Tensor:
+        """Which of its elements are wrong."""
+        if self.scales is not None:
+            return is_nan(_bytes(tensor, self.scales), self.scales)
+        values = as_numbers(tensor)
+        bad = ~values.isfinite()
+        return bad | ~values.reciprocal().isfinite() if self.part.role.endswith("divisor") else bad
+
+    def told(self, tensor: Tensor) -> tuple[str, str]:
+        """What was found and expected where the first wrong element stands."""
+        at = self.bad(tensor).nonzero()[0].tolist()
+        found = float(as_numbers(tensor)[tuple(at)])
+        if self.scales is None:
+            return f"{found}", "finite numbers" + (", not 0" if self.part.role.endswith("divisor") else "")
+        if tensor.dtype == torch.float32:
+            return f"{found} at {at}", "powers of two, 2**-127 to 2**127"
+        byte = int(_bytes(tensor, self.scales)[tuple(at)])
+        return f"NaN (byte {byte:#x}) at {at}", f"finite {self.scales} scales"
+
+
+def _bad_among(looked_at: Sequence[_Small], alike: Sequence[int], reader: Reader) -> Iterator[int]:
+    """The numbers of those that are wrong, of some that are alike."""
+    one = looked_at[alike[0]]
+    step = max(1, _AT_A_TIME // max(1, one.place.entry.nbytes))
+    for start in range(0, len(alike), step):
+        some = alike[start : start + step]
+        bad = one.bad(reader.stacked([looked_at[at].place for at in some]))
+        if bool(bad.any()):
+            yield from (
+                at for at, wrong in zip(some, bad.reshape(len(some), -1).any(-1).tolist(), strict=True) if wrong
+            )
+
+
+def as_numbers(scales: Tensor) -> Tensor:
+    """Scales as float32; bytes are E8M0 (MXFP8)."""
+    is_e8m0 = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    return e8m0_values(scales.view(torch.uint8)).float() if is_e8m0 else scales.float()
+
+
+def _bytes(scales: Tensor, kind: ScaleKind) -> Tensor:
+    return scale_bytes(scales, kind) if scales.dtype == torch.float32 else as_bytes(scales)

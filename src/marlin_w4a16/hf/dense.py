@@ -52,9 +52,9 @@ def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def joined(parts: Sequence[FP4Weight]) -> FP4Weight:
-    """Matrices of one format below each other."""
+    """Matrices of one format below each other, or those of stacks."""
     if len(parts) == 1:
         return parts[0]
-    fields = ("codes", "scales", "multiplier")
-    codes, scales, multiplier = (torch.cat([getattr(part, field) for part in parts]) for field in fields)
+    fields = (("codes", -2), ("scales", -2), ("multiplier", -1))
+    codes, scales, multiplier = (torch.cat([getattr(part, field) for part in parts], axis) for field, axis in fields)
     return parts[0].derived(codes, scales, multiplier)

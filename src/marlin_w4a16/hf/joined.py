@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.checkpoints.layers import Layer
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage
-from marlin_w4a16.checkpoints.values import Reader
 from marlin_w4a16.hf.dense import decoded, joined, plain_linear
 from marlin_w4a16.hf.linear import fp8, fp8_tensors
 from marlin_w4a16.kernels.fp4 import FP4Weight

@@ -11,6 +11,7 @@ from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES, LOW_RANK, Activations, FP4Storage
 from marlin_w4a16.hf.dense import beside, decoded, plain_linear
 from marlin_w4a16.kernels.inputs import fake_quantize
+from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind
 from marlin_w4a16.modules.packed_linear import PackedLinear
 
@@ -95,7 +96,7 @@ class CheckpointLinear(PackedLinear):
         storage = layer.fp4
         stored = storage.read(tensors, layer.path)
         fitted = stored.fit_first(torch.float16, dtype)
-        super().__init__(fitted, bias, dtype)
+        super().__init__(pack(fitted), bias, dtype)
         self.layer = layer
         self.quantize_input = storage.activations if keep else None
         for leaf in layer.small:
@@ -106,7 +107,9 @@ class CheckpointLinear(PackedLinear):
         of_rank = (part.leaf for part in storage.parts if part.role in LOW_RANK)
         self.low_rank = tuple(leaf for leaf in of_rank if leaf in layer.entries)
         # rows whose scales packing changed (see FP4Weight.fit), as they were
-        rows = (fitted.scales != stored.scales).any(-1).nonzero()[:, 0]
+        rows = torch.empty(0, dtype=torch.int64, device=stored.scales.device)
+        if fitted is not stored:  # or the device would be waited for
+            rows = (fitted.scales != stored.scales).any(-1).nonzero()[:, 0]
         self.register_bits("unfitted_rows", rows, persistent=False)
         self.register_bits("unfitted_scales", stored.scales[rows], persistent=False)
 

@@ -1,4 +1,4 @@
-"""Experts are read one at a time, and not by transformers, which would hold all of a model before any is packed.
+"""Experts are read some at a time, and not by transformers, which would hold all of a model before any is packed.
 
 What transformers has to know about them: which tensors it need not load, and how many bytes they will take.
 """
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from marlin_w4a16.checkpoints.experts import StoredMixture
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.checkpoints.values import Reader
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.hf.placing import put
 
 

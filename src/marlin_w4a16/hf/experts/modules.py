@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.checkpoints.experts import Stack
+from marlin_w4a16.checkpoints.experts import Stack, some_at_a_time
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.storage import DTYPES
-from marlin_w4a16.checkpoints.values import Reader
-from marlin_w4a16.hf.dense import decoded
+from marlin_w4a16.hf.dense import decoded, joined
 from marlin_w4a16.hf.experts.gather import Gathered
-from marlin_w4a16.kernels.experts import pack_each, pack_first, unpack_first
+from marlin_w4a16.kernels.experts import fit_each, pack_each, pack_first, unpack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.state import PackedState
@@ -37,14 +37,14 @@ class StoredExperts(nn.Module):
             self.register_parameter(f"{name}_bias", experts._parameters.get(f"{name}_bias"))
 
     def loaded(self, reader: Reader) -> "CheckpointExperts":
-        """The experts that run, read and packed one at a time."""
+        """The experts that run, read and packed some at a time."""
         return CheckpointExperts(self, reader).train(self.training)
 
     def dense(self, reader: Reader, dtype: torch.dtype) -> nn.Module:
         """The module of transformers with the exact weights rounded once to ``dtype``."""
 
         def weight(stacks: tuple[Stack, ...], expert: int) -> FP4Weight:
-            return _joined([stack.weight(stack.read(expert, reader)) for stack in stacks])
+            return joined([stack.weight(stack.read(expert, reader)) for stack in stacks])
 
         products = partial(weight, self.mixture.first), partial(weight, (self.mixture.second,))
         biases = {name: bias for name, bias in self._parameters.items() if bias is not None}
@@ -71,28 +71,32 @@ class CheckpointExperts(PackedExperts):
         mixture, order = stored.mixture, stored.order
         self.mixture, self.like, self._unfitted = mixture, stored.like, dict[tuple[str, int], tuple[Tensor, Tensor]]()
         count, width = mixture.second.experts, mixture.second.like.k
+        small = {stack.name: stack.small(reader) for stack in mixture.stacks}
         for stack in mixture.stacks:
-            for leaf, entry in stack.small.items():
-                of_all = stack.like.experts and entry.shape[:1] == (count,)
-                kept = torch.zeros((count, entry.nbytes // (count if of_all else 1)), dtype=torch.uint8)
+            for leaf, of_all in small[stack.name].items():
+                kept = of_all.reshape(count, -1).view(torch.uint8)
                 self.register_bits(_kept(stack, leaf), kept, persistent=False)
 
-        def read(stack: Stack, expert: int) -> FP4Weight:
-            tensors = stack.read(expert, reader)
-            for leaf in stack.of(expert).small:
-                getattr(self, _kept(stack, leaf))[expert] = tensors[leaf].reshape(-1).view(torch.uint8)
-            weight = stack.weight(tensors)
-            fitted = weight.fit_first(torch.float16, stored.dtype)
-            if fitted is not weight:  # as they were: see FP4Weight.fit
-                rows = (fitted.scales != weight.scales).any(-1).nonzero()[:, 0]
-                self._unfitted[stack.name, expert] = rows.cpu(), weight.scales[rows].cpu()
-            return fitted
+        def read(*stacks: Stack) -> Iterator[FP4Weight]:
+            for experts in some_at_a_time(*stacks):
+                weights = (stack.weights(experts, small[stack.name], reader) for stack in stacks)
+                named = zip((stack.name for stack in stacks), weights, strict=True)
+                yield joined([self._fitted(name, experts.start, weight, stored.dtype) for name, weight in named])
 
-        parts = (_joined([read(stack, expert) for stack in mixture.first]) for expert in range(count))
-        w13 = pack_first(parts, count, width, order)
-        w2 = pack_each((read(mixture.second, expert) for expert in range(count)), count)
+        w13 = pack_first(read(*mixture.first), count, width, order)
+        w2 = pack_each(read(mixture.second), count)
         biases = [getattr(stored, f"{name}_bias") for name in names_of(self.like[0])]
         self._hold((w13, w2), stored.activation, order, mixture.rows, biases, stored.dtype)
+
+    def _fitted(self, name: str, first: int, weight: FP4Weight, dtype: torch.dtype) -> FP4Weight:
+        """Experts from ``first`` on as they are packed; keeps the scales that changes (see `FP4Weight.fit`)."""
+        fitted = fit_each(weight, torch.float16, dtype)
+        if fitted is not weight:
+            expert, row = (fitted.scales != weight.scales).any(-1).nonzero(as_tuple=True)
+            scales, expert, row = weight.scales[expert, row].cpu(), expert.cpu(), row.cpu()
+            for one in expert.unique().tolist():
+                self._unfitted[name, first + one] = row[expert == one], scales[expert == one]
+        return fitted
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `PackedExperts.forward`; experts that a device map put on the CPU come over for the call."""
@@ -139,14 +143,12 @@ class CheckpointExperts(PackedExperts):
         return self.w2.matrix(expert).unpack(f"{self.mixture.path}: expert {expert}")
 
     def _stored(self, stack: Stack, held: FP4Weight, expert: int) -> dict[str, Tensor]:
-        layer, entries = stack.of(expert), stack.of(expert).entries
-        small = {}
+        layer, small = stack.of(expert), dict[str, Tensor]()
         for leaf in layer.small:
-            kept, shape = getattr(self, _kept(stack, leaf))[expert], entries[leaf].shape
-            small[leaf] = kept.view(DTYPES[entries[leaf].dtype]).reshape(
-                shape[1:] if layer.experts and shape else shape
-            )
-        return layer.fp4.restore(held, self._unfitted.get((stack.name, expert)), small, entries, layer.path)
+            kept, entry = getattr(self, _kept(stack, leaf))[expert], layer.entries[leaf]
+            of_each = layer.experts and entry.shape[:1] == (layer.experts,)
+            small[leaf] = kept.view(DTYPES[entry.dtype]).reshape(entry.shape[1:] if of_each else entry.shape)
+        return layer.fp4.restore(held, self._unfitted.get((stack.name, expert)), small, layer.entries, layer.path)
 
 
 def dense_experts(
@@ -169,15 +171,6 @@ def dense_experts(
     for name, bias in biases.items():
         made._parameters[name] = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
     return made  # type: ignore[no-any-return]
-
-
-def _joined(parts: list[FP4Weight]) -> FP4Weight:
-    """Matrices of one format below each other."""
-    if len(parts) == 1:
-        return parts[0]
-    fields = ("codes", "scales", "multiplier")
-    codes, scales, multiplier = (torch.cat([getattr(part, field) for part in parts]) for field in fields)
-    return parts[0].derived(codes, scales, multiplier)
 
 
 def _kept(stack: Stack, leaf: str) -> str:

@@ -1,0 +1,126 @@
+"""Reads tensors of a checkpoint to a device: many at once, by several threads, straight into one buffer."""
+
+import ctypes
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.layers import Layer
+from marlin_w4a16.checkpoints.storage import DTYPES
+
+_DTYPES = {
+    **DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool,
+}  # fmt: skip
+_THREADS = min(8, os.cpu_count() or 1)
+_PIECE = 1 << 20  # the most bytes of one read: threads share big tensors
+_ALONE = 1 << 18  # bytes that are read by the caller's thread: to hand them out takes as long
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: its entry, its name, and which row of its first axis, or None: it is all."""
+
+    entry: Entry
+    name: str
+    row: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.entry.shape if self.row is None else self.entry.shape[1:]
+
+
+class Reader(ExitStack):
+    """Reads tensors of a checkpoint to a device; a context, for whose length their files stay open."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device, self._open = device, dict[Path, tuple[int, dict[str, tuple[int, int]]]]()
+        self._threads: ThreadPoolExecutor | None = None
+
+    def tensor(self, entry: Entry, name: str, index: int | None = None) -> Tensor:
+        """A tensor, or what it holds at an index of its first axis."""
+        return self.stacked([Place(entry, name, index)])[0]
+
+    def tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """The tensors of a layer by leaf."""
+        return {leaf: self.tensor(entry, layer.name(leaf)) for leaf, entry in layer.entries.items()}
+
+    def stacked(self, places: Sequence[Place], device: torch.device | None = None) -> Tensor:
+        """Tensors of one dtype and shape as one, ``[len(places), ...]``.
+
+        Args:
+            places: at least one.
+            device: where to, if not to that of the reader.
+
+        Raises:
+            CheckpointError: a file is not what its header said when it was read.
+        """
+        device, like = device or self._device, places[0]
+        pieces = list(self._pieces(places))
+        size = sum(nbytes for _, _, nbytes in pieces)
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+        if size:
+            self._fill(memoryview((ctypes.c_ubyte * size).from_address(buffer.data_ptr())), pieces)
+        return buffer.view(_DTYPES[like.entry.dtype]).view(len(places), *like.shape).to(device)
+
+    def _pieces(self, places: Sequence[Place]) -> Iterator[tuple[int, int, int]]:
+        """Files, offsets and bytes of what is read, in order."""
+        for entry, name, row in places:
+            file, start, nbytes = self._find(entry, name)
+            if row is not None:
+                nbytes //= entry.shape[0]
+                start += row * nbytes
+            for at in range(0, nbytes, _PIECE):
+                yield file, start + at, min(_PIECE, nbytes - at)
+
+    def _find(self, entry: Entry, name: str) -> tuple[int, int, int]:
+        """The file of a tensor, and its first byte and their number there."""
+        if entry.file not in self._open:
+            file = self.enter_context(entry.file.open("rb"))
+            self._open[entry.file] = file.fileno(), _places(file)
+        descriptor, found = self._open[entry.file]
+        start, nbytes = found.get(name, (0, -1))
+        if nbytes != entry.nbytes:
+            raise CheckpointError(f"{entry.file}: {name}: found another file than before, expected {entry}: load again")
+        return descriptor, start, nbytes
+
+    def _fill(self, view: memoryview, pieces: Sequence[tuple[int, int, int]]) -> None:
+        starts, at = [], 0
+        for _, _, nbytes in pieces:
+            starts.append(at)
+            at += nbytes
+
+        def read(some: slice) -> None:
+            for (file, offset, nbytes), start in zip(pieces[some], starts[some], strict=True):
+                _read(file, offset, view[start : start + nbytes])
+
+        if len(view) <= _ALONE or _THREADS == 1:
+            read(slice(None))
+            return
+        if self._threads is None:
+            self._threads = self.enter_context(ThreadPoolExecutor(_THREADS))
+        list(self._threads.map(read, (slice(first, None, _THREADS) for first in range(_THREADS))))
+
+
+def _read(file: int, offset: int, view: memoryview) -> None:
+    while view:
+        count = os.preadv(file, [view], offset)
+        if not count:
+            raise CheckpointError(f"found the end of a file at byte {offset}, expected {len(view)} more: load again")
+        view, offset = view[count:], offset + count
+
+
+def _places(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """The first byte of each tensor of a safetensors file, and how many it has."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    ranges = {name: told["data_offsets"] for name, told in header.items() if name != "__metadata__"}
+    return {name: (8 + size + start, stop - start) for name, (start, stop) in ranges.items()}
