@@ -1,6 +1,6 @@
 """The experts of a mixture as a checkpoint holds them: a layer for each expert and projection, or one for all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from marlin_w4a16.checkpoints.reader import Place, Reader
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.kernels.fp4 import FP4Weight
 
-_AT_A_TIME = 20 << 20  # bytes; gate and up are there once more while they are put below each other
+_AT_A_TIME = 32 << 20  # bytes; stacks that are not alike are there twice while they are put below each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +43,15 @@ class Stack:
 
     def read(self, expert: int, reader: Reader) -> dict[str, Tensor]:
         """The tensors of one expert by leaf."""
-        return {leaf: reader.tensor(*self._place(expert, leaf)) for leaf in self.like.entries}
+        return {leaf: reader.tensor(*self.place(expert, leaf)) for leaf in self.like.entries}
 
     def small(self, reader: Reader) -> dict[str, Tensor]:
         """The tensors beside codes and scales of all experts by leaf, ``[experts, ...]``, on the CPU."""
-        places = {leaf: [self._place(expert, leaf) for expert in range(self.experts)] for leaf in self.like.small}
+        places = {leaf: [self.place(expert, leaf) for expert in range(self.experts)] for leaf in self.like.small}
         return {leaf: reader.stacked(of_all, torch.device("cpu")) for leaf, of_all in places.items()}
 
-    def weights(self, experts: range, small: Mapping[str, Tensor], reader: Reader) -> FP4Weight:
-        """The weights of some experts in a row, ``[experts, n, k]``; ``small`` is what `small` found."""
-        n, some = self.like.n, slice(experts.start, experts.stop)
-        big = (self.storage.leaf("codes"), self.storage.leaf("scales"))
-        tensors = {leaf: reader.stacked([self._place(e, leaf) for e in experts]).flatten(0, 1) for leaf in big}
-        factor = self.storage.part("multiplier", "divisor")
-        if factor is not None:  # one for each row of all that stand below each other
-            of_rows = small[factor.leaf][some].reshape(len(experts), -1).expand(-1, n).flatten()
-            tensors[factor.leaf] = of_rows.to(tensors[big[0]].device)
-        flat = self.weight(tensors)
-        each = (len(experts), n)
-        parts = (torch.unflatten(tensor, 0, each) for tensor in (flat.codes, flat.scales, flat.multiplier))
-        return flat.derived(*parts)
-
-    def _place(self, expert: int, leaf: str) -> Place:
+    def place(self, expert: int, leaf: str) -> Place:
+        """Where a tensor of an expert lies."""
         layer = self.layers[0 if self.like.experts else expert]
         return Place(layer.entries[leaf], layer.name(leaf), expert if self.like.experts else None)
 
@@ -88,11 +75,44 @@ class Stack:
 
 
 def some_at_a_time(*stacks: Stack) -> Iterator[range]:
-    """The experts of stacks, as many at a time as have 20 MB of codes and scales, but at least one."""
+    """The experts of stacks, as many at a time as have 32 MB of codes and scales, but at least one."""
     experts = stacks[0].experts
     nbytes = sum(layer.nbytes for stack in stacks for layer in stack.layers)
     step = max(1, _AT_A_TIME * experts // max(1, nbytes))
     return (range(start, min(start + step, experts)) for start in range(0, experts, step))
+
+
+def alike(stacks: Sequence[Stack]) -> bool:
+    """Whether their tensors have the same names, dtypes and shapes, so that they are read as one."""
+    looks = [
+        (stack.storage, {leaf: (entry.dtype, entry.shape) for leaf, entry in stack.like.entries.items()})
+        for stack in stacks
+    ]
+    return all(look == looks[0] for look in looks)
+
+
+def read_weights(
+    stacks: Sequence[Stack], experts: range, small: Mapping[str, Mapping[str, Tensor]], reader: Reader
+) -> FP4Weight:
+    """The weights of some experts in a row, ``[experts * stacks, n, k]``: those of one expert stand together.
+
+    Args:
+        stacks: see `alike`.
+        experts: which.
+        small: what `Stack.small` found, by the names of stacks.
+        reader: reads to where the weights are made.
+    """
+    first, n = stacks[0], stacks[0].like.n
+    codes, scales = first.storage.leaf("codes"), first.storage.leaf("scales")
+    places = {leaf: [stack.place(e, leaf) for e in experts for stack in stacks] for leaf in (codes, scales)}
+    tensors = {leaf: reader.stacked(of_all).flatten(0, 1) for leaf, of_all in places.items()}
+    factor = first.storage.part("multiplier", "divisor")
+    if factor is not None:  # one for each row of all that stand below each other
+        some = slice(experts.start, experts.stop)
+        each = [small[stack.name][factor.leaf][some].reshape(len(experts), 1, -1) for stack in stacks]
+        tensors[factor.leaf] = torch.cat(each, 1).expand(-1, -1, n).flatten().to(tensors[codes].device)
+    flat = first.weight(tensors)
+    return flat.derived(*(torch.unflatten(t, 0, (-1, n)) for t in (flat.codes, flat.scales, flat.multiplier)))
 
 
 @dataclass(frozen=True, slots=True)
