@@ -34,7 +34,10 @@ def _source_rows(rows, row, n, MAPPED: tl.constexpr):
     return found.to(tl.int64)
 
 
-@triton.jit
+# nothing is gained by knowing sizes; unknown, they share one compiled kernel
+@triton.jit(
+    do_not_specialize=["n", "k", "row_tiles", "k_tiles", "code_matrix", "code_row", "scale_matrix", "scale_row"]
+)
 def _pack_kernel(
     codes, scales, rows, words, tiles,
     n, k, row_tiles, k_tiles, code_matrix, code_row, code_column, scale_matrix, scale_row, scale_column,

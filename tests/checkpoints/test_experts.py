@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints.formats import FORMATS, written
 from marlin_w4a16.checkpoints import deepseek, experts, files, gpt_oss, modelopt
-from marlin_w4a16.checkpoints.experts import Stack, StoredMixture, some_at_a_time
+from marlin_w4a16.checkpoints.experts import Stack, StoredMixture, alike, read_weights, some_at_a_time
 from marlin_w4a16.checkpoints.layers import Layer, contents
 from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.scheme import Scheme
@@ -99,13 +99,29 @@ def test_some_experts_are_read_as_each_by_itself(name, stacks):
     with Reader(torch.device("cpu")) as reader:
         small = one.small(reader)
         alone = [one.read(expert, reader) for expert in range(4)]
-        found = [weight for some in (range(3), range(3, 4)) for weight in [one.weights(some, small, reader)]]
+        found = [read_weights([one], some, {one.name: small}, reader) for some in (range(3), range(3, 4))]
     assert small.keys() == set(one.like.small) and all(len(tensor) == 4 for tensor in small.values())
     assert all(same(small[leaf][e], tensors[leaf]) for e, tensors in enumerate(alone) for leaf in small)
     assert [weight.codes.shape[0] for weight in found] == [3, 1]
     for field in ("codes", "scales", "multiplier"):
         expected = torch.stack([getattr(one.weight(tensors), field) for tensors in alone])
         assert torch.equal(torch.cat([getattr(weight, field) for weight in found]), expected)
+
+
+def test_stacks_that_are_alike_are_read_as_one():
+    """Gate and up with a global scale of their own each, one expert after the other."""
+    layers = layers_of("modelopt-nemotron")
+    up = each(layers, NEMOTRON, "up_proj")
+    other = Stack("other", up.layers[::-1])  # any stack of the same shape
+    assert alike([up, other]) and not alike([up, each(layers, NEMOTRON, "down_proj")])
+    with Reader(torch.device("cpu")) as reader:
+        small = {stack.name: stack.small(reader) for stack in (up, other)}
+        both = read_weights([up, other], range(1, 4), small, reader)
+        for at, stack in enumerate((up, other)):
+            alone = read_weights([stack], range(1, 4), small, reader)
+            for field in ("codes", "scales", "multiplier"):
+                assert torch.equal(getattr(both, field)[at::2], getattr(alone, field))
+    assert len(set(both.multiplier[:, 0].tolist())) > 1
 
 
 class Asked(TorchDispatchMode):
@@ -128,7 +144,7 @@ def test_experts_are_asked_about_once_for_all(name, stacks):
         small = one.small(reader)
         for some in (range(1), range(4)):
             with Asked() as asked:
-                weight = fit_each(one.weights(some, small, reader), torch.float16, torch.bfloat16)
+                weight = fit_each(read_weights([one], some, {one.name: small}, reader), torch.float16, torch.bfloat16)
                 pack_first([weight], len(some), one.like.n // 2, "gate_up")
             assert asked.count == 2
 

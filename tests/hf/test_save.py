@@ -101,6 +101,20 @@ def test_rows_whose_scales_float16_does_not_hold(name, family, tmp_path):
     assert found.keys() == before.keys() and all(same(found[key], tensor) for key, tensor in before.items())
 
 
+def test_gates_and_ups_that_are_stored_differently(tmp_path):
+    """The same scales in other dtypes: two stacks that are not read as one, with the weights of before."""
+    folder = write("deepseek-v4", "deepseekv4", tmp_path / "before")
+    tensors = load_file(folder / "model.safetensors")
+    gates = [key for key in tensors if key.endswith(".w1.scale")]
+    tensors |= {key: tensors[key].float() for key in gates}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = read(folder)
+    assert gates and torch.equal(logits(model), logits(loaded("deepseek-v4", "deepseekv4", torch.bfloat16)))
+    model.save_pretrained(tmp_path / "after")
+    found = tensors_of(tmp_path / "after")
+    assert all(found[key].dtype == torch.float32 and torch.equal(found[key], tensors[key]) for key in gates)
+
+
 def test_an_expert_that_float16_does_not_hold_changes_no_other(tmp_path):
     """Experts are packed together: one keeps its scales, since no power of two helps it, its neighbours do not."""
     folder = write("gpt-oss", "gptoss", tmp_path / "before")

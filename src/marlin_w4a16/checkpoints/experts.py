@@ -1,6 +1,6 @@
 """The experts of a mixture as a checkpoint holds them: a layer for each expert and projection, or one for all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from marlin_w4a16.checkpoints.reader import Place, Reader
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.kernels.fp4 import FP4Weight
 
-_AT_A_TIME = 20 << 20  # bytes; gate and up are there once more while they are put below each other
+_AT_A_TIME = 32 << 20  # bytes; stacks that are not alike are there twice while they are put below each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Stack:
 
     def read(self, expert: int, reader: Reader) -> dict[str, Tensor]:
         """The tensors of one expert by leaf; what is one for all is that of each."""
-        return {leaf: reader.tensor(*self._place(expert, leaf)) for leaf in self.of(expert).entries}
+        return {leaf: reader.tensor(*self.place(expert, leaf)) for leaf in self.of(expert).entries}
 
     def of(self, expert: int) -> Layer:
         """The layer that holds an expert."""
@@ -57,31 +57,14 @@ class Stack:
         found, cpu = dict[str, Tensor](), torch.device("cpu")
         for leaf in dict.fromkeys(leaf for layer in self.layers for leaf in layer.small):
             having = [expert for expert in range(self.experts) if leaf in self.of(expert).entries]
-            held = reader.stacked([self._place(expert, leaf) for expert in having], cpu)
-            found[leaf] = held
+            found[leaf] = held = reader.stacked([self.place(expert, leaf) for expert in having], cpu)
             if len(having) < self.experts:
                 found[leaf] = held.new_zeros((self.experts, *held.shape[1:]))
                 found[leaf][having] = held
         return found
 
-    def weights(self, experts: range, small: Mapping[str, Tensor], reader: Reader) -> FP4Weight:
-        """The weights of some experts in a row, ``[experts, n, k]``; ``small`` is what `small` found."""
-        n, some = self.like.n, slice(experts.start, experts.stop)
-        big = (self.storage.leaf("codes"), self.storage.leaf("scales"))
-        tensors = {leaf: reader.stacked([self._place(e, leaf) for e in experts]) for leaf in big}
-        if self.storage.transposed:
-            tensors = {leaf: tensor.mT.contiguous() for leaf, tensor in tensors.items()}
-        tensors = {leaf: tensor.flatten(0, 1) for leaf, tensor in tensors.items()}
-        factor = self.storage.part("multiplier", "divisor")
-        if factor is not None:  # one for each row of all that stand below each other
-            of_rows = small[factor.leaf][some].reshape(len(experts), -1).expand(-1, n).flatten()
-            tensors[factor.leaf] = of_rows.to(tensors[big[0]].device)
-        flat = replace(self.storage, transposed=False).read(tensors, self.like.path)
-        each = (len(experts), n)
-        parts = (torch.unflatten(tensor, 0, each) for tensor in (flat.codes, flat.scales, flat.multiplier))
-        return flat.derived(*parts)
-
-    def _place(self, expert: int, leaf: str) -> Place:
+    def place(self, expert: int, leaf: str) -> Place:
+        """Where a tensor of an expert lies."""
         layer = self.of(expert)
         entry = layer.entries[leaf]
         of_each = bool(self.like.experts) and entry.shape[:1] == (self.experts,)
@@ -110,11 +93,47 @@ class Stack:
 
 
 def some_at_a_time(*stacks: Stack) -> Iterator[range]:
-    """The experts of stacks, as many at a time as have 20 MB of codes and scales, but at least one."""
+    """The experts of stacks, as many at a time as have 32 MB of codes and scales, but at least one."""
     experts = stacks[0].experts
     nbytes = sum(layer.nbytes for stack in stacks for layer in stack.layers)
     step = max(1, _AT_A_TIME * experts // max(1, nbytes))
     return (range(start, min(start + step, experts)) for start in range(0, experts, step))
+
+
+def alike(stacks: Sequence[Stack]) -> bool:
+    """Whether their tensors have the same names, dtypes and shapes, so that they are read as one."""
+    looks = [
+        (stack.storage, {leaf: (entry.dtype, entry.shape) for leaf, entry in stack.like.entries.items()})
+        for stack in stacks
+    ]
+    return all(look == looks[0] for look in looks)
+
+
+def read_weights(
+    stacks: Sequence[Stack], experts: range, small: Mapping[str, Mapping[str, Tensor]], reader: Reader
+) -> FP4Weight:
+    """The weights of some experts in a row, ``[experts * stacks, n, k]``: those of one expert stand together.
+
+    Args:
+        stacks: see `alike`.
+        experts: which.
+        small: what `Stack.small` found, by the names of stacks.
+        reader: reads to where the weights are made.
+    """
+    first, n = stacks[0], stacks[0].like.n
+    codes, scales = first.storage.leaf("codes"), first.storage.leaf("scales")
+    places = {leaf: [stack.place(e, leaf) for e in experts for stack in stacks] for leaf in (codes, scales)}
+    tensors = {leaf: reader.stacked(of_all) for leaf, of_all in places.items()}
+    if first.storage.transposed:
+        tensors = {leaf: tensor.mT.contiguous() for leaf, tensor in tensors.items()}
+    tensors = {leaf: tensor.flatten(0, 1) for leaf, tensor in tensors.items()}
+    factor = first.storage.part("multiplier", "divisor")
+    if factor is not None:  # one for each row of all that stand below each other
+        some = slice(experts.start, experts.stop)
+        each = [small[stack.name][factor.leaf][some].reshape(len(experts), 1, -1) for stack in stacks]
+        tensors[factor.leaf] = torch.cat(each, 1).expand(-1, -1, n).flatten().to(tensors[codes].device)
+    flat = replace(first.storage, transposed=False).read(tensors, first.like.path)
+    return flat.derived(*(torch.unflatten(t, 0, (-1, n)) for t in (flat.codes, flat.scales, flat.multiplier)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from marlin_w4a16.checkpoints.layers import Layer, Problem
 from marlin_w4a16.checkpoints.reader import Place, Reader
 from marlin_w4a16.checkpoints.storage import OF_INPUTS, FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import as_bytes
-from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, is_nan, scale_bytes
+from marlin_w4a16.kernels.scale_bytes import ScaleKind, any_nan, e8m0_values, is_nan, scale_bytes
 
 _AT_A_TIME = 4 << 20  # bytes, which caches hold
 
@@ -71,6 +71,12 @@ class _Small:
         bad = ~values.isfinite()
         return bad | ~values.reciprocal().isfinite() if self.part.role.endswith("divisor") else bad
 
+    def any_bad(self, tensor: Tensor) -> bool:
+        """Whether some element is."""
+        return (
+            bool(self.bad(tensor).any()) if self.scales is None else any_nan(_bytes(tensor, self.scales), self.scales)
+        )
+
     def told(self, tensor: Tensor) -> tuple[str, str]:
         """What was found and expected where the first wrong element stands."""
         at = self.bad(tensor).nonzero()[0].tolist()
@@ -89,11 +95,10 @@ def _bad_among(looked_at: Sequence[_Small], alike: Sequence[int], reader: Reader
     step = max(1, _AT_A_TIME // max(1, one.place.entry.nbytes))
     for start in range(0, len(alike), step):
         some = alike[start : start + step]
-        bad = one.bad(reader.stacked([looked_at[at].place for at in some]))
-        if bool(bad.any()):
-            yield from (
-                at for at, wrong in zip(some, bad.reshape(len(some), -1).any(-1).tolist(), strict=True) if wrong
-            )
+        tensors = reader.stacked([looked_at[at].place for at in some])
+        if one.any_bad(tensors):
+            each = one.bad(tensors).reshape(len(some), -1).any(-1).tolist()
+            yield from (at for at, wrong in zip(some, each, strict=True) if wrong)
 
 
 def as_numbers(scales: Tensor) -> Tensor:

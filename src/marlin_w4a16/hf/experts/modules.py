@@ -1,14 +1,14 @@
 """Experts of a checkpoint: what holds their place while a model is loaded, and what runs."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_w4a16.checkpoints.experts import Stack, some_at_a_time
+from marlin_w4a16.checkpoints.experts import Stack, alike, read_weights, some_at_a_time
 from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.hf.dense import decoded, joined
@@ -78,25 +78,37 @@ class CheckpointExperts(PackedExperts):
                 self.register_bits(_kept(stack, leaf), kept, persistent=False)
 
         def read(*stacks: Stack) -> Iterator[FP4Weight]:
+            together = [stacks] if alike(stacks) else [(stack,) for stack in stacks]
             for experts in some_at_a_time(*stacks):
-                weights = (stack.weights(experts, small[stack.name], reader) for stack in stacks)
-                named = zip((stack.name for stack in stacks), weights, strict=True)
-                yield joined([self._fitted(name, experts.start, weight, stored.dtype) for name, weight in named])
+                yield joined([self._read(some, experts, small, reader, stored.dtype) for some in together])
 
         w13 = pack_first(read(*mixture.first), count, width, order)
         w2 = pack_each(read(mixture.second), count)
         biases = [getattr(stored, f"{name}_bias") for name in names_of(self.like[0])]
         self._hold((w13, w2), stored.activation, order, mixture.rows, biases, stored.dtype)
 
-    def _fitted(self, name: str, first: int, weight: FP4Weight, dtype: torch.dtype) -> FP4Weight:
-        """Experts from ``first`` on as they are packed; keeps the scales that changes (see `FP4Weight.fit`)."""
+    def _read(
+        self,
+        stacks: Sequence[Stack],
+        experts: range,
+        small: Mapping[str, Mapping[str, Tensor]],
+        reader: Reader,
+        dtype: torch.dtype,
+    ) -> FP4Weight:
+        """See `read_weights`: as they are packed, the rows of all stacks below each other.
+
+        The scales that changes (see `FP4Weight.fit`) are kept as they were.
+        """
+        weight = read_weights(stacks, experts, small, reader)
         fitted = fit_each(weight, torch.float16, dtype)
         if fitted is not weight:
-            expert, row = (fitted.scales != weight.scales).any(-1).nonzero(as_tuple=True)
-            scales, expert, row = weight.scales[expert, row].cpu(), expert.cpu(), row.cpu()
-            for one in expert.unique().tolist():
-                self._unfitted[name, first + one] = row[expert == one], scales[expert == one]
-        return fitted
+            matrix, row = (fitted.scales != weight.scales).any(-1).nonzero(as_tuple=True)
+            scales, matrix, row = weight.scales[matrix, row].cpu(), matrix.cpu(), row.cpu()
+            for one in matrix.unique().tolist():
+                expert, stack = divmod(one, len(stacks))
+                self._unfitted[stacks[stack].name, experts[expert]] = row[matrix == one], scales[matrix == one]
+        tensors = (fitted.codes, fitted.scales, fitted.multiplier)
+        return fitted.derived(*(t.reshape(len(experts), -1, *t.shape[2:]) for t in tensors))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `PackedExperts.forward`; experts that a device map put on the CPU come over for the call."""
