@@ -1,5 +1,6 @@
 """Checkpoints of gpt-oss (``quant_method: mxfp4``): experts in MXFP4, all other weights dense."""
 
+from marlin_w4a16.checkpoints.layouts import Layout
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage, Part
 
@@ -13,6 +14,7 @@ EXPERTS = FP4Storage(
     ),
     joint="_",
     stacked=True,
+    layout=Layout("blocks"),
 )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from marlin_w4a16.checkpoints import compressed_tensors, deepseek, gpt_oss, modelopt
+from marlin_w4a16.checkpoints import auto_round, compressed_tensors, deepseek, fp_quant, gpt_oss, modelopt, quark
 from marlin_w4a16.checkpoints.scheme import Scheme
 
 Config = Mapping[str, Any]
@@ -18,8 +18,8 @@ class CheckpointFormat:
         producer: as people know it, and its schemes name it.
         method: the ``quant_method`` of their quantisation configs.
         scheme: reads such a config, beside that of the model; None: transformers loads all of it.
-        quantizer: the class of ``hf/quantizer.py`` that loads them.
-        options: the class of ``hf/configs.py`` by which a user chooses how.
+        quantizer: the class of ``hf/quantizer.py`` or ``hf/producers.py`` that loads them.
+        options: the class of ``hf/configs.py`` or ``hf/producers.py`` by which a user chooses how.
     """
 
     producer: str
@@ -34,7 +34,10 @@ FORMATS = (
     CheckpointFormat(
         "compressed-tensors",
         "compressed-tensors",
-        lambda config, model: compressed_tensors.scheme(config) if compressed_tensors.is_fp4(config) else None,
+        lambda config, model: (
+            auto_round.e5m3(config)
+            or (compressed_tensors.scheme(config) if compressed_tensors.is_fp4(config) else None)
+        ),
         "CompressedTensorsQuantizer",
         "CompressedTensorsConfig",
     ),
@@ -45,6 +48,27 @@ FORMATS = (
         lambda config, model: deepseek.scheme() if deepseek.is_fp4(config, model) else None,
         "FP8Quantizer",
         "FineGrainedFP8Config",
+    ),
+    CheckpointFormat(
+        "Quark",
+        "quark",
+        lambda config, model: quark.scheme(config) if quark.is_fp4(config) else None,
+        "QuarkQuantizer",
+        "QuarkConfig",
+    ),
+    CheckpointFormat(
+        "AutoRound",
+        "auto-round",
+        lambda config, model: auto_round.scheme(config) if auto_round.is_fp4(config) else None,
+        "AutoRoundQuantizer",
+        "AutoRoundConfig",
+    ),
+    CheckpointFormat(
+        "FP-Quant",
+        "fp_quant",
+        lambda config, model: fp_quant.scheme(config) if fp_quant.is_fp4(config) else None,
+        "FPQuantQuantizer",
+        "FPQuantConfig",
     ),
 )
 

@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.kernels.fp4 import FP4Weight, format_name, fp4_weight, round_once, row_slices
+from marlin_w4a16.checkpoints.layouts import Layout
+from marlin_w4a16.kernels.fp4 import E2M1_MAX, FP4Weight, format_name, fp4_weight, round_once, row_slices
 from marlin_w4a16.kernels.inputs import Rounding
-from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, fp8_codes, scale_bytes, scale_table
+from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind, e8m0_values, fp8_codes, scale_bytes, scale_table
 
 FLOATS = ("F32", "BF16", "F16")
+AMAX = E4M3_MAX * E2M1_MAX  # the largest value of a weight whose multiplier is 1
 STORED_SCALES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
 DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "U32": torch.uint32, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-Role = Literal["codes", "scales", "multiplier", "divisor", "input multiplier", "input divisor", "pre-quant scale"]
+Role = Literal[
+    "codes", "scales", "multiplier", "divisor", "amax", "input multiplier", "input divisor", "pre-quant scale",
+    "rotation", "unused",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +33,9 @@ class Part:
 
     Attributes:
         leaf: the last part of its name.
-        role: what it is. Global scales multiply or divide; those of the input belong to W4A4; a pre-quant scale
-            multiplies the input before the product (AWQ).
+        role: what it is. Global scales multiply or divide, or are 448 * 6 times what multiplies (``"amax"``); those of
+            the input belong to W4A4; a pre-quant scale multiplies the input before the product (AWQ), a rotation is the
+            matrix by which each block of the input is; what is unused is only kept.
         dtypes: as safetensors names them.
         shape: axes as ``e`` (experts), ``n``, ``k``, ``k/2``, ``k/g`` and ``g/2``; empty for one element.
         optional: may be missing.
@@ -42,6 +48,12 @@ class Part:
     shape: tuple[str, ...] = ()
     optional: bool = False
     aliases: tuple[str, ...] = ()
+
+    def told(self, axes: Mapping[str, int]) -> str:
+        """Its shape for people, given the length of each axis."""
+        if self.role == "rotation":
+            return f"a square matrix whose side divides {axes['k']}"
+        return f"shape {[axes[axis] for axis in self.shape]}" if self.shape else "one element"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +84,8 @@ class FP4Storage:
         parts: its tensors.
         activations: how its input is quantised, or None.
         joint: what stands between a path and a leaf.
-        stacked: whether it is of every expert; its blocks are axes of their own then, ``[e, n, k/g, g/2]``.
+        stacked: whether it is of every expert, along a first axis of its tensors.
+        layout: how codes and scales lie.
     """
 
     label: str
@@ -82,6 +95,7 @@ class FP4Storage:
     activations: Activations | None = None
     joint: str = "."
     stacked: bool = False
+    layout: Layout = Layout()
     big: ClassVar[tuple[Role, ...]] = ("codes", "scales")  # what becomes the weight
 
     def named(self, leaves: Container[str]) -> "FP4Storage":
@@ -104,20 +118,28 @@ class FP4Storage:
     @property
     def scales(self) -> str:
         """The shape of block scales in words."""
-        return f"[{'experts, ' * self.stacked}n, k / {' or '.join(map(str, self.groups))}]"
+        told = self.layout.told(" or ".join(map(str, self.groups)))
+        return f"[experts, {told[1:]}" if self.stacked else told
 
     def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
         """Rows, columns and group size by the shapes of codes and scales, or None: they make no linear."""
-        codes, scales = entries[self.leaf("codes")].shape, entries[self.leaf("scales")].shape
-        if self.stacked:
-            codes, scales = (*codes[1:2], math.prod(codes[2:])), scales[1:]
-        if len(codes) != 2 or len(scales) != 2 or not scales[1] or codes[1] * 2 % scales[1]:
+        codes, scales = (entries[self.leaf(role)].shape[self.stacked :] for role in ("codes", "scales"))
+        if self.layout.codes == "blocks":
+            codes = (*codes[:1], math.prod(codes[1:]))
+        if len(codes) != 2 or len(scales) != 2 or not scales[1]:
             return None
-        group = codes[1] * 2 // scales[1]
-        return (codes[0], codes[1] * 2, group) if group in self.groups else None
+        n, k = codes[0], self.layout.columns(codes[1])
+        if not self.layout.plain:
+            fitting = (g for g in self.groups if not k % g and scales == self.layout.scales_shape(n, k // g))
+            return next(((n, k, group) for group in fitting), None)
+        return None if k % scales[1] or k // scales[1] not in self.groups else (n, k, k // scales[1])
 
     def fits(self, part: Part, shape: tuple[int, ...], axes: Mapping[str, int]) -> bool:
-        """Whether a tensor has its shape."""
+        """Whether a tensor has its shape; of codes and scales that do not lie in rows, `shape_of` has told that."""
+        if part.role == "unused" or (part.role in self.big and not self.layout.plain):
+            return True
+        if part.role == "rotation":
+            return len(shape) == 2 and shape[0] == shape[1] > 0 and not axes["k"] % shape[0]
         return shape == tuple(axes[axis] for axis in part.shape) if part.shape else math.prod(shape) == 1
 
     def format(self, group: int) -> str:
@@ -126,22 +148,25 @@ class FP4Storage:
 
     def read(self, tensors: Mapping[str, Tensor], name: str) -> FP4Weight:
         """The weight that some tensors, by leaf, are."""
-        part = self.part("multiplier", "divisor")
-        factor: Tensor | float = 1.0 if part is None else tensors[part.leaf].float()
-        if part is not None and part.role == "divisor":
-            factor = torch.as_tensor(factor).reciprocal()
-        codes, scales = tensors[self.leaf("codes")], tensors[self.leaf("scales")]
-        if self.stacked:  # one expert of them
-            codes = codes.flatten(1)
+        part = self.part("multiplier", "divisor", "amax")
+        factor: Tensor | float = 1.0
+        if part is not None and part.leaf in tensors:
+            factor = tensors[part.leaf].float()
+            factor = factor.reciprocal() if part.role == "divisor" else factor / AMAX if part.role == "amax" else factor
+        codes, scales = self.layout.read_codes(tensors[self.leaf("codes")]), tensors[self.leaf("scales")]
         if scales.dtype == torch.float32:
             scales = scale_bytes(scales, self.kind)
+        if not self.layout.plain:
+            n, k = codes.shape[0], codes.shape[1] * 2
+            group = next(g for g in self.groups if self.layout.scales_shape(n, k // g) == tuple(scales.shape))
+            scales = self.layout.read_scales(scales, n, k // group)
         return fp4_weight(codes, scales, factor, kind=self.kind, name=name)
 
     def write(self, weight: FP4Weight, kept: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         """The inverse of `read`, bit for bit: ``kept`` are the tensors beside codes and scales."""
         code, scale = self.leaf("codes"), self.leaf("scales")
-        codes = weight.codes.view(weight.n, -1, weight.group // 2) if self.stacked else weight.codes
-        scales, dtype = weight.scales, DTYPES[entries[scale].dtype]
+        codes = self.layout.write_codes(weight.codes, weight.group)
+        scales, dtype = self.layout.write_scales(weight.scales), DTYPES[entries[scale].dtype]
         scales = e8m0_values(scales).float() if dtype == torch.float32 else scales.view(dtype)
         made = {code: codes.view(DTYPES[entries[code].dtype]), scale: scales}
         return {part.leaf: t for part in self.parts if (t := {**kept, **made}.get(part.leaf)) is not None}

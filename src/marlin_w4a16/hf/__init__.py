@@ -12,18 +12,22 @@ from transformers.quantizers import auto
 
 from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.hf import configs, quantizer
+from marlin_w4a16.hf import configs, producers, quantizer
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
 from marlin_w4a16.hf.experts import implementation as implementation
 from marlin_w4a16.hf.generation import compile_blocks
 from marlin_w4a16.hf.loaded import Loaded
+from marlin_w4a16.hf.producers import AutoRoundConfig, FPQuantConfig, QuarkConfig
 from marlin_w4a16.modules.transformers_experts import pack_experts_of
 
 __all__ = [
+    "AutoRoundConfig",
     "CheckpointError",
     "CompressedTensorsConfig",
+    "FPQuantConfig",
     "Loaded",
     "ModelOptConfig",
+    "QuarkConfig",
     "compile_blocks",
     "pack_experts_of",
     "report",
@@ -39,8 +43,14 @@ def report(model: PreTrainedModel) -> Loaded | None:
 def _register() -> None:
     """Of formats that transformers knows, its quantizers are replaced; what is not FP4 goes on to those."""
     for row in registry.FORMATS:
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(row.method, getattr(configs, row.options))
-        auto.AUTO_QUANTIZER_MAPPING[row.method] = getattr(quantizer, row.quantizer)
+        options, loads = (
+            next(getattr(room, name) for room in (producers, configs, quantizer) if hasattr(room, name))
+            for name in (row.options, row.quantizer)
+        )
+        if issubclass(options, producers.ProducerConfig):
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[row.method] = options
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(row.method, options)
+        auto.AUTO_QUANTIZER_MAPPING[row.method] = loads
 
 
 _register()

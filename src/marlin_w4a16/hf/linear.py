@@ -54,9 +54,8 @@ class StoredLinear(nn.Module):
         tensors, storage = self.tensors(), self.layer.storage
         if isinstance(storage, FP8Storage):
             return plain_linear(storage.read(tensors, dtype), self.bias)
-        scale = storage.part("pre-quant scale")
-        columns = tensors.get(scale.leaf) if scale is not None else None
-        return plain_linear(decoded(storage.read(tensors, self.layer.path), dtype, columns), self.bias)
+        columns, rotation = (tensors[leaf] if leaf else None for leaf in before(self.layer))
+        return plain_linear(decoded(storage.read(tensors, self.layer.path), dtype, columns, rotation), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``."""
@@ -72,7 +71,8 @@ class CheckpointLinear(PackedLinear):
     """A `PackedLinear` that can give back the tensors of its checkpoint, bit for bit.
 
     Beside the packed weight it holds the checkpoint's small tensors under their names (global scales, input scales).
-    A pre-quant scale (AWQ) multiplies the input; with ``keep`` the input is quantised as its producer does (W4A4).
+    A pre-quant scale (AWQ) multiplies the input, a rotation turns each block of it; with ``keep`` the input is
+    quantised as its producer does (W4A4).
 
     Args:
         layer, tensors: what the checkpoint holds, and its tensors by leaf.
@@ -90,8 +90,8 @@ class CheckpointLinear(PackedLinear):
         self.quantize_input = storage.activations if keep else None
         for leaf in layer.small:
             self.register_bits(leaf, tensors[leaf])
-        scale, factor = storage.part("pre-quant scale"), storage.part("input multiplier", "input divisor")
-        self.pre_scale = scale.leaf if scale is not None and scale.leaf in layer.entries else None
+        factor = storage.part("input multiplier", "input divisor")
+        self.pre_scale, self.rotation = before(layer)
         self.input_factor = factor if factor is not None and factor.leaf in layer.entries else None
         # rows whose scales packing changed (see FP4Weight.fit), as they were
         rows = (fitted.scales != stored.scales).any(-1).nonzero()[:, 0]
@@ -113,13 +113,15 @@ class CheckpointLinear(PackedLinear):
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """See `StoredLinear.dense`."""
-        columns = getattr(self, self.pre_scale).detach() if self.pre_scale else None
-        return plain_linear(decoded(self.to_fp4(self.layer.path), dtype, columns), self.bias)
+        columns, rotation = (getattr(self, leaf).detach() if leaf else None for leaf in (self.pre_scale, self.rotation))
+        return plain_linear(decoded(self.to_fp4(self.layer.path), dtype, columns, rotation), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, the input scaled and quantised first where the checkpoint says so."""
         if self.pre_scale is not None:
             x = (x * getattr(self, self.pre_scale)).to(x.dtype)
+        if self.rotation is not None:
+            x = rotated(x, getattr(self, self.rotation))
         if self.quantize_input is not None:
             x = quantized_input(x, self.quantize_input, self.layer.group, self._input_scale())
         return super().forward(x)
@@ -185,15 +187,31 @@ def quantized_input(x: Tensor, activations: Activations, group: int, scale: Tens
     return fake_quantize(x, kind, activations.group or group, scale, activations.rounding)
 
 
-def decoded(weight: FP4Weight, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
-    """The exact weight ``[n, k]`` times a factor for each column, rounded once; made in blocks of rows."""
+def decoded(
+    weight: FP4Weight, dtype: torch.dtype, columns: Tensor | None = None, rotation: Tensor | None = None
+) -> Tensor:
+    """The exact weight ``[n, k]`` times a factor for each column, rounded once; made in blocks of rows.
+
+    A rotation of the input is one of the weight by its transpose, which is added up in float64.
+    """
     out = torch.empty((weight.n, weight.k), dtype=dtype, device=weight.codes.device)
     for rows, part in weight.row_blocks():
-        if columns is None:
-            out[rows] = part.decode(dtype)
-        else:
-            out[rows] = round_once(part.decode() * columns.double(), dtype)
+        exact = part.decode()
+        exact = exact if columns is None else exact * columns.double()
+        out[rows] = round_once(exact if rotation is None else rotated(exact, rotation.T), dtype)
     return out
+
+
+def rotated(x: Tensor, matrix: Tensor) -> Tensor:
+    """Each block of ``x`` times a square matrix, in the dtype of ``x``."""
+    return (x.unflatten(-1, (-1, matrix.shape[0])) @ matrix.to(x.dtype)).flatten(-2)
+
+
+def before(layer: Layer) -> tuple[str | None, str | None]:
+    """What multiplies the input of a linear, by the leaves of its tensors: a factor for each column, a matrix."""
+    parts = (layer.fp4.part("pre-quant scale"), layer.fp4.part("rotation"))
+    scale, rotation = (part.leaf if part is not None and part.leaf in layer.entries else None for part in parts)
+    return scale, rotation
 
 
 def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:

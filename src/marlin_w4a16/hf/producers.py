@@ -1,0 +1,89 @@
+"""Producers whose checkpoints transformers hands to their own packages: FP4 is loaded here, all else by those."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import transformers
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_auto_round import AutoRoundQuantizer as OfAutoRound
+from transformers.quantizers.quantizer_fp_quant import FPQuantHfQuantizer
+from transformers.quantizers.quantizer_quark import QuarkHfQuantizer
+from transformers.utils import import_utils
+from transformers.utils import quantization_config as of_transformers
+
+from marlin_w4a16.checkpoints.registry import scheme_of
+from marlin_w4a16.checkpoints.scheme import Mismatch
+from marlin_w4a16.hf.configs import ModelOptConfig
+from marlin_w4a16.hf.quantizer import OwnQuantizer
+
+
+class ProducerConfig(ModelOptConfig):
+    """How a checkpoint is loaded whose ``quant_method`` transformers knows; see `ModelOptConfig`.
+
+    Its class is that of transformers where nothing is FP4, and where something is stored that only the producer's
+    package reads, if that is installed.
+    """
+
+    theirs: ClassVar[type[Any]]
+    installed: ClassVar[Callable[[], bool]]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The config that stands in config.json."""
+        scheme = scheme_of(config_dict, {})
+        refused = scheme is not None and any(isinstance(stored, Mismatch) for stored in scheme.targets.values())
+        if scheme is None or (refused and cls.installed()):
+            return cls.theirs.from_dict(config_dict, *args, **kwargs)
+        return super().from_dict(config_dict, *args, **kwargs)
+
+
+class ProducerQuantizer(OwnQuantizer):
+    """Loads what a `ProducerConfig` says; for a config of transformers it is transformers' own class."""
+
+    theirs: ClassVar[type[HfQuantizer]]
+
+    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
+        """Whose quantizer it is, the config says."""
+        if isinstance(quantization_config, ProducerConfig):
+            return super().__new__(cls)
+        return cls.theirs(quantization_config, **kwargs)
+
+
+# transformers compares the names of classes, so configs are called as those that they stand for.
+class QuarkConfig(ProducerConfig):
+    """Of AMD Quark."""
+
+    theirs = of_transformers.QuarkConfig
+    installed = staticmethod(import_utils.is_quark_available)
+
+
+class QuarkQuantizer(ProducerQuantizer):
+    """Checkpoints of AMD Quark."""
+
+    theirs = QuarkHfQuantizer
+
+
+class AutoRoundConfig(ProducerConfig):
+    """Of Intel AutoRound, in its own format."""
+
+    theirs = transformers.AutoRoundConfig
+    installed = staticmethod(import_utils.is_auto_round_available)
+
+
+class AutoRoundQuantizer(ProducerQuantizer):
+    """Checkpoints of Intel AutoRound."""
+
+    theirs = OfAutoRound
+
+
+class FPQuantConfig(ProducerConfig):
+    """Of FP-Quant."""
+
+    theirs = transformers.FPQuantConfig
+    installed = staticmethod(import_utils.is_fp_quant_available)
+
+
+class FPQuantQuantizer(ProducerQuantizer):
+    """Checkpoints of FP-Quant."""
+
+    theirs = FPQuantHfQuantizer
