@@ -25,7 +25,7 @@ WRITERS = {
     "fp-quant-mxfp4": ("FP-Quant", packed.fp_quant),
     "fp-quant-nvfp4": ("FP-Quant", partial(packed.fp_quant, e4m3=True, side=16)),
 }
-CASES = [*((name, "llama") for name in WRITERS), ("quark-mxfp4", "qwen3moe"), ("quark-nvfp4", "mixtral"),
+CASES = [*((name, "llama") for name in WRITERS), ("quark-mxfp4", "qwen3moe"), ("quark-nvfp4", "glm4moe"),
          ("auto-round-nvfp4", "qwen3moe")]  # fmt: skip
 
 
