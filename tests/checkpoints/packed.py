@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.published import each_expert, save
@@ -198,6 +199,97 @@ def fp_quant(e4m3: bool = False, side: int = 32) -> tuple[dict[str, Any], Layers
         }, exact  # fmt: skip
 
     return config, layers
+
+
+def torchao(e4m3: bool = False, tiles: bool = True) -> tuple[dict[str, Any], Layers]:
+    """torchao, as if its package were there; `headers` adds what its headers say."""
+    name, values = "NVFP4WeightOnlyConfig", {"use_dynamic_per_tensor_scale": True}
+    if not e4m3:
+        name = "MXDynamicActivationMXWeightConfig"
+        values = {"weight_dtype": {"_type": "torch.dtype", "_data": "float4_e2m1fn_x2"}, "block_size": 32}
+    config = {"quant_method": "torchao", "quant_type": {"default": {"_type": name, "_data": values, "_version": 1}},
+              "include_input_output_embeddings": False, "modules_to_not_convert": None}  # fmt: skip
+
+    def layers(path: str, dense: Tensor) -> tuple[Tensors, Tensor] | None:
+        if path.endswith(("lm_head", "embed_tokens")):
+            return None
+        made = coded(dense, e4m3)
+        scales = in_tiles(made.scales) if tiles else made.scales
+        factor = {"_weight_per_tensor_scale": torch.tensor(made.factor)} if e4m3 else {}
+        dtype = torch.float8_e4m3fn if e4m3 else torch.float8_e8m0fnu
+        return {"_weight_qdata": made.low_first(), "_weight_scale": scales.view(dtype), **factor}, made.exact()
+
+    return config, layers
+
+
+def in_tiles(scales: Tensor) -> Tensor:
+    """Tiles of 128 rows by 4 columns, one by one: in a tile rows 0, 32, 64 and 96 stand side by side."""
+    rows, columns = scales.shape
+    across = -(-columns // 4)
+    out = torch.zeros(-(-rows // 128), across, 32, 16, dtype=torch.uint8)
+    for row in range(rows):
+        for column in range(columns):
+            out[row // 128, column // 4, row % 32, row % 128 // 32 * 4 + column % 4] = scales[row, column]
+    return out.view(-(-rows // 128) * 32, across * 16)
+
+
+def headers(folder: Path, tiles: bool = True) -> None:
+    """Writes the metadata of torchao into the header."""
+    file = folder / "model.safetensors"
+    tensors, said = load_file(file), {}
+    for name, tensor in tensors.items():
+        if name.endswith("_weight_qdata"):
+            kind = "NVFP4Tensor" if tensors[name.replace("qdata", "scale")].dtype == torch.float8_e4m3fn else "MXTensor"
+            elements = {"elem_dtype": {"_type": "torch.dtype", "_data": "float4_e2m1fn_x2"}}
+            one = {"_type": kind, "_data": {"is_swizzled_scales": tiles, **(elements if kind == "MXTensor" else {})}}
+            said[name.replace("._weight_qdata", ".weight")] = json.dumps(one)
+        elif "._weight" not in name:
+            said[name] = json.dumps({"_type": type(tensor).__name__})
+    save_file(tensors, file, {"format": "pt", "tensor_names": json.dumps([*said]), **said})
+
+
+def mlx(e4m3: bool = False) -> tuple[dict[str, Any], Layers]:
+    """mlx-lm: embeddings and heads in FP4, routers in eight bits, experts of nvfp4 with a scale for each of them."""
+    config = {"group_size": 16 if e4m3 else 32, "bits": 4, "mode": "nvfp4" if e4m3 else "mxfp4"}
+    routers = {f"model.layers.{i}.mlp.gate": {"group_size": 32, "bits": 8} for i in range(2)}
+
+    def layers(path: str, dense: Tensor) -> tuple[Tensors, Tensor] | None:
+        if path.endswith("mlp.gate"):
+            return affine(dense)
+        stacked = dense.ndim == 3
+        made = [coded(one, e4m3, None if stacked else 1.0) for one in (dense if stacked else [dense])]
+        parts = [torch.stack(parts) for parts in zip(*((one.low_first(), one.scales) for one in made), strict=True)]
+        tensors = {leaf: part if stacked else part[0] for leaf, part in zip(("weight", "scales"), parts, strict=True)}
+        tensors["weight"] = tensors["weight"].contiguous().view(torch.uint32)
+        exact = torch.stack([one.exact() for one in made])
+        if stacked and e4m3:
+            amax = dense.float().abs().amax((1, 2))
+            tensors["global_scale"] = amax
+            factors = torch.tensor([one.factor for one in made]).double()
+            exact = exact / factors.view(-1, 1, 1) * (amax / 2688).double().view(-1, 1, 1)
+        return tensors, exact if stacked else exact[0]
+
+    return {**config, **routers}, layers
+
+
+def affine(dense: Tensor, group: int = 32) -> tuple[Tensors, Tensor]:
+    """Eight bits, a factor and a bias for each group."""
+    blocks = dense.double().unflatten(-1, (-1, group))
+    least, most = blocks.amin(-1, keepdim=True).float(), blocks.amax(-1, keepdim=True).float()
+    factor = (most - least) / 255
+    codes = ((blocks - least) / factor).round().clamp(0, 255)
+    words = codes.to(torch.uint8).flatten(-2).contiguous().view(torch.uint32)
+    tensors = {"weight": words, "scales": factor.squeeze(-1), "biases": least.squeeze(-1)}
+    return tensors, (codes * factor.double() + least.double()).flatten(-2)
+
+
+def as_mlx(folder: Path) -> None:
+    """Names experts as mlx-lm does, and names the quantisation twice and without a method."""
+    file, path = folder / "model.safetensors", folder / "config.json"
+    tensors = {name.replace(".experts.", ".switch_mlp."): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "mlx"})
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization": config["quantization_config"]}))
 
 
 def changed(folder: Path, **entries: Any) -> Path:

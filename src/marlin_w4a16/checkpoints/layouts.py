@@ -77,6 +77,9 @@ class Layout:
         return scales if self.rows == 1 else scales[:: self.rows].contiguous()
 
 
+ROWS = Layout()
+
+
 def _same(codes: Tensor, *_: int) -> Tensor:
     return codes
 

@@ -1,10 +1,21 @@
 """Which checkpoints are read here: a row for each format. A new one is a file of its own and a row."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from marlin_w4a16.checkpoints import auto_round, compressed_tensors, deepseek, fp_quant, gpt_oss, modelopt, quark
+from marlin_w4a16.checkpoints import (
+    auto_round,
+    compressed_tensors,
+    deepseek,
+    fp_quant,
+    gpt_oss,
+    mlx,
+    modelopt,
+    quark,
+    torchao,
+)
 from marlin_w4a16.checkpoints.scheme import Scheme
 
 Config = Mapping[str, Any]
@@ -20,6 +31,7 @@ class CheckpointFormat:
         scheme: reads such a config, beside that of the model; None: transformers loads all of it.
         quantizer: the class of ``hf/quantizer.py`` or ``hf/producers.py`` that loads them.
         options: the class of ``hf/configs.py`` or ``hf/producers.py`` by which a user chooses how.
+        of_headers: what the headers of the files add to a scheme.
     """
 
     producer: str
@@ -27,6 +39,7 @@ class CheckpointFormat:
     scheme: Callable[[Config, Config], Scheme | None]
     quantizer: str = "OwnQuantizer"
     options: str = "ModelOptConfig"
+    of_headers: Callable[[Scheme, Iterable[Path]], Scheme] = lambda scheme, files: scheme
 
 
 FORMATS = (
@@ -70,10 +83,34 @@ FORMATS = (
         "FPQuantQuantizer",
         "FPQuantConfig",
     ),
+    CheckpointFormat(
+        "torchao",
+        "torchao",
+        lambda config, model: torchao.scheme(config) if torchao.is_fp4(config) else None,
+        "TorchAoQuantizer",
+        "TorchAoConfig",
+        torchao.of_headers,
+    ),
+    CheckpointFormat(
+        "MLX",
+        "mlx",
+        lambda config, model: mlx.scheme(config) if mlx.is_fp4(config) else None,
+        "MLXQuantizer",
+        "MLXConfig",
+    ),
 )
 
 
-def scheme_of(config: Config, model: Config) -> Scheme | None:
-    """How this project reads a checkpoint with this quantisation config; None: all is left to transformers."""
-    method = config.get("quant_method")
-    return next((row.scheme(config, model) for row in FORMATS if row.method == method), None)
+def scheme_of(config: Config, model: Config, files: Iterable[Path] = ()) -> Scheme | None:
+    """How this project reads a checkpoint with this quantisation config; None: all is left to transformers.
+
+    Args:
+        config: the quantisation config.
+        model: that of the model.
+        files: of weights, whose headers may say more.
+    """
+    method = "mlx" if mlx.is_mlx(config) else config.get("quant_method")
+    row = next((row for row in FORMATS if row.method == method), None)
+    scheme = row.scheme(config, model) if row is not None else None
+    held = tuple(files)
+    return row.of_headers(scheme, held) if row is not None and scheme is not None and held else scheme

@@ -1,6 +1,7 @@
 """How one quantised weight is stored: its tensors, their dtypes and shapes, and which way they decode."""
 
 import math
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.checkpoints.layouts import Layout
+from marlin_w4a16.checkpoints.layouts import ROWS, Layout
 from marlin_w4a16.kernels.fp4 import E2M1_MAX, FP4Weight, format_name, fp4_weight, round_once, row_slices
 from marlin_w4a16.kernels.inputs import Rounding
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind, e8m0_values, fp8_codes, scale_bytes, scale_table
@@ -86,6 +87,7 @@ class FP4Storage:
         joint: what stands between a path and a leaf.
         stacked: whether it is of every expert, along a first axis of its tensors.
         layout: how codes and scales lie.
+        renamed: patterns in the path of a weight of all experts, and what stands there in that of the first expert.
     """
 
     label: str
@@ -95,7 +97,8 @@ class FP4Storage:
     activations: Activations | None = None
     joint: str = "."
     stacked: bool = False
-    layout: Layout = Layout()
+    layout: Layout = ROWS
+    renamed: tuple[tuple[str, str], ...] = ()
     big: ClassVar[tuple[Role, ...]] = ("codes", "scales")  # what becomes the weight
 
     def named(self, leaves: Container[str]) -> "FP4Storage":
@@ -115,6 +118,12 @@ class FP4Storage:
             raise KeyError(roles)
         return part.leaf
 
+    def placed(self, path: str) -> str:
+        """The path of a weight where a model has one for each expert."""
+        for pattern, instead in self.renamed:
+            path = re.sub(pattern, instead, path)
+        return path
+
     @property
     def scales(self) -> str:
         """The shape of block scales in words."""
@@ -123,7 +132,10 @@ class FP4Storage:
 
     def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
         """Rows, columns and group size by the shapes of codes and scales, or None: they make no linear."""
-        codes, scales = (entries[self.leaf(role)].shape[self.stacked :] for role in ("codes", "scales"))
+        codes, scales = (entries[self.leaf(role)].shape for role in ("codes", "scales"))
+        if self.stacked and codes[:1] != scales[:1]:
+            return None
+        codes, scales = codes[self.stacked :], scales[self.stacked :]
         if self.layout.codes == "blocks":
             codes = (*codes[:1], math.prod(codes[1:]))
         if len(codes) != 2 or len(scales) != 2 or not scales[1]:

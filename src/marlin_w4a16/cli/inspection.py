@@ -131,7 +131,7 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     config = found[1] if found is not None else {}
     paths, index = files.files_of(folder), files.index_of(folder)
     entries = files.entries(track(paths, "Reading headers"), index)
-    scheme = scheme_of(config, files.model_config_of(folder))
+    scheme = scheme_of(config, files.model_config_of(folder), paths)
     held = Contents({}, entries, ()) if scheme is None else _without_embeddings(contents(entries, scheme), scheme)
     linears = collapsed(_linear(layer) for layer in held.layers.values())
     return Inspection(

@@ -12,12 +12,13 @@ from transformers.quantizers import auto
 
 from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.hf import configs, producers, quantizer
+from marlin_w4a16.hf import configs, mlx, producers, quantizer
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
 from marlin_w4a16.hf.experts import implementation as implementation
 from marlin_w4a16.hf.generation import compile_blocks
 from marlin_w4a16.hf.loaded import Loaded
-from marlin_w4a16.hf.producers import AutoRoundConfig, FPQuantConfig, QuarkConfig
+from marlin_w4a16.hf.mlx import MLXConfig, mlx_config
+from marlin_w4a16.hf.producers import AutoRoundConfig, FPQuantConfig, QuarkConfig, TorchAoConfig
 from marlin_w4a16.modules.transformers_experts import pack_experts_of
 
 __all__ = [
@@ -26,9 +27,12 @@ __all__ = [
     "CompressedTensorsConfig",
     "FPQuantConfig",
     "Loaded",
+    "MLXConfig",
     "ModelOptConfig",
     "QuarkConfig",
+    "TorchAoConfig",
     "compile_blocks",
+    "mlx_config",
     "pack_experts_of",
     "report",
 ]
@@ -44,7 +48,7 @@ def _register() -> None:
     """Of formats that transformers knows, its quantizers are replaced; what is not FP4 goes on to those."""
     for row in registry.FORMATS:
         options, loads = (
-            next(getattr(room, name) for room in (producers, configs, quantizer) if hasattr(room, name))
+            next(getattr(room, name) for room in (producers, mlx, configs, quantizer) if hasattr(room, name))
             for name in (row.options, row.quantizer)
         )
         if issubclass(options, producers.ProducerConfig):

@@ -1,27 +1,33 @@
 """Producers whose checkpoints transformers hands to their own packages: FP4 is loaded here, all else by those."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_auto_round import AutoRoundQuantizer as OfAutoRound
 from transformers.quantizers.quantizer_fp_quant import FPQuantHfQuantizer
 from transformers.quantizers.quantizer_quark import QuarkHfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils import import_utils
 from transformers.utils import quantization_config as of_transformers
 
+from marlin_w4a16.checkpoints import torchao
 from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.checkpoints.scheme import Mismatch
 from marlin_w4a16.hf.configs import ModelOptConfig
-from marlin_w4a16.hf.quantizer import OwnQuantizer
+from marlin_w4a16.hf.quantizer import OwnQuantizer, left_to_transformers
 
 
 class ProducerConfig(ModelOptConfig):
     """How a checkpoint is loaded whose ``quant_method`` transformers knows; see `ModelOptConfig`.
 
-    Its class is that of transformers where nothing is FP4, and where something is stored that only the producer's
-    package reads, if that is installed.
+    Its class is that of transformers where nothing is FP4; if the producer's package is installed, also where something
+    is stored that only it reads, and on GPUs with FP4 tensor cores.
     """
 
     theirs: ClassVar[type[Any]]
@@ -32,7 +38,7 @@ class ProducerConfig(ModelOptConfig):
         """The config that stands in config.json."""
         scheme = scheme_of(config_dict, {})
         refused = scheme is not None and any(isinstance(stored, Mismatch) for stored in scheme.targets.values())
-        if scheme is None or (refused and cls.installed()):
+        if scheme is None or ((refused or left_to_transformers()) and cls.installed()):
             return cls.theirs.from_dict(config_dict, *args, **kwargs)
         return super().from_dict(config_dict, *args, **kwargs)
 
@@ -87,3 +93,29 @@ class FPQuantQuantizer(ProducerQuantizer):
     """Checkpoints of FP-Quant."""
 
     theirs = FPQuantHfQuantizer
+
+
+class TorchAoConfig(ProducerConfig):
+    """Of torchao."""
+
+    theirs = transformers.TorchAoConfig
+    installed = staticmethod(import_utils.is_torchao_available)
+
+
+class TorchAoQuantizer(ProducerQuantizer):
+    """Checkpoints of torchao, whose headers say how each weight lies; they say so again when it is saved."""
+
+    theirs = TorchAoHfQuantizer
+    _said: Mapping[str, str] = MappingProxyType({})
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        shards = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if all(file.suffix == ".safetensors" for file in shards):  # of others the base class tells what they are
+            self.scheme = scheme_of(self.quantization_config.to_dict(), {}, shards)
+            self._said = torchao.metadata(shards)
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """The state dict in the checkpoint's format, bit for bit, and what its headers say."""
+        state, metadata = super().get_state_dict_and_metadata(model)
+        return state, {**metadata, **self._said}

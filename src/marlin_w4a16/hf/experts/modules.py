@@ -73,7 +73,8 @@ class CheckpointExperts(PackedExperts):
         count, width = mixture.second.experts, mixture.second.like.k
         for stack in mixture.stacks:
             for leaf in stack.like.small:
-                kept = torch.empty((count, stack.like.entries[leaf].nbytes), dtype=torch.uint8)
+                of = stack.like.entries[leaf].nbytes // (stack.like.experts or 1)
+                kept = torch.empty((count, of), dtype=torch.uint8)
                 self.register_bits(_kept(stack, leaf), kept, persistent=False)
 
         def read(stack: Stack, expert: int) -> FP4Weight:
@@ -140,7 +141,8 @@ class CheckpointExperts(PackedExperts):
     def _stored(self, stack: Stack, held: FP4Weight, expert: int) -> dict[str, Tensor]:
         entries, like = stack.like.entries, stack.like
         small = {leaf: getattr(self, _kept(stack, leaf))[expert] for leaf in stack.like.small}
-        small = {leaf: t.view(DTYPES[entries[leaf].dtype]).reshape(entries[leaf].shape) for leaf, t in small.items()}
+        shapes = {leaf: entries[leaf].shape[bool(like.experts) :] for leaf in small}
+        small = {leaf: t.view(DTYPES[entries[leaf].dtype]).reshape(shapes[leaf]) for leaf, t in small.items()}
         return stack.storage.restore(held, self._unfitted.get((stack.name, expert)), small, entries, like.path)
 
 
