@@ -85,6 +85,8 @@ def write(model: Any, folder: Path, config: dict[str, Any], layers: Layers, stac
         The model.
     """
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
     tensors, exact = Tensors(), Tensors()
     for name, weight in (in_stacks(state) if stacked else each_expert(state)).items():
         path, _, leaf = name.rpartition(".")
@@ -100,7 +102,7 @@ def write(model: Any, folder: Path, config: dict[str, Any], layers: Layers, stac
             numbers = [""] if stacked else [f"{i}." for i in range(len(state[name]))]
             whole = [torch.cat([exact[f"{path}.{i}{part}.weight"] for part in parts], -2) for i in numbers]
             fused[name] = whole[0] if stacked else torch.stack(whole)
-    model.load_state_dict({name: exact.get(name, fused.get(name)) for name in state})
+    model.load_state_dict({name: exact.get(name, fused.get(name)) for name in state}, strict=False)
     return model
 
 

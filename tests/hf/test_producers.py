@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from checkpoints import packed
 from checkpoints.models import FAMILIES
 from hf.dense import tensors_of
 from hf.loading import logits, read, same
 from marlin_w4a16.cli.inspection import inspect
-from marlin_w4a16.hf import CheckpointError, mlx_config, report
+from marlin_w4a16.hf import CheckpointError, QuarkConfig, mlx_config, report
 
 WRITERS = {
     "quark-mxfp4": ("Quark", packed.quark),
@@ -68,3 +70,147 @@ def test_it_is_what_it_is_exactly_and_is_saved_bit_for_bit(name, family, tmp_pat
     assert before.keys() == after.keys() and all(same(after[key], tensor) for key, tensor in before.items())
     configs = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (folder, tmp_path / "again")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("name, family", [(name, "llama") for name in WRITERS])
+def test_it_is_inspected(name, family, tmp_path):
+    folder, _ = written(name, family, tmp_path / "made")
+    found = inspect(folder, values=True)
+    assert found.producer == WRITERS[name][0] and not found.problems and not {"left", "refused"} & outcomes(found)
+    assert set(found.formats) == {"NVFP4 group 16" if "nvfp4" in name else "MXFP4 group 32"}
+    assert any("mlx_config" in note for note in found.notes) == (found.producer == "MLX")
+
+
+def outcomes(found: Any) -> set[str]:
+    return {line.outcome for line in found.lines}
+
+
+@pytest.mark.parametrize("name", ["quark-mxfp4", "auto-round-nvfp4", "fp-quant-mxfp4", "torchao-nvfp4", "mlx-mxfp4"])
+def test_it_can_be_dense(name, tmp_path):
+    folder, exact = written(name, "llama", tmp_path / "made")
+    model = loaded(folder)
+    model.dequantize()
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    torch.testing.assert_close(model.state_dict(), exact.state_dict(), rtol=0, atol=0 if "fp-q" not in name else 1e-7)
+
+
+def test_options_go_over_the_config(tmp_path):
+    folder, exact = written("quark-mxfp4", "llama", tmp_path / "made")
+    model = read(folder, quantization_config=QuarkConfig(dequantize=True))
+    torch.testing.assert_close(model.state_dict(), exact.state_dict(), rtol=0, atol=0)
+    kept = report(read(folder, quantization_config=QuarkConfig(activation_quant="keep")))
+    assert "Quark quantises the inputs to fp4 (W4A4); this is run" in str(kept)
+    with pytest.raises(CheckpointError, match="found activation_quant='refuse'"):
+        read(folder, quantization_config=QuarkConfig(activation_quant="refuse"))
+
+
+FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+REFUSED = {
+    "quark, float scales": ("quark-mxfp4", {"global_quant_config": {"weight": FP4 | {"scale_format": "float32"}}},
+                            "found Quark's fp4, qscheme per_group, group_size 32, scale_format float32"),
+    "quark, blocks": ("quark-mxfp4", {"global_quant_config": {"weight": FP4 | {"block_size": [4, 64]}}},
+                      "block_size [4, 64]"),
+    "quark, unsigned scales": (
+        "quark-nvfp4", {"global_quant_config": {"weight": FP4 | {"group_size": 16, "scale_format": "e5m3"}}}, "e5m3",
+    ),
+    "quark, another format": ("quark-mxfp4", {"layer_quant_config": {"*up_proj": {"weight": {"dtype": "int4"}}}},
+                              "model.layers.0.mlp.up_proj and 1 more: found Quark's int4"),
+    "quark, another number of rows": (
+        "quark-mxfp4", {"global_quant_config": {"weight": FP4 | {"block_size": [16, 32]}}},
+        "expected [n / 16, k / 32] for codes U8",
+    ),
+    "auto-round, eight bits": (
+        "auto-round-mxfp4", {"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}}},
+        "model.layers.0.mlp.up_proj: found AutoRound's mx_fp of 8 bits with group_size 32",
+    ),
+    "auto-round, E5M3": ("auto-round-nvfp4", {"extra_config": {".*up_proj": {"data_type": "nvfp4_v2"}}},
+                         "unsigned E5M3 scales without a global scale"),
+    "auto-round, rotations": ("auto-round-mxfp4", {"rotation_config": {"algorithm": "hadamard"}}, "rotation_config"),
+    "fp-quant, another format": ("fp-quant-mxfp4", {"forward_dtype": "mxfp8"}, "found FP-Quant's mxfp8"),
+    "fp-quant, another group": ("fp-quant-mxfp4", {"forward_dtype": "nvfp4"}, "expected [n, k / 16] for codes U8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused(case, tmp_path):
+    name, entries, said = REFUSED[case]
+    folder = packed.changed(written(name, "llama", tmp_path / "made")[0], **entries)
+    with pytest.raises(CheckpointError) as raised:
+        loaded(folder)
+    found = inspect(folder)
+    assert said in str(raised.value)
+    assert any(said in str(problem) for problem in found.problems)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_damage_is_told_by_names(name, tmp_path):
+    folder = written(name, "llama", tmp_path / "made")[0]
+    file = folder / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    tensors = load_file(file)
+    (scales,) = [key for key in tensors if key.startswith("model.layers.1.mlp.up_proj.") and key.endswith("scale")
+                 and "global" not in key and "tensor_scale" not in key and "act" not in key] or [
+        "model.layers.1.mlp.up_proj.scales"]  # fmt: skip
+    save_file({key: t for key, t in tensors.items() if key != scales}, file, said)
+    with pytest.raises(CheckpointError, match=f"{scales}: found no such tensor beside"):
+        loaded(folder)
+    save_file(tensors | {scales: tensors[scales][:, :1].contiguous()}, file, said)
+    with pytest.raises(CheckpointError, match=f"{scales}: found .* expected .* for codes"):
+        loaded(folder)
+
+
+LEFT: dict[str, tuple[dict[str, Any], str]] = {
+    "quark": ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int4"}}}, "Quark"),
+    "auto-round": ({"quant_method": "auto-round", "bits": 4, "group_size": 128, "data_type": "int"}, "auto-round"),
+    "fp_quant": ({"quant_method": "fp_quant", "forward_dtype": "nvfp4", "pseudoquantization": True}, "GPU"),
+    "torchao": ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Nothing", "_data": {}}}}, "Nothing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", LEFT)
+def test_what_is_not_fp4_goes_on_to_transformers(method, tmp_path):
+    folder = written("quark-mxfp4", "llama", tmp_path / "made")[0]
+    config, said = LEFT[method]
+    whole = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(whole | {"quantization_config": config}))
+    with pytest.raises((ImportError, ValueError, NotImplementedError), match=said) as raised:
+        read(folder)
+    assert not isinstance(raised.value, CheckpointError)
+
+
+def test_a_config_of_transformers_gets_its_own_quantizer():
+    from transformers import FPQuantConfig
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_fp_quant import FPQuantHfQuantizer
+
+    made = auto.AutoHfQuantizer.from_config(FPQuantConfig(pseudoquantization=True), pre_quantized=False)
+    assert type(made) is FPQuantHfQuantizer
+
+
+def test_folders_of_mlx_need_a_config(tmp_path):
+    folder = written("mlx-mxfp4", "llama", tmp_path / "made")[0]
+    packed.changed(folder, mode="affine")
+    with pytest.raises(CheckpointError, match=r"'mode': 'affine'.* expected that of MLX with mode mxfp4 or nvfp4"):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "quantization": None}))
+        mlx_config(folder)
+    with pytest.raises(CheckpointError, match=r"found no quantization in config\.json"):
+        path.write_text(json.dumps({"model_type": "llama"}))
+        mlx_config(folder)
+
+
+def test_what_mlx_decodes_is_saved_only_as_it_was(tmp_path):
+    model = loaded(written("mlx-nvfp4", "llama", tmp_path / "made")[0])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 5] += 1
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight: found other values than the folder's"):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_e5m3_in_the_name_of_compressed_tensors_is_refused(tmp_path):
+    folder = written("auto-round-nvfp4", "llama", tmp_path / "made")[0]
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 16}}}
+    packed.changed(folder, quant_method="compressed-tensors", format="nvfp4-e5m3-pack-quantized", config_groups=groups)
+    found = inspect(folder)
+    assert found.problems and all("NVFP4_E5M3" in problem.found for problem in found.problems)

@@ -133,7 +133,7 @@ def quantization_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """The quantisation config of a folder and the file it stands in, or None; ``config.json`` goes first."""
     config = model_config_of(folder)
     for part in (config, config.get("text_config")):
-        found = part.get("quantization_config") if isinstance(part, dict) else None
+        found = (part.get("quantization_config") or part.get("quantization")) if isinstance(part, dict) else None
         if isinstance(found, dict):
             return "config.json", found
     other = folder / HF_QUANT_CONFIG

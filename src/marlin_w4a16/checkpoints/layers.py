@@ -201,7 +201,7 @@ def _is_quantised(storage: Storage | Mismatch, tensors: Mapping[str, Entry]) -> 
 
 
 def _packed(entry: Entry | None) -> bool:
-    return entry is not None and entry.dtype in ("U8", "I8", "F4", "F8_E4M3")
+    return entry is not None and entry.dtype in ("U8", "I8", "U32", "F4", "F8_E4M3")
 
 
 def _problem(

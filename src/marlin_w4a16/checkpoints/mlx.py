@@ -73,6 +73,14 @@ def decode(tensors: Mapping[str, Tensor], k: int, dtype: torch.dtype, name: str)
     raise ValueError(f"{name}: found {bits} bits with {scales.dtype} scales of {group}, expected a mode of MLX")
 
 
+def columns(entries: Mapping[str, Entry], layer: Config) -> int:
+    """The columns of a matrix in some tensors, by their headers and what the config says of its bits."""
+    words, groups = entries["weight"].shape[-1], entries["scales"].shape[-1]
+    if entries["scales"].dtype == "U8":  # 4 bits in groups of 16 or 32, or 8 in groups of 32
+        return words * (8 if words * 8 // max(groups, 1) in KINDS else 4)
+    return words * 32 // max(int(layer.get("bits", 4)), 1)
+
+
 def packed(others: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
     """What is quantised among tensors that are no FP4 linears: their entries by leaf, by path."""
     found: dict[str, dict[str, Entry]] = {}

@@ -133,16 +133,15 @@ class FP4Storage:
     def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
         """Rows, columns and group size by the shapes of codes and scales, or None: they make no linear."""
         codes, scales = (entries[self.leaf(role)].shape for role in ("codes", "scales"))
-        if self.stacked and codes[:1] != scales[:1]:
-            return None
-        codes, scales = codes[self.stacked :], scales[self.stacked :]
+        experts, codes, scales = (codes[:1], scales[:1]), codes[self.stacked :], scales[self.stacked :]
         if self.layout.codes == "blocks":
             codes = (*codes[:1], math.prod(codes[1:]))
         if len(codes) != 2 or len(scales) != 2 or not scales[1]:
             return None
         n, k = codes[0], self.layout.columns(codes[1])
         if not self.layout.plain:
-            fitting = (g for g in self.groups if not k % g and scales == self.layout.scales_shape(n, k // g))
+            alike = not self.stacked or experts[0] == experts[1]
+            fitting = (g for g in self.groups if alike and not k % g and scales == self.layout.scales_shape(n, k // g))
             return next(((n, k, group) for group in fitting), None)
         return None if k % scales[1] or k // scales[1] not in self.groups else (n, k, k // scales[1])
 

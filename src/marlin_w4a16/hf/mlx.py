@@ -131,7 +131,8 @@ class MLXQuantizer(OwnQuantizer):
                     f"{one.name}: found other values than the folder's, expected those: a matrix that was changed can "
                     "be saved after dequantize()"
                 )
-            state = {name: tensor for name, tensor in state.items() if tensor is not weight and name != one.name}
+            # a tied head, too: the same memory
+            state = {name: t for name, t in state.items() if name != one.name and t.data_ptr() != weight.data_ptr()}
             state |= {f"{one.path}.{leaf}": tensor for leaf, tensor in one.tensors.items()}
         return state, metadata
 
