@@ -104,6 +104,49 @@ def test_options_go_over_the_config(tmp_path):
         read(folder, quantization_config=QuarkConfig(activation_quant="refuse"))
 
 
+def test_layers_in_fp8_beside_fp4_are_decoded(tmp_path):
+    """As AMD publishes them: attention in FP8, with a scale for the tensor or for each row."""
+    config, layers = packed.quark()
+    attention = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 0, "is_dynamic": False}
+    config["layer_quant_config"] = {
+        "*self_attn.[qkv]_proj": {"weight": attention},
+        "*self_attn*": {"weight": attention | {"qscheme": "per_tensor", "ch_axis": None}},
+    }
+
+    def mixed(path, dense):
+        if ".self_attn." not in path:
+            return layers(path, dense)
+        scale = dense.abs().amax(-1 if "o_proj" not in path else None) / 448
+        codes = (dense / (scale.unsqueeze(-1) if scale.ndim else scale)).to(torch.float8_e4m3fn)
+        exact = codes.double() * (scale.double().unsqueeze(-1) if scale.ndim else scale.double())
+        return {"weight": codes, "weight_scale": scale}, exact
+
+    folder = tmp_path / "made"
+    exact = packed.write(FAMILIES["llama"](dtype=torch.float32), folder, config, mixed)
+    model = read(folder)
+    torch.testing.assert_close(logits(model), logits(exact), rtol=0, atol=1e-5)
+    assert "transformers cannot run Quark's FP8 (8 linears)" in str(report(model))
+    model.save_pretrained(tmp_path / "again")
+    after = tensors_of(tmp_path / "again")
+    assert all(same(after[key], tensor) for key, tensor in tensors_of(folder).items())
+
+
+def test_a_config_of_transformers_for_auto_round(tmp_path):
+    """It goes before the class that is registered."""
+    from transformers import AutoRoundConfig
+
+    folder, exact = written("auto-round-mxfp4", "llama", tmp_path / "made")
+    model = read(folder, quantization_config=AutoRoundConfig())
+    torch.testing.assert_close(logits(model), logits(exact), rtol=0, atol=1e-5)
+
+
+def test_one_graph_gives_what_eager_gives(tmp_path, as_traced):
+    """Rotations are part of it."""
+    model = loaded(written("fp-quant-nvfp4", "llama", tmp_path / "made")[0])
+    eager, traced = logits(model), torch.compile(model, backend="marlin_w4a16", fullgraph=True)
+    torch.testing.assert_close(logits(traced), eager, rtol=0, atol=1e-5)
+
+
 FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
 REFUSED = {
     "quark, float scales": ("quark-mxfp4", {"global_quant_config": {"weight": FP4 | {"scale_format": "float32"}}},

@@ -3,6 +3,7 @@
 The tensors are those of compressed-tensors.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,11 @@ def _extra(config: Config) -> Config:
 
 
 def _keys(name: str) -> tuple[str, ...]:
-    """A name is that of a layer, or a pattern where it is none."""
+    """A name is that of a layer, or a pattern where it is one."""
+    try:
+        re.compile(name)
+    except re.error:
+        return (name,)
     return name, f"re:.*(?:{name})"
 
 

@@ -100,5 +100,5 @@ _WRITE: dict[Codes, Callable[[Tensor, int], Tensor]] = {
     "low": _same,
     "high": _swapped,
     "words": lambda codes, group: codes.view(torch.uint32),
-    "blocks": lambda codes, group: codes.unflatten(-1, (-1, group // 2)),
+    "blocks": lambda codes, group: codes.view(*codes.shape[:-1], -1, group // 2),
 }

@@ -204,7 +204,8 @@ def decoded(
 
 def rotated(x: Tensor, matrix: Tensor) -> Tensor:
     """Each block of ``x`` times a square matrix, in the dtype of ``x``."""
-    return (x.unflatten(-1, (-1, matrix.shape[0])) @ matrix.to(x.dtype)).flatten(-2)
+    blocks: Tensor = x.unflatten(-1, (-1, matrix.shape[0]))
+    return (blocks @ matrix.to(x.dtype)).flatten(-2)
 
 
 def before(layer: Layer) -> tuple[str | None, str | None]:

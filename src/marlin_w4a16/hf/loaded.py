@@ -96,7 +96,7 @@ def loaded(
             tell(path, activations, activations is not None and activations.kind is not None, "linears")
             rows.append(LoadedLayer(path, layer.format, layer.nbytes, outcome))
         else:
-            text = "FP8 weights are decoded to the model's dtype: transformers cannot run ModelOpt's FP8"
+            text = f"FP8 weights are decoded to the model's dtype: transformers cannot run {scheme.producer}'s FP8"
             told[f"{text} ({{}} linears)"] += 1
             rows.append(LoadedLayer(path, layer.format, layer.nbytes, "dense, decoded from FP8"))
     for mixture in mixtures:

@@ -126,7 +126,8 @@ class MLXQuantizer(OwnQuantizer):
             return state, metadata
         for one in self._decoded:
             weight = state[one.name]
-            if not torch.equal(one.dense(self.model_dtype).to(weight.dtype), weight.cpu()):
+            loaded = (one.dense(dtype).to(weight.dtype) for dtype in (self.model_dtype, weight.dtype))  # or kept wide
+            if not any(torch.equal(dense, weight.cpu()) for dense in loaded):
                 raise CheckpointError(
                     f"{one.name}: found other values than the folder's, expected those: a matrix that was changed can "
                     "be saved after dequantize()"
@@ -137,16 +138,15 @@ class MLXQuantizer(OwnQuantizer):
         return state, metadata
 
 
-class _Decode(ConversionOps):  # type: ignore[misc]  # transformers is not typed there
+class _Decode(ConversionOps):
     """Decodes a matrix while it is loaded, in the dtype of its parameter."""
 
     def __init__(self, hf_quantizer: MLXQuantizer, one: Decoded) -> None:
         self.hf_quantizer, self.one = hf_quantizer, one
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> dict[str, Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
         """The matrix by the name of its parameter."""
-        device = next(iter(input_dict.values()))[0].device
-        dense = self.one.dense(model.get_parameter(full_layer_name).dtype)
-        return {full_layer_name: dense.to(device)}
+        name, device = kwargs["full_layer_name"], next(iter(input_dict.values()))[0].device
+        return {name: self.one.dense(kwargs["model"].get_parameter(name).dtype).to(device)}

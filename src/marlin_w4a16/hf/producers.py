@@ -77,9 +77,27 @@ class AutoRoundConfig(ProducerConfig):
 
 
 class AutoRoundQuantizer(ProducerQuantizer):
-    """Checkpoints of Intel AutoRound."""
+    """Checkpoints of Intel AutoRound.
+
+    A ``transformers.AutoRoundConfig`` of the user goes before the class that is registered, so it is looked at here.
+    """
 
     theirs = OfAutoRound
+
+    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
+        """Whose quantizer it is, the config says."""
+        return super().__new__(cls, _own(quantization_config), **kwargs)
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(_own(quantization_config), **kwargs)
+
+
+def _own(config: Any) -> Any:
+    """The config of a checkpoint that holds FP4 as one that is loaded here."""
+    if isinstance(config, ProducerConfig):
+        return config
+    values = {**config.to_dict(), "quant_method": "auto-round"}
+    return AutoRoundConfig.from_dict(values) if scheme_of(values, {}) is not None else config
 
 
 class FPQuantConfig(ProducerConfig):
