@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from marlin_w4a16.checkpoints import compressed_tensors
+from marlin_w4a16.checkpoints import compressed_tensors, said
 from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import Activations, FP4Storage
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
@@ -34,23 +34,23 @@ def scheme(config: Config) -> Scheme:
     """What a quantisation config says: patterns of layers are regular expressions that may begin anywhere."""
     targets = {key: _storage({**config, **layer}) for name, layer in _extra(config).items() for key in _keys(name)}
     targets[LINEAR] = _storage(config)
-    dense = tuple(f"re:.*{name}" for name in config.get("modules_to_not_convert") or ())
+    dense = tuple(f"re:.*{name}" for name in said.names(config, "modules_to_not_convert"))
     name = str(config.get("packing_format") or config.get("data_type"))
     return Scheme("AutoRound", name.removeprefix("auto_round:"), targets, dense, "re")
 
 
 def e5m3(config: Config) -> Scheme | None:
     """What AutoRound writes in the name of compressed-tensors, which refuses it too; None: something else."""
-    groups = config.get("config_groups") or {}
-    formats = [config.get("format"), *(group.get("format") for group in groups.values() if isinstance(group, Mapping))]
+    groups = config.get("config_groups")
+    listed = groups.values() if isinstance(groups, Mapping) else ()
+    formats = [config.get("format"), *(group.get("format") for group in listed if isinstance(group, Mapping))]
     if E5M3_FORMAT not in formats:
         return None
-    return Scheme("compressed-tensors", E5M3_FORMAT, {LINEAR: E5M3}, tuple(config.get("ignore") or ()), "re")
+    return Scheme("compressed-tensors", E5M3_FORMAT, {LINEAR: E5M3}, said.names(config, "ignore"), "re")
 
 
-def _extra(config: Config) -> Config:
-    found: Config = config.get("extra_config") or {}
-    return found
+def _extra(config: Config) -> dict[str, Config]:
+    return said.objects(config, "extra_config")
 
 
 def _keys(name: str) -> tuple[str, ...]:
@@ -67,11 +67,11 @@ def _data_type(layer: Config) -> str:
 
 
 def _is_fp4(layer: Config) -> bool:
-    return layer.get("bits", 4) == 4 and _data_type(layer).startswith(("nv_fp", "nvfp", "mx_fp"))
+    return said.number(layer, "bits", 4) == 4 and _data_type(layer).startswith(("nv_fp", "nvfp", "mx_fp"))
 
 
 def _storage(layer: Config) -> FP4Storage | Mismatch | None:
-    bits, data_type, group = layer.get("bits", 4), _data_type(layer), layer.get("group_size")
+    bits, data_type, group = said.number(layer, "bits", 4), _data_type(layer), layer.get("group_size")
     if bits >= 16:
         return None
     if data_type == "nvfp4_v2":
@@ -90,6 +90,6 @@ _NAMES: dict[ScaleKind, str] = {"e4m3": "NVFP4", "e8m0": "MXFP4"}
 
 
 def _activations(layer: Config) -> Activations | None:
-    bits = layer.get("act_bits") or 16
+    bits = said.number(layer, "act_bits", 16)
     told = f"AutoRound quantises the inputs to {layer.get('act_data_type') or layer.get('data_type')} of {bits} bits"
     return Activations(told) if bits <= 8 else None

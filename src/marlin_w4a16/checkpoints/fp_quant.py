@@ -6,6 +6,7 @@ Weights are rotated, block of columns by block, before they are quantised; so mu
 from collections.abc import Mapping
 from typing import Any
 
+from marlin_w4a16.checkpoints import said
 from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import FLOATS, Activations, FP4Storage, Part
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
@@ -39,8 +40,8 @@ def is_fp4(config: Mapping[str, Any]) -> bool:
 def scheme(config: Mapping[str, Any]) -> Scheme:
     """What a quantisation config says; names of dense layers are ends of paths."""
     name = str(config.get("forward_dtype", "nvfp4"))
-    dense = config.get("modules_to_not_convert")
-    ignore = tuple(f"*{end}" for end in (["lm_head"] if dense is None else dense))
+    given = config.get("modules_to_not_convert") is not None
+    ignore = tuple(f"*{end}" for end in (said.names(config, "modules_to_not_convert") if given else ("lm_head",)))
     return Scheme("FP-Quant", name.upper(), {LINEAR: _storage(name)}, ignore)
 
 

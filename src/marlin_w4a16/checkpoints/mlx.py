@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_w4a16.checkpoints import said
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layouts import Layout
 from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
@@ -38,7 +39,7 @@ def is_mlx(config: Config) -> bool:
 
 def is_fp4(config: Config) -> bool:
     """Whether any layer is FP4."""
-    return any(layer.get("mode") in MODES for layer in (config, *_own(config).values()))
+    return any(str(layer.get("mode")) in MODES for layer in (config, *_own(config).values()))
 
 
 def scheme(config: Config) -> Scheme:
@@ -78,7 +79,7 @@ def columns(entries: Mapping[str, Entry], layer: Config) -> int:
     words, groups = entries["weight"].shape[-1], entries["scales"].shape[-1]
     if entries["scales"].dtype == "U8":  # 4 bits in groups of 16 or 32, or 8 in groups of 32
         return words * (8 if words * 8 // max(groups, 1) in KINDS else 4)
-    return words * 32 // max(int(layer.get("bits", 4)), 1)
+    return words * 32 // max(said.number(layer, "bits", 4), 1)
 
 
 def packed(others: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
@@ -97,12 +98,12 @@ def _own(config: Config) -> dict[str, Config]:
 
 
 def _storage(layer: Config, stacked: bool) -> FP4Storage | Mismatch | None:
-    mode = layer.get("mode", "affine")
+    mode = str(layer.get("mode", "affine"))
     if mode not in MODES:
         return Mismatch(f"MLX's {mode} of experts", "experts in mxfp4 or nvfp4") if stacked else None
     kind, size = MODES[mode]
     if (layer.get("bits", 4), layer.get("group_size", size)) != (4, size):
-        found = f"MLX's {mode} of {layer['bits']} bits with group_size {layer.get('group_size')}"
+        found = f"MLX's {mode} of {layer.get('bits', 4)} bits with group_size {layer.get('group_size')}"
         return Mismatch(found, f"4 bits with group_size {size}")
     return _fp4(kind, size, stacked)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import translate
 from typing import Any
 
+from marlin_w4a16.checkpoints import said
 from marlin_w4a16.checkpoints.layouts import Layout
 from marlin_w4a16.checkpoints.scheme import CACHE_NOTE, LINEAR, Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import FLOATS, STORED_SCALES, Activations, FP4Storage, FP8Storage, Part
@@ -34,15 +35,15 @@ Config = Mapping[str, Any]
 
 def is_fp4(config: Config) -> bool:
     """Whether a quantisation config of Quark stores any layer as FP4."""
-    stored = (config.get("export") or {}).get("weight_format", "real_quantized") == "real_quantized"
-    return stored and any(_specs(layer)[:1] and _specs(layer)[0].get("dtype") == "fp4" for _, layer in _layers(config))
+    stored = said.mapping(config, "export").get("weight_format", "real_quantized") == "real_quantized"
+    return stored and any(spec.get("dtype") == "fp4" for _, layer in _layers(config) for spec in _specs(layer)[:1])
 
 
 def scheme(config: Config) -> Scheme:
     """What a quantisation config says; layers in FP8 are decoded."""
     targets = {pattern: _storage(layer) for pattern, layer in _layers(config)}
     names = dict.fromkeys(s.label.removeprefix("Quark ") for s in targets.values() if isinstance(s, FP4Storage))
-    exclude = tuple(config.get("exclude") or ())
+    exclude = said.names(config, "exclude")
     notes = (CACHE_NOTE,) if config.get("kv_cache_quant_config") else ()
     if not any(pattern.startswith("re:") for pattern in exclude):
         return Scheme("Quark", " + ".join(names) or "FP4", targets, exclude, "glob", notes)
@@ -54,16 +55,18 @@ def scheme(config: Config) -> Scheme:
 
 def _layers(config: Config) -> Iterator[tuple[str, Config]]:
     """What is said of layers, what goes first before the rest: of patterns of names, of classes, of all."""
-    yield from ((name, layer or {}) for name, layer in (config.get("layer_quant_config") or {}).items())
-    classes = config.get("layer_type_quant_config") or {}
+    yield from said.objects(config, "layer_quant_config").items()
+    classes = said.objects(config, "layer_type_quant_config")
     linear = next((layer for name, layer in classes.items() if name.rpartition(".")[2].startswith("Linear")), None)
-    yield LINEAR, linear if linear is not None else config.get("global_quant_config") or {}
+    yield LINEAR, linear if linear is not None else said.mapping(config, "global_quant_config")
 
 
 def _specs(layer: Config) -> list[Config]:
     """How the weight of a layer is quantised; where scales are quantised, too, how these are comes next."""
     weight = layer.get("weight")
-    return weight if isinstance(weight, list) else [weight] if weight else []
+    if isinstance(weight, list) and all(isinstance(one, Mapping) for one in weight):
+        return weight
+    return [said.mapping(layer, "weight")] if weight else []
 
 
 def _storage(layer: Config) -> FP4Storage | FP8Storage | Mismatch | None:
@@ -72,7 +75,7 @@ def _storage(layer: Config) -> FP4Storage | FP8Storage | Mismatch | None:
         return None
     one, two = specs[0], specs[1] if len(specs) == 2 else None
     kind = (one.get("dtype"), one.get("scale_format"), one.get("group_size"), len(specs))
-    activations, label = _activations(layer.get("input_tensors")), "Quark MXFP4"
+    activations, label = _activations(layer), "Quark MXFP4"
     if kind[0] == "fp4" and kind[1] == "e8m0" and len(specs) == 1 and one.get("ch_axis", -1) in (-1, 1):
         rows = _rows(one)
         if rows is not None:
@@ -90,8 +93,9 @@ def _rows(spec: Config) -> int | None:
     block = spec.get("block_size")
     if block is None:
         return 1 if spec.get("group_size") == 32 else None
-    rows, columns = block if len(block) == 2 else (0, 0)
-    return rows if columns == 32 and rows > 0 else None
+    if not isinstance(block, list | tuple) or len(block) != 2 or block[1] != 32:
+        return None
+    return block[0] if isinstance(block[0], int) and block[0] > 0 else None
 
 
 def _told(spec: Config) -> str:
@@ -100,10 +104,12 @@ def _told(spec: Config) -> str:
     return ", ".join([str(spec.get("dtype")), *rest])
 
 
-def _activations(inputs: Config | list[Config] | None) -> Activations | None:
+def _activations(layer: Config) -> Activations | None:
+    inputs = layer.get("input_tensors")
     if not inputs:
         return None
-    one = inputs[0] if isinstance(inputs, list) else inputs
+    one = inputs[0] if isinstance(inputs, list) and isinstance(inputs[0], Mapping) else inputs
+    one = one if isinstance(one, Mapping) else said.mapping(layer, "input_tensors")
     told = f"Quark quantises the inputs to {one.get('dtype')}"
     wanted = {"dtype": "fp4", "scale_format": "e8m0", "group_size": 32, "is_dynamic": True}
     mode = one.get("scale_calculation_mode", "even")

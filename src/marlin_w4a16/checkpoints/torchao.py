@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from marlin_w4a16.checkpoints import said
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layouts import Layout
 from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
@@ -65,10 +66,10 @@ def of_headers(scheme: Scheme, files: Iterable[Path]) -> Scheme:
     Raises:
         CheckpointError: they say nothing, or name something else than the weights of linears in FP4.
     """
-    said = metadata(files)
-    if "tensor_names" not in said:
+    held = metadata(files)
+    if "tensor_names" not in held:
         raise CheckpointError("found no metadata of torchao in the headers, expected those that its safetensors have")
-    named = {name: json.loads(said[name]) for name in json.loads(said["tensor_names"]) if name in said}
+    named = {name: _parsed(name, held[name]) for name in _parsed("tensor_names", held["tensor_names"]) if name in held}
     typed = {name: one for name, one in named.items() if one.get("_type") != "Tensor"}
     return replace(scheme, targets={name.removesuffix(".weight"): _storage(name, one) for name, one in typed.items()})
 
@@ -80,9 +81,9 @@ def metadata(files: Iterable[Path]) -> dict[str, str]:
     found, names = dict[str, str](), dict[str, None]()
     for file in files:
         with safe_open(file, "pt") as opened:
-            said = opened.metadata() or {}
-        names |= dict.fromkeys(json.loads(said.get("tensor_names", "[]")))
-        found |= said
+            held = opened.metadata() or {}
+        names |= dict.fromkeys(_parsed("tensor_names", held.get("tensor_names", "[]")))
+        found |= held
     return found | ({"tensor_names": json.dumps([*names])} if names else {})
 
 
@@ -92,15 +93,26 @@ def _quant_type(config: Config) -> tuple[str, Config]:
     default = quant_type.get("default") if isinstance(quant_type, Mapping) else None
     if not isinstance(default, Mapping):
         return "", {}
-    return str(default.get("_type")), default.get("_data") or {}
+    return str(default.get("_type")), said.mapping(default, "_data")
 
 
-def _storage(name: str, said: Config) -> FP4Storage:
-    made, values = CLASSES.get(said.get("_type", "")), said.get("_data") or {}
-    elements = (values.get("elem_dtype") or {}).get("_data", _FP4)
+def _parsed(name: str, text: str) -> Any:
+    """JSON of the metadata: a list of names, or what is said of one tensor."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list if name == "tensor_names" else dict):
+        raise CheckpointError(f"{name}: found the metadata {text[:80]!r}, expected what torchao writes there")
+    return found
+
+
+def _storage(name: str, told_of: Config) -> FP4Storage:
+    made, values = CLASSES.get(str(told_of.get("_type"))), said.mapping(told_of, "_data")
+    elements = said.mapping(values, "elem_dtype").get("_data", _FP4)
     if made is None or elements != _FP4 or not name.endswith(".weight"):
         raise CheckpointError(
-            f"{name}: found {said.get('_type')} of {elements}, expected the weight of a linear in FP4"
+            f"{name}: found {told_of.get('_type')} of {elements}, expected the weight of a linear in FP4"
         )
     inputs = values.get("act_quant_kwargs")
     told = Activations("torchao quantises the inputs (W4A4)") if inputs else None
