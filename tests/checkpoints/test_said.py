@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from checkpoints import packed
+from checkpoints import packed, packed_mlx
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.checkpoints.scheme import Mismatch
@@ -21,7 +21,7 @@ CONFIGS = {
     "auto-round": packed.auto_round()[0],
     "fp-quant": packed.fp_quant()[0],
     "torchao": packed.torchao()[0],
-    "mlx": packed.mlx()[0],
+    "mlx": packed_mlx.mlx()[0],
 }
 ODD = [None, True, 0, 4, -1, 2.5, "x", "", [], ["x"], [1], [[]], {}, {"x": 1}, {"x": None}, {"x": {"x": []}}]
 

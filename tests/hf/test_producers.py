@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import packed
+from checkpoints import packed, packed_mlx
 from checkpoints.models import FAMILIES
 from hf.dense import tensors_of
 from hf.loading import logits, read, same
@@ -30,23 +30,23 @@ WRITERS = {
     "torchao-mxfp4": ("torchao", packed.torchao),
     "torchao-nvfp4": ("torchao", partial(packed.torchao, e4m3=True)),
     "torchao-nvfp4-rows": ("torchao", partial(packed.torchao, e4m3=True, tiles=False)),
-    "mlx-mxfp4": ("MLX", packed.mlx),
-    "mlx-nvfp4": ("MLX", partial(packed.mlx, e4m3=True)),
+    "mlx-mxfp4": ("MLX", packed_mlx.mlx),
+    "mlx-nvfp4": ("MLX", partial(packed_mlx.mlx, e4m3=True)),
 }
 CASES = [*((name, "llama") for name in WRITERS), ("quark-mxfp4", "qwen3moe"), ("quark-nvfp4", "glm4moe"),
          ("auto-round-nvfp4", "qwen3moe"), ("mlx-mxfp4", "qwen3moe"), ("mlx-nvfp4", "qwen3moe"),
-         ("mlx-mxfp4", "llama-tied")]  # fmt: skip
+         ("mlx-mxfp4", "mixtral"), ("mlx-mxfp4", "llama-tied")]  # fmt: skip
 
 
 def written(name: str, family: str, folder: Path):
     """The folder, and the model that it is exactly."""
     model = FAMILIES[family](dtype=torch.float32)
-    config, layers = WRITERS[name][1]()
+    config, layers = WRITERS[name][1](**({"block": "block_sparse_moe"} if family == "mixtral" else {}))
     exact = packed.write(model, folder, config, layers, stacked=name.startswith("mlx"))
     if name.startswith("torchao"):
         packed.headers(folder, tiles=not name.endswith("rows"))
     if name.startswith("mlx"):
-        packed.as_mlx(folder)
+        packed_mlx.as_mlx(folder, "block_sparse_moe" if family == "mixtral" else "mlp")
     return folder, exact
 
 
@@ -257,3 +257,5 @@ def test_e5m3_in_the_name_of_compressed_tensors_is_refused(tmp_path):
     packed.changed(folder, quant_method="compressed-tensors", format="nvfp4-e5m3-pack-quantized", config_groups=groups)
     found = inspect(folder)
     assert found.problems and all("NVFP4_E5M3" in problem.found for problem in found.problems)
+    with pytest.raises(CheckpointError, match=r"found NVFP4_E5M3: unsigned E5M3 scales .* expected NVFP4"):
+        read(folder)

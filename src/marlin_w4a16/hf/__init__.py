@@ -55,6 +55,7 @@ def _register() -> None:
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[row.method] = options
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(row.method, options)
         auto.AUTO_QUANTIZER_MAPPING[row.method] = loads
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = producers.OfCompressedTensors
 
 
 _register()

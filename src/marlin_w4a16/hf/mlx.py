@@ -7,6 +7,7 @@ beside, on the CPU, to be saved as they were.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from marlin_w4a16.checkpoints import files, mlx
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.values import read
 from marlin_w4a16.hf.configs import ModelOptConfig
+from marlin_w4a16.hf.linear import CheckpointLinear
 from marlin_w4a16.hf.quantizer import OwnQuantizer
 
 
@@ -81,6 +83,7 @@ class MLXQuantizer(OwnQuantizer):
     """Folders of MLX."""
 
     _decoded: tuple[Decoded, ...] = ()
+    _names: Mapping[str, str] = MappingProxyType({})  # in the model of what is no FP4 linear, by those in the folder
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -102,13 +105,14 @@ class MLXQuantizer(OwnQuantizer):
             found.append(Decoded(path, name, held, parameters[name].shape[1]))
             sources = [names[f"{path}.{leaf}"] for leaf in entries]
             self._conversions.append(WeightConverter(sources, name, [_Decode(self, found[-1])]))
-        self._decoded = tuple(found)
+        own = {f"{one.path}.{leaf}" for one in found for leaf in one.tensors}
+        self._decoded, self._names = tuple(found), {name: held for name, held in names.items() if name not in own}
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.switch_mlp\."}  # `own_names` has those of the model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        held = getattr(model, "_weight_conversions", None) or ()  # by which transformers would rename what is saved
-        setattr(model, "_weight_conversions", [one for one in held if one not in self._conversions])  # noqa: B010
+        # names are the folder's when it is saved: what transformers makes of ".mlp." backwards changes "switch_mlp.", too
+        setattr(model, "_weight_conversions", [])  # noqa: B010
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_weight_conversions(self) -> list[Any]:
@@ -135,7 +139,10 @@ class MLXQuantizer(OwnQuantizer):
             # a tied head, too: the same memory
             state = {name: t for name, t in state.items() if name != one.name and t.data_ptr() != weight.data_ptr()}
             state |= {f"{one.path}.{leaf}": tensor for leaf, tensor in one.tensors.items()}
-        return state, metadata
+        linears = ((path, module) for path, module in model.named_modules() if isinstance(module, CheckpointLinear))
+        theirs = {f"{path}.{leaf}": m.layer.name(leaf) for path, m in linears for leaf in m.layer.entries}
+        theirs |= {held: name for name, held in self._names.items()}
+        return {theirs.get(name, name): tensor for name, tensor in state.items()}, metadata
 
 
 class _Decode(ConversionOps):

@@ -16,7 +16,8 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils import import_utils
 from transformers.utils import quantization_config as of_transformers
 
-from marlin_w4a16.checkpoints import torchao
+from marlin_w4a16.checkpoints import auto_round, torchao
+from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.checkpoints.scheme import Mismatch
 from marlin_w4a16.hf.configs import ModelOptConfig
@@ -111,6 +112,21 @@ class FPQuantQuantizer(ProducerQuantizer):
     """Checkpoints of FP-Quant."""
 
     theirs = FPQuantHfQuantizer
+
+
+class OfCompressedTensors:
+    """Makes transformers' config of compressed-tensors, whose package has no words for NVFP4_E5M3 of AutoRound."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The config that stands in config.json.
+
+        Raises:
+            CheckpointError: it is of that format.
+        """
+        if auto_round.e5m3(config_dict) is not None:
+            raise CheckpointError(f"found {auto_round.E5M3.found}, expected {auto_round.E5M3.expected}")
+        return transformers.CompressedTensorsConfig.from_dict(config_dict, *args, **kwargs)
 
 
 class TorchAoConfig(ProducerConfig):
