@@ -9,7 +9,7 @@ from torch import Tensor
 
 from marlin_w4a16.kernels.scale_bytes import swizzle, unswizzle
 
-Codes = Literal["low", "high", "words", "blocks"]
+Codes = Literal["low", "words", "blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,8 @@ class Layout:
     """The way in which one matrix is stored.
 
     Attributes:
-        codes: ``"low"``: two in a byte, the low nibble is the even column; ``"high"``: the high nibble is; ``"words"``:
-            as ``"low"``, in little-endian words of 32 bits; ``"blocks"``: as ``"low"``, those that share a scale in an
-            axis of their own.
+        codes: ``"low"``: two in a byte, the low nibble is the even column; ``"words"``: the same in little-endian words
+            of 32 bits; ``"blocks"``: the same, those that share a scale in an axis of their own.
         tiles: scales lie in tiles of 128 by 4, padded with zeros, see `swizzle`; else in rows.
         rows: how many rows of the weight share a row of scales.
     """
@@ -84,21 +83,13 @@ def _same(codes: Tensor, *_: int) -> Tensor:
     return codes
 
 
-def _swapped(codes: Tensor, *_: int) -> Tensor:
-    """The nibbles of each byte in the other order."""
-    held = codes.view(torch.uint8)
-    return (held << 4) | (held >> 4)
-
-
 _READ: dict[Codes, Callable[[Tensor], Tensor]] = {
     "low": _same,
-    "high": _swapped,
     "words": lambda stored: stored.view(torch.uint8),
     "blocks": lambda stored: stored.flatten(-2),
 }
 _WRITE: dict[Codes, Callable[[Tensor, int], Tensor]] = {
     "low": _same,
-    "high": _swapped,
     "words": lambda codes, group: codes.view(torch.uint32),
     "blocks": lambda codes, group: codes.view(*codes.shape[:-1], -1, group // 2),
 }

@@ -111,7 +111,7 @@ class MLXQuantizer(OwnQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.switch_mlp\."}  # `own_names` has those of the model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        # names are the folder's when it is saved: what transformers makes of ".mlp." backwards changes "switch_mlp.", too
+        # names are the folder's when it is saved: ".mlp.", a pattern of transformers, is in "switch_mlp.", too
         setattr(model, "_weight_conversions", [])  # noqa: B010
         return super()._process_model_after_weight_loading(model, **kwargs)
 
