@@ -2,6 +2,7 @@
 #   make demo         the quickstart, then a tiny gpt-oss
 #   make test         the tests; those marked gpu are skipped where there is no such GPU
 #   make test-wide    the whole matrices too
+#   make test-producers   what is read of files, held against the packages of their producers
 #   make attack N=1000    near misses of linears, and a tenth as many of mixtures, by seeds from SEED=0 on
 #   make lint         ruff and mypy
 # Versions are pinned in constraints.txt. TORCH chooses another torch, and with it triton:
@@ -16,12 +17,16 @@ PYTEST := .venv/bin/pytest -q -n auto --maxprocesses 4 --durations 10
 N ?= 1000
 SEED ?= 0
 
-.PHONY: test test-wide attack demo lint
+.PHONY: test test-wide test-producers attack demo lint
 test: .venv/installed
 	$(PYTEST)
 
 test-wide: .venv/installed
 	$(PYTEST) --wide
+
+test-producers: .venv/installed
+	@$(PIP) -e '.[producers]'
+	.venv/bin/pytest -q tests/producers/test_files.py
 
 attack: .venv/installed
 	PYTHONPATH=tests .venv/bin/python -m attacks --count $(N) --seed $(SEED)

@@ -87,3 +87,21 @@ def fp8_codes(values: Tensor, scale: Tensor, rounded: Callable[[Tensor, torch.dt
     codes = (values.double() / scale).to(torch.float8_e4m3fn)
     again = rounded(codes.double() * scale, values.dtype)
     return codes if torch.allclose(again, values, rtol=0, atol=0, equal_nan=True) else None
+
+
+def swizzle(scales: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of scales ``[n, k / group]`` in tiles of 128 by 4, as cuBLAS wants them; padded with zeros.
+
+    Within a tile, row ``32 a + b`` and column ``c`` lie at ``[b, a, c]``. The inverse is `unswizzle`.
+    """
+    rows, columns = scales.shape
+    padded = torch.nn.functional.pad(scales.view(torch.uint8), (0, -columns % 4, 0, -rows % 128))
+    tiles = padded.reshape(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)  # R a b C c
+    return tiles.permute(0, 3, 2, 1, 4).reshape(shape).view(scales.dtype)
+
+
+def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `swizzle`."""
+    tiles = scales.view(torch.uint8).reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # R C b a c
+    padded = tiles.permute(0, 3, 2, 1, 4).reshape(tiles.shape[0] * 128, tiles.shape[1] * 4)
+    return padded[:rows, :columns].contiguous().view(scales.dtype)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels.fp4 import FP4Weight, as_bytes, fp4_weight
+from marlin_w4a16.kernels.fp4 import FP4Weight, fp4_weight
+from marlin_w4a16.kernels.scale_bytes import unswizzle
 from marlin_w4a16.passes.outcome import Rejected
 
 _NAMES = ("NVFP4Tensor", "MXTensor")
@@ -51,21 +52,3 @@ def read(value: Any, name: str) -> FP4Weight | Rejected:
         multiplier = factor.reshape(-1).repeat_interleave(rows // factor.numel())
     codes = value.qdata.reshape(rows, k // 2).view(torch.uint8)
     return fp4_weight(codes, scales.reshape(rows, columns), multiplier, name=name)
-
-
-def swizzle(scales: Tensor, shape: torch.Size) -> Tensor:
-    """Rows of scales ``[n, k / group]`` in tiles of 128 by 4, as cuBLAS wants them; padded with zeros.
-
-    Within a tile, row ``32 a + b`` and column ``c`` lie at ``[b, a, c]``. The inverse is `unswizzle`.
-    """
-    rows, columns = scales.shape
-    padded = torch.nn.functional.pad(as_bytes(scales), (0, -columns % 4, 0, -rows % 128))
-    tiles = padded.reshape(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)  # R a b C c
-    return tiles.permute(0, 3, 2, 1, 4).reshape(shape).view(scales.dtype)
-
-
-def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `swizzle`."""
-    tiles = as_bytes(scales).reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # R C b a c
-    padded = tiles.permute(0, 3, 2, 1, 4).reshape(tiles.shape[0] * 128, tiles.shape[1] * 4)
-    return padded[:rows, :columns].contiguous().view(scales.dtype)

@@ -303,7 +303,7 @@ def test_another_method_is_left_to_transformers(tmp_path, capsys):
     assert main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
     assert ": gptq (by config.json), " in out
-    known = "ModelOpt, compressed-tensors, OpenAI or DeepSeek"
+    known = "ModelOpt, compressed-tensors, OpenAI, DeepSeek, Quark, AutoRound, FP-Quant, torchao or MLX"
     assert f"nothing here is FP4 of {known}: gptq is left to transformers" in out
     assert line(inspect(folder), Q) == Line(Q, 1, (12, 96), "I32", "left", None, *[12 * 96 * 4 + 96 * 2] * 3)
 

@@ -121,18 +121,23 @@ def read_weights(
         reader: reads to where the weights are made.
     """
     first, n = stacks[0], stacks[0].like.n
+    if first.storage.layout.tiles or first.storage.layout.rows > 1:
+        alone = [stack.weight(stack.read(e, reader)) for e in experts for stack in stacks]
+        fields = (torch.stack([getattr(one, name) for one in alone]) for name in ("codes", "scales", "multiplier"))
+        return alone[0].derived(*fields)
     codes, scales = first.storage.leaf("codes"), first.storage.leaf("scales")
     places = {leaf: [stack.place(e, leaf) for e in experts for stack in stacks] for leaf in (codes, scales)}
     tensors = {leaf: reader.stacked(of_all) for leaf, of_all in places.items()}
-    if first.storage.transposed:
+    layout = first.storage.layout
+    if layout.transposed:
         tensors = {leaf: tensor.mT.contiguous() for leaf, tensor in tensors.items()}
     tensors = {leaf: tensor.flatten(0, 1) for leaf, tensor in tensors.items()}
-    factor = first.storage.part("multiplier", "divisor")
-    if factor is not None:  # one for each row of all that stand below each other
+    factor = first.storage.part("multiplier", "divisor", "amax")
+    if factor is not None and factor.leaf in first.like.entries:  # one for each row of all that stand below each other
         some = slice(experts.start, experts.stop)
         each = [small[stack.name][factor.leaf][some].reshape(len(experts), 1, -1) for stack in stacks]
         tensors[factor.leaf] = torch.cat(each, 1).expand(-1, -1, n).flatten().to(tensors[codes].device)
-    flat = replace(first.storage, transposed=False).read(tensors, first.like.path)
+    flat = replace(first.storage, layout=replace(layout, transposed=False)).read(tensors, first.like.path)
     return flat.derived(*(torch.unflatten(t, 0, (-1, n)) for t in (flat.codes, flat.scales, flat.multiplier)))
 
 

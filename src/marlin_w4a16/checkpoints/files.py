@@ -134,7 +134,8 @@ def quantization_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
         if found is not None and not isinstance(found, dict):
             word = type(found).__name__
             raise CheckpointError(f"{folder / 'config.json'}: quantization_config: found {word}, expected an object")
-        if found:
+        found = found or (part.get("quantization") if isinstance(part, dict) else None)  # of MLX
+        if isinstance(found, dict) and found:
             return "config.json", found
     other = folder / HF_QUANT_CONFIG
     return (other.name, {**read_json(other), "quant_method": "modelopt"}) if other.is_file() else None

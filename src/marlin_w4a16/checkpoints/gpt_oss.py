@@ -1,6 +1,7 @@
 """Checkpoints of gpt-oss (``quant_method: mxfp4``): experts in MXFP4, all other weights dense."""
 
 from marlin_w4a16.checkpoints.fields import Fields
+from marlin_w4a16.checkpoints.layouts import Layout
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage, Part
 
@@ -14,6 +15,7 @@ EXPERTS = FP4Storage(
     ),
     joint="_",
     stacked=True,
+    layout=Layout("blocks"),
 )
 
 

@@ -253,9 +253,7 @@ def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer 
     axes = {"e": codes.shape[0], "n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1), "g/2": group // 2}
     for part in storage.parts:
         if part.leaf in mine and not storage.fits(part, mine[part.leaf].shape, axes):
-            wanted = ", ".join(str(axes.get(axis, "any")) for axis in part.shape)
-            expected = f"shape [{wanted}]" if part.shape else "one element"
-            return _problem(path, tensors, part.leaf, str(mine[part.leaf]), expected, storage.joint)
+            return _problem(path, tensors, part.leaf, str(mine[part.leaf]), part.told(axes), storage.joint)
     for leaf in sorted(set(tensors) - set(mine) - BESIDE):
         return _problem(path, tensors, leaf, str(tensors[leaf]), f"no such tensor in {storage.label}")
     return Layer(path, storage, n, k, group, mine)
@@ -278,7 +276,7 @@ def _is_quantised(storage: Storage | Mismatch | None, tensors: Mapping[str, Entr
 
 
 def _packed(entry: Entry | None) -> bool:
-    return entry is not None and entry.dtype in ("U8", "I8", "F4", "F8_E4M3")
+    return entry is not None and entry.dtype in ("U8", "I8", "U32", "F4", "F8_E4M3")
 
 
 def _problem(

@@ -32,6 +32,7 @@ class Scheme:
         patterns: see `Names`.
         notes: what is not loaded, such as a quantised cache.
         joined: leaves that ``_`` joins to their paths, not ``.``.
+        decodes: whether its quantizer decodes what is no linear, and is stored as it pleases.
         known: how the producer may have stored weights of which the config does not say it.
         where: the file of the config and its place there, for errors.
     """
@@ -43,6 +44,7 @@ class Scheme:
     patterns: Kind = "glob"
     notes: tuple[str, ...] = ()
     joined: tuple[str, ...] = ()
+    decodes: bool = False
     known: tuple[Storage, ...] = ()
     where: str = "quantization_config"
     _ignored: Names = field(init=False, repr=False, compare=False)
@@ -82,8 +84,8 @@ class Scheme:
 
     @property
     def shares(self) -> bool:
-        """Whether someone else loads some linears."""
-        return None in self.targets.values()
+        """Whether someone else loads some weights."""
+        return self.decodes or None in self.targets.values()
 
     @property
     def storages(self) -> tuple[Storage, ...]:

@@ -1,6 +1,7 @@
 """How one quantised weight is stored: its tensors, their dtypes and shapes, and which way they decode."""
 
 import math
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -9,22 +10,24 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.kernels.fp4 import FP4Weight, format_name, fp4_weight
+from marlin_w4a16.checkpoints.layouts import ROWS, Layout
+from marlin_w4a16.kernels.fp4 import E2M1_MAX, FP4Weight, format_name, fp4_weight
 from marlin_w4a16.kernels.inputs import Rounding
-from marlin_w4a16.kernels.scale_bytes import ScaleKind, e8m0_values, scale_bytes
+from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind, e8m0_values, scale_bytes
 
 FLOATS = ("F32", "BF16", "F16")
+AMAX = E4M3_MAX * E2M1_MAX  # the largest value of a weight whose multiplier is 1
 STORED_SCALES: dict[ScaleKind, tuple[str, ...]] = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0")}
 DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "U32": torch.uint32, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 Role = Literal[
-    "codes", "scales", "multiplier", "divisor", "input multiplier", "input divisor", "pre-quant scale", "low rank a",
-    "low rank b",
+    "codes", "scales", "multiplier", "divisor", "amax", "input multiplier", "input divisor", "pre-quant scale",
+    "rotation", "low rank a", "low rank b", "unused",
 ]  # fmt: skip
 # What the weight is not decoded with: it need not be there, nor hold numbers, unless inputs are quantised.
-OF_INPUTS: tuple[Role, ...] = ("input multiplier", "input divisor")
+OF_INPUTS: tuple[Role, ...] = ("input multiplier", "input divisor", "unused")
 LOW_RANK: tuple[Role, ...] = ("low rank a", "low rank b")
 
 
@@ -34,8 +37,10 @@ class Part:
 
     Attributes:
         leaf: the last part of its name.
-        role: what it is. Global scales multiply or divide; those of the input belong to W4A4; a pre-quant scale
-            multiplies the input before the product (AWQ); ``x a.T b.T`` is added to it (SVDQuant).
+        role: what it is. Global scales multiply or divide, or are 448 * 6 times what multiplies (``"amax"``); those of
+            the input belong to W4A4; a pre-quant scale multiplies the input before the product (AWQ), a rotation is the
+            matrix by which each block of the input is, ``x a.T b.T`` is added to it (SVDQuant); what is unused is only
+            kept.
         dtypes: as safetensors names them.
         shape: axes as ``e`` (experts), ``n``, ``k``, ``k/2``, ``k/g``, ``g/2`` and ``r`` (any rank); empty for one
             element.
@@ -49,6 +54,13 @@ class Part:
     shape: tuple[str, ...] = ()
     optional: bool = False
     aliases: tuple[str, ...] = ()
+
+    def told(self, axes: Mapping[str, int]) -> str:
+        """Its shape for people, given the length of each axis."""
+        if self.role == "rotation":
+            return f"a square matrix whose side divides {axes['k']}"
+        lengths = ", ".join(str(axes.get(axis, "any")) for axis in self.shape)
+        return f"shape [{lengths}]" if self.shape else "one element"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +91,9 @@ class FP4Storage:
         parts: its tensors.
         activations: how its input is quantised, or None.
         joint: what stands between a path and a leaf.
-        stacked: whether it is of every expert: its codes are ``[e, n, k/g, g/2]`` then, or ``[e, k/2, n]``.
-        transposed: whether they, and the scales, are of the latter shape.
+        stacked: whether it is of every expert, along a first axis of its tensors.
+        layout: how codes and scales lie.
+        renamed: patterns in the path of a weight of all experts, and what stands there in that of the first expert.
     """
 
     label: str
@@ -90,7 +103,8 @@ class FP4Storage:
     activations: Activations | None = None
     joint: str = "."
     stacked: bool = False
-    transposed: bool = False
+    layout: Layout = ROWS
+    renamed: tuple[tuple[str, str], ...] = ()
     big: ClassVar[tuple[Role, ...]] = ("codes", "scales")  # what becomes the weight
 
     def named(self, leaves: Container[str]) -> "FP4Storage":
@@ -106,7 +120,7 @@ class FP4Storage:
             name = "" if part.role == "codes" else part.leaf
             shape = ("e", *part.shape[::-1]) if part.role in self.big else part.shape
             parts.append(replace(part, leaf=name, shape=shape))
-        return replace(self, parts=tuple(parts), joint="_", stacked=True, transposed=True)
+        return replace(self, parts=tuple(parts), joint="_", stacked=True, layout=Layout(transposed=True))
 
     def part(self, *roles: Role) -> Part | None:
         """The tensor that plays one of some roles."""
@@ -119,26 +133,41 @@ class FP4Storage:
             raise KeyError(roles)
         return part.leaf
 
+    def placed(self, path: str) -> str:
+        """The path of a weight where a model has one for each expert."""
+        for pattern, instead in self.renamed:
+            path = re.sub(pattern, instead, path)
+        return path
+
     @property
     def scales(self) -> str:
         """The shape of block scales in words."""
-        groups = f"k / {' or '.join(map(str, self.groups))}"
-        return f"[{'experts, ' * self.stacked}{f'{groups}, n' if self.transposed else f'n, {groups}'}]"
+        told = self.layout.told(" or ".join(map(str, self.groups)))
+        return f"[experts, {told[1:]}" if self.stacked else told
 
     def shape_of(self, entries: Mapping[str, Entry]) -> tuple[int, int, int] | None:
         """Rows, columns and group size by the shapes of codes and scales, or None: they make no linear."""
-        codes, scales = entries[self.leaf("codes")].shape, entries[self.leaf("scales")].shape
-        if self.transposed:
-            codes, scales = codes[:0:-1], scales[:0:-1]
-        elif self.stacked:
-            codes, scales = (*codes[1:2], math.prod(codes[2:])), scales[1:]
-        if len(codes) != 2 or len(scales) != 2 or not scales[1] or codes[1] * 2 % scales[1]:
+        codes, scales = (entries[self.leaf(role)].shape for role in ("codes", "scales"))
+        experts, codes, scales = (codes[:1], scales[:1]), codes[self.stacked :], scales[self.stacked :]
+        if self.layout.transposed:
+            codes, scales = codes[::-1], scales[::-1]
+        if self.layout.codes == "blocks":
+            codes = (*codes[:1], math.prod(codes[1:]))
+        if len(codes) != 2 or len(scales) != 2 or not scales[1]:
             return None
-        group = codes[1] * 2 // scales[1]
-        return (codes[0], codes[1] * 2, group) if group in self.groups else None
+        n, k = codes[0], self.layout.columns(codes[1])
+        if not self.layout.plain:
+            alike = not self.stacked or experts[0] == experts[1]
+            fitting = (g for g in self.groups if alike and not k % g and scales == self.layout.scales_shape(n, k // g))
+            return next(((n, k, group) for group in fitting), None)
+        return None if k % scales[1] or k // scales[1] not in self.groups else (n, k, k // scales[1])
 
     def fits(self, part: Part, shape: tuple[int, ...], axes: Mapping[str, int]) -> bool:
-        """Whether a tensor has its shape."""
+        """Whether a tensor has its shape; of codes and scales that do not lie in rows, `shape_of` has told that."""
+        if part.role == "unused" or (part.role in self.big and not self.layout.plain):
+            return True
+        if part.role == "rotation":
+            return len(shape) == 2 and shape[0] == shape[1] > 0 and not axes["k"] % shape[0]
         if not part.shape:
             return math.prod(shape) == 1 or (self.stacked and shape == (axes["e"],))
         wanted = tuple(axes.get(axis, found) for axis, found in zip(part.shape, shape, strict=False))
@@ -150,26 +179,29 @@ class FP4Storage:
 
     def read(self, tensors: Mapping[str, Tensor], name: str) -> FP4Weight:
         """The weight that some tensors, by leaf, are."""
-        part = self.part("multiplier", "divisor")
-        factor: Tensor | float = 1.0 if part is None else tensors[part.leaf].float()
-        if part is not None and part.role == "divisor":
-            factor = torch.as_tensor(factor).reciprocal()
-        codes, scales = tensors[self.leaf("codes")], tensors[self.leaf("scales")]
-        if self.transposed:  # one expert of them
-            codes, scales = codes.T.contiguous(), scales.T.contiguous()
-        elif self.stacked:
-            codes = codes.flatten(1)
+        part = self.part("multiplier", "divisor", "amax")
+        factor: Tensor | float = 1.0
+        if part is not None and part.leaf in tensors:
+            factor = tensors[part.leaf].float()
+            factor = factor.reciprocal() if part.role == "divisor" else factor / AMAX if part.role == "amax" else factor
+        codes, scales = self.layout.read_codes(tensors[self.leaf("codes")]), tensors[self.leaf("scales")]
         if scales.dtype == torch.float32:
             scales = scale_bytes(scales, self.kind)
+        if self.layout.transposed:
+            scales = scales.mT.contiguous()
+        if not self.layout.plain:
+            n, k = codes.shape[0], codes.shape[1] * 2
+            group = next(g for g in self.groups if self.layout.scales_shape(n, k // g) == tuple(scales.shape))
+            scales = self.layout.read_scales(scales, n, k // group)
         return fp4_weight(codes, scales, factor, kind=self.kind, name=name)
 
     def write(self, weight: FP4Weight, kept: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         """The inverse of `read`, bit for bit: ``kept`` are the tensors beside codes and scales."""
         code, scale = self.leaf("codes"), self.leaf("scales")
-        codes = weight.codes.view(weight.n, -1, weight.group // 2) if self.stacked else weight.codes
-        scales, dtype = weight.scales, DTYPES[entries[scale].dtype]
-        if self.transposed:
-            codes, scales = weight.codes.T.contiguous(), scales.T.contiguous()
+        codes = self.layout.write_codes(weight.codes, weight.group)
+        scales, dtype = self.layout.write_scales(weight.scales), DTYPES[entries[scale].dtype]
+        if self.layout.transposed:
+            scales = scales.mT.contiguous()
         scales = e8m0_values(scales).float() if dtype == torch.float32 else scales.view(dtype)
         made = {code: codes.view(DTYPES[entries[code].dtype]), scale: scales}
         return {part.leaf: t for part in self.parts if (t := {**kept, **made}.get(part.leaf)) is not None}

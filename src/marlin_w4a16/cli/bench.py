@@ -102,14 +102,17 @@ def load(found: Inspection, work: Work, dequantize: bool) -> "PreTrainedModel":
     """The model of a checkpoint by from_pretrained."""
     from transformers import AutoModelForCausalLM
 
-    from marlin_w4a16.hf import configs
+    from marlin_w4a16.hf import configs, mlx, producers
 
     choices: dict[str, Any] = {}
     if found.config == HF_QUANT_CONFIG:
         choices["quantization_config"] = configs.ModelOptConfig.of(str(found.folder), dequantize=dequantize)
+    elif found.producer == "MLX":
+        choices["config"] = mlx.mlx_config(found.folder, dequantize=dequantize)
     elif dequantize:
         options = next(row.options for row in registry.FORMATS if row.producer == found.producer)
-        choices["quantization_config"] = getattr(configs, options)(dequantize=True)
+        room = next(room for room in (producers, configs) if hasattr(room, options))
+        choices["quantization_config"] = getattr(room, options)(dequantize=True)
     if work.device == "cuda":
         choices["device_map"] = "cuda"
     dtype = getattr(torch, work.dtype)

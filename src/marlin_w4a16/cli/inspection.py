@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from marlin_w4a16.checkpoints import files, registry
+from marlin_w4a16.checkpoints import files, mlx, registry
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import CACHE_SCALE, QUANTISED, Contents, Layer, Problem, contents
 from marlin_w4a16.checkpoints.registry import scheme_of
@@ -43,7 +43,7 @@ class Line:
         format: such as ``"NVFP4 group 16"``, or the dtype as safetensors names it.
         outcome: ``"packed"``; ``"decoded"`` from FP8 and dense; ``"dense"`` as it is; ``"unused"``; ``"left"`` to
             transformers; or ``"refused"``.
-        reason: why it is refused or unused.
+        reason: why it is refused or unused, or that it is decoded from what is no FP4 linear.
         bytes: in the files.
         loaded_bytes: in a loaded model.
         bf16_bytes: in a model whose quantised linears are bfloat16, where headers tell how big those are.
@@ -135,19 +135,23 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     config = found[1] if found is not None else {}
     paths = files.files_of(folder)
     entries = files.entries(track(paths, "Reading headers"))
-    scheme = scheme_of(config, files.model_config_of(folder), found[0] if found is not None else "config.json")
+    where = found[0] if found is not None else "config.json"
+    scheme = scheme_of(config, files.model_config_of(folder), paths, where)
     held = Contents({}, entries, ()) if scheme is None else _without_embeddings(contents(entries, scheme), scheme)
     linears = collapsed(_linear(layer) for layer in held.layers.values())
+    decoded = mlx.packed(held.others) if scheme is not None and scheme.producer == "MLX" else {}
+    mine = {f"{path}.{leaf}" for path, tensors in decoded.items() for leaf in tensors}
+    held = replace(held, others={name: entry for name, entry in held.others.items() if name not in mine})
     problems, notes = _fit(folder, held, scheme) if scheme is not None else (_unread(config, entries), ())
     return Inspection(
         folder,
         found[0] if found is not None else None,
-        scheme.producer if scheme else config.get("quant_method"),
+        scheme.producer if scheme else config.get("quant_method", "MLX" if mlx.is_mlx(config) else None),
         scheme.algorithm if scheme else config.get("format"),
         len(paths),
         len(entries),
         tuple(held.layers.values()),
-        (*linears, *_others(held, scheme, quantised=bool(config))),
+        (*linears, *_decoded(decoded, config), *_others(held, scheme, quantised=bool(config))),
         (*_notes(held, scheme), *notes),
         (*held.problems, *problems, *(bad_values(held.layers.values()) if values else ())),
     )
@@ -157,6 +161,8 @@ def _fit(folder: Path, held: Contents, scheme: Scheme) -> tuple[Sequence[Problem
     """What is wrong when a checkpoint is held against its model, and what else there is to be told."""
     if held.problems:
         return (), ()  # once these are gone, the rest can be told
+    if scheme.producer == "MLX":
+        return (), ()  # its tensors get their names when they are loaded
     if find_spec("transformers") is None:
         return (), ("not held against a model: transformers is not installed",)
     from marlin_w4a16.hf.fit import fit, notes_of, problems_of
@@ -198,6 +204,17 @@ def _linear(layer: Layer) -> Line:
     shape = (layer.experts, layer.n, layer.k) if layer.experts else (layer.n, layer.k)
     outcome: Outcome = "packed" if is_fp4 else "decoded"
     return Line(layer.path, 1, shape, layer.format, outcome, None, layer.nbytes, weight + small, dense)
+
+
+def _decoded(found: Mapping[str, Mapping[str, Entry]], config: Mapping[str, Any]) -> Iterator[Line]:
+    """What MLX quantises beside linears, such as embeddings."""
+    lines = []
+    for path, tensors in found.items():
+        k, nbytes = mlx.columns(tensors, config.get(path) or config), sum(entry.nbytes for entry in tensors.values())
+        *rows, words = tensors["weight"].shape
+        dense, told = 2 * math.prod(rows) * k, f"{words * 32 // max(k, 1)} bits of MLX"
+        lines.append(Line(path, 1, (*rows, k), told, "dense", "decoded", nbytes, dense, dense))
+    yield from collapsed(lines)
 
 
 def _others(held: Contents, scheme: Scheme | None, quantised: bool) -> Iterator[Line]:
@@ -271,3 +288,5 @@ def _notes(held: Contents, scheme: Scheme | None) -> Iterator[str]:
         yield f"FP8 weights are decoded to the model's dtype ({decoded} linears)"
     yield from scheme.notes if scheme is not None else ()
     yield from held.notes
+    if scheme is not None and scheme.producer == "MLX":
+        yield "transformers does not know MLX: from_pretrained needs config=marlin_w4a16.hf.mlx_config(path)"

@@ -12,19 +12,27 @@ from transformers.quantizers import auto
 
 from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.hf import announced, configs, quantizer
+from marlin_w4a16.hf import announced, configs, mlx, producers, quantizer
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
 from marlin_w4a16.hf.experts import implementation as implementation
 from marlin_w4a16.hf.generation import compile_blocks
 from marlin_w4a16.hf.loaded import Loaded
+from marlin_w4a16.hf.mlx import MLXConfig, mlx_config
+from marlin_w4a16.hf.producers import AutoRoundConfig, FPQuantConfig, QuarkConfig, TorchAoConfig
 from marlin_w4a16.modules.transformers_experts import pack_experts_of
 
 __all__ = [
+    "AutoRoundConfig",
     "CheckpointError",
     "CompressedTensorsConfig",
+    "FPQuantConfig",
     "Loaded",
+    "MLXConfig",
     "ModelOptConfig",
+    "QuarkConfig",
+    "TorchAoConfig",
     "compile_blocks",
+    "mlx_config",
     "pack_experts_of",
     "report",
 ]
@@ -39,9 +47,13 @@ def report(model: PreTrainedModel) -> Loaded | None:
 def _register() -> None:
     """Of formats that transformers knows, its quantizers and configs are replaced; what is not FP4 goes on to those."""
     announced.wrap()
+    rooms = (producers, mlx, configs, quantizer)
     for row in registry.FORMATS:
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[row.method] = getattr(configs, row.options)
-        auto.AUTO_QUANTIZER_MAPPING[row.method] = getattr(quantizer, row.quantizer)
+        options, loads = (
+            next(getattr(room, name) for room in rooms if hasattr(room, name)) for name in (row.options, row.quantizer)
+        )
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[row.method] = options
+        auto.AUTO_QUANTIZER_MAPPING[row.method] = loads
 
 
 _register()

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from marlin_w4a16.checkpoints import files
+from marlin_w4a16.checkpoints import files, mlx
 from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError
 
 _MAY_BE_MISSING = {
@@ -30,6 +30,9 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
     """
     text = config.get("text_config")
     held = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    held = held or config.get("quantization")  # of MLX, which names no method
+    if isinstance(held, dict) and mlx.is_mlx(held) and mlx.is_fp4(held):
+        held = config["quantization_config"] = {**held, "quant_method": "mlx"}
     if held is None and "model_type" in config:
         found = cached_file(path, HF_QUANT_CONFIG, **_MAY_BE_MISSING, **of_the_hub)
         if found is not None:

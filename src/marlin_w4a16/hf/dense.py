@@ -16,17 +16,21 @@ class Beside:
 
     Attributes:
         columns: factors of the input (AWQ), or None.
+        rotation: a matrix by which each block of the input is multiplied (FP-Quant), or None.
         low_rank: matrices ``[r, k]`` and ``[n, r]`` whose product is added to the weight (SVDQuant), or none.
     """
 
     columns: Tensor | None = None
+    rotation: Tensor | None = None
     low_rank: tuple[Tensor, ...] = ()
 
 
 def beside(storage: FP4Storage, tensors: Mapping[str, Tensor]) -> Beside:
     """What tensors by leaf say of that."""
     parts = {part.role: tensors[part.leaf] for part in storage.parts if part.leaf in tensors}
-    return Beside(parts.get("pre-quant scale"), tuple(parts[role] for role in LOW_RANK if role in parts))
+    return Beside(
+        parts.get("pre-quant scale"), parts.get("rotation"), tuple(parts[role] for role in LOW_RANK if role in parts)
+    )
 
 
 def decoded(weight: FP4Weight, dtype: torch.dtype, more: Beside = Beside()) -> Tensor:
@@ -37,10 +41,18 @@ def decoded(weight: FP4Weight, dtype: torch.dtype, more: Beside = Beside()) -> T
         if more.low_rank:
             a, b = (matrix.double() for matrix in more.low_rank)
             exact += b[rows] @ a
+        if more.rotation is not None:  # of the input is one of the weight by its transpose
+            exact = rotated(exact, more.rotation.T)
         if more.columns is not None:
             exact *= more.columns.double()
         out[rows] = round_once(exact, dtype)
     return out
+
+
+def rotated(x: Tensor, matrix: Tensor) -> Tensor:
+    """Each block of ``x`` times a square matrix, in the dtype of ``x``."""
+    blocks: Tensor = x.unflatten(-1, (-1, matrix.shape[0]))
+    return (blocks @ matrix.to(x.dtype)).flatten(-2)
 
 
 def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:

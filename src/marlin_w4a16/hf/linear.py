@@ -9,7 +9,7 @@ from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.fp8 import FP8Storage
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES, LOW_RANK, Activations, FP4Storage
-from marlin_w4a16.hf.dense import beside, decoded, plain_linear
+from marlin_w4a16.hf.dense import beside, decoded, plain_linear, rotated
 from marlin_w4a16.kernels.inputs import fake_quantize
 from marlin_w4a16.kernels.layout import pack
 from marlin_w4a16.kernels.scale_bytes import E4M3_MAX, ScaleKind
@@ -82,8 +82,8 @@ class CheckpointLinear(PackedLinear):
     """A `PackedLinear` that can give back the tensors of its checkpoint, bit for bit.
 
     Beside the packed weight it holds the checkpoint's small tensors under their names (global scales, input scales).
-    A pre-quant scale (AWQ) multiplies the input, of which a low-rank part (SVDQuant) is computed beside the product;
-    with ``keep`` the input of the product is quantised as its producer does (W4A4).
+    A pre-quant scale (AWQ) multiplies the input, a rotation turns each block of it, a low-rank part (SVDQuant) of it is
+    computed beside the product; with ``keep`` the input of the product is quantised as its producer does (W4A4).
 
     Args:
         layer, tensors: what the checkpoint holds, and its tensors by leaf.
@@ -101,8 +101,10 @@ class CheckpointLinear(PackedLinear):
         self.quantize_input = storage.activations if keep else None
         for leaf in layer.small:
             self.register_bits(leaf, tensors[leaf])
-        scale, factor = storage.part("pre-quant scale"), storage.part("input multiplier", "input divisor")
+        scale, rotation = (storage.part(role) for role in ("pre-quant scale", "rotation"))
+        factor = storage.part("input multiplier", "input divisor")
         self.pre_scale = scale.leaf if scale is not None and scale.leaf in layer.entries else None
+        self.rotation = rotation.leaf if rotation is not None and rotation.leaf in layer.entries else None
         self.input_factor = factor if factor is not None and factor.leaf in layer.entries else None
         of_rank = (part.leaf for part in storage.parts if part.role in LOW_RANK)
         self.low_rank = tuple(leaf for leaf in of_rank if leaf in layer.entries)
@@ -135,6 +137,8 @@ class CheckpointLinear(PackedLinear):
         """``x @ weight.T + bias``, the input scaled and quantised first where the checkpoint says so."""
         if self.pre_scale is not None:
             x = (x * getattr(self, self.pre_scale)).to(x.dtype)
+        if self.rotation is not None:
+            x = rotated(x, getattr(self, self.rotation))
         given = x
         if self.quantize_input is not None:
             given = quantized_input(x, self.quantize_input, self.layer.group, self._input_scale())

@@ -175,7 +175,7 @@ class FP4Loading(HfQuantizer):
         path, _, leaf = param_name.rpartition(".")
         if self._dequantizes and isinstance(module := model.get_submodule(path), StoredLinear) and leaf != "bias":
             dense = module.in_features * module.out_features * self.model_dtype.itemsize
-            return dense / max(1, param.numel()) if leaf in ("weight", "weight_packed") else 0.0
+            return dense / max(1, param.numel()) if leaf == module.layer.storage.leaf("codes") else 0.0
         held: float = super().param_element_size(model, param_name, param)
         return held + self._beside.get(param_name, 0) / max(1, param.numel())
 

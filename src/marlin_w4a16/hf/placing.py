@@ -169,7 +169,7 @@ def _joined(parts: _Parts, model: nn.Module) -> tuple[dict[str, tuple[Layer, ...
         linear: Any = model.get_submodule(path)
         is_whole = len(layers) == target.places and target.operations == ("Concatenate",)
         alike = len({(layer.format, layer.k) for layer in layers}) == 1
-        plain = not any(layer.has("pre-quant scale", "low rank a") for layer in layers)
+        plain = not any(layer.has("pre-quant scale", "rotation", "low rank a") for layer in layers)
         shape = sum(layer.n for layer in layers), first.k
         if is_whole and alike and plain and shape == (linear.out_features, linear.in_features):
             joined[path] = layers

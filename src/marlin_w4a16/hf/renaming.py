@@ -31,7 +31,8 @@ class Renaming:
 
     def target(self, layer: Layer) -> Destination:
         """Where transformers would put a layer."""
-        name, pattern = self._renamed(f"{layer.path}.weight" if layer.storage.joint == "." else layer.path)
+        path = layer.fp4.placed(layer.path) if layer.experts else layer.path
+        name, pattern = self._renamed(f"{path}.weight" if layer.storage.joint == "." else path)
         converter = self._by_pattern[pattern] if pattern is not None else None
         if converter is None or pattern is None:
             return Destination(name)

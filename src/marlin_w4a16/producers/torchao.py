@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import FP4Weight, as_bytes, fp4_weight
-from marlin_w4a16.passes.judge.tensors import swizzle, unswizzle
+from marlin_w4a16.kernels.scale_bytes import swizzle, unswizzle
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import NO_VALUES, FoundModule, bytes_of, factors_of, holds_values, is_linear, is_of
 
