@@ -70,8 +70,7 @@ def test_what_is_ignored_goes_before_all():
     ],
 )  # fmt: skip
 def test_a_name_is_a_path_and_a_leaf(name, joined, path, leaf):
-    made = Scheme("OpenAI", "MXFP4", {}, joined=joined)
-    assert made.split(name) == (path, leaf) and made.name(path, leaf) == name
+    assert Scheme("OpenAI", "MXFP4", {}, joined=joined).split(name) == (path, leaf)
 
 
 def test_many_names_are_looked_up():

@@ -134,7 +134,6 @@ class _Unsaid:
 def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
     """Holds the tensors of a checkpoint against its scheme."""
     layers: dict[str, Layer] = {}
-    others: dict[str, Entry] = {}
     problems: list[Problem] = []
     refused: dict[Mismatch, list[str]] = {}
     unsaid: dict[tuple[str, str], list[str]] = {}
@@ -149,13 +148,13 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
             problems.append(found)
         elif isinstance(found, Mismatch):
             refused.setdefault(found, []).append(path)
-        mine = found.entries if isinstance(found, Layer) else {}
-        others |= {scheme.name(path, leaf): e for leaf, e in tensors.items() if leaf not in mine}
     for why, paths in refused.items():  # once, not for each of hundreds of layers
         problems.append(Problem(None, counted(paths), why.found, why.expected))
     told = []
     for (form, said), paths in unsaid.items():
         told.append(f"{counted(paths)}: {form} as stored, though the config says {said}")
+    mine = {layer.name(leaf) for layer in layers.values() for leaf in layer.entries}
+    others = {name: entry for name, entry in entries.items() if name not in mine}
     return Contents(layers, others, tuple(problems), tuple(told))
 
 
@@ -211,7 +210,7 @@ def _fitted(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer 
     storage = storage.named(tensors)
     for part in storage.parts:
         if part.leaf not in tensors and not part.optional:
-            held = ", ".join(sorted(tensors))
+            held = ", ".join(sorted(leaf or path.rpartition(".")[2] for leaf in tensors))
             also = f", also called {' or '.join(part.aliases)}" if part.aliases else ""
             expected = f"one ({storage.label}{also})"
             return _problem(path, tensors, part.leaf, f"no such tensor beside {held}", expected, storage.joint)

@@ -59,10 +59,6 @@ class Scheme:
         path, _, last = name.rpartition(".")
         return (path, last) if leaf is None else (name[: -len(leaf) - 1], leaf)
 
-    def name(self, path: str, leaf: str) -> str:
-        """The inverse of `split`."""
-        return f"{path}{'_' if leaf in self.joined else '.'}{leaf}" if path else leaf
-
     def storage(self, path: str) -> Storage | Mismatch | None:
         """How the linear at a path is stored; None: it is dense, or someone else's."""
         exact = self._targets.exact(path)
