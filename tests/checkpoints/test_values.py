@@ -25,6 +25,15 @@ FORMATS: dict[str, tuple[Scheme, dict[str, Tensor]]] = {
         modelopt.scheme(fields({"quant_algo": "NVFP4"})),
         {"weight": CODES, "weight_scale": E4M3, "weight_scale_2": ONE, "input_scale": ONE, "pre_quant_scale": COLUMNS},
     ),
+    "svd": (
+        modelopt.scheme(fields({"quant_algo": "NVFP4_SVD"})),
+        {"weight": CODES, "weight_scale": E4M3, "weight_scale_2": ONE, "pre_quant_scale": COLUMNS,
+         "svdquant_lora_a": torch.ones(2, K).bfloat16(), "svdquant_lora_b": torch.ones(N, 2).bfloat16()},
+    ),
+    "mxfp8": (
+        modelopt.scheme(fields({"quant_algo": "MXFP8"})),
+        {"weight": torch.zeros(N, K).to(torch.float8_e4m3fn), "weight_scale": E8M0, "input_scale": ONE},
+    ),
     "mxfp4": (modelopt.scheme(fields({"quant_algo": "mxfp4"})), {"weight": CODES, "weight_scale": E8M0}),
     "e8m0": (
         modelopt.scheme(fields({"quant_algo": "mxfp4"})),
@@ -47,14 +56,14 @@ FORMATS: dict[str, tuple[Scheme, dict[str, Tensor]]] = {
 }  # fmt: skip
 
 
-def write(folder: Path, name: str, leaf: str, tensor: Tensor) -> list[str]:
+def write(folder: Path, name: str, leaf: str, tensor: Tensor, inputs: bool = False) -> list[str]:
     """Writes two linears, of which the second has another tensor; what is wrong with them."""
     scheme, good = FORMATS[name]
     for path, tensors in (("a", good), ("b", {**good, leaf: tensor})):
         save_file({f"{path}.{leaf}": t.clone() for leaf, t in tensors.items()}, folder / f"{path}.safetensors")
     held = contents(files.entries(sorted(folder.glob("*.safetensors"))), scheme)
     assert not held.problems and list(held.layers) == ["a", "b"]
-    return [str(problem) for problem in bad_values(held.layers.values())]
+    return [str(problem) for problem in bad_values(held.layers.values(), inputs)]
 
 
 def with_byte(scales: Tensor, byte: int) -> Tensor:
@@ -81,6 +90,12 @@ def test_any_other_scale_is_fine(name, scales, bytes_, tmp_path):
     assert not any(write(tmp_path, name, "weight_scale", with_byte(scales, byte)) for byte in bytes_)
 
 
+def test_a_scale_of_mxfp8_that_is_nan(tmp_path):
+    (found,) = write(tmp_path, "mxfp8", "weight_scale", with_byte(E8M0, 0xFF))
+    assert found == "b.safetensors: b.weight_scale: found nan, expected finite numbers"
+    assert not any(write(tmp_path, "mxfp8", "weight_scale", with_byte(E8M0, byte)) for byte in (0, 127, 254))
+
+
 NOT_ZERO = "finite numbers, not 0"
 BAD = ["nan", "inf", "-inf"]
 
@@ -92,12 +107,14 @@ BAD = ["nan", "inf", "-inf"]
         ("nvfp4", "input_scale", BAD, [0, 1e-45], "finite numbers"),
         ("nvfp4", "pre_quant_scale", BAD, [0, -2], "finite numbers"),
         ("fp8", "weight_scale", BAD, [0, 1e-45], "finite numbers"),
+        ("svd", "svdquant_lora_a", BAD, [0, -3e38], "finite numbers"),
+        ("svd", "svdquant_lora_b", BAD, [0, -3e38], "finite numbers"),
         ("ct", "weight_global_scale", [*BAD, 0, -0.0, 1e-40], [-1, 1e-38, 3e38], NOT_ZERO),
         ("ct", "input_global_scale", [*BAD, 0], [1, 3e38], NOT_ZERO),
     ],
 )
 def test_a_factor(name, leaf, bad, fine, expected, tmp_path):
-    good = FORMATS[name][1][leaf]
+    good, of_inputs = FORMATS[name][1][leaf], leaf.startswith("input")
 
     def one_element(value: float) -> Tensor:
         made = good.clone()
@@ -105,11 +122,12 @@ def test_a_factor(name, leaf, bad, fine, expected, tmp_path):
         return made
 
     for value in bad:
-        (found,) = write(tmp_path, name, leaf, one_element(value))
+        (found,) = write(tmp_path, name, leaf, one_element(value), inputs=True)
+        assert of_inputs != bool(write(tmp_path, name, leaf, one_element(value)))  # unless inputs are quantised
         where, _, said = found.partition(", expected ")
         assert where.startswith(f"b.safetensors: b.{leaf}: found ") and said == expected
         assert where.endswith(f"found {one_element(value).reshape(-1)[-1].item()}")
-    assert not any(write(tmp_path, name, leaf, one_element(value)) for value in fine)
+    assert not any(write(tmp_path, name, leaf, one_element(value), inputs=True) for value in fine)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -1.0, 2.0**-128, 2.0**-149, *map(float, BAD)])
@@ -135,9 +153,8 @@ def test_a_stack_with_a_nan(tmp_path):
         "model.experts.up_proj_scales": scales,
     }
     save_file(stack, tmp_path / "a.safetensors")
-    (found,) = bad_values(
-        contents(files.entries([tmp_path / "a.safetensors"]), gpt_oss.scheme(fields({}))).layers.values()
-    )
+    held = contents(files.entries([tmp_path / "a.safetensors"]), gpt_oss.scheme(fields({})))
+    (found,) = bad_values(held.layers.values())
     assert str(found) == (
         "a.safetensors: model.experts.up_proj_scales: found NaN (byte 0xff) at [3, 2, 1], expected finite e8m0 scales"
     )
@@ -183,10 +200,13 @@ def test_weights_are_not_read(name, tmp_path, monkeypatch):
             return getattr(self.file, name)
 
     monkeypatch.setattr(safetensors, "safe_open", Recorded)
+    of_inputs = {"input_scale", "input_global_scale"}
     small = FORMATS[name][1].keys() - {"weight", "weight_packed"}
     scales = "scale" if "scale" in small else "weight_scale"
-    assert write(tmp_path, name, scales, FORMATS[name][1][scales]) == []
-    assert sorted(asked) == sorted(f"{path}.{leaf}" for path in "ab" for leaf in small)
+    for inputs, leaves in ((False, small - of_inputs), (True, small)):
+        asked.clear()
+        assert write(tmp_path, name, scales, FORMATS[name][1][scales], inputs) == []
+        assert sorted(asked) == sorted(f"{path}.{leaf}" for path in "ab" for leaf in leaves)
 
 
 def test_some_tensors_are_read(tmp_path):
