@@ -9,7 +9,14 @@ from marlin_w4a16.checkpoints.fields import Fields
 from marlin_w4a16.checkpoints.files import CheckpointError
 
 AT = "config.json: quantization_config"
-HELD = {"text": "NVFP4", "number": 16, "texts": ["a", "b"], "numbers": (128, 128), "fields": {"x": 1}, "each": {"a": {}}}
+HELD = {
+    "text": "NVFP4",
+    "number": 16,
+    "texts": ["a", "b"],
+    "numbers": (128, 128),
+    "fields": {"x": 1},
+    "each": {"a": {}},
+}
 
 
 def read(made: Fields, method: str, name: str) -> object:

@@ -90,7 +90,9 @@ def changed(at: tuple[int, int], value: float, scale: float) -> tuple[Tensor, Te
 )
 def test_fp8_that_was_changed_is_not_written(at, value, scale, blocks):
     weight, scale = changed(at, value, scale)
-    with pytest.raises(ValueError, match=r"^a\.b\.weight: found values that are no FP8 codes times their scales, ") as e:
+    with pytest.raises(
+        ValueError, match=r"^a\.b\.weight: found values that are no FP8 codes times their scales, "
+    ) as e:
         FP8.write(weight, {"weight_scale": scale}, "a.b")
     assert "expected those loaded" in str(e.value) and "dequantize()" in str(e.value)
 
