@@ -115,12 +115,14 @@ class Contents:
         others: all other tensors.
         problems: what is wrong with it.
         notes: what is stored otherwise than its config says.
+        wrong: the paths of what the problems are of.
     """
 
     layers: Mapping[str, Layer]
     others: Mapping[str, Entry]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
     problems: list[Problem] = []
     refused: dict[Mismatch, list[str]] = {}
     unsaid: dict[tuple[str, str], list[str]] = {}
+    wrong: list[str] = []
     for path, tensors in _modules(entries, scheme).items():
         found = _judge(path, tensors, scheme)
         if isinstance(found, _Unsaid):
@@ -144,7 +147,9 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
             found = found.layer
         if isinstance(found, Layer):
             layers[path] = found
-        elif isinstance(found, Problem):
+            continue
+        wrong += [path] if found is not None else []
+        if isinstance(found, Problem):
             problems.append(found)
         elif isinstance(found, Mismatch):
             refused.setdefault(found, []).append(path)
@@ -155,7 +160,7 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
         told.append(f"{counted(paths)}: {form} as stored, though the config says {said}")
     mine = {layer.name(leaf) for layer in layers.values() for leaf in layer.entries}
     others = {name: entry for name, entry in entries.items() if name not in mine}
-    return Contents(layers, others, tuple(problems), tuple(told))
+    return Contents(layers, others, tuple(problems), tuple(told), tuple(wrong))
 
 
 def counted(paths: Sequence[str]) -> str:
