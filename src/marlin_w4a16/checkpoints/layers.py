@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.fp8 import Storage
 from marlin_w4a16.checkpoints.scheme import Mismatch, Scheme
-from marlin_w4a16.checkpoints.storage import OF_INPUTS, FP4Storage, Role
+from marlin_w4a16.checkpoints.storage import LOW_RANK, OF_INPUTS, FP4Storage, Role
 
 # Leaves that only a quantised weight has, of any producer.
 QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
@@ -233,7 +233,13 @@ def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer 
         expected = f"{storage.scales} for codes {codes}"
         return _problem(path, tensors, storage.leaf("scales"), str(scales), expected, storage.joint)
     n, k, group = shape
-    axes = {"e": codes.shape[0], "n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1), "g/2": group // 2}
+    pair = [part.leaf for part in storage.parts if part.role in LOW_RANK]
+    one = [leaf for leaf in pair if leaf in mine]
+    if len(one) == 1:
+        lost = next(leaf for leaf in pair if leaf not in mine)
+        return _problem(path, tensors, lost, f"no such tensor beside {one[0]}", f"one ({storage.label})", storage.joint)
+    rank = {"r": mine[one[0]].shape[0]} if one and mine[one[0]].shape else {}
+    axes = {"e": codes.shape[0], "n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1), "g/2": group // 2, **rank}
     for part in storage.parts:
         if part.leaf in mine and not storage.fits(part, mine[part.leaf].shape, axes):
             wanted = ", ".join(str(axes.get(axis, "any")) for axis in part.shape)

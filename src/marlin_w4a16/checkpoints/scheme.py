@@ -32,6 +32,7 @@ class Scheme:
         patterns: see `Names`.
         notes: what is not loaded, such as a quantised cache.
         joined: leaves that ``_`` joins to their paths, not ``.``.
+        nested: leaves that have dots.
         known: how the producer may have stored weights of which the config does not say it.
         where: the file of the config and its place there, for errors.
     """
@@ -43,6 +44,7 @@ class Scheme:
     patterns: Kind = "glob"
     notes: tuple[str, ...] = ()
     joined: tuple[str, ...] = ()
+    nested: tuple[str, ...] = ()
     known: tuple[Storage, ...] = ()
     where: str = "quantization_config"
     _ignored: Names = field(init=False, repr=False, compare=False)
@@ -56,6 +58,7 @@ class Scheme:
     def split(self, name: str) -> tuple[str, str]:
         """The path and the leaf of a tensor's name."""
         leaf = next((leaf for leaf in self.joined if name.endswith(f"_{leaf}")), None)
+        leaf = next((leaf for leaf in self.nested if name.endswith(f".{leaf}")), leaf)
         path, _, last = name.rpartition(".")
         return (path, last) if leaf is None else (name[: -len(leaf) - 1], leaf)
 
