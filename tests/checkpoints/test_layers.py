@@ -29,6 +29,7 @@ SCALES, CODES, ONE = ("F8_E4M3", (4, 4)), ("U8", (4, 32)), ("F32", ())
 DENSE: dict[str, Tensor] = {"weight": ("BF16", (4, 64))}
 NVFP4 = of_modelopt("NVFP4"), {"weight": CODES, "weight_scale": SCALES, "weight_scale_2": ONE}
 MXFP4 = of_modelopt("mxfp4"), {"weight": CODES, "weight_scale": ("U8", (4, 2))}
+SVD = of_modelopt("NVFP4_SVD")
 FP8 = of_modelopt("FP8"), {"weight": ("F8_E4M3", (4, 64)), "weight_scale": ONE}
 CT_NVFP4 = (
     of_compressed(("nvfp4-pack-quantized", "Linear")),
@@ -226,6 +227,37 @@ def test_another_format_than_the_config_says_is_loaded_with_a_note(scheme, tenso
     held = hold(scheme, **{UP: tensors, f"{UP}2": tensors})
     assert [one.format for one in held.layers.values()] == [stored] * 2 and not held.problems
     assert held.notes == (f"{UP} and 1 more: {stored} as stored, though the config says it is {said}",)
+
+
+A, B = "svdquant_lora_a", "svdquant_lora_b"
+IN_QUANTIZER = {leaf: f"weight_quantizer._{leaf}" for leaf in (A, B)}  # as ModelOpt exports models of transformers
+PAIR = {A: ("BF16", (8, 64)), B: ("BF16", (4, 8))}
+
+
+@pytest.mark.parametrize("names", [{A: A, B: B}, IN_QUANTIZER], ids=["diffusers", "transformers"])
+def test_a_low_rank_part(names):
+    pair = {names[leaf]: tensor for leaf, tensor in PAIR.items()}
+    found, others = layer(SVD, {**NVFP4[1], **pair, "pre_quant_scale": ("BF16", (64,))})
+    assert set(pair) < set(found.entries) and not others and found.has("low rank a") and found.has("low rank b")
+    assert {found.name(leaf) for leaf in pair} == {f"{UP}.{leaf}" for leaf in pair}
+    for one in pair:  # nothing else knows of it
+        assert problem(NVFP4[0], {**NVFP4[1], one: pair[one]}).endswith("expected no such tensor in ModelOpt NVFP4")
+
+
+@pytest.mark.parametrize(
+    "changes, leaf, said",
+    [
+        ({A: None}, A, f"found no such tensor beside {B}, expected one (ModelOpt NVFP4_SVD)"),
+        ({B: None}, B, f"found no such tensor beside {A}, expected one (ModelOpt NVFP4_SVD)"),
+        ({B: ("BF16", (4, 7))}, B, "found BF16 [4, 7], expected shape [4, 8]"),
+        ({A: ("BF16", (8, 32))}, A, "found BF16 [8, 32], expected shape [8, 64]"),
+        ({A: ("BF16", (64,))}, A, "found BF16 [64], expected shape [64, 64]"),
+        ({A: ("BF16", ())}, A, "found BF16 [], expected shape [any, 64]"),
+        ({B: ("U8", (4, 8))}, B, "found U8 [4, 8], expected dtype F32 or BF16 or F16"),
+    ],
+)
+def test_a_low_rank_part_that_is_wrong(changes, leaf, said):
+    assert problem(SVD, {**NVFP4[1], **PAIR, **changes}) == f"x.safetensors: {UP}.{leaf}: {said}"
 
 
 def test_a_path_that_is_named_goes_before_what_is_ignored():

@@ -85,11 +85,12 @@ def test_how_weights_are_stored_of_which_the_config_does_not_say_it():
         (f"{UP}_blocks", ("blocks", "scales"), UP, "blocks"),
         (f"{UP}_bias", ("blocks", "scales"), *f"{UP}_bias".rsplit(".", 1)),
         (f"{UP}.weight", ("blocks", "scales"), UP, "weight"),
+        (f"{UP}.quantizer._a", ("scales",), UP, "quantizer._a"), (f"{UP}._a", (), UP, "_a"),
         (f"{UP}scales", ("scales",), *f"{UP}scales".rsplit(".", 1)), ("up_scales", ("scales",), "up", "scales"),
     ],
 )  # fmt: skip
 def test_a_name_is_a_path_and_a_leaf(name, joined, path, leaf):
-    assert Scheme("OpenAI", "MXFP4", {}, joined=joined).split(name) == (path, leaf)
+    assert Scheme("OpenAI", "MXFP4", {}, joined=joined, nested=("quantizer._a",)).split(name) == (path, leaf)
 
 
 def test_patterns_that_cannot_be_matched_are_named_with_their_place():
