@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints.formats import FORMATS, written
+from checkpoints.headers import fields
 from marlin_w4a16.checkpoints import deepseek, experts, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.experts import Stack, StoredMixture, alike, read_weights, some_at_a_time
 from marlin_w4a16.checkpoints.layers import Layer, contents
@@ -22,8 +23,8 @@ NEMOTRON = "backbone.layers.1.mixer.experts"
 
 def layers_of(name: str, scheme: Scheme | None = None) -> dict[str, Layer]:
     folder = written(name, FORMATS[name].family)
-    made = scheme or modelopt.scheme(files.quantization_of(folder)[1])
-    return dict(contents(files.entries(files.files_of(folder), {}), made).layers)
+    made = scheme or modelopt.scheme(fields(files.quantization_of(folder)[1]))
+    return dict(contents(files.entries(files.files_of(folder)), made).layers)
 
 
 def stack(layers: dict[str, Layer], name: str, *paths: str) -> Stack:
@@ -37,10 +38,12 @@ def each(layers: dict[str, Layer], module: str, name: str) -> Stack:
 @pytest.fixture(scope="module")
 def stacks() -> dict[str, Stack]:
     """One projection of four experts, by format."""
-    made = {"gpt-oss": stack(layers_of("gpt-oss", gpt_oss.scheme()), "gate_up_proj", f"{GPT_OSS}.gate_up_proj")}
+    made = {
+        "gpt-oss": stack(layers_of("gpt-oss", gpt_oss.scheme(fields({}))), "gate_up_proj", f"{GPT_OSS}.gate_up_proj")
+    }
     made["modelopt-nemotron"] = each(layers_of("modelopt-nemotron"), NEMOTRON, "up_proj")
     for name in ("deepseek-v4", "deepseek-v4-fp32", "deepseek-v4-inv"):
-        made[name] = each(layers_of(name, deepseek.scheme()), DEEPSEEK, "w1")
+        made[name] = each(layers_of(name, deepseek.scheme(fields({}))), DEEPSEEK, "w1")
     return made
 
 
@@ -168,7 +171,7 @@ def test_too_few_experts_are_no_stack(stacks):
 
 
 def test_a_mixture():
-    layers = layers_of("deepseek-v4", deepseek.scheme())
+    layers = layers_of("deepseek-v4", deepseek.scheme(fields({})))
     gate, up, down = (each(layers, DEEPSEEK, name) for name in ("w1", "w3", "w2"))
     mixture = StoredMixture("model.layers.1.mlp.experts", (gate, up), down)
     assert mixture.stacks == (gate, up, down) and mixture.rows == 2 * 96
@@ -195,8 +198,8 @@ def test_a_stack_over_shards(tmp_path):
     path = f"{GPT_OSS}.down_proj"
     for leaf in ("blocks", "scales"):
         save_file({f"{path}_{leaf}": tensors[f"{path}_{leaf}"]}, tmp_path / f"{leaf}.safetensors")
-    entries = files.entries(sorted(tmp_path.glob("*")), {})
-    one = stack(dict(contents(entries, gpt_oss.scheme()).layers), "down_proj", path)
+    entries = files.entries(sorted(tmp_path.glob("*")))
+    one = stack(dict(contents(entries, gpt_oss.scheme(fields({}))).layers), "down_proj", path)
     with Reader(torch.device("cpu")) as reader:
         found = one.read(3, reader)
     assert all(same(found[leaf], tensors[f"{path}_{leaf}"][3]) for leaf in ("blocks", "scales"))

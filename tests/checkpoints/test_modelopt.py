@@ -14,11 +14,12 @@ PRODUCER = {"producer": {"name": "modelopt", "version": "0.47.0"}}
 W4A4 = "ModelOpt quantises the inputs to FP4 (W4A4)"
 W4A8 = "ModelOpt quantises the inputs to FP8 (W4A8)"
 CACHE = ("its key/value cache was quantised; it is kept in 16 bits, its scales are not read",)
-NVFP4 = {"weight": ("U8",), "weight_scale": ("F8_E4M3",), "weight_scale_2": ("F32",)}
+FLOATS = ("F32", "BF16", "F16")
+NVFP4 = {"weight": ("U8",), "weight_scale": ("F8_E4M3",), "weight_scale_2": FLOATS}
 MXFP4 = {"weight": ("U8",), "weight_scale": ("U8", "F8_E8M0")}
 
 
-def config(algorithm: str | None, group: int | None = None, inputs: bool = False, **more) -> dict:
+def config(algorithm: str | None, group: int | str | None = None, inputs: bool = False, **more) -> dict:
     """quantization_config of config.json; a group size makes a config group."""
     args = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": group}
     of_inputs = {"input_activations": args} if inputs else {}
@@ -41,6 +42,7 @@ FP4_CONFIGS = [
     (config("W4A16_NVFP4", 32), "W4A16_NVFP4", NVFP4, "e4m3", (32,), None),
     (config("NVFP4", 32), "NVFP4", NVFP4, "e4m3", (32,), Activations(W4A4, "e4m3", 32, "up")),
     (config("NVFP4_AWQ"), "NVFP4_AWQ", NVFP4, "e4m3", (16, 32), Activations(W4A4, "e4m3", 0, "up")),
+    (config("NVFP4_SVD", 16), "NVFP4_SVD", NVFP4, "e4m3", (16,), Activations(W4A4, "e4m3", 16, "up")),
     (config("W4A8_NVFP4_FP8"), "W4A8_NVFP4_FP8", NVFP4, "e4m3", (16, 32), Activations(W4A8)),
     (config("mxfp4"), "MXFP4", MXFP4, "e8m0", (32,), Activations(W4A4, "e8m0", 0, "up")),
     (config("W4A8_MXFP4_FP8"), "W4A8_MXFP4_FP8", MXFP4, "e8m0", (32,), Activations(W4A8)),
@@ -63,22 +65,34 @@ def test_an_algorithm(values, algorithm, tensors, kind, groups, activations):
     assert (storage.kind, storage.groups, storage.activations) == (kind, groups, activations)
     assert {part.leaf: part.dtypes for part in storage.parts if not part.optional} == tensors
     optional = {part.leaf: (part.role, part.dtypes, part.shape) for part in storage.parts if part.optional}
+    of_rank = {
+        "svdquant_lora_a": ("low rank a", FLOATS, ("r", "k")),
+        "svdquant_lora_b": ("low rank b", FLOATS, ("n", "r")),
+    }
     assert optional == {
-        "input_scale": ("input multiplier", ("F32",), ()),
-        "pre_quant_scale": ("pre-quant scale", ("F32", "BF16", "F16"), ("k",)),
+        "input_scale": ("input multiplier", FLOATS, ()),
+        "pre_quant_scale": ("pre-quant scale", FLOATS, ("k",)),
+        **(of_rank if algorithm == "NVFP4_SVD" else {}),
     }
     assert storage.leaf("codes") == "weight" and storage.leaf("scales") == "weight_scale"
     assert (storage.part("multiplier") is not None) == (tensors is NVFP4)
     assert scheme.storage("lm_head") is None and scheme.ignored_by("lm_head") == "lm_head"
 
 
-@pytest.mark.parametrize("spelling", ["FP8", "fp8", "FP8_PER_CHANNEL_PER_TOKEN"])
-def test_fp8(spelling):
-    values = config(spelling)
-    storage = modelopt.scheme(fields(values)).storage(Q)
+@pytest.mark.parametrize(
+    "spelling, block, scales",
+    [
+        ("FP8", None, FLOATS), ("fp8", None, FLOATS), ("FP8_PER_CHANNEL_PER_TOKEN", None, FLOATS),
+        ("FP8_PB_WO", (128, 128), FLOATS), ("FP8_BLOCK_SCALES", (128, 128), FLOATS),
+        ("MXFP8", (1, 32), ("U8", "F8_E8M0")),
+    ],
+)  # fmt: skip
+def test_fp8(spelling, block, scales):
+    storage = modelopt.scheme(fields(config(spelling))).storage(Q)
     assert isinstance(storage, FP8Storage) and storage.label == f"ModelOpt {spelling.upper()}"
+    assert storage.block == block
     assert {part.leaf: part.dtypes for part in storage.parts} == {
-        "weight": ("F8_E4M3",), "weight_scale": ("F32", "BF16", "F16"), "input_scale": ("F32",)
+        "weight": ("F8_E4M3",), "weight_scale": scales, "input_scale": FLOATS
     }  # fmt: skip
     assert [part.leaf for part in storage.parts if part.optional] == ["input_scale"]
 
@@ -111,6 +125,30 @@ def test_mixed_precision(values):
     assert (scheme.algorithm, scheme.ignore) == ("MIXED_PRECISION", ())
 
 
+def test_mixed_precision_by_groups():
+    """As ModelOpt's exporter for compressed-tensors writes it; what quantized_layers names goes before."""
+    four, eight = {"num_bits": 4, "group_size": 16}, {"num_bits": 8}
+    groups = {
+        "group_0": {"weights": four, "input_activations": four, "targets": [f"{DOWN}*", "Linear"]},
+        "group_1": {"weights": four, "targets": ["*.up_proj"]},
+        "group_2": {"weights": eight, "targets": [Q, "*.o_proj"]},
+        "group_3": {"weights": {"num_bits": 3}, "targets": ["*.k_proj"]},
+    }
+    named = {Q: {"quant_algo": "W4A16_NVFP4", "group_size": 32}}
+    scheme = modelopt.scheme(fields(config("MIXED_PRECISION", config_groups=groups, quantized_layers=named)))
+    found = [scheme.storage(path) for path in (DOWN, "x.up_proj", "x.o_proj", Q, "x.k_proj", "x.v_proj")]
+    labels = ["NVFP4", "W4A16_NVFP4", "FP8", "W4A16_NVFP4"]
+    assert [storage.label for storage in found[:4]] == [f"ModelOpt {label}" for label in labels]
+    assert (found[3].groups, found[4:]) == ((32,), [None, None])
+
+
+def test_a_mark_of_modelopt_behind_a_name_is_left_out():
+    """ModelOpt 0.47 puts a NUL and words of its own behind names of experts that it had to rename."""
+    named = {f"{Q}.\0renamed": {"quant_algo": "NVFP4"}, f"{DOWN}\0": {"quant_algo": "NVFP4"}}
+    scheme = modelopt.scheme(fields(config("MIXED_PRECISION", quantized_layers=named, ignore=["lm_head.\0x"])))
+    assert scheme.targets.keys() == {Q, DOWN} and scheme.ignore == ("lm_head",)
+
+
 def test_mixed_precision_without_fp4():
     assert modelopt.scheme(fields(config("MIXED_PRECISION"))).storage(Q) is None
 
@@ -136,25 +174,63 @@ def test_a_quantised_cache_is_noted(values):
     assert modelopt.scheme(fields(values)).notes == CACHE
 
 
-@pytest.mark.parametrize("algorithm", ["NVFP4_SVD", "INT4_AWQ", "W4A8_AWQ", "MXFP8", "nf4"])
+KNOWN = (
+    "NVFP4, W4A16_NVFP4, NVFP4_AWQ, NVFP4_SVD, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, FP8, "
+    "FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, FP8_BLOCK_SCALES, MXFP8"
+)
+AT = "config.json: quantization_config"
+
+
+@pytest.mark.parametrize("algorithm", ["INT4_AWQ", "W4A8_AWQ", "NVFP4_NEW", "nf4"])
 def test_an_algorithm_that_is_not_supported(algorithm):
     values = config(algorithm, 16, **AWQ)
-    known = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, MXFP4, W4A8_MXFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN"
-    assert modelopt.scheme(fields(values)).storage(Q) == Mismatch(f"ModelOpt's {algorithm.upper()}", f"one of {known}")
+    assert modelopt.scheme(fields(values)).storage(Q) == Mismatch(f"ModelOpt's {algorithm.upper()}", f"one of {KNOWN}")
 
 
-@pytest.mark.parametrize("group", [8, 64, 128, "16"])
-@pytest.mark.parametrize("algorithm", ["NVFP4", "MXFP4"])
-def test_a_group_size_that_is_not_supported(algorithm, group):
-    expected = Mismatch(f"ModelOpt's {algorithm} with group_size {group!r}", "one of (16, 32)")
+@pytest.mark.parametrize(
+    "algorithm, group, sizes",
+    [*(("NVFP4", group, (16, 32)) for group in (8, 64, 128)), *(("MXFP4", group, (32,)) for group in (8, 16, 64))],
+)
+def test_a_group_size_that_is_not_supported(algorithm, group, sizes):
+    expected = Mismatch(f"ModelOpt's {algorithm} with group_size {group}", f"one of {sizes}")
     assert modelopt.scheme(fields(config(algorithm, group))).storage(Q) == expected
     assert modelopt.scheme(fields(other(algorithm, group_size=group))).storage(Q) == expected
 
 
-@pytest.mark.parametrize("values", [{}, {"quant_method": "modelopt"}, config(None), config(""), other(None)])
-def test_no_algorithm(values):
+@pytest.mark.parametrize(
+    "values, at",
+    [
+        ({}, AT), ({"quant_method": "modelopt"}, AT), (config(None), AT), (config(""), AT),
+        (other(None), f"{AT}.quantization"),
+    ],
+)  # fmt: skip
+def test_no_algorithm(values, at):
     with pytest.raises(CheckpointError) as caught:
         modelopt.scheme(fields(values))
-    message = str(caught.value)
-    assert message.startswith("quantization_config: quant_algo: found none, expected one of NVFP4, W4A16_NVFP4, ")
-    assert "MIXED_PRECISION" in message and "marlin_w4a16.hf.ModelOptConfig.of(path)" in message
+    assert str(caught.value) == f"{at}.quant_algo: found null, expected one of {KNOWN}, MIXED_PRECISION"
+
+
+@pytest.mark.parametrize(
+    "values, entry, found, expected",
+    [
+        (config(["NVFP4"]), "quant_algo", "a list", "a string"),
+        (config("NVFP4", ignore="lm_head"), "ignore", "'lm_head'", "a list of strings"),
+        (config("NVFP4", ignore=["lm_head", None]), "ignore[1]", "null", "a string"),
+        (config("NVFP4", exclude_modules={"lm_head": True}), "exclude_modules", "an object", "a list of strings"),
+        (config("NVFP4", "16"), "config_groups.group_0.weights.group_size", "'16'", "an integer"),
+        (config("NVFP4", group_size=16.0), "group_size", "16.0", "an integer"),
+        (config("NVFP4", group_size=True), "group_size", "True", "an integer"),
+        (config("NVFP4", config_groups=[]), "config_groups", "a list", "an object"),
+        (config("NVFP4", config_groups={"g": None}), "config_groups.g", "null", "an object"),
+        (config("MIXED_PRECISION", quantized_layers=[Q]), "quantized_layers", "a list", "an object"),
+        (config("MIXED_PRECISION", quantized_layers={Q: "NVFP4"}), f"quantized_layers.{Q}", "'NVFP4'", "an object"),
+        (config("MIXED_PRECISION", quantized_layers={Q: {"quant_algo": 4}}), f"quantized_layers.{Q}.quant_algo", "4",
+         "a string"),
+        ({"quantization": "NVFP4"}, "quantization", "'NVFP4'", "an object"),
+        (other("NVFP4", group_size="16"), "quantization.group_size", "'16'", "an integer"),
+    ],
+)  # fmt: skip
+def test_an_entry_of_another_type_is_named(values, entry, found, expected):
+    with pytest.raises(CheckpointError) as caught:
+        modelopt.scheme(fields(values))
+    assert str(caught.value) == f"{AT}.{entry}: found {found}, expected {expected}"

@@ -23,7 +23,7 @@ def entries(tmp_path) -> dict[str, files.Entry]:
         {name: MANY[name] for name in names[4:]} | {"stack": torch.stack(list(MANY.values()))},
         tmp_path / "b.safetensors",
     )
-    return files.entries(sorted(tmp_path.glob("*.safetensors")), {})
+    return files.entries(sorted(tmp_path.glob("*.safetensors")))
 
 
 def test_a_reader_opens_each_file_once(entries, monkeypatch):
@@ -41,7 +41,7 @@ def test_every_dtype_with_and_without_axes(dtype, tmp_path):
     bits = torch.randint(2 if dtype == torch.bool else 256, (3, 4, dtype.itemsize), dtype=torch.uint8)
     tensors = {"stack": bits.view(dtype)[..., 0], "one": bits.view(dtype)[1, 1, 0], "none": bits.view(dtype)[:0, :, 0]}
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "a.safetensors")
-    entries = files.entries([tmp_path / "a.safetensors"], {})
+    entries = files.entries([tmp_path / "a.safetensors"])
     with Reader(CPU) as found:
         for name, tensor in tensors.items():
             read = found.tensor(entries[name], name)

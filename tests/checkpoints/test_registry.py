@@ -11,6 +11,7 @@ import marlin_w4a16.hf
 from checkpoints.formats import FORMATS, write, written
 from hf.loading import read
 from marlin_w4a16.checkpoints import files, registry
+from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage, Part
 from marlin_w4a16.cli import bench
@@ -19,6 +20,7 @@ from marlin_w4a16.cli.measure import Work
 
 PARTS = (Part("toy_codes", "codes", ("U8",), ("n", "k/2")), Part("toy_scales", "scales", ("U8",), ("n", "k/g")))
 TOY = FP4Storage("toy MXFP4", "e8m0", (32,), PARTS)
+OTHER = files.HF_QUANT_CONFIG
 LEAVES = {"weight_packed": "toy_codes", "weight_scale": "toy_scales"}
 
 
@@ -36,12 +38,21 @@ def test_a_config_of_no_format_that_is_read_here(config):
     assert registry.scheme_of(config, {}) is None
 
 
+@pytest.mark.parametrize("file, where", [("config.json", "config.json: quantization_config"), (OTHER, OTHER)])
+def test_an_error_names_the_file_of_the_config(file, where):
+    with pytest.raises(CheckpointError) as caught:
+        registry.scheme_of({"quant_method": ["modelopt"]}, {}, file)
+    assert str(caught.value) == f"{where}.quant_method: found a list, expected a string"
+    scheme = registry.scheme_of({"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}, file)
+    assert scheme.where == where
+
+
 @pytest.fixture
 def toy(monkeypatch, tmp_path) -> Path:
     """A checkpoint of a format that only its row knows."""
     from transformers.quantizers import auto
 
-    row = registry.CheckpointFormat("Toy", "toy", lambda config, _: Scheme("Toy", config["size"], {LINEAR: TOY}))
+    row = registry.CheckpointFormat("Toy", "toy", lambda config, _: Scheme("Toy", config.text("size"), {LINEAR: TOY}))
     monkeypatch.setattr(registry, "FORMATS", (*registry.FORMATS, row))
     for mapping in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
         monkeypatch.setattr(auto, mapping, dict(getattr(auto, mapping)))

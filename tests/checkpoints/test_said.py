@@ -10,9 +10,9 @@ import pytest
 
 from checkpoints import packed, packed_mlx
 from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.fp8 import Storage
 from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.checkpoints.scheme import Mismatch
-from marlin_w4a16.checkpoints.fp8 import Storage
 
 CONFIGS = {
     "quark": packed.quark()[0],

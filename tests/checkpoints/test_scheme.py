@@ -2,6 +2,8 @@
 
 import pytest
 
+from marlin_w4a16.checkpoints import modelopt
+from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.scheme import LINEAR, Mismatch, Scheme
 
 FIRST, SECOND, THIRD = (Mismatch(found, "another") for found in ("first", "second", "third"))
@@ -53,9 +55,26 @@ def test_a_path_goes_before_patterns_and_these_in_order(patterns, mlp, every):
     assert [made.storage(path) for path in paths] == [None, FIRST, SECOND, THIRD]
 
 
-def test_what_is_ignored_goes_before_all():
-    assert scheme({Q: FIRST, LINEAR: FIRST}, ["lm_head", Q]).storage(Q) is None
+@pytest.mark.parametrize("patterns, some", [("glob", "*.self_attn.*"), ("re", "re:.*self_attn")])
+def test_what_is_ignored_goes_before_patterns_and_after_names(patterns, some):
+    for ignored in (Q, some):
+        assert scheme({some: FIRST, LINEAR: SECOND}, ["lm_head", ignored], patterns).storage(Q) is None
+        assert scheme({Q: FIRST, LINEAR: SECOND}, ["lm_head", ignored], patterns).storage(Q) is FIRST
     assert scheme({}).storage(Q) is None
+
+
+def test_what_is_left_to_someone_else():
+    made = scheme({"*.mlp.*": FIRST, Q: None, "x.*": None}, ["x.y"])
+    assert [made.left(path) for path in (UP, Q, "x.z", "x.y", "lm_head")] == [False, True, True, False, False]
+    every = scheme({"*.mlp.*": FIRST, LINEAR: None}, ["lm_head"])
+    assert [every.left(path) for path in (UP, Q, "lm_head")] == [False, True, False]
+    assert made.shares and every.shares and not scheme({LINEAR: FIRST}).shares
+
+
+def test_how_weights_are_stored_of_which_the_config_does_not_say_it():
+    nvfp4, mxfp4, fp8 = (modelopt.storage(name) for name in ("NVFP4", "MXFP4", "FP8"))
+    made = Scheme("x", "y", {"a": fp8, "b": FIRST, "c": None, "d": nvfp4, "e": fp8}, known=(mxfp4, nvfp4))
+    assert made.storages == (fp8, nvfp4, mxfp4)
 
 
 @pytest.mark.parametrize(
@@ -66,24 +85,15 @@ def test_what_is_ignored_goes_before_all():
         (f"{UP}_blocks", ("blocks", "scales"), UP, "blocks"),
         (f"{UP}_bias", ("blocks", "scales"), *f"{UP}_bias".rsplit(".", 1)),
         (f"{UP}.weight", ("blocks", "scales"), UP, "weight"),
+        (f"{UP}.quantizer._a", ("scales",), UP, "quantizer._a"), (f"{UP}._a", (), UP, "_a"),
         (f"{UP}scales", ("scales",), *f"{UP}scales".rsplit(".", 1)), ("up_scales", ("scales",), "up", "scales"),
     ],
 )  # fmt: skip
 def test_a_name_is_a_path_and_a_leaf(name, joined, path, leaf):
-    made = Scheme("OpenAI", "MXFP4", {}, joined=joined)
-    assert made.split(name) == (path, leaf) and made.name(path, leaf) == name
+    assert Scheme("OpenAI", "MXFP4", {}, joined=joined, nested=("quantizer._a",)).split(name) == (path, leaf)
 
 
-def test_many_names_are_looked_up():
-    """A MIXED_PRECISION config of a mixture of experts names each of tens of thousands of linears."""
-
-    class Counted(Scheme):
-        asked = 0
-
-        def _matches(self, path: str, pattern: str) -> bool:
-            Counted.asked += 1
-            return super()._matches(path, pattern)
-
-    paths = [f"model.layers.{i}.mlp.up_proj" for i in range(100)]
-    made = Counted("ModelOpt", "MIXED_PRECISION", dict.fromkeys(paths, FIRST))
-    assert all(made.storage(path) is FIRST for path in paths) and Counted.asked == 0
+def test_patterns_that_cannot_be_matched_are_named_with_their_place():
+    for targets, ignore, what in (({"re:(": FIRST}, (), "what is quantised"), ({}, ("re:(",), "what is ignored")):
+        with pytest.raises(CheckpointError, match=rf"^quantization_config: {what}: found 're:\(', expected a regular"):
+            scheme(targets, ignore, "re")

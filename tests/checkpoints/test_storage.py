@@ -1,17 +1,14 @@
-"""Tensors of a linear become its weight and come back, bit for bit."""
-
-from functools import partial
+"""Tensors of a linear in FP4 become its weight and come back, bit for bit."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from checkpoints.headers import fields
-from marlin_w4a16.checkpoints import compressed_tensors, deepseek, gpt_oss, modelopt, storage
+from marlin_w4a16.checkpoints import compressed_tensors, deepseek, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.checkpoints.fp8 import FP8Storage, Storage
+from marlin_w4a16.checkpoints.fp8 import Storage
 from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage, Part
-from marlin_w4a16.kernels.fp4 import BLOCK_ELEMENTS, row_slices
 from marlin_w4a16.kernels.scale_bytes import scale_bytes as bytes_of_floats
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -34,7 +31,6 @@ FP4: dict[str, tuple[FP4Storage, int]] = {
     "ct-mxfp4": (of_compressed("mxfp4-pack-quantized", 32), 32), "gpt-oss": (gpt_oss.EXPERTS, 32),
     "deepseek": (deepseek.EXPERTS, 32),
 }  # fmt: skip
-FP8: FP8Storage = of_modelopt("FP8")
 
 
 def scale_value(kind: str, byte: int) -> float:
@@ -99,7 +95,8 @@ def test_fp4_decodes_exactly_and_comes_back(name, scale_dtype, one):
     scales = bytes_.double().apply_(lambda byte: scale_value(made.kind, int(byte)))
     factor = torch.ones(())
     if (part := made.part("multiplier", "divisor")) is not None:
-        factor = 1 / stored[part.leaf] if part.role == "divisor" else stored[part.leaf]
+        factor = stored[part.leaf].float()
+        factor = 1 / factor if part.role == "divisor" else factor
         assert part.role == ("multiplier" if name.startswith("modelopt") else "divisor")
     assert torch.equal(weight.decode(), values * scales.repeat_interleave(group, -1) * factor.double())
     assert_same(made.write(weight, {**beside(made, stored), "bias": torch.zeros(16)}, entries_of(stored)), stored)
@@ -199,13 +196,8 @@ def test_the_shape_of_a_linear(name, codes, scales, expected):
     assert FP4[name][0].shape_of(shapes(codes, scales)) == expected
 
 
-def test_the_shape_of_a_linear_in_fp8():
-    assert FP8.shape_of({"weight": Entry(None, "F8_E4M3", (4, 64))}) == (4, 64, 0)
-    assert FP8.shape_of({"weight": Entry(None, "F8_E4M3", (2, 4, 64))}) is None
-
-
 AXES = {"e": 8, "n": 4, "k": 64, "k/2": 32, "k/g": 4, "g/2": 8}
-MATRIX, ROW, COLUMN, ONE = ("n", "k/2"), ("n",), ("k",), ()
+MATRIX, COLUMN, ONE = ("n", "k/2"), ("k",), ()
 BLOCKS = ("e", "n", "k/g", "g/2")
 
 
@@ -216,9 +208,8 @@ BLOCKS = ("e", "n", "k/g", "g/2")
         (FP4["modelopt-nvfp4"][0], "pre-quant scale", COLUMN, [(64,)], [(4,), (1,), (), (1, 64)]),
         (FP4["modelopt-nvfp4"][0], "multiplier", ONE, [(), (1,), (1, 1)], [(4,), (0,), (2,)]),
         (gpt_oss.EXPERTS, "codes", BLOCKS, [(8, 4, 4, 8)], [(8, 4, 32), (4, 4, 8), (4, 8, 4, 8)]),
-        (FP8, "codes", ("n", "k"), [(4, 64)], [(64, 4), (1, 1), (4, 64, 1)]),
-        (FP8, "scales", ROW, [(), (1,), (1, 1), (4,), (4, 1)], [(1, 4), (64,), (0,), (4, 1, 1)]),
-        (FP8, "input multiplier", ONE, [(), (1,)], [(4,), (4, 1), (0,)]),
+        (of_modelopt("NVFP4_SVD", 16), "low rank a", ("r", "k"), [(8, 64), (1, 64)], [(64, 8), (64,), (8, 64, 1)]),
+        (of_modelopt("NVFP4_SVD", 16), "low rank b", ("n", "r"), [(4, 8), (4, 1)], [(8, 4), (4,), (3, 8)]),
     ],
 )
 def test_whether_a_shape_fits(made, role, axes, fitting, other):
@@ -233,110 +224,7 @@ def test_names_for_people():
         "NVFP4 group 16", "FP4 e4m3 group 32", "FP4 e4m3 group 32", "MXFP4 group 32", "NVFP4 group 16",
         "MXFP4 group 32", "MXFP4 group 32", "MXFP4 group 32",
     ]  # fmt: skip
-    assert (gpt_oss.EXPERTS.scales, FP8.scales) == (
-        "[experts, n, k / 32]", "a scale for the weight or for each row",
-    )  # fmt: skip
+    assert gpt_oss.EXPERTS.scales == "[experts, n, k / 32]"
+    assert FP4["modelopt-awq-32"][0].of_stack().scales == "[experts, k / 16 or 32, n]"
     with pytest.raises(KeyError, match="multiplier"):
         FP4["modelopt-mxfp4"][0].leaf("multiplier", "divisor")
-
-
-# FP8
-
-BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
-EVERY_CODE = torch.arange(256, dtype=torch.uint8).repeat(8, 1).view(torch.float8_e4m3fn)
-FINITE = [byte & 0x7F != 0x7F for byte in range(256)]
-PER_ROW = torch.tensor([1.0, 0.3, 0.0123, 1 / 3, 2**-5, 1.7, 0.9, 0.05])
-SCALES = {
-    "tensor": PER_ROW[1], "one": PER_ROW[1:2], "row": PER_ROW, "column": PER_ROW[:, None],
-    "bfloat16": PER_ROW[:, None].bfloat16(), "float16": PER_ROW.half(),
-}  # fmt: skip
-
-
-def rounded(exact: Tensor, bits: int) -> Tensor:
-    """To so many significant bits, to nearest even."""
-    mantissa, exponent = exact.frexp()
-    return torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent)
-
-
-@pytest.fixture(params=[BLOCK_ELEMENTS, 600, 1], ids=lambda n: f"blocks of {n}")
-def blocks(request, monkeypatch):
-    monkeypatch.setattr(storage, "row_slices", partial(row_slices, elements=request.param))
-
-
-@pytest.mark.parametrize("dtype", BITS, ids=str)
-@pytest.mark.parametrize("scale", SCALES)
-def test_fp8_decodes_and_comes_back(scale, dtype, blocks):
-    scale = SCALES[scale]
-    stored = {"weight": EVERY_CODE, "weight_scale": scale, "input_scale": torch.tensor(0.5)}
-    weight = FP8.read(stored, dtype)
-    exact = EVERY_CODE.double() * (scale.double().reshape(-1, 1) if scale.numel() > 1 else scale.double())
-    assert weight.dtype == dtype and weight.isnan().sum() == 16
-    if dtype != torch.float16:  # some are its subnormals
-        assert torch.equal(weight[:, FINITE].double(), rounded(exact, BITS[dtype])[:, FINITE])
-    kept = {leaf: stored[leaf] for leaf in ("weight_scale", "input_scale")}
-    found = FP8.write(weight, kept, "x")
-    assert found["weight"].dtype == torch.float8_e4m3fn and found["weight"].float()[:, 0x7F].isnan().all()
-    assert torch.equal(found["weight"].view(torch.uint8)[:, FINITE], EVERY_CODE.view(torch.uint8)[:, FINITE])
-    assert found["weight"].float()[:, 0xFF].isnan().all()
-    assert found.keys() == stored.keys() and all(found[leaf] is kept[leaf] for leaf in kept)
-
-
-def test_fp8_is_rounded_once():
-    """A product that float32 rounds to a tie of bfloat16 is rounded by its exact value."""
-    codes = torch.tensor([1.125, 1.375, 1.625, 1.875]).to(torch.float8_e4m3fn).repeat(64, 1)
-    ties = 1 + (2 * torch.arange(64, dtype=torch.float64) + 1) / 256
-    scale = (ties / codes[:, 0].double()).float()
-    exact, twice = codes.double() * scale.double()[:, None], (codes.float() * scale[:, None]).bfloat16()
-    found = FP8.read({"weight": codes, "weight_scale": scale}, torch.bfloat16)
-    assert torch.equal(found.double(), rounded(exact, 8)) and not torch.equal(found, twice)
-    written = FP8.write(found, {"weight_scale": scale}, "x")["weight"]
-    assert torch.equal(written.view(torch.uint8), codes.view(torch.uint8))
-
-
-def changed(at: tuple[int, int], value: float, scale: float) -> tuple[Tensor, Tensor]:
-    weight = FP8.read({"weight": EVERY_CODE, "weight_scale": torch.tensor(scale)}, torch.float32)
-    weight[at] = value
-    return weight, torch.tensor(scale)
-
-
-@pytest.mark.parametrize(
-    "at, value, scale",
-    [
-        ((0, 0x38), 1 + 2**-23, 1.0),
-        ((7, 0x01), 2**-10, 1.0),
-        ((0, 0), 1e-30, 1.0),
-        ((3, 0x38), 449.0, 1.0),
-        ((3, 0x38), float("inf"), 1.0),
-        ((0, 0x38), 7.0, 1e-3),  # 7000 is more than E4M3 holds
-        ((0, 0x7F), 7.0, 1e-3),
-    ],
-)
-def test_fp8_that_was_changed_is_not_written(at, value, scale, blocks):
-    weight, scale = changed(at, value, scale)
-    with pytest.raises(
-        ValueError, match=r"^a\.b\.weight: found values that are no FP8 codes times weight_scale, "
-    ) as e:
-        FP8.write(weight, {"weight_scale": scale}, "a.b")
-    assert "expected those loaded" in str(e.value) and "dequantize()" in str(e.value)
-
-
-def test_fp8_that_was_changed_to_another_code_is_written():
-    weight, scale = changed((0, 0x38), 448.0, 1.0)
-    assert FP8.write(weight, {"weight_scale": scale}, "x")["weight"][0, 0x38].float() == 448
-
-
-@pytest.mark.parametrize("scale", [1e-9, 2.8e-5, 147.0, 1e3])
-def test_fp8_that_float16_cannot_hold_is_not_written(scale):
-    scale = torch.tensor(scale)
-    weight = FP8.read({"weight": EVERY_CODE, "weight_scale": scale}, torch.float16)
-    with pytest.raises(
-        ValueError, match=r"^a\.b\.weight: found torch\.float16, expected a dtype that holds every FP8 code"
-    ):
-        FP8.write(weight, {"weight_scale": scale}, "a.b")
-
-
-@pytest.mark.parametrize("scale, dtype", [(3e-5, torch.float16), (146.0, torch.float16), (1e-9, torch.bfloat16)])
-def test_fp8_at_the_ends_of_a_dtype(scale, dtype):
-    stored = {"weight": EVERY_CODE[:, FINITE], "weight_scale": torch.tensor(scale)}
-    found = FP8.write(FP8.read(stored, dtype), {"weight_scale": stored["weight_scale"]}, "x")["weight"]
-    assert torch.equal(found.view(torch.uint8), stored["weight"].view(torch.uint8))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from checkpoints.models import as_loaded
 from checkpoints.names import renamed
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 PACKED = ("weight_packed", "weight")  # compressed-tensors, all others
 QUANTISED = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 SCALES = ("weight_scale", "weight_scale_inv", "scale")
+LOW_RANK = ("weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b")
 OF_A_CACHE = ("k_scale", "v_scale")
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 BLOCK = 128  # the side of a square block of FP8
@@ -81,10 +83,16 @@ def pre_quant_scale(tensors: Tensors, path: str) -> Tensor | None:
     return tensors.get(f"{path}.pre_quant_scale")
 
 
+def low_rank(tensors: Tensors, path: str) -> tuple[Tensor, ...]:
+    """Matrices whose product is added to the weight (SVDQuant), or none."""
+    return tuple(tensors[name] for leaf in LOW_RANK if (name := f"{path}.{leaf}") in tensors)
+
+
 def dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint with dense weights, each rounded once to ``dtype``.
 
-    Inputs are scaled as AWQ says, and quantised where transformers runs FP8 layers of compressed-tensors.
+    Inputs are scaled as AWQ says, and quantised where transformers runs FP8 layers of compressed-tensors; the low-rank
+    part of SVDQuant is added to the product, as ModelOpt's own code does it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -98,6 +106,8 @@ def dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for path, codes in quantised.items():
         if pre_quant_scale(tensors, path) is not None:
             before(model, path, partial(scaled, by=pre_quant_scale(tensors, path)))
+        if pair := low_rank(tensors, path):
+            model.get_submodule(path).register_forward_hook(partial(with_low_rank, pair=pair))
         if codes.dtype == torch.float8_e4m3fn and producer["quant_method"] == "compressed-tensors":
             before(model, path, partial(quantised_input, tensors=tensors, path=path, config=producer))
     return model
@@ -113,9 +123,15 @@ def state_of(tensors: Tensors, model_type: str, dtype: torch.dtype) -> dict[str,
     return state | {name: rounded(w, dtype) for name, w in fused(experts, model_type).items()}
 
 
+def split(name: str) -> tuple[str, str]:
+    """The path of a linear and the rest of the name of one of its tensors; that of SVDQuant has a dot."""
+    leaf = next((leaf for leaf in LOW_RANK if name.endswith(f".{leaf}")), name.rpartition(".")[2])
+    return name.removesuffix(leaf).removesuffix("."), leaf
+
+
 def plain(name: str, quantised: dict[str, Tensor]) -> bool:
     """Whether a tensor of the files is one of the dense model."""
-    path, _, leaf = name.rpartition(".")
+    path, leaf = split(name)
     return leaf not in OF_A_CACHE and (path not in quantised or leaf == "bias")
 
 
@@ -127,6 +143,12 @@ def before(model: nn.Module, path: str, change: Callable[[Tensor], Tensor]) -> N
 def scaled(x: Tensor, by: Tensor) -> Tensor:
     """In the dtype of the input."""
     return (x * by).to(x.dtype)
+
+
+def with_low_rank(_: nn.Module | None, inputs: tuple[Tensor], out: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+    """As SVDQuantLinear of ModelOpt has it."""
+    a, b = (matrix.to(out.dtype) for matrix in pair)
+    return out + linear(linear(inputs[0], a), b)
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,6 @@ FAMILIES = {
 OWN_HEADS = [(name, family) for name in ("modelopt-head", "ct-head") for family in ("llama-tied", "gemma3-tied")]
 # The words of the error, by format and family.
 REFUSED: dict[Case, str] = {
-    ("modelopt-svdquant", "llama"): "ModelOpt's NVFP4_SVD",
     ("ct-embedding", "llama"): "expected a linear in the model, not Embedding",
 }
 # Mixtures of experts: those that every step is tested for, and those that some are.
@@ -60,8 +59,8 @@ PARTLY: set[Case] = {
     *MIXTURES, ("modelopt-awq", "gemma3-tied"), ("ct-head", "llama-tied"), ("ct-mxfp4a16", "llama-bias"),
     ("modelopt-nvfp4", "llama-zeros"), ("ct-mxfp4a16", "llama-zeros"),
 }  # fmt: skip
-KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-mxfp4", "modelopt-fp8",
-        "ct-nvfp4", "ct-mxfp4", "ct-two-groups"]  # fmt: skip
+KEPT = ["modelopt-nvfp4", "modelopt-mixed", "modelopt-mixed-fp4", "modelopt-awq", "modelopt-svdquant", "modelopt-mxfp4",
+        "modelopt-fp8", "ct-nvfp4", "ct-mxfp4", "ct-two-groups"]  # fmt: skip
 # Formats that differ most, for what is alike for all others.
 FEW = ["modelopt-mixed", "modelopt-kv-fp8", "modelopt-awq", "ct-nvfp4", "ct-mxfp4a16", "ct-kv", "ct-nvfp4-fp8"]
 FEW_ON_LLAMA = [(name, "llama") for name in FEW]

@@ -6,7 +6,7 @@ from torch import nn
 
 from checkpoints.names import renamed
 from hf import loading
-from hf.dense import codes_of, exact, pre_quant_scale, relative, rounded, tensors_of
+from hf.dense import codes_of, exact, low_rank, pre_quant_scale, relative, rounded, tensors_of
 from hf.loading import DTYPES, choosing, experts_of, load, loaded, logits, model_type, read, reference, same, stored
 from hf.matrix import DENSE, FEW_ON_LLAMA, ON_LLAMA, PARTLY, params
 from marlin_w4a16.hf import report
@@ -15,7 +15,7 @@ UPSTREAM = "ct-nvfp4-fp8"  # whose FP8 layers transformers dequantises
 
 
 def expect_dense(model, name, family, dtype):
-    """Plain linears that hold the exact weights, a pre-quant scale multiplied in, and plain experts."""
+    """Plain linears that hold the exact weights, with low-rank parts and pre-quant scales, and plain experts."""
     tensors = stored(name, family)
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert {type(m).__name__ for m in linears.values()} - {"DeepseekV4GroupedLinear"} == {"Linear"}
@@ -24,6 +24,8 @@ def expect_dense(model, name, family, dtype):
     files = {renamed(path, model_type(name, family)): path for path in codes_of(tensors)}
     for path in loading.linears(name, family):
         weight, columns = exact(tensors, files[path]), pre_quant_scale(tensors, files[path])
+        if pair := low_rank(tensors, files[path]):
+            weight = weight + pair[1].double() @ pair[0].double()
         weight, found = weight if columns is None else weight * columns.double(), linears[path].weight
         if name == UPSTREAM and "self_attn" in path:  # computed in bfloat16
             assert relative(found.detach(), weight) <= 3e-3

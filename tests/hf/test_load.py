@@ -6,7 +6,7 @@ from torch import nn
 
 from checkpoints.formats import written
 from checkpoints.names import renamed
-from hf.dense import tensors_of
+from hf.dense import split, tensors_of
 from hf.dense_experts import is_expert, unstacked
 from hf.loading import (
     DTYPES,
@@ -71,7 +71,7 @@ def test_small_tensors_are_kept_and_dense_ones_are_the_models(name, family, dtyp
     quantised = linears(name, family)
     for key, tensor in unstacked(stored(name, family)).items():
         key = renamed(key, model_type(name, family))
-        path, _, leaf = key.rpartition(".")
+        path, leaf = split(key)
         if is_expert(path) or (quantised.get(path) == "Linear" and leaf in CODES_AND_SCALES):
             continue
         if path.endswith(".experts"):
@@ -83,7 +83,7 @@ def test_small_tensors_are_kept_and_dense_ones_are_the_models(name, family, dtyp
         elif leaf == "bias":
             assert same(modules[path].bias.detach(), tensor.to(dtype))
         elif leaf not in CODES_AND_SCALES and not leaf.startswith(("k_", "v_")):
-            kept = getattr(modules[path], leaf).detach()
+            kept = getattr(modules[path], leaf.replace(".", "_")).detach()
             assert same(kept if quantised[path] == "CheckpointLinear" else kept.view(tensor.dtype).reshape(()), tensor)
     tied = model.config.tie_word_embeddings and "lm_head" not in quantised
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied

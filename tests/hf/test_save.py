@@ -11,7 +11,7 @@ from torch import nn
 
 from checkpoints.formats import write, written
 from checkpoints.names import renamed
-from hf.dense import relative, tensors_of
+from hf.dense import relative, split, tensors_of
 from hf.dense_experts import is_expert
 from hf.loading import (
     DTYPES,
@@ -50,7 +50,7 @@ def dtype_of(key, tensor, name, family, dtype) -> torch.dtype:
     """That of a tensor that is saved from a model of a dtype."""
     in_model = renamed(key, model_type(name, family))
     plain = reference(name, family, dtype).state_dict()
-    path, _, leaf = in_model.rpartition(".")
+    path, leaf = split(in_model)
     upstream = name.startswith("ct-") and linears(name, family).get(path) == "Linear" and leaf == "weight_scale"
     quantised = is_expert(path) or path in linears(name, family)
     if upstream_keeps(name, dtype):

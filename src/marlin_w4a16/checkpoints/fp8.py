@@ -91,7 +91,8 @@ class FP8Storage:
         for rows in row_slices(*weight.shape):
             factor = self._factor(kept, rows, weight.shape[1])
             found = fp8_codes(weight[rows], factor.masked_fill(factor == 0, 1), round_once)  # all products with 0 are 0
-            if found is None:
+            lost = (factor == 0) & (weight[rows].abs() > 0)
+            if found is None or bool(lost.any()):
                 raise ValueError(
                     f"{name}.weight: found values that are no FP8 codes times their scales, expected those loaded: "
                     "save with dequantize() to store what the layer holds now"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.fp8 import Storage
 from marlin_w4a16.checkpoints.scheme import Mismatch, Scheme
-from marlin_w4a16.checkpoints.storage import OF_INPUTS, FP4Storage, Role
+from marlin_w4a16.checkpoints.storage import LOW_RANK, OF_INPUTS, FP4Storage, Role
 
 # Leaves that only a quantised weight has, of any producer.
 QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
@@ -118,6 +118,7 @@ class Contents:
         problems: what is wrong with it.
         notes: what is stored otherwise than its config says.
         shards: FP8 weights in shards, by path: the names of the shards, which are among the others, and their scale.
+        wrong: the paths of what the problems are of.
     """
 
     layers: Mapping[str, Layer]
@@ -125,6 +126,7 @@ class Contents:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
     shards: Mapping[str, tuple[tuple[str, ...], str, Entry]] = field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +140,13 @@ class _Unsaid:
 def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
     """Holds the tensors of a checkpoint against its scheme."""
     layers: dict[str, Layer] = {}
-    others: dict[str, Entry] = {}
     problems: list[Problem] = []
     refused: dict[Mismatch, list[str]] = {}
     unsaid: dict[tuple[str, str], list[str]] = {}
+    wrong: list[str] = []
     modules = _modules(entries, scheme)
     shards = dict(_shards(modules))
-    others |= {name: entries[name] for names, _, _ in shards.values() for name in names}
-    known = {*shards, *(name.removesuffix(".weight") for name in others)}
+    known = {*shards, *(name.removesuffix(".weight") for names, _, _ in shards.values() for name in names)}
     for path, tensors in ((path, tensors) for path, tensors in modules.items() if path not in known):
         found = _judge(path, tensors, scheme)
         if isinstance(found, _Unsaid):
@@ -153,18 +154,21 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
             found = found.layer
         if isinstance(found, Layer):
             layers[path] = found
-        elif isinstance(found, Problem):
+            continue
+        wrong += [path] if found is not None else []
+        if isinstance(found, Problem):
             problems.append(found)
         elif isinstance(found, Mismatch):
             refused.setdefault(found, []).append(path)
-        mine = found.entries if isinstance(found, Layer) else {}
-        others |= {scheme.name(path, leaf): e for leaf, e in tensors.items() if leaf not in mine}
     for why, paths in refused.items():  # once, not for each of hundreds of layers
         problems.append(Problem(None, counted(paths), why.found, why.expected))
     told = []
     for (form, said), paths in unsaid.items():
         told.append(f"{counted(paths)}: {form} as stored, though the config says {said}")
-    return Contents(layers, others, tuple(problems), tuple(told), shards)
+    mine = {layer.name(leaf) for layer in layers.values() for leaf in layer.entries}
+    mine |= {scale for _, scale, _ in shards.values()}
+    others = {name: entry for name, entry in entries.items() if name not in mine}
+    return Contents(layers, others, tuple(problems), tuple(told), shards, tuple(wrong))
 
 
 def counted(paths: Sequence[str]) -> str:
@@ -232,7 +236,7 @@ def _fitted(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer 
     storage = storage.named(tensors)
     for part in storage.parts:
         if part.leaf not in tensors and not part.optional:
-            held = ", ".join(sorted(tensors))
+            held = ", ".join(sorted(leaf or path.rpartition(".")[2] for leaf in tensors))
             also = f", also called {' or '.join(part.aliases)}" if part.aliases else ""
             expected = f"one ({storage.label}{also})"
             return _problem(path, tensors, part.leaf, f"no such tensor beside {held}", expected, storage.joint)
@@ -250,7 +254,13 @@ def _shaped(path: str, tensors: Mapping[str, Entry], storage: Storage) -> Layer 
         expected = f"{storage.scales} for codes {codes}"
         return _problem(path, tensors, storage.leaf("scales"), str(scales), expected, storage.joint)
     n, k, group = shape
-    axes = {"e": codes.shape[0], "n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1), "g/2": group // 2}
+    pair = [part.leaf for part in storage.parts if part.role in LOW_RANK]
+    one = [leaf for leaf in pair if leaf in mine]
+    if len(one) == 1:
+        lost = next(leaf for leaf in pair if leaf not in mine)
+        return _problem(path, tensors, lost, f"no such tensor beside {one[0]}", f"one ({storage.label})", storage.joint)
+    rank = {"r": mine[one[0]].shape[0]} if one and mine[one[0]].shape else {}
+    axes = {"e": codes.shape[0], "n": n, "k": k, "k/2": k // 2, "k/g": k // (group or 1), "g/2": group // 2, **rank}
     for part in storage.parts:
         if part.leaf in mine and not storage.fits(part, mine[part.leaf].shape, axes):
             return _problem(path, tensors, part.leaf, str(mine[part.leaf]), part.told(axes), storage.joint)

@@ -18,11 +18,13 @@ NVFP4 = (
     INPUT_SCALE,  # W4A4: amax of the input / (6 * 448)
     PRE_QUANT_SCALE,  # where ModelOpt could not fold it into the layer before
 )
-# The low-rank part reads the input after its pre-quant scale (SVDQuantLinear).
+# The low-rank part reads the input after its pre-quant scale (SVDQuantLinear). ModelOpt 0.47 leaves its tensors in a
+# module of their own, but where it exports diffusers.
+NESTED = ("weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b")
 SVD = (
     *NVFP4,
-    Part("svdquant_lora_a", "low rank a", FLOATS, ("r", "k"), optional=True),
-    Part("svdquant_lora_b", "low rank b", FLOATS, ("n", "r"), optional=True),
+    Part("svdquant_lora_a", "low rank a", FLOATS, ("r", "k"), optional=True, aliases=NESTED[:1]),
+    Part("svdquant_lora_b", "low rank b", FLOATS, ("n", "r"), optional=True, aliases=NESTED[1:]),
 )
 MXFP4 = (
     Part("weight", "codes", ("U8",), ("n", "k/2")),
@@ -79,7 +81,10 @@ def scheme(config: Fields) -> Scheme:
     ignore = tuple(map(_path, (*values.texts("exclude_modules"), *values.texts("ignore"))))
     cached = values.has("kv_cache_quant_algo") or values.has("kv_cache_scheme")
     notes = (CACHE_NOTE,) if cached else ()
-    return Scheme("ModelOpt", algorithm, targets, ignore, notes=notes, joined=STACKED, known=KNOWN, where=config.where)
+    return Scheme(
+        "ModelOpt", algorithm, targets, ignore, notes=notes, joined=STACKED, nested=NESTED, known=KNOWN,
+        where=config.where,
+    )  # fmt: skip
 
 
 def storage(algorithm: str, group: int | None = None) -> Storage | Mismatch:

@@ -1,20 +1,24 @@
 """Module paths that a config names: one by one, by their beginnings, by globs or by regular expressions.
 
 A pattern is matched in bounded time, whatever it is: names and beginnings are looked up in sets, of other patterns
-there may be `MOST` of at most `LONGEST` characters, and they are matched by ``regex``, which stops after `SECONDS`; all
-matches together may take two seconds, and 20 us for each.
+there may be `MOST` of at most `LONGEST` characters that repeat nothing more than `REPEATS` times by number (``regex``
+writes such repetitions out), and they are matched by ``regex``, which stops after `SECONDS`; all matches together may
+take two seconds, and 20 us for each.
 """
 
 import fnmatch
+import math
+import re
 import time
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 
-MOST, LONGEST, SECONDS = 1000, 1000, 0.1
+MOST, LONGEST, REPEATS, SECONDS = 1000, 1000, 1000, 0.1
 _GRACE, _EACH = 2.0, 2e-5  # seconds
 _SPECIAL = frozenset("*?[")
+_NUMBERS = re.compile(r"\{(\d*),?(\d*)\}")
 Kind = Literal["glob", "re", "transformers"]
 
 
@@ -87,9 +91,14 @@ class Names:
         if len(pattern) > LONGEST:
             found = f"a pattern of {len(pattern)} characters ({pattern[:40]!r}...)"
             raise CheckpointError(f"{self._where}: found {found}, expected at most {LONGEST}")
+        plain = fnmatch.translate(pattern) if self._globs else pattern.removeprefix("re:")
+        repeats = (max(int(number[:9] or 1) for number in pair) for pair in _NUMBERS.findall("".join(plain.split())))
+        if not self._globs and (times := math.prod(max(1, number) for number in repeats)) > REPEATS:
+            found = f"{pattern!r}, which may repeat a part {times} times"
+            raise CheckpointError(f"{self._where}: found {found}, expected at most {REPEATS}")
         try:
-            return regex.compile(fnmatch.translate(pattern) if self._globs else pattern.removeprefix("re:"))
-        except (regex.error, RecursionError, OverflowError) as error:
+            return regex.compile(plain)
+        except Exception as error:  # whatever regex raises of what is none, RuntimeError and RecursionError too
             raise CheckpointError(
                 f"{self._where}: found {pattern!r}, expected a regular expression: {error}"
             ) from error

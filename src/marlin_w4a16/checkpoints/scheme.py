@@ -33,6 +33,7 @@ class Scheme:
         notes: what is not loaded, such as a quantised cache.
         joined: leaves that ``_`` joins to their paths, not ``.``.
         decodes: whether its quantizer decodes what is no linear, and is stored as it pleases.
+        nested: leaves that have dots.
         known: how the producer may have stored weights of which the config does not say it.
         where: the file of the config and its place there, for errors.
     """
@@ -45,6 +46,7 @@ class Scheme:
     notes: tuple[str, ...] = ()
     joined: tuple[str, ...] = ()
     decodes: bool = False
+    nested: tuple[str, ...] = ()
     known: tuple[Storage, ...] = ()
     where: str = "quantization_config"
     _ignored: Names = field(init=False, repr=False, compare=False)
@@ -58,12 +60,9 @@ class Scheme:
     def split(self, name: str) -> tuple[str, str]:
         """The path and the leaf of a tensor's name."""
         leaf = next((leaf for leaf in self.joined if name.endswith(f"_{leaf}")), None)
+        leaf = next((leaf for leaf in self.nested if name.endswith(f".{leaf}")), leaf)
         path, _, last = name.rpartition(".")
         return (path, last) if leaf is None else (name[: -len(leaf) - 1], leaf)
-
-    def name(self, path: str, leaf: str) -> str:
-        """The inverse of `split`."""
-        return f"{path}{'_' if leaf in self.joined else '.'}{leaf}" if path else leaf
 
     def storage(self, path: str) -> Storage | Mismatch | None:
         """How the linear at a path is stored; None: it is dense, or someone else's."""

@@ -18,7 +18,7 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | s
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # whatever transformers raises of a config
         text = _first_line(error)
-        if "trust_remote_code" in text or "model type" in text:
+        if any(word in text for word in ("trust_remote_code", "model type", "model_type", "Unrecognized model")):
             return f"not held against a model: {text}"
         return Problem(
             "config.json", "the config", f"one of which transformers can make no model: {text}", "a valid one"

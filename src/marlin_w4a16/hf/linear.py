@@ -43,14 +43,17 @@ class StoredLinear(nn.Module):
         self.in_features, self.out_features = layer.k, layer.n
         for leaf, entry in layer.entries.items():
             empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-            self.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
+            inner, _, name = leaf.rpartition(".")
+            if inner and inner not in self._modules:
+                self.add_module(inner, Nested())
+            self.get_submodule(inner).register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.register_parameter("bias", bias)
 
     bias: nn.Parameter | None
 
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's tensors by leaf, in its dtypes."""
-        held = {leaf: getattr(self, leaf).detach() for leaf in self.layer.entries}
+        held = {leaf: self.get_parameter(leaf).detach() for leaf in self.layer.entries}
         # a model that keeps some modules in float32 widens theirs, which loses nothing
         return {leaf: tensor.to(DTYPES[self.layer.entries[leaf].dtype]) for leaf, tensor in held.items()}
 
@@ -78,10 +81,15 @@ class StoredLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.layer.format}, as stored"
 
 
+class Nested(nn.Module):
+    """Holds those of a `StoredLinear`'s tensors whose names have dots."""
+
+
 class CheckpointLinear(PackedLinear):
     """A `PackedLinear` that can give back the tensors of its checkpoint, bit for bit.
 
-    Beside the packed weight it holds the checkpoint's small tensors under their names (global scales, input scales).
+    Beside the packed weight it holds the checkpoint's small tensors under their names, dots in them as underscores
+    (global scales, input scales).
     A pre-quant scale (AWQ) multiplies the input, a rotation turns each block of it, a low-rank part (SVDQuant) of it is
     computed beside the product; with ``keep`` the input of the product is quantised as its producer does (W4A4).
 
@@ -100,7 +108,7 @@ class CheckpointLinear(PackedLinear):
         self.layer = layer
         self.quantize_input = storage.activations if keep else None
         for leaf in layer.small:
-            self.register_bits(leaf, tensors[leaf])
+            self.register_bits(_flat(leaf), tensors[leaf])
         scale, rotation = (storage.part(role) for role in ("pre-quant scale", "rotation"))
         factor = storage.part("input multiplier", "input divisor")
         self.pre_scale = scale.leaf if scale is not None and scale.leaf in layer.entries else None
@@ -124,34 +132,38 @@ class CheckpointLinear(PackedLinear):
         Raises:
             CheckpointError: the weight was changed since it was loaded, so that its global scale does not belong to it.
         """
-        small = {leaf: getattr(self, leaf).detach() for leaf in self.layer.small}
+        small = {leaf: self._small(leaf).detach() for leaf in self.layer.small}
         held, unfitted = self.to_fp4(self.layer.path), (self.unfitted_rows, self.unfitted_scales)
         return self.layer.fp4.restore(held, unfitted, small, self.layer.entries, self.layer.path)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """See `StoredLinear.dense`."""
-        kept = {leaf: getattr(self, leaf).detach() for leaf in self.layer.small}
+        kept = {leaf: self._small(leaf).detach() for leaf in self.layer.small}
         return plain_linear(decoded(self.to_fp4(self.layer.path), dtype, beside(self.layer.fp4, kept)), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, the input scaled and quantised first where the checkpoint says so."""
         if self.pre_scale is not None:
-            x = (x * getattr(self, self.pre_scale)).to(x.dtype)
+            x = (x * self._small(self.pre_scale)).to(x.dtype)
         if self.rotation is not None:
-            x = rotated(x, getattr(self, self.rotation))
+            x = rotated(x, self._small(self.rotation))
         given = x
         if self.quantize_input is not None:
             given = quantized_input(x, self.quantize_input, self.layer.group, self._input_scale())
         out = super().forward(given)
         if self.low_rank:
-            a, b = (getattr(self, leaf).to(x.dtype) for leaf in self.low_rank)
+            a, b = (self._small(leaf).to(x.dtype) for leaf in self.low_rank)
             out = out + nn.functional.linear(nn.functional.linear(x, a), b)
         return out
+
+    def _small(self, leaf: str) -> Tensor:
+        kept: Tensor = getattr(self, _flat(leaf))
+        return kept
 
     def _input_scale(self) -> Tensor | None:
         if self.input_factor is None:
             return None
-        factor: Tensor = getattr(self, self.input_factor.leaf).float().reshape(())
+        factor = self._small(self.input_factor.leaf).float().reshape(())
         return factor.reciprocal() if self.input_factor.role == "input divisor" else factor
 
 
@@ -208,13 +220,13 @@ class DecodedLinear(nn.Linear):
         self.layer = layer
         self.weight, self.bias = dense.weight.requires_grad_(False), dense.bias
         for leaf, tensor in tensors.items():  # kept as bytes, which casts leave alone
-            self.register_buffer(f"stored_{leaf}", tensor.reshape(-1).view(torch.uint8), persistent=False)
+            self.register_buffer(f"stored_{_flat(leaf)}", tensor.reshape(-1).view(torch.uint8), persistent=False)
 
     def stored(self) -> dict[str, Tensor]:
         """See `CheckpointLinear.stored`."""
         tensors = {}
         for leaf, entry in self.layer.entries.items():
-            held: Tensor = getattr(self, f"stored_{leaf}")
+            held: Tensor = getattr(self, f"stored_{_flat(leaf)}")
             tensors[leaf] = held.view(DTYPES[entry.dtype]).reshape(entry.shape)
         weight, more = self.layer.fp4.read(tensors, self.layer.path), beside(self.layer.fp4, tensors)
         if not torch.equal(decoded(weight, self.weight.dtype, more), self.weight):
@@ -248,6 +260,11 @@ def quantized_input(x: Tensor, activations: Activations, group: int, scale: Tens
     if kind is None:
         raise ValueError(f"{activations.told}: it cannot be kept")
     return fake_quantize(x, kind, activations.group or group, scale, activations.rounding)
+
+
+def _flat(leaf: str) -> str:
+    """A name that torch takes for a tensor of a module."""
+    return leaf.replace(".", "_")
 
 
 def fp8(layer: Layer) -> FP8Storage:

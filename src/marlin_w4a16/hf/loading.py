@@ -23,7 +23,7 @@ from marlin_w4a16.hf.experts.load import Loader, bytes_beside, own_names
 from marlin_w4a16.hf.experts.modules import CheckpointExperts, StoredExperts
 from marlin_w4a16.hf.generation import compile_decode
 from marlin_w4a16.hf.joined import CheckpointParts, FP8Parts, StoredParts
-from marlin_w4a16.hf.linear import CheckpointLinear, DecodedLinear, FP8Linear, StoredLinear
+from marlin_w4a16.hf.linear import CheckpointLinear, DecodedLinear, FP8Linear, Nested, StoredLinear
 from marlin_w4a16.hf.loaded import Loaded, loaded
 from marlin_w4a16.hf.placing import place, put, swap_in
 from marlin_w4a16.hf.scaled import ScaledParameters
@@ -205,7 +205,7 @@ def _entries(name: str, checkpoint_files: list[Path]) -> dict[str, files.Entry]:
 def _to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Casts what transformers leaves in the files' dtype: renamed tensors (5.17), all that is beside decoded FP8."""
     for module in model.modules():
-        quantised = isinstance(module, StoredLinear) or hasattr(module, "quantization_scheme")
+        quantised = isinstance(module, StoredLinear | Nested) or hasattr(module, "quantization_scheme")
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype in (torch.float16, torch.bfloat16) and not (quantised and name != "bias"):
                 parameter.data = parameter.data.to(dtype)

@@ -101,7 +101,8 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     gathered, unlike = experts.gathered(held)
     first = {path: layers[0] for path, layers in joined.items()}
     problems += [*odd, *unlike, *_biases(model, {**layers, **first}, held)]
-    wrong |= {problem.tensor.rpartition(".")[0] for problem in contents.problems}
+    names = (renamed(name) for path in contents.wrong for name in (path, f"{path}.weight"))
+    wrong |= {name.rpartition(".")[0] for name in names}
     mine = {*layers, *parts, *experts.paths, *wrong}
     problems += missing(model, loose, renamed, mine, scheme, {one.parameter for one in scaled})
     cache_scales = {name: entry for name, entry in held.items() if CACHE_SCALE.search(name)}

@@ -11,7 +11,7 @@ from torch import nn
 from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer, Problem
-from marlin_w4a16.checkpoints.storage import FP4Storage
+from marlin_w4a16.checkpoints.storage import LOW_RANK, FP4Storage
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.modules.transformers_experts import gating_of, is_experts, names_of
@@ -201,9 +201,10 @@ def _refused(mixture: StoredMixture, module: Any) -> Problem | None:
     for stack in mixture.stacks:
         if not isinstance(stack.like.storage, FP4Storage):
             return Problem(file, path, f"{stack.name} in {stack.like.format}", "experts in FP4")
-        scale = stack.storage.part("pre-quant scale")
-        if scale is not None and scale.leaf in stack.like.entries:
-            return Problem(file, path, f"{scale.leaf} (AWQ) of experts", "none: the input of experts is not scaled")
+        beside = [part for part in stack.storage.parts if part.role in ("pre-quant scale", *LOW_RANK)]
+        held = next((part.leaf for part in beside if part.leaf in stack.like.entries), None)
+        if held is not None:
+            return Problem(file, path, f"{held} of experts", "none: experts run without AWQ and SVDQuant")
     formats = {(stack.storage.kind, stack.like.group, stack.like.k) for stack in mixture.first}
     if len(formats) > 1:
         return Problem(file, path, " and ".join(_told(stack.like) for stack in mixture.first), "one format and width")
