@@ -42,7 +42,7 @@ class Swap:
 
 @dataclass(frozen=True, slots=True)
 class Swaps:
-    """What `prepare`, `quantize` or `restore` did, one row per linear, Experts module and other; ``print`` it for a table."""
+    """What `prepare`, `quantize` or `restore` did, one row per module with weights; ``print`` it for a table."""
 
     rows: tuple[Swap, ...]
 
@@ -59,13 +59,11 @@ class Swaps:
     def summary(self) -> str:
         """One line: how many were swapped, and their bytes before and after."""
         before, after = sum(row.before for row in self.done), sum(row.after for row in self.done)
-        kinds = (
-            ("Experts modules", [r for r in self.rows if r.experts]),
-            ("others", [r for r in self.rows if r.other]),
-        )
-        counts = [_count("linears", [row for row in self.rows if not row.experts and not row.other])]
-        counts += [_count(what, rows) for what, rows in kinds if rows]
-        return f"swapped {' and '.join(counts)}: {size(before)} -> {size(after)}"
+        linears = [row for row in self.rows if not row.experts and not row.other]
+        experts, others = [row for row in self.rows if row.experts], sum(row.other for row in self.rows)
+        counts = [_count("linears", linears), *([_count("Experts modules", experts)] if experts else [])]
+        left = f"; {others} other{'s' if others > 1 else ''} left" if others else ""
+        return f"swapped {' and '.join(counts)}: {size(before)} -> {size(after)}{left}"
 
     def __str__(self) -> str:
         return f"{table([_COLUMNS, *map(_cells, self.rows)])}\n{self.summary()}"

@@ -89,7 +89,7 @@ def _filled(columns: int, group: int) -> int:
 
 
 def shape_refusal(weights: tuple[Tensor, Tensor], gated: bool, group: int, named: bool) -> str | None:
-    """Why the shapes of two stacks, as ``[experts, n, k]``, are not those of experts that are worth packing, or None."""
+    """Why two stacks ``[experts, n, k]`` are not those of experts, or not worth packing; or None."""
     w13, w2 = weights
     shapes = " and ".join(" x ".join(map(str, w.shape)) for w in (w13, w2))
     kinds = 2 if gated else 1

@@ -28,7 +28,7 @@ def names_of(module: nn.Module, path: str) -> tuple[str, ...]:
         if parameter is not None
         and parameter.is_floating_point()
         and sum(size > 1 for size in parameter.shape) > 1
-        and not _NAME_WORDS.search(name if not last else last)
+        and not _NAME_WORDS.search(last or name)
     )
 
 

@@ -25,7 +25,7 @@ from marlin_w4a16.quantize.dense import dense_refusal, is_near, lost_with, read_
 from marlin_w4a16.quantize.experts import shape_refusal, stacked
 from marlin_w4a16.quantize.readers import Readers
 
-_BETWEEN = Callable[[Tensor], Tensor]
+_Between = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +100,23 @@ def _computed(module: Any) -> _Computed | None:
     return None
 
 
-def _between(module: Any, i: int, gated: bool) -> Iterator[_BETWEEN]:
+def _between(module: Any, i: int, gated: bool) -> Iterator[_Between]:
     """What may stand between the products: the module's own function of gates and ups, or its activation."""
     if callable(getattr(module, "_apply_gate", None)):
         yield module._apply_gate
     functions = [*module.children(), *(v for v in vars(module).values() if callable(v) and not isinstance(v, type))]
-    for function in functions if len(functions) == 1 else ():
-        if gated:
-            yield lambda sums: function(sums[..., :i]) * sums[..., i:]
-            yield lambda sums: sums[..., :i] * function(sums[..., i:])
-            yield lambda sums: function(sums[..., ::2]) * sums[..., 1::2]
-        else:
-            yield function
+    if len(functions) != 1:
+        return
+    act = functions[0]
+    if gated:
+        yield lambda sums: act(sums[..., :i]) * sums[..., i:]
+        yield lambda sums: sums[..., :i] * act(sums[..., i:])
+        yield lambda sums: act(sums[..., ::2]) * sums[..., 1::2]
+    else:
+        yield act
 
 
-def _gives(module: Any, w13: Tensor, w2: Tensor, between: _BETWEEN) -> bool:
+def _gives(module: Any, w13: Tensor, w2: Tensor, between: _Between) -> bool:
     """Whether a module gives for some tokens what two products with that between them give."""
     experts, _, hidden = w13.shape
     x = torch.randn((experts, 2, hidden), generator=torch.Generator().manual_seed(0)).to(w13)

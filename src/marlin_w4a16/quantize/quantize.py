@@ -40,8 +40,8 @@ def quantize(
     Each linear becomes a `PackedLinear`, also one of a class of its own that computes what a linear does (Falcon's,
     GPT-2's Conv1D), and the stacked weights of a mixture, such as an Experts module of transformers, a `PackedExperts`.
     Weights are rounded to nearest from their values alone, on their device, with no calibration; each expert by itself,
-    its gates and its ups apart. One module is done at a time and its dense weights let go, so that beyond what is packed
-    there is no more than the dense weights of one and 64 MB; nothing can undo it. Linears that share a weight share the
+    its gates and its ups apart. One module is done at a time and its dense weights let go, so that beyond what is
+    packed there is no more than the dense weights of one and 64 MB; nothing can undo it. Linears that share a weight share the
     packed one. Left as they are are modules that compute something else, and those whose weights something else needs:
     they are tied, or read by code that a call runs.
 

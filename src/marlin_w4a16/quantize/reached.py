@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 _ENTRIES = ("forward", "__call__", "generate")
+_BEFORE = {"__init__", "_init_weights", "init_weights", "reset_parameters", "post_init", "from_pretrained"}  # any call
 _KNOWN = {"torch", "builtins", "functools", "typing", "collections", "numpy", "einops"}  # no code around modules
 
 
@@ -44,7 +45,7 @@ def reached(model: nn.Module) -> list[Function]:
     todo = [function for name in _ENTRIES for function in members.get(name, ())]
     todo += [function for value in held for function in _written(value, None)]
     found: dict[CodeType, Function] = {}
-    named: set[str] = set()
+    named = set(_BEFORE)
     while todo:
         one = todo.pop()
         if one.function.__code__ in found:
