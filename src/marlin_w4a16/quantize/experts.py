@@ -57,6 +57,7 @@ def packed(module: Any, quantise: Callable[..., FP4Weight], group: int) -> Packe
     made = pack_experts_of(module, *given, w13.dtype)
     if isinstance(made, Rejected):
         raise ValueError(made.reason)
+    made.turned = module.is_transposed
     return made
 
 

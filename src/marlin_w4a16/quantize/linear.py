@@ -47,9 +47,10 @@ def refusal(module: Any, readers: Readers, group: int, named: bool) -> str | Non
 
 def packed(module: Any, quantise: Callable[..., FP4Weight], group: int) -> PackedLinear:
     """See above; numbers that the module has of its own, such as its sizes, are kept."""
-    weight = module.weight.detach()
-    weight = weight.mT.contiguous() if is_transposed(module) else weight
+    weight, turned = module.weight.detach(), bool(is_transposed(module))
+    weight = weight.mT.contiguous() if turned else weight
     made = PackedLinear(quantise(weight, name="its weight"), module.bias, weight.dtype)
+    made.turned = turned
     for name, value in vars(module).items():
         if isinstance(value, int | float | str) and not hasattr(made, name):
             setattr(made, name, value)

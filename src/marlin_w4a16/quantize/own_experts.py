@@ -30,11 +30,12 @@ _Between = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """What a module computes: its weights as ``[experts, n, k]``, and what stands between them."""
+    """What a module computes: its weights as ``[experts, n, k]``, what stands between them, and how it holds them."""
 
     weights: tuple[Tensor, Tensor]
     activation: Activation
     order: Order | None
+    turned: bool
 
 
 def names_of(module: nn.Module) -> tuple[str, str] | None:
@@ -72,8 +73,10 @@ def packed(module: Any, quantise: Callable[..., FP4Weight], group: int) -> Packe
     (w13, w2), order, names = found.weights, found.order, names_of(module) or ("", "")
     first = stacked(w13, kinds(order, w13.shape[1]), quantise, group, f"its {names[0]}")
     second = stacked(w2, (slice(None),), quantise, group, f"its {names[1]}")
-    made = BatchedExperts if _inputs(module) == 1 else PackedExperts
-    return made(first, second, found.activation, order, dtype=w13.dtype)
+    cls = BatchedExperts if _inputs(module) == 1 else PackedExperts
+    made = cls(first, second, found.activation, order, dtype=w13.dtype)
+    made.turned = found.turned
+    return made
 
 
 def _inputs(module: nn.Module) -> int:
@@ -87,7 +90,7 @@ def _inputs(module: nn.Module) -> int:
 def _computed(module: Any) -> _Computed | None:
     """The first of what such modules compute that gives what this one gives."""
     one, two = (module._parameters[name].detach() for name in names_of(module) or ())
-    for w13, w2 in ((one, two), (one.mT, two.mT)):
+    for turned, (w13, w2) in enumerate(((one, two), (one.mT, two.mT))):
         experts, hidden, intermediate = w2.shape
         if w13.shape[0] != experts or w13.shape[2] != hidden or w13.shape[1] not in (intermediate, 2 * intermediate):
             continue
@@ -96,7 +99,7 @@ def _computed(module: Any) -> _Computed | None:
                 continue
             found = recognise_gate(between, w13.shape[1], _numbers(module), w13.device)
             if not isinstance(found, Rejected):
-                return _Computed((w13, w2), *found)
+                return _Computed((w13, w2), *found, bool(turned))
     return None
 
 

@@ -35,33 +35,7 @@ def quantize(
     exclude: str | Sequence[str] | None = None,
     progress: bool | None = None,
 ) -> Swaps:
-    """Rounds the weights of a model's linears and experts to FP4, in place; activations stay.
-
-    Each linear becomes a `PackedLinear`, also one of a class of its own that computes what a linear does (Falcon's,
-    GPT-2's Conv1D), and the stacked weights of a mixture, such as an Experts module of transformers, a `PackedExperts`.
-    Weights are rounded to nearest from their values alone, on their device, with no calibration; each expert by itself,
-    its gates and its ups apart. One module is done at a time and its dense weights let go, so that beyond what is
-    packed there is no more than the dense weights of one and 64 MB; nothing can undo it. Linears that share a weight share the
-    packed one. Left as they are are modules that compute something else, and those whose weights something else needs:
-    they are tied, or read by code that a call runs.
-
-    Args:
-        model: the model; its root itself is not swapped.
-        format: ``"nvfp4"`` (groups of 16, E4M3 scales and a global one) or ``"mxfp4"`` (groups of 32, E8M0 scales).
-        include: globs; where given, only linears and experts whose path matches one are looked at, or all of whose
-            weights' paths do. The exact path of one takes it even where it is usually dense, tied (which unties it), or
-            no smaller when it is packed.
-        exclude: globs; linears and experts that match one are left alone. None stands for `USUALLY_DENSE`: output
-            heads, routers, the vision tower; ``()`` for none.
-        progress: see `marlin_w4a16.report.progress.track`.
-
-    Returns:
-        One row per module that owns a matrix of a product, swapped or left with its reason.
-
-    Raises:
-        ValueError: an unknown format.
-        TypeError: ``include`` or ``exclude`` of another type.
-    """
+    """See `marlin_w4a16.quantize`."""
     if format not in _QUANTISERS:
         raise ValueError(unknown("format", format, list(_QUANTISERS)))
     run = _Run(model, Choice(include, exclude), *_QUANTISERS[format])
