@@ -26,9 +26,9 @@ def quantize(
     GPT-2's Conv1D), and the stacked weights of a mixture, such as an Experts module of transformers, a `PackedExperts`.
     Weights are rounded to nearest from their values alone, on their device, with no calibration; each expert by itself,
     its gates and its ups apart. One module is done at a time and its dense weights let go, so that beyond what is
-    packed there is no more than the dense weights of one and 64 MB; nothing can undo it. Linears that share a weight share the
-    packed one. Left as they are are modules that compute something else, and those whose weights something else needs:
-    they are tied, or read by code that a call runs.
+    packed there is no more than the dense weights of one and 64 MB; nothing can undo it. Linears that share a weight
+    share the packed one. Left as they are are modules that compute something else, and those whose weights something
+    else needs: they are tied, or read by code that a call runs.
 
     A model of transformers is saved as a checkpoint of ModelOpt by ``save_pretrained`` afterwards, which
     `marlin_w4a16.hf` loads; ``dequantize()`` makes it dense. Where that cannot be done, and for other models with a
@@ -70,6 +70,12 @@ class _NotSaved:
     quantization_config: _Method = _Method(
         "marlin_w4a16.quantize(), in place (torch.save its state_dict(), and load that into a model quantised alike)"
     )
+
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        """Raises: the model's dense modules are gone."""
+        raise NotImplementedError(
+            f"{type(model).__name__}: found packed modules of quantize(), which let the dense ones go: load it again"
+        )
 
 
 def _tell(module: Any) -> None:

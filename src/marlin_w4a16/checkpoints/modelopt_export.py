@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
 from marlin_w4a16.version import __version__
 
 _ALGORITHMS = {("e4m3", 16): "W4A16_NVFP4", ("e8m0", 32): "MXFP4"}
@@ -41,9 +41,8 @@ def algorithm_of(weight: FP4Weight, path: str) -> str:
     """
     found = _ALGORITHMS.get((weight.kind, weight.group))
     if found is None:
-        raise CheckpointError(
-            f"{path}: found {weight.kind} scales in groups of {weight.group}, expected NVFP4 or MXFP4"
-        )
+        format = format_name(weight.kind, weight.group)
+        raise CheckpointError(f"{path}: found {format}, expected NVFP4 group 16 or MXFP4 group 32")
     return found
 
 
@@ -77,7 +76,5 @@ def _whole_scales(weight: FP4Weight, path: str) -> Tensor:
     zeros = (weight.codes.unflatten(-1, (-1, weight.group // 2)) & 0x77 == 0).all(-1)  # whose scale is free
     scales = torch.where(zeros, scales.clamp(0, _E8M0_LAST), scales)
     if bool((mantissa != 0.5).any()) or bool(((scales < 0) | (scales > _E8M0_LAST)).any()):
-        raise CheckpointError(
-            f"{path}: found multipliers that are no powers of two, expected scales that E8M0 can hold"
-        )
+        raise CheckpointError(f"{path}: found multipliers that E8M0 scales cannot hold, expected powers of two")
     return scales.byte()

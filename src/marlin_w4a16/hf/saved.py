@@ -42,6 +42,7 @@ class QuantizedHere(HfQuantizer):  # type: ignore[misc]
     def __init__(self, before: Any = None) -> None:
         super().__init__(ModelOptConfig(quant_algo="W4A16_NVFP4") if before is None else before.quantization_config)
         self.before = before
+        self.report = getattr(before, "report", None)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """The state dict in ModelOpt's format; the config of the model is given its own.
@@ -49,7 +50,7 @@ class QuantizedHere(HfQuantizer):  # type: ignore[misc]
         Raises:
             CheckpointError: there is no such checkpoint of the model.
         """
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if getattr(model, "_hf_peft_config_loaded", False) or not packed_in(model):
             return None, {}
         if self.before is not None:
             raise CheckpointError(
@@ -101,9 +102,8 @@ def _checkpoint(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, An
         elif isinstance(packed, PackedLinear):
             weights = {path: packed.to_fp4(path)}
         else:
-            raise CheckpointError(
-                _refused(model, [f"{path}: found {type(packed).__name__}, expected linears or Experts"])
-            )
+            told = f"{path}: found {type(packed).__name__}, expected a linear or an Experts module"
+            raise CheckpointError(_refused(model, [told]))
         for name, weight in weights.items():
             state |= {f"{name}.{leaf}": tensor for leaf, tensor in exported(weight, name).items()}
             algorithms[name] = algorithm_of(weight, name)
@@ -147,9 +147,8 @@ def _check(model: PreTrainedModel, twin: PreTrainedModel, state: Mapping[str, Te
     held = contents(entries, scheme)
     problems = held.problems or place(held, twin, scheme).problems
     if problems:
-        raise CheckpointError(
-            _refused(model, [f"{p.tensor}: found {p.found}, expected {p.expected}" for p in problems])
-        )
+        told = [f"{p.tensor}: found {p.found}, expected {p.expected}" for p in problems]
+        raise CheckpointError(_refused(model, told))
 
 
 def _refused(model: PreTrainedModel, problems: list[str]) -> str:
