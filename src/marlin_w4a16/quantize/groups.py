@@ -20,8 +20,8 @@ from marlin_w4a16.report.table import size
 
 def is_groups(module: nn.Module) -> bool:
     """Whether a module may be one: it takes rows and their numbers, and owns a stack."""
-    weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 3 or isinstance(module, nn.modules.conv._ConvNd):
+    held = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    if list(held) != ["weight"] or held["weight"].ndim != 3 or isinstance(module, nn.modules.conv._ConvNd):
         return False
     try:
         return len(inspect.signature(type(module).forward).parameters) == 3

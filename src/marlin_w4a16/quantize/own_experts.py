@@ -40,8 +40,9 @@ class _Computed:
 
 def names_of(module: nn.Module) -> tuple[str, str] | None:
     """The names of the two stacks of a module that may be such experts, or None."""
-    stacks = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.ndim == 3]
-    return (stacks[0], stacks[1]) if len(stacks) == 2 and _inputs(module) in (1, 3) else None
+    held = {name: parameter.ndim for name, parameter in module._parameters.items() if parameter is not None}
+    one, two = held if list(held.values()) == [3, 3] else ("", "")
+    return (one, two) if one and _inputs(module) in (1, 3) else None
 
 
 def refusal(module: Any, readers: Readers, group: int, named: bool) -> str | None:
