@@ -8,7 +8,6 @@ from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.kernels.fp4 import FP4Weight, format_name
-from marlin_w4a16.version import __version__
 
 _ALGORITHMS = {("e4m3", 16): "W4A16_NVFP4", ("e8m0", 32): "MXFP4"}
 _E8M0_LAST = 254  # 255 is NaN
@@ -53,8 +52,7 @@ def config(algorithms: Mapping[str, str], ignore: Iterable[str]) -> dict[str, An
         algorithms: those of the quantised weights, by path.
         ignore: the paths of linears that are dense.
     """
-    producer = {"name": "marlin_w4a16", "version": __version__}
-    values = {"quant_method": "modelopt", "producer": producer, "ignore": sorted(set(ignore))}
+    values = {"quant_method": "modelopt", "ignore": sorted(set(ignore))}
     found = set(algorithms.values())
     if len(found) == 1:
         return {**values, **_layer(found.pop())}

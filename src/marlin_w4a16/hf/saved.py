@@ -27,6 +27,7 @@ from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.modules.transformers_experts import biases_of, is_experts, names_of
+from marlin_w4a16.version import __version__
 
 WHAT_TO_DO = "model.dequantize() makes it dense; torch.save(model.state_dict()) keeps it packed"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -58,7 +59,8 @@ class QuantizedHere(HfQuantizer):  # type: ignore[misc]
                 f"expected one or the other: no checkpoint holds both; {WHAT_TO_DO}"
             )
         state, values = _checkpoint(model)
-        model.config.quantization_config = ModelOptConfig(**values)
+        producer = {"name": "marlin_w4a16", "version": __version__}
+        model.config.quantization_config = ModelOptConfig(**values, producer=producer)
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
