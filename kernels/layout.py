@@ -297,5 +297,4 @@ def untile_scales(scales: Tensor, group: int) -> Tensor:
     """Scale tiles ``[R, C, 4096 / group]`` as rows ``[64 R, 64 C / group]``."""
     r, c, _ = scales.shape
     per_tile = TILE // group
-    grid = scales.reshape(r, c, 4, 8, per_tile // 2, 2, 2).permute(0, 2, 5, 3, 1, 4, 6)
-    return grid.reshape(r * TILE, c * per_tile)
+    return scales.reshape(r, c, 4, 8, per_tile // 2, 2, 2).permute(0, 2, 5, 3, 1, 4, 6).reshape(r * TILE, c * per_tile)

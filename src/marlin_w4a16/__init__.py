@@ -21,7 +21,7 @@ from marlin_w4a16.kernels.quantize import quantize_mxfp4, quantize_nvfp4
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
 from marlin_w4a16.prepare import prepare, restore
-from marlin_w4a16.quantize.quantize import quantize
+from marlin_w4a16.quantized import quantize
 from marlin_w4a16.refresh import refresh
 from marlin_w4a16.report.data import Report
 from marlin_w4a16.report.debug import debug

@@ -41,9 +41,9 @@ def test_a_config_of_no_format_that_is_read_here(config):
 @pytest.mark.parametrize("file, where", [("config.json", "config.json: quantization_config"), (OTHER, OTHER)])
 def test_an_error_names_the_file_of_the_config(file, where):
     with pytest.raises(CheckpointError) as caught:
-        registry.scheme_of({"quant_method": ["modelopt"]}, {}, file)
+        registry.scheme_of({"quant_method": ["modelopt"]}, {}, where=file)
     assert str(caught.value) == f"{where}.quant_method: found a list, expected a string"
-    scheme = registry.scheme_of({"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}, file)
+    scheme = registry.scheme_of({"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}, where=file)
     assert scheme.where == where
 
 

@@ -1,5 +1,7 @@
 """Which linears of a model quantize() takes, and what it says of the others."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -150,7 +152,13 @@ def test_an_encoder_layer_of_torch_still_runs():
     model = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval()
     with torch.no_grad():
         swaps = quantize(model, "nvfp4")
-        assert len(swaps.rows) == 3 and not swaps.done
+        reads = "forward reads its weight, which is empty in a PackedLinear"
+        assert refusals(swaps) == {
+            "self_attn": "a MultiheadAttention computes with its in_proj_weight by itself: no packed module does that",
+            "self_attn.out_proj": f"MultiheadAttention.{reads}",
+            "linear1": f"TransformerEncoderLayer.{reads}",
+            "linear2": f"TransformerEncoderLayer.{reads}",
+        }
         assert model(torch.randn(2, 5, 64)).shape == (2, 5, 64)
 
 
@@ -198,13 +206,38 @@ def test_a_head_tied_by_its_memory_alone_is_left():
     assert list(refusals(quantize(model, "nvfp4"))) == ["head"]
 
 
-def test_linears_that_share_a_weight_are_left_and_untied_by_name():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
-    model[1].weight = model[0].weight
-    names = {path: reason.split(" too")[0] for path, reason in refusals(quantize(model, "nvfp4")).items()}
-    assert names == {"0": "its weight is 1.weight", "1": "its weight is 0.weight"}
-    assert refusals(quantize(model, "nvfp4", include=("*", "0")))["1"].startswith("its weight is 0.weight too")
-    assert done(quantize(model, "nvfp4", include=("*", "1"))) == ["1"]
+def sharing(*biases: bool) -> nn.Sequential:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias) for bias in biases))
+    for linear in model:
+        linear.weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False, True)])
+def test_linears_that_share_a_weight_share_the_packed_one(biases):
+    model, x = sharing(*biases), torch.randn(2, 64)
+    exact = quantize_nvfp4(model[0].weight.detach()).decode(torch.float32)
+    expected = [nn.functional.linear(x, exact, linear.bias) for linear in model]
+    swaps = quantize(model, "nvfp4")
+    notes = [None, *["shares the packed weight of 0"] * (len(biases) - 1)]
+    assert [row.note for row in swaps.done] == notes and [row.before for row in swaps.rows[1:]] == [0] * len(notes[1:])
+    assert len({linear.words.data_ptr() for linear in model}) == 1
+    for linear, wanted in zip(model, expected, strict=True):
+        torch.testing.assert_close(linear(x), wanted)
+    model.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
+    assert len({linear.words.data_ptr() for linear in twin}) == 1
+
+
+def test_a_weight_that_a_dense_linear_needs_too_is_left_and_untied_by_name():
+    model = sharing(False, False, False)
+    left = refusals(quantize(model, "nvfp4", exclude="2"))
+    assert {path: reason.split(" too")[0] for path, reason in left.items()} == {
+        "0": "its weight is 2.weight",
+        "1": "its weight is 2.weight",
+        "2": "it matches exclude='2'",
+    }
+    assert done(quantize(model, "nvfp4", include=("*", "1"), exclude="2")) == ["1"]
 
 
 def test_a_buffer_in_the_memory_of_a_weight_counts_and_parts_side_by_side_do_not():

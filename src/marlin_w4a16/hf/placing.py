@@ -21,9 +21,10 @@ from marlin_w4a16.hf.linear import StoredLinear
 from marlin_w4a16.hf.missing import missing
 from marlin_w4a16.hf.renaming import Renaming
 from marlin_w4a16.hf.scaled import Scaled
-from marlin_w4a16.modules.swaps import places_of, untie
+from marlin_w4a16.modules.swaps import untie
 from marlin_w4a16.producers.found import is_linear
 from marlin_w4a16.quantize.dense import read_outside
+from marlin_w4a16.quantize.readers import Readers
 
 _Parts = dict[str, dict[int, tuple[Destination, Layer]]]
 
@@ -192,10 +193,9 @@ def _dense(model: nn.Module, others: Mapping[str, str], scheme: Scheme) -> Itera
 
 def _read_by_code(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, str]]:
     """Linears of which a method of the model reads the weight itself, not only its dtype, and which that is."""
-    places = places_of(model)
+    readers, why = Readers(model), "which is empty in a packed linear"
     for path in (path for path, layer in layers.items() if isinstance(layer.storage, FP4Storage)):
-        why = "which is empty in a packed linear"
-        reason = read_outside(places[id(model.get_submodule(path))], ("weight",), why, ("dtype", "device"))
+        reason = read_outside(readers, model.get_submodule(path), ("weight",), why, ("dtype", "device"))
         if reason is not None:
             yield path, reason
 

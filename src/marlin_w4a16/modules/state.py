@@ -32,6 +32,7 @@ class PackedState(nn.Module):
     """
 
     origin: Origin | None = None
+    turned = False  # whether the dense module holds its matrices as [k, n]
     _empty: str  # the name of the empty parameter
     _is_always_told = False  # also beside a bias
 

@@ -1,6 +1,6 @@
 """What was swapped in a model, one row per linear or Experts module, where its modules stand, what is tied."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ _COLUMNS = ("module", "producer", "format", "bytes", "outcome")
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One linear or Experts module of the model: swapped, or left as it was and why.
+    """One linear, Experts module or other owner of matrices: swapped, or left as it was and why.
 
     Attributes:
         path: its module path.
@@ -26,6 +26,7 @@ class Swap:
         before, after: bytes of its weights: what was let go, and what is held instead.
         note: what a reader should know of one that was swapped, or None.
         experts: whether it is an Experts module.
+        other: whether it is neither, but owns matrices.
     """
 
     path: str
@@ -36,11 +37,12 @@ class Swap:
     after: int = 0
     note: str | None = None
     experts: bool = False
+    other: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Swaps:
-    """What `prepare`, `quantize` or `restore` did, one row per linear and Experts module; ``print`` it for a table."""
+    """What `prepare`, `quantize` or `restore` did, one row per module with weights; ``print`` it for a table."""
 
     rows: tuple[Swap, ...]
 
@@ -57,14 +59,11 @@ class Swaps:
     def summary(self) -> str:
         """One line: how many were swapped, and their bytes before and after."""
         before, after = sum(row.before for row in self.done), sum(row.after for row in self.done)
-        counts = [self._count("linears", experts=False)]
-        if any(row.experts for row in self.rows):
-            counts.append(self._count("Experts modules", experts=True))
-        return f"swapped {' and '.join(counts)}: {size(before)} -> {size(after)}"
-
-    def _count(self, what: str, *, experts: bool) -> str:
-        done, rows = (sum(row.experts is experts for row in of) for of in (self.done, self.rows))
-        return f"{done} of {rows} {what}"
+        linears = [row for row in self.rows if not row.experts and not row.other]
+        experts, others = [row for row in self.rows if row.experts], sum(row.other for row in self.rows)
+        counts = [_count("linears", linears), *([_count("Experts modules", experts)] if experts else [])]
+        left = f"; {others} other{'s' if others > 1 else ''} left" if others else ""
+        return f"swapped {' and '.join(counts)}: {size(before)} -> {size(after)}{left}"
 
     def __str__(self) -> str:
         return f"{table([_COLUMNS, *map(_cells, self.rows)])}\n{self.summary()}"
@@ -125,6 +124,10 @@ def has_hooks(module: Any) -> bool:
     """Whether calls of a module run hooks of its own, or those of accelerate."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or hasattr(module, "_hf_hook")
+
+
+def _count(what: str, rows: Sequence[Swap]) -> str:
+    return f"{sum(row.refusal is None for row in rows)} of {len(rows)} {what}"
 
 
 def _cells(row: Swap) -> tuple[str, ...]:

@@ -1,7 +1,5 @@
 """What is asked of dense weights, and of the code around their modules, before they are quantised."""
 
-import inspect
-import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -9,13 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.kernels.fp4 import EXACT_EXPONENTS
-from marlin_w4a16.modules.swaps import Places
 from marlin_w4a16.producers.found import NO_VALUES, holds_values
+from marlin_w4a16.quantize.readers import Readers
 
 
 def is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a tensor is dense and of no subclass but nn.Parameter."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided  # type: ignore[union-attr]
+
+
+def is_near(found: Any, expected: Tensor) -> bool:
+    """Whether what a module gives is what it is thought to compute, up to roundings of its dtype."""
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return False
+    size = float(expected.double().nan_to_num(0, 0, 0).abs().amax()) if expected.numel() else 0.0
+    rtol = 8 * torch.finfo(expected.dtype).eps ** 0.75
+    return torch.allclose(found.double(), expected.double(), rtol=rtol, atol=rtol * size, equal_nan=True)
 
 
 def dense_refusal(module: nn.Module, name: str) -> str | None:
@@ -39,31 +46,13 @@ def lost_with(module: nn.Module, kept: Sequence[str], packed: str) -> str | None
     return f"it also holds {lost}, which a {packed} would lose" if lost else None
 
 
-def read_outside(places: Places, names: Sequence[str], why: str, held: Sequence[str] = ()) -> str | None:
-    """Why a module cannot become a packed one: a parent reads ``self.child.name``.
+def read_outside(
+    readers: Readers, module: nn.Module, names: Sequence[str], why: str, held: Sequence[str] = ()
+) -> str | None:
+    """Why a module cannot become a packed one: code that a call of the model runs reads a parameter of it.
 
     Reading no more of it than what is ``held`` by the packed module's too is left out, such as its dtype.
+    `nn.MultiheadAttention` has such code, Bloom and Mamba of transformers too.
     """
-    found = ((_reader(type(parent), child, name, held), name) for parent, child in places for name in names)
-    return next((f"{method} reads its {name}, {why}" for method, name in found if method is not None), None)
-
-
-def _reader(cls: type[nn.Module], child: str, name: str, held: Sequence[str]) -> str | None:
-    """The method of a class that reads ``self.child.name``, or None; what only initialises is left out.
-
-    `nn.MultiheadAttention` has one, Bloom and Mamba of transformers too. T5's asks first whether it is a tensor.
-    """
-    for owner in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for method, value in vars(owner).items():
-            function: Any = inspect.unwrap(value) if callable(value) else getattr(value, "fget", None)
-            code = getattr(function, "__code__", None)
-            if code is None or not {child, name} <= set(code.co_names) or "init" in method or "reset" in method:
-                continue
-            try:
-                source = inspect.getsource(function)
-            except OSError:  # made at run time
-                continue
-            read = rf"self\.{re.escape(child)}\.{re.escape(name)}\b" + "".join(rf"(?!\.{what}\b)" for what in held)
-            if re.search(read, source) and not re.search(rf"isinstance\({read}", source):
-                return f"{owner.__name__}.{method}"
-    return None
+    found = readers.reads(module, names, held)
+    return None if found is None else f"{found[0]} reads its {found[1]}, {why}"

@@ -13,17 +13,17 @@ from marlin_w4a16.kernels.expert_order import kinds
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import packed_nbytes
 from marlin_w4a16.modules.packed_experts import PackedExperts
-from marlin_w4a16.modules.swaps import Places
 from marlin_w4a16.modules.transformers_experts import gating_of, names_of, pack_experts_of
 from marlin_w4a16.passes.outcome import Rejected
 from marlin_w4a16.producers.found import bytes_of
 from marlin_w4a16.quantize.dense import dense_refusal, lost_with, read_outside
+from marlin_w4a16.quantize.readers import Readers
 from marlin_w4a16.report.table import size
 
 _DECORATED = "transformers.integrations.moe"  # where the forward that use_experts_implementation gives is defined
 
 
-def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:
+def refusal(module: Any, readers: Readers, group: int, named: bool) -> str | None:
     """Also for experts that run as no one op, or whose code around them reads a weight."""
     if getattr(type(module).forward, "__globals__", {}).get("__name__") != _DECORATED:
         return f"a {type(module).__name__} has a forward of its own"
@@ -36,8 +36,8 @@ def refusal(module: Any, places: Places, group: int, named: bool) -> str | None:
     refused = (
         next(filter(None, (dense_refusal(module, name) for name in held)), None)
         or lost_with(module, (*held, *(["act_fn"] if stateless else [])), "PackedExperts")
-        or read_outside(places, held, "which a PackedExperts does not have")
-        or _shape_refusal(module, group, named)
+        or read_outside(readers, module, held, "which a PackedExperts does not have")
+        or shape_refusal(_weights(module), module.has_gate, group, named)
     )
     found = refused or gating_of(module, _weights(module)[0].shape[1])
     return found.reason if isinstance(found, Rejected) else refused
@@ -51,12 +51,13 @@ def packed(module: Any, quantise: Callable[..., FP4Weight], group: int) -> Packe
         raise ValueError(found.reason)
     first, second = (f"its {name}" for name in names_of(module))
     given = (
-        _stacked(w13, kinds(found[1], w13.shape[1]), quantise, group, first),
-        _stacked(w2, (slice(None),), quantise, group, second),
+        stacked(w13, kinds(found[1], w13.shape[1]), quantise, group, first),
+        stacked(w2, (slice(None),), quantise, group, second),
     )
     made = pack_experts_of(module, *given, w13.dtype)
     if isinstance(made, Rejected):
         raise ValueError(made.reason)
+    made.turned = module.is_transposed
     return made
 
 
@@ -66,9 +67,10 @@ def _weights(module: Any) -> tuple[Tensor, Tensor]:
     return (w13.mT, w2.mT) if module.is_transposed and w13.ndim == w2.ndim == 3 else (w13, w2)
 
 
-def _stacked(
+def stacked(
     weight: Tensor, parts: Sequence[slice], quantise: Callable[..., FP4Weight], group: int, name: str
 ) -> FP4Weight:
+    """Each matrix of ``[experts, n, k]`` rounded, its parts by themselves, columns filled up to whole groups."""
     experts, n, k = weight.shape
     width = _filled(k, group)
     codes = torch.empty((experts, n, width // 2), dtype=torch.uint8, device=weight.device)
@@ -87,13 +89,14 @@ def _filled(columns: int, group: int) -> int:
     return -(-columns // group) * group
 
 
-def _shape_refusal(module: Any, group: int, named: bool) -> str | None:
-    w13, w2 = _weights(module)
+def shape_refusal(weights: tuple[Tensor, Tensor], gated: bool, group: int, named: bool) -> str | None:
+    """Why two stacks ``[experts, n, k]`` are not those of experts, or not worth packing; or None."""
+    w13, w2 = weights
     shapes = " and ".join(" x ".join(map(str, w.shape)) for w in (w13, w2))
-    kinds = 2 if module.has_gate else 1
+    kinds = 2 if gated else 1
     experts, hidden, intermediate = (*w2.shape, 0, 0, 0)[:3]
     if w2.ndim != 3 or w13.shape != (experts, kinds * intermediate, hidden) or not w13.numel():
-        rows = "2 i" if module.has_gate else "i"
+        rows = "2 i" if gated else "i"
         return f"its weights are {shapes}, expected [experts, {rows}, hidden] and [experts, hidden, i]"
     if hidden % group:
         return f"its weights are {shapes}, expected a hidden size in groups of {group}"
