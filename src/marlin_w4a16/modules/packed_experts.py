@@ -13,8 +13,11 @@ from marlin_w4a16.kernels.expert_order import Order
 from marlin_w4a16.kernels.experts import pack_bias, pack_experts, unpack_experts
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.modules.absent import absent
 from marlin_w4a16.modules.state import PackedState, held, parameter_of
 from marlin_w4a16.report.table import size
+
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class PackedExperts(PackedState):
@@ -22,8 +25,8 @@ class PackedExperts(PackedState):
 
     Stands where an Experts module of transformers does, with its arguments. Runs in eager mode and under any
     torch.compile backend, as one op, differentiable in the hidden states, the routing weights and the biases. The
-    rules of `PackedLinear` for packed tensors, casts and state dicts are its own. Its parameters are the biases, or one
-    that is empty and has the dtype of the activations, ``input_like``.
+    rules of `PackedLinear` for packed tensors, casts and state dicts are its own. Its parameters are the biases, and
+    two that are empty and have the dtype of the activations, ``gate_up_proj`` (or ``up_proj``) and ``down_proj``.
 
     Args:
         w13: gate and up of each expert, or up alone: ``[experts, rows, hidden]``; packed on its device, as is ``w2``.
@@ -42,7 +45,7 @@ class PackedExperts(PackedState):
 
     bias13: nn.Parameter | None
     bias2: nn.Parameter | None
-    _empty = "input_like"
+    gate_up_proj, up_proj, down_proj = (absent(name, ("shape", "ndim", "dim")) for name in _WEIGHTS)
 
     def __init__(
         self,
@@ -85,6 +88,10 @@ class PackedExperts(PackedState):
             trained = isinstance(bias13, nn.Parameter) and bias13.requires_grad
             bias13 = nn.Parameter(pack_bias(bias13.detach(), w2.k, order), requires_grad=trained)
         self._own({"13": w13, "2": w2}, {"bias13": parameter_of(bias13), "bias2": parameter_of(bias2)}, dtype)
+
+    @property
+    def _empties(self) -> tuple[str, ...]:  # type: ignore[override]
+        return _WEIGHTS[0 if self.activation.gated else 1], _WEIGHTS[2]
 
     @property
     def w13(self) -> PackedFP4:

@@ -9,6 +9,7 @@ from torch import Tensor
 from marlin_w4a16.fake_impls.grouped_linear import grouped_linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.modules.absent import absent
 from marlin_w4a16.modules.state import PackedState, held
 from marlin_w4a16.report.table import size
 
@@ -26,7 +27,8 @@ class PackedGroups(PackedState):
         ValueError: the weight has not three dimensions, or scales that ``dtype`` cannot hold.
     """
 
-    _empty, _is_always_told = "weight", True
+    _empties = ("weight",)
+    weight = absent("weight")
 
     def __init__(self, weight: FP4Weight, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()

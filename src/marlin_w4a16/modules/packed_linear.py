@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from marlin_w4a16.fake_impls.linear import again, linear
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.kernels.layout import PackedFP4, pack
+from marlin_w4a16.modules.absent import absent
 from marlin_w4a16.modules.state import PackedState, held, parameter_of
 from marlin_w4a16.report.table import size
 
@@ -50,7 +51,8 @@ class PackedLinear(PackedState, nn.modules.linear.NonDynamicallyQuantizableLinea
     words: Tensor
     scales: Tensor
     multiplier: Tensor
-    _empty, _is_always_told = "weight", True
+    _empties = ("weight",)
+    weight = absent("weight")
 
     @property
     def qweight(self) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.kernels.layout import PackedFP4
+from marlin_w4a16.modules.absent import is_empty
 from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.passes.graph.torch_private import stays, transform_of
 
+_FORMER = "input_like"  # what the empty parameter of experts was called
 _NAMES = {of: (f"words{of}", f"scales{of}", f"multiplier{of}") for of in ("", "13", "2")}
 
 
@@ -23,9 +25,9 @@ class PackedState(nn.Module):
     parameters, all of which some code averages or updates (AveragedModel), nor buffers, which DistributedDataParallel
     sends around at each step, but plain attributes, which this class moves, loads and saves. Casts leave them alone.
 
-    The first parameter of a module is where libraries look for the dtype of its inputs. Where no bias tells it, an
-    empty one does, which requires no grad; casts and moves take it along, and a state dict may lack it. That of a
-    linear is its ``weight``, and stands beside a bias too.
+    The first parameter of a module is where libraries look for the dtype of its inputs, and weights are where they look
+    for what they change. So a module has an empty parameter for each weight, by its usual name, which requires no grad;
+    casts and moves take it along, and a state dict may lack it. See `marlin_w4a16.modules.absent`.
 
     ``_extra_state`` holds ``_packing`` as JSON bytes; a state that says something else is refused before anything of it
     is loaded.
@@ -33,8 +35,7 @@ class PackedState(nn.Module):
 
     origin: Origin | None = None
     turned = False  # whether the dense module holds its matrices as [k, n]
-    _empty: str  # the name of the empty parameter
-    _is_always_told = False  # also beside a bias
+    _empties: tuple[str, ...]  # the names of the empty parameters
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -58,18 +59,18 @@ class PackedState(nn.Module):
         self._tell(dtype)
 
     def _tell(self, dtype: torch.dtype) -> None:
-        """Adds the empty parameter where one is needed, or lets it follow the bias and the words."""
-        held, words = self._parameters.get(self._empty), vars(self).get(f"words{next(iter(self._formats))}")
-        if words is None or (held is None and getattr(self, self._empty, None) is not None):  # pruned, parametrised
-            return
-        device = words.device
-        biases = (p for name, p in self._parameters.items() if name != self._empty and p is not None)
+        """Adds the empty parameters, or lets them follow the bias and the words."""
+        words = vars(self).get(f"words{next(iter(self._formats))}")
+        biases = (p for name, p in self._parameters.items() if name not in self._empties and p is not None)
         told = next((bias.dtype for bias in biases), None)
-        dtype = told or (dtype if held is None else held.dtype)
-        stale = held is None or (_is_empty(held) and (held.dtype, held.device) != (dtype, device))
-        if stale and (told is None or self._is_always_told):
-            empty = torch.empty(0, 0, dtype=dtype, device=device)
-            self.register_parameter(self._empty, nn.Parameter(empty, requires_grad=False))
+        for name in self._empties:
+            held = self._parameters.get(name)
+            if words is None or (held is None and getattr(self, name, None) is not None):  # pruned, parametrised
+                continue
+            wanted = told or (dtype if held is None else held.dtype)
+            if held is None or (is_empty(held) and (held.dtype, held.device) != (wanted, words.device)):
+                empty = torch.empty(0, 0, dtype=wanted, device=words.device)
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def register_bits(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
         """Adds a tensor that is moved, loaded and saved as a buffer is, and cast, averaged or sent by nobody."""
@@ -81,8 +82,8 @@ class PackedState(nn.Module):
         return {name: vars(self)[name] for name in self._bits if name in vars(self)}
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module does it; what takes the place of the empty parameter must be empty."""
-        if name == self._empty and param is not None and param.numel():
+        """As nn.Module does it; what takes the place of an empty parameter must be empty."""
+        if name in self._empties and param is not None and param.numel():
             raise ValueError(
                 f"{type(self).__name__}: {name}: found a parameter of shape {list(param.shape)}, expected an empty "
                 "one, since its weights are packed: untie it, load a state dict, or put a dense module in its place"
@@ -117,17 +118,18 @@ class PackedState(nn.Module):
 
     def _expect_one(self) -> None:
         """Raises a NotImplementedError where parameters of several modules stand in the place of its own."""
-        if transform_of(self._parameters.get(self._empty)) == "vmap":
+        if transform_of(self._parameters.get(self._empties[0])) == "vmap":
             raise NotImplementedError(
                 f"{type(self).__name__}: found parameters of several modules (torch.func.stack_module_state), which do "
                 f"not hold packed tensors, expected these as well: stack those of bits() beside them"
             )
 
     def _asking(self, out: Tensor) -> Tensor:
-        """The output, with a gradient for the empty parameter if that is trained: DDP waits for one of each."""
-        empty = self._parameters.get(self._empty)
-        if empty is not None and empty.requires_grad and torch.is_grad_enabled() and _is_empty(empty):
-            return out + empty.sum().to(out.dtype)
+        """The output, with a gradient for each empty parameter that is trained: DDP waits for one of each."""
+        for name in self._empties:
+            empty = self._parameters.get(name)
+            if empty is not None and empty.requires_grad and torch.is_grad_enabled() and is_empty(empty):
+                out = out + empty.sum().to(out.dtype)
         return out
 
     @property
@@ -158,8 +160,9 @@ class PackedState(nn.Module):
                 f"{self._packing}: go through to_fp4() of a module that holds it"
             )
             return
-        if _is_empty(state_dict.get(f"{prefix}{self._empty}")):
-            del state_dict[f"{prefix}{self._empty}"]
+        for name in (*self._empties, _FORMER):
+            if is_empty(state_dict.get(f"{prefix}{name}")):
+                del state_dict[f"{prefix}{name}"]
         with self._as_buffers():
             super()._load_from_state_dict(state_dict, prefix, *args)
         self._settle()
@@ -170,10 +173,9 @@ class PackedState(nn.Module):
 
     @contextmanager
     def _as_buffers(self) -> Iterator[None]:
-        """For its length the tensors are buffers, and the empty parameter is none: so nn.Module loads them."""
-        empty = self._parameters.get(self._empty)
-        if _is_empty(empty):
-            self._parameters[self._empty] = None
+        """For its length the tensors are buffers, and the empty parameters are none: so nn.Module loads them."""
+        empties = {name: p for name in self._empties if is_empty(p := self._parameters.get(name))}
+        self._parameters.update(dict.fromkeys(empties))
         own = {name: tensor for name, tensor in self.bits().items() if self._bits[name]}
         self._buffers.update(own)
         try:
@@ -181,8 +183,7 @@ class PackedState(nn.Module):
         finally:
             for name in own:
                 self._buffers.pop(name, None)
-            if _is_empty(empty):
-                self._parameters[self._empty] = empty
+            self._parameters.update(empties)
 
     def __copy__(self) -> "PackedState":
         """Another module over the same tensors: what is set, moved or registered on one is not on the other."""
@@ -232,10 +233,6 @@ def held(module: PackedState) -> tuple[str, int]:
 def parameter_of(bias: Tensor | None) -> nn.Parameter | None:
     """A bias as a parameter; one that is a parameter is kept as it is."""
     return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-
-
-def _is_empty(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and not tensor.numel()
 
 
 def _read(state: Any) -> Any:
