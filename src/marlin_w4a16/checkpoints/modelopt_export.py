@@ -71,7 +71,7 @@ def _whole_scales(weight: FP4Weight, path: str) -> Tensor:
     """E8M0 bytes that hold the powers of two, too, that packing moved into the multipliers (see `FP4Weight.fit`)."""
     mantissa, exponent = torch.frexp(weight.multiplier)
     scales = weight.scales.int() + (exponent - 1)[:, None]
-    zeros = (weight.codes.unflatten(-1, (-1, weight.group // 2)) & 0x77 == 0).all(-1)  # whose scale is free
+    zeros = (weight.codes.view(weight.n, -1, weight.group // 2) & 0x77 == 0).all(-1)  # whose scale is free
     scales = torch.where(zeros, scales.clamp(0, _E8M0_LAST), scales)
     if bool((mantissa != 0.5).any()) or bool(((scales < 0) | (scales > _E8M0_LAST)).any()):
         raise CheckpointError(f"{path}: found multipliers that E8M0 scales cannot hold, expected powers of two")

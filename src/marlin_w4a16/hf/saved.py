@@ -33,7 +33,7 @@ WHAT_TO_DO = "model.dequantize() makes it dense; torch.save(model.state_dict()) 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class QuantizedHere(HfQuantizer):  # type: ignore[misc]
+class QuantizedHere(HfQuantizer):
     """What ``model.hf_quantizer`` is where `quantize` packed a dense model.
 
     Args:

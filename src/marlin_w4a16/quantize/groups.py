@@ -67,7 +67,9 @@ def _multiplies(module: Any, weight: Tensor) -> bool:
     x = torch.randn((sum(counts), weight.shape[2]), generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         with torch.no_grad():
-            parts = [nn.functional.linear(rows, matrix) for rows, matrix in zip(x.split(counts), weight, strict=True)]
+            parts = [
+                nn.functional.linear(rows, matrix) for rows, matrix in zip(torch.split(x, counts), weight, strict=True)
+            ]
             return is_near(module.forward(x, counts), torch.cat(parts))
     except Exception:  # whatever a module's own code raises
         return False
