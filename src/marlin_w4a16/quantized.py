@@ -9,6 +9,7 @@ from torch import nn
 
 from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.modules.swaps import Swaps
+from marlin_w4a16.producers.found import is_of
 from marlin_w4a16.quantize import quantize as dense
 from marlin_w4a16.quantize.quantize import Format
 
@@ -87,5 +88,5 @@ def _tell(module: Any) -> None:
 
         if not isinstance(before, QuantizedHere):
             module.hf_quantizer = QuantizedHere(before)
-    elif before is None:
+    elif before is None and not is_of("peft", module):  # which saves adapters alone
         module.hf_quantizer = _NotSaved()
