@@ -85,9 +85,9 @@ def restore(model: nn.Module) -> Swaps:
     """
     rows: list[Swap] = []
     places = places_of(model)
-    for path in [name for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedExperts)]:
+    for path in [name for name, module in model.named_modules() if isinstance(module, PackedState)]:
         packed: Any = model.get_submodule(path)  # no list of modules: each is freed when it has been restored
-        origin, (format, nbytes), stacked = packed.origin, held(packed), isinstance(packed, PackedExperts)
+        origin, (format, nbytes), stacked = packed.origin, held(packed), not isinstance(packed, PackedLinear)
         refusal = _refill(packed, path) if path else "it is the model itself: restore() swaps the modules in a model"
         producer = origin.producer if origin is not None else None
         if refusal is not None or origin is None or origin.module is None:
@@ -106,7 +106,7 @@ _OUTSIDE = Rejected("the hook that decompresses its model is outside of this par
 
 def _read(module: Any, recover: bool) -> tuple[str, FoundModule | Rejected | None]:
     stacked = is_experts(module)
-    if isinstance(module, PackedLinear | PackedExperts):
+    if isinstance(module, PackedState):
         return "", PACKED
     for name, producer in (EXPERTS if stacked else LINEARS).items():
         try:

@@ -9,6 +9,7 @@ from torch import nn
 
 from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.modules.swaps import Swaps
+from marlin_w4a16.producers.found import is_of
 from marlin_w4a16.quantize import quantize as dense
 from marlin_w4a16.quantize.quantize import Format
 
@@ -83,9 +84,11 @@ def _tell(module: Any) -> None:
     before = getattr(module, "hf_quantizer", None)
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(module, transformers.PreTrainedModel):
+        from marlin_w4a16.hf.resizing import refuse_resizing
         from marlin_w4a16.hf.saved import QuantizedHere
 
         if not isinstance(before, QuantizedHere):
             module.hf_quantizer = QuantizedHere(before)
-    elif before is None:
+        refuse_resizing(module)
+    elif before is None and not is_of("peft", module):  # which saves adapters alone
         module.hf_quantizer = _NotSaved()

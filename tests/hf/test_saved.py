@@ -137,6 +137,14 @@ def test_a_model_of_others_that_asks_for_its_quantiser_is_told():
             one.hf_quantizer.dequantize(one)
 
 
+def test_adapters_of_a_quantised_model_are_saved_alone(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(built("Llama"), peft.LoraConfig(target_modules=["q_proj"], r=4))
+    quantize(model, "nvfp4", include="*mlp*")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_state_dict_is_what_it_was(tmp_path):
     model = built("Llama")
     quantize(model, "nvfp4")

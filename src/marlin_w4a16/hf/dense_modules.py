@@ -26,8 +26,10 @@ def packed_in(model: nn.Module) -> list[tuple[str, Any]]:
 
 def empty_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A dense model of the same class and config, on the meta device."""
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype  # save_pretrained leaves its name there
     with torch.device("meta"):
-        twin: PreTrainedModel = type(model)(copy.deepcopy(model.config))
+        twin: PreTrainedModel = type(model)(config)
     return twin
 
 

@@ -26,6 +26,7 @@ from marlin_w4a16.hf.joined import CheckpointParts, FP8Parts, StoredParts
 from marlin_w4a16.hf.linear import CheckpointLinear, DecodedLinear, FP8Linear, Nested, StoredLinear
 from marlin_w4a16.hf.loaded import Loaded, loaded
 from marlin_w4a16.hf.placing import place, put, swap_in
+from marlin_w4a16.hf.resizing import allow_resizing, refuse_resizing
 from marlin_w4a16.hf.scaled import ScaledParameters
 from marlin_w4a16.report.problems import told
 from marlin_w4a16.report.progress import track
@@ -102,6 +103,7 @@ class FP4Loading(HfQuantizer):
                     _settle(model, path, dense)
         if not self._dequantizes:
             compile_decode(model)
+            refuse_resizing(model)
         if self.report is not None:
             self.report.log(log, time.perf_counter() - start)
         return super()._process_model_after_weight_loading(model, **kwargs) if self._shares else model
@@ -138,6 +140,7 @@ class FP4Loading(HfQuantizer):
         # save_pretrained makes a name of the dtype in the config, which is what transformers passes on
         chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self.model_dtype
         before = model.dtype
+        allow_resizing(model)
         for path, module in model.named_modules():
             if isinstance(module, StoredLinear) and any(parameter.is_meta for parameter in module.parameters()):
                 raise _offloaded(path)

@@ -23,6 +23,7 @@ from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.hf.configs import ModelOptConfig
 from marlin_w4a16.hf.dense_modules import dense, empty_twin, packed_in
 from marlin_w4a16.hf.placing import place, put
+from marlin_w4a16.hf.resizing import allow_resizing
 from marlin_w4a16.kernels.expert_order import kinds
 from marlin_w4a16.kernels.fp4 import FP4Weight
 from marlin_w4a16.modules.packed_experts import PackedExperts
@@ -66,6 +67,7 @@ class QuantizedHere(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        allow_resizing(model)
         if self.before is not None:
             model = self.before._dequantize(model, chosen)
         made: dict[int, nn.Module] = {}
