@@ -36,11 +36,12 @@ ONE, TWO = (
     ["multiplier", "words", "scales"],
     ["multiplier13", "multiplier2", "words13", "scales13", "words2", "scales2"],
 )
+EMPTIES, BIASES = ["gate_up_proj", "down_proj"], ["bias13", "bias2"]
 FORMS = {
     "linear": (linear, False, ["weight"], ["weight", *ONE, "_extra_state"]),
     "linear with a bias": (linear, True, ["bias", "weight"], ["bias", "weight", *ONE, "_extra_state"]),
-    "experts": (experts, False, ["input_like"], ["input_like", *TWO, "_extra_state"]),
-    "experts with biases": (experts, True, ["bias13", "bias2"], ["bias13", "bias2", *TWO, "_extra_state"]),
+    "experts": (experts, False, EMPTIES, [*EMPTIES, *TWO, "_extra_state"]),
+    "experts with biases": (experts, True, [*BIASES, *EMPTIES], [*BIASES, *EMPTIES, *TWO, "_extra_state"]),
 }
 
 
@@ -203,8 +204,8 @@ def test_the_keys_of_its_state_of_which_older_ones_lack_the_empty_parameter(form
     assert list(state) == keys and not any(isinstance(tensor, nn.Parameter) for tensor in state.values())
     kept = module.state_dict(keep_vars=True)
     assert list(kept) == keys and all(kept[name] is tensor for name, tensor in module.bits().items())
-    older = {name: tensor for name, tensor in state.items() if name not in ("weight", "input_like")}
-    for loaded in (state, older):
+    older = {name: tensor for name, tensor in state.items() if name not in ("weight", *EMPTIES)}
+    for loaded in (state, older, {**older, "input_like": torch.empty(0, 0)}):
         assert str(module.load_state_dict(loaded)) == "<All keys matched successfully>"
     assert [name for name, _ in module.named_parameters()] == parameters
 
@@ -416,7 +417,7 @@ def test_what_is_no_tensor_does_not_take_its_place(module):
 
 @pytest.mark.parametrize("how", [setattr, PackedState.register_parameter], ids=["set", "registered"])
 def test_the_empty_parameter_stays_empty(module, how):
-    name, given = module._empty, inputs(module)
+    name, given = module._empties[-1], inputs(module)
     before = module(*given)
     with pytest.raises(ValueError, match=rf"{name}: found a parameter of shape \[{N}, {K}\], expected an empty one"):
         how(module, name, nn.Parameter(torch.randn(N, K)))
@@ -463,11 +464,13 @@ def test_what_is_in_no_state_is_there_after_the_state_was_loaded(module, move):
     assert torch.equal(copied.kept, torch.arange(3)) and torch.equal(copied(*given), expected)
 
 
-def test_what_stands_for_its_empty_parameter_stays():
-    linear = PackedLinear(quantize_nvfp4(torch.randn(64, 64)))
-    prune.l1_unstructured(linear, "weight", amount=0.0)
-    x, copied = torch.randn(3, 64), copy.deepcopy(linear)
-    assert torch.equal(copied(x), linear(x))
+def test_pruning_is_refused_and_leaves_it_whole():
+    linear, x = PackedLinear(quantize_nvfp4(torch.randn(64, 64))), torch.randn(3, 64).bfloat16()
+    before = linear(x)
+    with pytest.raises(ValueError, match="found a packed weight, expected a dense one"):
+        prune.l1_unstructured(linear, "weight", amount=0.5)
+    assert [name for name, _ in linear.named_parameters()] == ["weight"] and torch.equal(linear(x), before)
+    assert type(linear._parameters["weight"]) is nn.Parameter
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager", "marlin_w4a16"])

@@ -1,6 +1,6 @@
 """A packed head has no rows to add: a model with one refuses ``resize_token_embeddings`` before anything is resized."""
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ _METHOD = "resize_token_embeddings"
 def refuse_resizing(model: PreTrainedModel) -> None:
     """Has a model with a packed head raise where it would resize its embedding, and then fail at the head."""
     if isinstance(model.get_output_embeddings(), PackedState):
-        vars(model)[_METHOD] = MethodType(_refused, model)
+        vars(model)[_METHOD] = partial(_refused, model)
 
 
 def allow_resizing(model: PreTrainedModel) -> None:

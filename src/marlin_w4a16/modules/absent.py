@@ -4,6 +4,7 @@ What wants a dense weight (a merge of adapters, DoRA, a new size) gets an error 
 about shapes. Code that is compiled, and who looks into ``_parameters``, sees the plain empty parameter.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ class AbsentWeight(nn.Parameter):
         """Python attributes are those of the parameter."""
         return getattr(vars(self)["owner"], name)
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(vars(self)["owner"], memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return vars(self)["owner"].__reduce_ex__(protocol)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -54,7 +61,7 @@ class AbsentWeight(nn.Parameter):
                 "by model.dequantize() (or load it so: quantization_config=...(dequantize=True))"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*map(_owner, args), **{key: _owner(value) for key, value in (kwargs or {}).items()})
+            return func(*map(present, args), **{key: present(value) for key, value in (kwargs or {}).items()})
 
 
 def absent(name: str, refused: Sequence[str] = ()) -> Any:
@@ -87,11 +94,12 @@ def absent(name: str, refused: Sequence[str] = ()) -> Any:
     return property(read, write, delete)
 
 
-def _owner(value: Any) -> Any:
+def present(value: Any) -> Any:
+    """The empty parameter itself, where something stands for it; all else as it is."""
     if isinstance(value, AbsentWeight):
         return vars(value)["owner"]
     if isinstance(value, tuple | list):
-        return type(value)(map(_owner, value))
+        return type(value)(map(present, value))
     return value
 
 

@@ -45,7 +45,7 @@ class PackedExperts(PackedState):
 
     bias13: nn.Parameter | None
     bias2: nn.Parameter | None
-    gate_up_proj, up_proj, down_proj = (absent(name, ("shape", "ndim", "dim")) for name in _WEIGHTS)
+    gate_up_proj, up_proj, down_proj = (absent(name, ("ndim", "dim")) for name in _WEIGHTS)
 
     def __init__(
         self,

@@ -1,7 +1,9 @@
 """What modules that own packed weights share: tensors that nothing may change but what loads, moves or saves them."""
 
 import copy
+import functools
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.modules.absent import is_empty
+from marlin_w4a16.modules.absent import is_empty, present
 from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.passes.graph.torch_private import stays, transform_of
 
@@ -83,6 +85,7 @@ class PackedState(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module does it; what takes the place of an empty parameter must be empty."""
+        param = present(param)
         if name in self._empties and param is not None and param.numel():
             raise ValueError(
                 f"{type(self).__name__}: {name}: found a parameter of shape {list(param.shape)}, expected an empty "
@@ -129,6 +132,8 @@ class PackedState(nn.Module):
         for name in self._empties:
             empty = self._parameters.get(name)
             if empty is not None and empty.requires_grad and torch.is_grad_enabled() and is_empty(empty):
+                if not torch.compiler.is_compiling():
+                    _warn(f"{type(self).__name__}.{name}")
                 out = out + empty.sum().to(out.dtype)
         return out
 
@@ -233,6 +238,15 @@ def held(module: PackedState) -> tuple[str, int]:
 def parameter_of(bias: Tensor | None) -> nn.Parameter | None:
     """A bias as a parameter; one that is a parameter is kept as it is."""
     return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+
+
+@functools.cache
+def _warn(name: str) -> None:
+    warnings.warn(
+        f"{name}: found a packed weight that requires a gradient, expected a frozen one: it is not trained, only "
+        "adapters beside it are; model.dequantize() makes it dense",
+        stacklevel=4,
+    )
 
 
 def _read(state: Any) -> Any:
