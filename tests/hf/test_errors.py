@@ -422,6 +422,12 @@ def test_experts_that_are_wrong(name, family, change, problem, damaged):
     assert problem in damaged(name, change, family=family)
 
 
+def test_stacks_of_modelopt_in_groups_of_rows(error):
+    """Its MXFP4 packs the stacks of gpt-oss along their last axis, which the product does not sum over."""
+    found = "down_proj_weight_scale: found U8 [4, 160, 3], expected [experts, k / 32, n] for codes U8 [4, 160, 48]"
+    assert found in error(written("modelopt-mxfp4", "gptoss"))
+
+
 # Files
 
 

@@ -52,7 +52,7 @@ def dtype_of(key, tensor, name, family, dtype) -> torch.dtype:
     path, leaf = split(in_model)
     upstream = name.startswith("ct-") and linears(name, family).get(path) == "Linear" and leaf == "weight_scale"
     quantised = is_expert(path) or path in linears(name, family)
-    if upstream_keeps(name, dtype):
+    if upstream_keeps(name, dtype) or tensor.dtype == torch.uint8:
         return tensor.dtype
     if upstream or leaf == "bias" or (in_model in plain and not quantised):
         return plain[in_model].dtype if in_model in plain else dtype
