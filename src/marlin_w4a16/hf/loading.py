@@ -73,7 +73,7 @@ class FP4Loading(HfQuantizer):
         self.cache_scales = read(placement.cache_scales)
         dense = self.model_dtype.itemsize if self._dequantizes else None
         self._beside = bytes_beside(model, placement.mixtures, dense)
-        own = [*(mixture.path for mixture in placement.mixtures), *placement.joined]
+        own = [*(mixture.path for mixture in placement.mixtures), *placement.joined, *placement.elsewhere]
         not_loaded = (*map(re.escape, self.cache_scales), *own_names(model, own))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *not_loaded}
