@@ -27,6 +27,17 @@ def nvfp4(rows: int, columns: int) -> dict[str, Tensor]:
     return {"weight": codes, "weight_scale": scales.view(torch.float8_e4m3fn), "weight_scale_2": factor}
 
 
+def fp8(rows: int, columns: int, block: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a random weight whose blocks have scales, and its exact value; in MXFP8 they are E8M0."""
+    codes = (torch.randn(rows, columns) * 20).to(torch.float8_e4m3fn)
+    shape = -(-rows // block[0]), -(-columns // block[1])
+    powers = torch.randint(118, 124, shape, dtype=torch.uint8)
+    scales = torch.rand(shape) * 0.01 + 0.001
+    values = (powers.double() - 127).exp2() if block[0] == 1 else scales.double()
+    spread = values.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return {"weight": codes, "weight_scale": powers if block[0] == 1 else scales}, codes.double() * spread
+
+
 class Written:
     """A model and a checkpoint of it; weights go over one by one, `save` writes what there is.
 
@@ -42,12 +53,12 @@ class Written:
             for parameter in self.model.parameters():
                 parameter.data = torch.randn(parameter.shape) * (0.1 if parameter.ndim > 1 else 1.0)
         self.tensors: dict[str, Tensor] = {name: t.clone() for name, t in self.model.state_dict().items()}
-        self.packed: list[str] = []
+        self.packed: dict[str, str] = {}  # by which algorithm of ModelOpt
 
     def pack(self, path: str, rows: int, columns: int) -> Tensor:
         """A new weight at a path of the checkpoint; its exact value."""
         tensors = {f"{path}.{leaf}": tensor for leaf, tensor in nvfp4(rows, columns).items()}
-        self.packed.append(path)
+        self.packed[path] = "W4A16_NVFP4"
         self.tensors |= tensors
         return exact(tensors, path).float()
 
@@ -69,9 +80,17 @@ class Written:
         for part, name in zip(linear.weight.data.chunk(len(stored)), stored, strict=True):
             part.copy_(self.pack(name, *part.shape))
 
+    def decode(self, path: str, algorithm: str, block: tuple[int, int]) -> None:
+        """A linear becomes one in FP8."""
+        weight = self.model.get_submodule(path).weight
+        tensors, value = fp8(*weight.shape, block)
+        weight.data.copy_(value.float())
+        self.packed[path] = algorithm
+        self.tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
+
     def save(self, folder: Path) -> None:
         """Writes the checkpoint; its config names each packed layer."""
-        layers = {path: {"quant_algo": "W4A16_NVFP4", "group_size": 16} for path in self.packed}
+        layers = {path: {"quant_algo": algorithm} for path, algorithm in self.packed.items()}
         config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
         self.model.config.architectures = [type(self.model).__name__]
         whole = {**self.model.config.to_dict(), "dtype": "float32", "quantization_config": config}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,31 @@ def test_the_scale_of_an_input_may_be_missing(name, leaf, tmp_path):
     folder = write(name, "llama", tmp_path)
     damage.drop(folder, f"{Q}.{leaf}")
     assert len(packed(load(folder))) == 14
+
+
+def test_the_scales_of_the_inputs_of_some_experts_may_be_missing(tmp_path):
+    """As exports have it for experts that calibration did not reach."""
+    folder = write("modelopt-nvfp4", "mixtral", tmp_path / "before")
+    experts = "model.layers.1.block_sparse_moe.experts"
+    for lost in ("0.w1", "2.w1", "3.w2"):
+        damage.drop(folder, f"{experts}.{lost}.input_scale")
+    damage.put(folder, f"{experts}.1.w2.input_scale", torch.tensor(torch.nan))
+    model = load(folder)
+    assert torch.equal(logits(model), logits(loaded("modelopt-nvfp4", "mixtral", torch.bfloat16)))
+    model.save_pretrained(tmp_path / "after")
+    found, before = (damage.load_file(tmp_path / name / SINGLE) for name in ("after", "before"))
+    assert found.keys() == before.keys() and all(same(found[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ["ct-nvfp4a16", "ct-nvfp4-fp8"])
+def test_a_pattern_that_takes_too_long(name, tmp_path, error):
+    folder, pattern = write(name, "llama", tmp_path), r"re:(.|.)*\d$"
+    damage.configure(folder, ignore=[pattern])
+    start = time.process_time()
+    assert error(folder).startswith(
+        f"config.json: quantization_config: what is ignored: found {pattern!r}, which takes"
+    )
+    assert time.process_time() - start < 2
 
 
 def of(leaf: str) -> str:

@@ -134,7 +134,7 @@ def test_dense_experts_one_by_one(change: Callable[[dict], object], problem, tmp
 
 def test_a_linear_that_is_dense_though_the_config_says_it_is_fp4(tmp_path):
     made = llama()
-    made.packed.append("model.layers.1.mlp.up_proj")
+    made.packed["model.layers.1.mlp.up_proj"] = "W4A16_NVFP4"
     made.save(tmp_path)
     (note,) = report(read(tmp_path)).notes
     assert (
