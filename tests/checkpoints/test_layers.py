@@ -335,6 +335,13 @@ def test_a_stack_of_modelopt_that_is_wrong(leaf, tensor, said):
     assert problem(NVFP4[0], {**tensors, leaf: tensor}, STACK) == f"x.safetensors: {STACK}{said}"
 
 
+def test_a_stack_of_modelopt_in_groups_of_rows():
+    """Its MXFP4 packs the stacks of gpt-oss along their last axis, which the product does not sum over."""
+    tensors = {"down_proj": ("U8", (4, 160, 48)), "down_proj_weight_scale": ("U8", (4, 160, 3))}
+    expected = "found U8 [4, 160, 3], expected [experts, k / 32, n] for codes U8 [4, 160, 48]"
+    assert problem(MXFP4[0], tensors, STACK) == f"x.safetensors: {STACK}.down_proj_weight_scale: {expected}"
+
+
 def test_a_stack_of_matrices_is_no_linear():
     tensors = {"weight": ("U8", (8, 4, 32)), "weight_scale": ("F8_E4M3", (8, 4, 4)), "weight_scale_2": ("F32", (1,))}
     found = "found F8_E4M3 [8, 4, 4], expected [n, k / 16 or 32] for codes U8 [8, 4, 32]"

@@ -126,7 +126,7 @@ def test_a_pattern_that_repeats_less(pattern, path):
 @pytest.mark.parametrize(
     "pattern",
     ["(", "[", "*", "a**b", "(?<n", "(?P<a>x", r"\8", r"\p{nosuch}", r"\N{nosuch}", r"\L<x>", "(?(1)a", "(?&x)",
-     "a{1<=e<=9999999999}", "(?aL)x", "(" * 450 + ")" * 450, "(" * 900, "[a" * 300],
+     "a{1<=e<=9999999999}", "(?aL)x", "(" * 900, "[a" * 300],
 )  # fmt: skip
 def test_what_is_no_regular_expression(pattern):
     for kind, given in (("re", f"re:{pattern}"), ("transformers", pattern)):

@@ -95,6 +95,12 @@ def test_an_error_of_ours_is_never_hidden(command):
         main(["bench", "folder"])
 
 
+def test_an_interrupted_command_is_130_without_a_traceback(command, capsys):
+    command.gives = KeyboardInterrupt()
+    assert main(["bench", "folder", "--debug"]) == 130
+    assert capsys.readouterr() == ("", "marlin_w4a16 bench: interrupted\n")
+
+
 def test_a_command_that_cannot_be_imported_is_an_error(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "marlin_w4a16.cli.bench", None)
     assert main(["bench", "folder"]) == 1

@@ -11,6 +11,7 @@ from torch import Tensor
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)$")
 STACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)_(blocks|scales|bias)$")
 LEAVES = {"blocks": "weight", "scales": "weight_scale"}
+TRANSPOSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)(?:_(weight_scale_2|weight_scale|input_scale))?$")
 ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -20,10 +21,18 @@ def is_expert(path: str) -> bool:
 
 
 def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With codes and scales of gpt-oss as if each expert had linears of its own, gate and up still interleaved."""
+    """With codes and scales of gpt-oss as if each expert had linears of its own, gate and up still interleaved.
+
+    ModelOpt leaves them as transformers has the weights: columns before rows.
+    """
     found = {}
     for name, tensor in tensors.items():
-        match = STACKED.fullmatch(name)
+        match, other = STACKED.fullmatch(name), TRANSPOSED.fullmatch(name)
+        if other is not None and f"{other[1]}.{other[2]}_weight_scale" in tensors:
+            for i in range(len(tensors[f"{other[1]}.{other[2]}"])):
+                part = tensor[i].T.contiguous() if tensor.ndim == 3 else tensor
+                found[f"{other[1]}.{i}.{other[2]}.{other[3] or 'weight'}"] = part
+            continue
         if match is None or match[3] == "bias":
             found[name] = tensor
             continue

@@ -37,6 +37,7 @@ MORE_MIXTURES: list[Case] = [
     *((name, "mixtral") for name in ("modelopt-w4a16", "ct-mxfp4a16")),
     *((name, "glm4moe") for name in ("modelopt-nvfp4", "ct-mxfp4a16")), ("ct-nvfp4a16", "deepseekv3"),
     ("modelopt-w4a16", "nemotronh"), ("modelopt-nemotron-0.47", "nemotronh"),
+    *((f"modelopt-{name}", "gptoss") for name in ("w4a16", "nvfp4")),
     *((f"deepseek-{name}", "deepseekv4") for name in ("v4.1", "v4-fp32", "v4-inv", "v4-weight-scale")),
 ]  # fmt: skip
 # Without a layer in FP4 there is nothing for this package to do.
@@ -47,6 +48,7 @@ ON_LLAMA = [case for case in OWN if case[1] == "llama"]
 # What runs without --wide: every format, most classes, each kind of mixture, tied heads and heads of their own.
 NARROW: set[Case] = {
     *((made.name, made.family) for made in FORMATS.values()), *MIXTURES, ("modelopt-awq", "gemma3-tied"),
+    ("modelopt-nvfp4", "gptoss"),
     ("modelopt-nvfp4", "llama-zeros"), ("modelopt-nvfp4", "mistral"), ("modelopt-w4a16", "qwen2"),
     ("ct-nvfp4a16", "llama-tied"), ("ct-nvfp4", "qwen3"), ("ct-mxfp4a16", "llama-bias"),
     ("ct-mxfp4a16", "llama-zeros"),

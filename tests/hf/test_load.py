@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from checkpoints.formats import written
 from checkpoints.names import renamed
-from hf.dense import split, tensors_of
+from hf.by_hand import SMALL, Written
+from hf.dense import relative, split, tensors_of
 from hf.dense_experts import is_expert, unstacked
 from hf.loading import (
     DTYPES,
@@ -26,6 +28,7 @@ from hf.loading import (
 from hf.matrix import LEFT, LOAD, MIXTURES, OWN_HEADS, REFUSED, params
 from marlin_w4a16 import PackedExperts, PackedLinear
 from marlin_w4a16.hf import CheckpointError, report
+from marlin_w4a16.hf.linear import DecodedLinear
 from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.tensors import held_tensors
 
@@ -94,6 +97,35 @@ def test_what_cannot_be_loaded_is_refused(name, family):
     with pytest.raises(CheckpointError) as raised:
         load(name, family)
     assert REFUSED[name, family] in str(raised.value) and str(written(name, family)) in str(raised.value)
+
+
+class Reading(transformers.LlamaForCausalLM):
+    """A model whose code reads the weight of its head."""
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        return self.model(input_ids).last_hidden_state @ self.lm_head.weight.T
+
+
+def test_a_weight_that_code_of_the_model_reads_is_decoded(tmp_path):
+    made = Written(Reading, transformers.LlamaConfig(**SMALL))
+    for path in ("lm_head", "model.layers.0.mlp.up_proj"):
+        made.linear(path, path)
+    made.save(tmp_path / "before")
+    model, tokens = Reading.from_pretrained(tmp_path / "before").eval(), torch.arange(3, 19).view(2, 8)
+    assert isinstance(model.lm_head, DecodedLinear) and isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
+    assert same(model.lm_head.weight.detach(), made.model.lm_head.weight.detach())
+    with torch.no_grad():
+        assert relative(model(tokens), made.model(tokens)) <= 1e-5
+    (note,) = report(model).notes
+    assert note == "lm_head: dense, since Reading.forward reads its weight, which is empty in a packed linear"
+    assert {layer.path: layer.outcome for layer in report(model).layers}["lm_head"] == "dense, its weight is read"
+    model.save_pretrained(tmp_path / "after")
+    before, after = (tensors_of(tmp_path / name) for name in ("before", "after"))
+    assert before.keys() == after.keys() and all(same(after[key], tensor) for key, tensor in before.items())
+    model.lm_head.weight.data[0] += 1
+    with pytest.raises(CheckpointError, match=r"^lm_head\.weight: found values that were changed"):
+        model.save_pretrained(tmp_path / "after")
+    assert type(model.dequantize().lm_head) is nn.Linear
 
 
 @pytest.mark.parametrize("name, family", MIXTURES)

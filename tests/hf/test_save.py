@@ -53,7 +53,7 @@ def dtype_of(key, tensor, name, family, dtype) -> torch.dtype:
     path, leaf = split(in_model)
     upstream = name.startswith("ct-") and linears(name, family).get(path) == "Linear" and leaf == "weight_scale"
     quantised = is_expert(path) or path in linears(name, family)
-    if upstream_keeps(name, dtype):
+    if upstream_keeps(name, dtype) or tensor.dtype == torch.uint8:
         return tensor.dtype
     if upstream or leaf == "bias" or (in_model in plain and not quantised):
         return plain[in_model].dtype if in_model in plain else dtype
@@ -229,7 +229,8 @@ def test_a_checkpoint_with_its_config_in_a_file_of_its_own(tmp_path):
     whole = config(folder)
     del whole["quantization_config"]
     (folder / "config.json").write_text(json.dumps(whole))
-    model = read(folder, quantization_config=ModelOptConfig.of(folder))
+    model = read(folder)
+    assert torch.equal(logits(read(folder, quantization_config=ModelOptConfig.of(folder))), logits(model))
     assert torch.equal(logits(model), logits(loaded("modelopt-nvfp4", "llama", torch.bfloat16)))
     model.save_pretrained(tmp_path / "saved")
     found, before = tensors_of(tmp_path / "saved"), stored("modelopt-nvfp4")

@@ -15,10 +15,11 @@ from marlin_w4a16.hf.placing import Placement, place
 def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | str:
     """Where the layers of a folder would go; or why no model can be made; or why that is not known."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks the user, and waits
     except Exception as error:  # whatever transformers raises of a config
-        text = _first_line(error)
-        if any(word in text for word in ("trust_remote_code", "model type", "model_type", "Unrecognized model")):
+        text = _shown(error)
+        known = ("trust_remote_code", "model type", "model_type", "Unrecognized model")
+        if any(word in str(error) for word in known):
             return f"not held against a model: {text}"
         return Problem(
             "config.json", "the config", f"one of which transformers can make no model: {text}", "a valid one"
@@ -32,7 +33,7 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | s
             model = cls(config)
     except Exception as error:  # whatever a model's own code raises
         return Problem(
-            "config.json", str(name), f"a config of which no model can be made: {_first_line(error)}", "a valid one"
+            "config.json", str(name), f"a config of which no model can be made: {_shown(error)}", "a valid one"
         )
     return place(held, model, scheme)
 
@@ -53,5 +54,5 @@ def notes_of(found: Placement | Problem | str) -> Iterator[str]:
         yield found
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}"
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -77,7 +77,7 @@ class FP4Loading(HfQuantizer):
         dense = self.model_dtype.itemsize if self._dequantizes else None
         self._beside = bytes_beside(model, placement.mixtures, dense)
         self._scaled = ScaledParameters(placement.scaled)
-        own = [*(mixture.path for mixture in placement.mixtures), *placement.joined]
+        own = [*(mixture.path for mixture in placement.mixtures), *placement.joined, *placement.elsewhere]
         scales = (re.escape(one.scale[1]) for one in placement.scaled)
         not_loaded = (*map(re.escape, self.cache_scales), *scales, *own_names(model, own))
         ignored = model._keys_to_ignore_on_load_unexpected or ()

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from marlin_w4a16.checkpoints.files import Entry
@@ -44,7 +44,7 @@ def missing(
         found = made.get(name)
         if found is None:
             if not _is_tied(name, model, made, own) and not _is_optional(name, model):
-                yield Problem(None, name, "no such tensor in any file", _wanted(name, tensor, scheme))
+                yield Problem(None, name, "no such tensor in any file", _wanted(name, tensor, model, scheme))
         elif isinstance(found, str):
             yield Problem(None, name, found, f"shape {list(tensor.shape)}")
         elif not scheme.shares:
@@ -73,6 +73,8 @@ def _is_optional(name: str, model: PreTrainedModel) -> bool:
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
 
 
-def _wanted(name: str, tensor: Tensor, scheme: Scheme) -> str:
-    storage = scheme.storage(name.removesuffix(".weight")) if name.endswith(".weight") and tensor.ndim == 2 else None
+def _wanted(name: str, tensor: Tensor, model: PreTrainedModel, scheme: Scheme) -> str:
+    path, _, leaf = name.rpartition(".")
+    is_weight = leaf == "weight" and isinstance(model.get_submodule(path), nn.Linear)
+    storage = scheme.storage(path) if is_weight else None
     return f"one ({storage.label})" if isinstance(storage, FP4Storage) else f"one of shape {list(tensor.shape)}"

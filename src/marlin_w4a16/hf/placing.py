@@ -39,6 +39,7 @@ class Placement:
         read: why the weight of a linear is decoded: code of the model reads it.
         scaled: FP8 weights of other modules, which are multiplied when they are loaded.
         experts: those of each module.
+        elsewhere: paths below which files hold experts and parts of linears that the model has at others.
         others: the names in the model of all other tensors, by those in the checkpoint.
         cache_scales: those of a quantised key/value cache by the name they would have in the model.
         problems: why some have no place, or places no layer.
@@ -50,6 +51,7 @@ class Placement:
     read: Mapping[str, str]
     scaled: tuple[Scaled, ...]
     experts: tuple[Gathered, ...]
+    elsewhere: frozenset[str]
     others: Mapping[str, str]
     cache_scales: Mapping[str, Entry]
     problems: tuple[Problem, ...]
@@ -110,7 +112,10 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     read, notes = dict(_read_by_code(model, layers)), [*_dense(model, others, scheme)]
     notes += [f"{counted(surplus)}: not loaded, the model has no such layer"] if surplus else []
     notes += [f"{counted(list(read))}: dense, since {next(iter(read.values()))}"] if read else []
-    return Placement(layers, joined, read, tuple(scaled), gathered, others, cache_scales, tuple(problems), tuple(notes))
+    of_parts = (renamed(layer.name(leaf)) for layers in joined.values() for layer in layers for leaf in layer.entries)
+    elsewhere = frozenset({*experts.elsewhere, *(name.rpartition(".")[0] for name in of_parts)})
+    rest = elsewhere, others, cache_scales, tuple(problems), tuple(notes)
+    return Placement(layers, joined, read, tuple(scaled), gathered, *rest)
 
 
 def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, keep: bool) -> None:

@@ -36,6 +36,13 @@ class AbsentWeight(nn.Parameter):
         """Python attributes are those of the parameter."""
         return getattr(vars(self)["owner"], name)
 
+    def refusal(self, wanted: str) -> ValueError:
+        """Says what to do to who wants something of a dense weight."""
+        return ValueError(
+            f"{vars(self)['told']}: found a packed weight, expected a dense one for {wanted!r}: make the model dense "
+            "first, by model.dequantize() (or load it so: quantization_config=...(dequantize=True))"
+        )
+
     def __deepcopy__(self, memo: Any) -> Any:
         return copy.deepcopy(vars(self)["owner"], memo)
 
@@ -56,10 +63,7 @@ class AbsentWeight(nn.Parameter):
         name, known = (of, _ATTRIBUTES) if asked in ("__get__", "__set__") else (asked, _METHODS)
         one = next(value for value in given if isinstance(value, AbsentWeight))
         if name not in known or name in one.refused:
-            raise ValueError(
-                f"{one.told}: found a packed weight, expected a dense one for {name!r}: make the model dense first, "
-                "by model.dequantize() (or load it so: quantization_config=...(dequantize=True))"
-            )
+            raise one.refusal(name)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*map(present, args), **{key: present(value) for key, value in (kwargs or {}).items()})
 

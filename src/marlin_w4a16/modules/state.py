@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_w4a16.kernels.layout import PackedFP4
-from marlin_w4a16.modules.absent import is_empty, present
+from marlin_w4a16.modules.absent import AbsentWeight, is_empty, present
 from marlin_w4a16.modules.origin import Origin
 from marlin_w4a16.passes.graph.torch_private import stays, transform_of
 
@@ -85,6 +85,8 @@ class PackedState(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module does it; what takes the place of an empty parameter must be empty."""
+        if isinstance(param, AbsentWeight) and name not in self._empties:
+            raise param.refusal(name)  # pruning, before anything is changed
         param = present(param)
         if name in self._empties and param is not None and param.numel():
             raise ValueError(

@@ -24,7 +24,7 @@ _PLACES = {
     "down_proj": (1, 0), "w2": (1, 0),
 }  # fmt: skip
 _WHOLE = ("gate_up_proj", "w13")
-_ALONE = re.compile(r"(?P<layer>.*\.\d+)\.(?:.*\.)?experts\.\d+\.(?P<name>\w+)")
+_ALONE = re.compile(r"(?P<path>(?P<layer>.*\.\d+)\.(?:.*\.)?experts)\.\d+\.(?P<name>\w+)")
 _STACKED = ("MergeModulelist", "Concatenate")  # what transformers does to experts that are stacked as they are
 
 
@@ -64,6 +64,7 @@ class ExpertLayers:
     def __init__(self, model: nn.Module) -> None:
         self._modules: dict[str, Any] = {path: m for path, m in model.named_modules() if is_experts(m)}
         self._found: dict[str, _Layers] = {}
+        self.elsewhere = set[str]()  # paths below which files hold experts that the model has at others
 
     @property
     def paths(self) -> Collection[str]:
@@ -95,6 +96,7 @@ class ExpertLayers:
         module = self._modules[paths[0]]
         places = 2 if not product and module.has_gate and found["name"] not in _WHOLE else 1
         at = place if places > 1 else 0
+        self.elsewhere |= {found["path"]} - {paths[0]}
         return Destination(f"{paths[0]}.{names_of(module)[product]}", at, places)
 
     def gathered(self, others: Mapping[str, Entry]) -> tuple[tuple[Gathered, ...], list[Problem]]:
