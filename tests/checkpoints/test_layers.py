@@ -56,6 +56,7 @@ def test_a_layer(name):
         (FP8, {"weight_scale": ("F16", (4,))}, True),
         (CT_NVFP4, {"input_global_scale": ("F32", (1,)), "weight_global_scale": ONE}, True),
         (NVFP4, {"v_scale": ONE, "q_scale": ONE, "bias": ("F32", (4,))}, False),
+        (NVFP4, {"v_bias": ("BF16", (1, 2, 1, 24)), "k_bias": ("BF16", (1, 2, 1, 24))}, False),
     ],
 )
 def test_tensors_that_may_differ_or_be_there(made, changes, kept):

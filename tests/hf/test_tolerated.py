@@ -9,6 +9,7 @@ from checkpoints import damage
 from checkpoints.formats import write
 from hf.damaged import SINGLE, Q, load, of, of_model, packed
 from hf.loading import loaded, logits, same
+from marlin_w4a16.cli.inspection import inspect
 from marlin_w4a16.hf import report
 
 
@@ -28,6 +29,19 @@ def test_the_scales_of_the_inputs_of_some_experts_may_be_missing(tmp_path):
     damage.put(folder, f"{experts}.1.w2.input_scale", torch.tensor(torch.nan))
     model = load(folder)
     assert torch.equal(logits(model), logits(loaded("modelopt-nvfp4", "mixtral", torch.bfloat16)))
+    model.save_pretrained(tmp_path / "after")
+    found, before = (damage.load_file(tmp_path / name / SINGLE) for name in ("after", "before"))
+    assert found.keys() == before.keys() and all(same(found[key], tensor) for key, tensor in before.items())
+
+
+def test_the_offsets_of_a_quantised_cache_are_kept(tmp_path):
+    """ModelOpt's NVFP4_AFFINE writes them beside the scales."""
+    folder = write("modelopt-kv-nvfp4", "llama", tmp_path / "before")
+    for i, part in ((0, "k"), (0, "v"), (1, "k"), (1, "v")):
+        damage.put(folder, f"model.layers.{i}.self_attn.{part}_proj.{part}_bias", torch.randn(1, 2, 1, 24).bfloat16())
+    model, info = load(folder, output_loading_info=True)
+    assert not any(info.values()) and len(packed(model)) == 14
+    assert [line.count for line in inspect(folder).lines if line.outcome == "unused"] == [2] * 4
     model.save_pretrained(tmp_path / "after")
     found, before = (damage.load_file(tmp_path / name / SINGLE) for name in ("after", "before"))
     assert found.keys() == before.keys() and all(same(found[key], tensor) for key, tensor in before.items())
