@@ -131,7 +131,7 @@ def shape_of(made: FP8Storage, codes: tuple[int, ...], scales: tuple[int, ...]) 
     [
         (FP8, (4, 64), [(), (1,), (4,), (64,)], []),  # its scales are asked for by `fits`
         (FP8, (2, 4, 64), [], [(), (4,)]), (FP8, (64,), [], [(), (64,)]),
-        (IN_BLOCKS, (256, 384), [(2, 3)], [(3, 2), (2, 4), (6,), (), (2, 3, 1), (256, 3)]),
+        (IN_BLOCKS, (256, 384), [(2, 3), (2, 1, 3, 1)], [(3, 2), (2, 4), (6,), (), (2, 3, 1), (256, 3), (2, 3, 1, 1)]),
         (IN_BLOCKS, (257, 100), [(3, 1)], [(2, 1), (3,), (2, 0)]), (IN_BLOCKS, (128,), [], [(1,), ()]),
         (MXFP8, (4, 64), [(4, 2)], [(4, 1), (1, 2), (4, 64), (8,), ()]), (MXFP8, (4, 65), [(4, 3)], [(4, 2)]),
     ],
@@ -179,8 +179,10 @@ def codes_of(rows: int, columns: int) -> Tensor:
 @pytest.mark.parametrize("rows, columns", [(256, 128), (300, 200), (1, 129), (130, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_scale_for_each_block(rows, columns, dtype, blocks):
-    stored = {"weight": codes_of(rows, columns), "weight_scale": torch.rand(-(-rows // 128), -(-columns // 128)) + 0.1}
-    wide = stored["weight_scale"].repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    scales = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.1
+    stored = {"weight": codes_of(rows, columns), "weight_scale": scales[:, None, :, None]}  # as ModelOpt has it
+    assert torch.equal(IN_BLOCKS.read(stored, dtype), IN_BLOCKS.read({**stored, "weight_scale": scales}, dtype))
+    wide = scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
     found = IN_BLOCKS.read(stored, dtype)
     assert torch.equal(found.double(), rounded(stored["weight"].double() * wide.double(), BITS[dtype]))
     again = IN_BLOCKS.write(found, {"weight_scale": stored["weight_scale"]}, "x")["weight"]

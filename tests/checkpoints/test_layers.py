@@ -7,43 +7,29 @@ from pathlib import Path
 import pytest
 
 from checkpoints.formats import FORMATS, written
-from checkpoints.headers import UP, Tensor, fields, hold, problem
+from checkpoints.headers import (
+    ALL,
+    CT_MXFP4,
+    CT_NVFP4,
+    DENSE,
+    FP8,
+    MXFP4,
+    NVFP4,
+    ONE,
+    SCALES,
+    SVD,
+    UP,
+    fields,
+    hold,
+    layer,
+    of_modelopt,
+    problem,
+)
 from marlin_w4a16.checkpoints import compressed_tensors, deepseek, files, gpt_oss, modelopt
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Problem, contents
-from marlin_w4a16.checkpoints.scheme import Scheme
 
 NAMES = ", ".join([*modelopt.FP4_ALGORITHMS, *modelopt.FP8_ALGORITHMS])
-
-
-def of_modelopt(algorithm: str, **more) -> Scheme:
-    return modelopt.scheme(fields({"quant_algo": algorithm, "ignore": ["lm_head"], **more}))
-
-
-def of_compressed(*groups: tuple[str, str]) -> Scheme:
-    made = {f"group_{i}": {"format": name, "targets": [target]} for i, (name, target) in enumerate(groups)}
-    return compressed_tensors.scheme(fields({"config_groups": made, "ignore": ["lm_head"]}))
-
-
-SCALES, CODES, ONE = ("F8_E4M3", (4, 4)), ("U8", (4, 32)), ("F32", ())
-DENSE: dict[str, Tensor] = {"weight": ("BF16", (4, 64))}
-NVFP4 = of_modelopt("NVFP4"), {"weight": CODES, "weight_scale": SCALES, "weight_scale_2": ONE}
-MXFP4 = of_modelopt("mxfp4"), {"weight": CODES, "weight_scale": ("U8", (4, 2))}
-SVD = of_modelopt("NVFP4_SVD")
-FP8 = of_modelopt("FP8"), {"weight": ("F8_E4M3", (4, 64)), "weight_scale": ONE}
-CT_NVFP4 = (
-    of_compressed(("nvfp4-pack-quantized", "Linear")),
-    {"weight_packed": CODES, "weight_scale": SCALES, "weight_global_scale": ("F32", (1,))},
-)
-CT_MXFP4 = (of_compressed(("mxfp4-pack-quantized", "Linear")), {"weight_packed": CODES, "weight_scale": ("U8", (4, 2))})
-ALL = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp8": FP8, "ct-nvfp4": CT_NVFP4, "ct-mxfp4": CT_MXFP4}
-
-
-def layer(scheme: Scheme, tensors: dict[str, Tensor | None]):
-    held = hold(scheme, **{UP: tensors})
-    assert not held.problems
-    (found,) = held.layers.values()
-    return found, held.others
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -70,6 +56,7 @@ def test_a_layer(name):
         (FP8, {"weight_scale": ("F16", (4,))}, True),
         (CT_NVFP4, {"input_global_scale": ("F32", (1,)), "weight_global_scale": ONE}, True),
         (NVFP4, {"v_scale": ONE, "q_scale": ONE, "bias": ("F32", (4,))}, False),
+        (NVFP4, {"v_bias": ("BF16", (1, 2, 1, 24)), "k_bias": ("BF16", (1, 2, 1, 24))}, False),
     ],
 )
 def test_tensors_that_may_differ_or_be_there(made, changes, kept):
@@ -173,62 +160,6 @@ def test_a_name_without_a_path():
     assert contents({"scale": entry, "weight_scale": entry}, CT_NVFP4[0]).others["scale"] is entry
 
 
-# FP4 tensors where the config says that there are none
-
-MIXED = of_modelopt("MIXED_PRECISION", quantized_layers={"other": {"quant_algo": "NVFP4"}})
-SHARED = of_compressed(("nvfp4-pack-quantized", "re:.*down"), ("float-quantized", "re:.*attn"))
-
-
-@pytest.mark.parametrize(
-    "scheme, tensors, path, leaf, why",
-    [
-        (NVFP4[0], NVFP4[1], "lm_head", "weight", "ignored by 'lm_head'"),
-        (FP8[0], FP8[1], "lm_head", "weight", "ignored by 'lm_head'"),
-        (NVFP4[0], FP8[1], "lm_head", "weight", "ignored by 'lm_head'"),
-        (CT_NVFP4[0], CT_NVFP4[1], "lm_head", "weight_packed", "ignored by 'lm_head'"),
-        (SHARED, CT_NVFP4[1], "lm_head", "weight_packed", "ignored by 'lm_head'"),
-        (MIXED, NVFP4[1], UP, "weight", "not among the quantised layers"),
-        (MIXED, FP8[1], UP, "weight", "not among the quantised layers"),
-        (of_compressed(("mxfp4-pack-quantized", "x")), CT_MXFP4[1], UP, "weight_packed",
-         "not among the quantised layers"),
-    ],
-)  # fmt: skip
-def test_packed_tensors_that_the_config_does_not_know(scheme, tensors, path, leaf, why):
-    """A whole weight is loaded as it is stored; what is left of one is not."""
-    held = hold(scheme, **{path: {**tensors, "bias": ("BF16", (4,))}})
-    (found,) = held.layers.values()
-    assert (found.path, found.n, found.k) == (path, 4, 64) and found.entries.keys() == tensors.keys()
-    assert not held.problems and held.others.keys() == {f"{path}.bias"}
-    assert held.notes == (f"{path}: {found.format} as stored, though the config says it is {why}",)
-    shown = f"{tensors[leaf][0]} {list(tensors[leaf][1])}"
-    for lost in tensors.keys() - {leaf}:
-        expected = f"expected a dense weight: the config says it is {why}"
-        assert problem(scheme, {**tensors, lost: None}, path) == (
-            f"x.safetensors: {path}.{leaf}: found {shown}, {expected}"
-        )
-
-
-@pytest.mark.parametrize(
-    "scheme, tensors, stored, said",
-    [
-        (NVFP4[0], MXFP4[1], "MXFP4 group 32", "ModelOpt NVFP4"),
-        (MXFP4[0], NVFP4[1], "NVFP4 group 16", "ModelOpt MXFP4"),
-        (NVFP4[0], FP8[1], "FP8 E4M3", "ModelOpt NVFP4"), (FP8[0], NVFP4[1], "NVFP4 group 16", "ModelOpt FP8"),
-        (of_modelopt("NVFP4", group_size=16), {**NVFP4[1], "weight_scale": ("F8_E4M3", (4, 2))}, "FP4 e4m3 group 32",
-         "ModelOpt NVFP4"),
-        (FP8[0], {"weight": ("F8_E4M3", (4, 64)), "weight_scale": ("U8", (4, 2))}, "MXFP8", "ModelOpt FP8"),
-        (NVFP4[0], {"weight": ("F8_E4M3", (4, 256)), "weight_scale_inv": ("F32", (1, 2))},
-         "FP8 E4M3 in blocks of 128 x 128", "ModelOpt NVFP4"),
-        (of_compressed(("nvfp4-pack-quantized", "re:.*mlp"), ("mxfp4-pack-quantized", "x")), CT_MXFP4[1],
-         "MXFP4 group 32", "compressed-tensors nvfp4-pack-quantized"),
-    ],
-)  # fmt: skip
-def test_another_format_than_the_config_says_is_loaded_with_a_note(scheme, tensors, stored, said):
-    held = hold(scheme, **{UP: tensors, f"{UP}2": tensors})
-    assert [one.format for one in held.layers.values()] == [stored] * 2 and not held.problems
-    assert held.notes == (f"{UP} and 1 more: {stored} as stored, though the config says it is {said}",)
-
-
 A, B = "svdquant_lora_a", "svdquant_lora_b"
 IN_QUANTIZER = {leaf: f"weight_quantizer._{leaf}" for leaf in (A, B)}  # as ModelOpt exports models of transformers
 PAIR = {A: ("BF16", (8, 64)), B: ("BF16", (4, 8))}
@@ -258,94 +189,6 @@ def test_a_low_rank_part(names):
 )
 def test_a_low_rank_part_that_is_wrong(changes, leaf, said):
     assert problem(SVD, {**NVFP4[1], **PAIR, **changes}) == f"x.safetensors: {UP}.{leaf}: {said}"
-
-
-def test_a_path_that_is_named_goes_before_what_is_ignored():
-    named = {UP: {"quant_algo": "NVFP4", "group_size": 16}}
-    scheme = of_modelopt("MIXED_PRECISION", quantized_layers=named, ignore=[UP, "*.mlp*", "lm_head"])
-    assert layer(scheme, NVFP4[1])[0].storage is scheme.targets[UP]
-    assert hold(scheme, **{UP: NVFP4[1]}).notes == ()
-    groups = {"g": {"format": "nvfp4-pack-quantized", "targets": [UP]}}
-    scheme = compressed_tensors.scheme(fields({"config_groups": groups, "ignore": ["re:.*mlp", UP]}))
-    assert layer(scheme, CT_NVFP4[1])[0].format == "NVFP4 group 16" and hold(scheme, **{UP: CT_NVFP4[1]}).notes == ()
-
-
-@pytest.mark.parametrize("dtype", ["I32", "U8", "F8_E4M3"])
-def test_what_compressed_tensors_loads_itself_is_left(dtype):
-    of_its = {"weight_packed": (dtype, (4, 8)), "weight_scale": ("BF16", (4, 1))}
-    held = hold(SHARED, **{"model.layers.0.self_attn.q_proj": of_its})
-    assert not held.layers and not held.problems and len(held.others) == 2
-    expected = "expected a dense weight: the config says it is not among the quantised layers"
-    for path in (UP, "lm_head") if dtype != "I32" else ():  # in no group of its
-        assert expected.replace("not among", "ignored by 'lm_head'" if path == "lm_head" else "not among")[:60] in (
-            problem(SHARED, of_its, path)
-        )
-
-
-# Experts
-
-EXPERTS = ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.block_sparse_moe.experts.3.w1", "experts.1"]
-
-
-@pytest.mark.parametrize("path", [*EXPERTS, "model.layers.0.mlp.shared_experts.up_proj"])
-@pytest.mark.parametrize("name", ALL)
-def test_a_projection_of_an_expert_is_a_layer(name, path):
-    scheme, tensors = ALL[name]
-    held = hold(scheme, **{path: tensors, "model.norm": DENSE})
-    (found,) = held.layers.values()
-    assert (found.path, found.n, found.k, found.experts) == (path, 4, 64, 0) and not held.problems
-    assert held.others.keys() == {"model.norm.weight"}
-    assert [found.name(leaf) for leaf in found.entries] == [f"{path}.{leaf}" for leaf in tensors]
-
-
-STACK = "model.layers.0.mlp.experts"
-
-
-@pytest.mark.parametrize("factor", [(), (1,), (4,)], ids=str)
-@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
-def test_a_stack_of_modelopt_is_one_layer(projection, factor):
-    """Its exports of gpt-oss and Llama-4 hold all experts in one transposed tensor."""
-    tensors = {projection: ("U8", (4, 32, 96)), f"{projection}_weight_scale": ("F8_E4M3", (4, 4, 96)),
-               f"{projection}_weight_scale_2": ("F32", factor), f"{projection}_input_scale": ONE}  # fmt: skip
-    held = hold(NVFP4[0], **{STACK: {**tensors, f"{projection}_bias": ("BF16", (4, 96))}})
-    (found,) = held.layers.values()
-    assert (found.path, found.experts, found.n, found.k, found.group) == (f"{STACK}.{projection}", 4, 96, 64, 16)
-    assert [found.name(leaf) for leaf in found.entries] == [f"{STACK}.{name}" for name in tensors]
-    assert held.others.keys() == {f"{STACK}.{projection}_bias"} and not held.problems
-    dense = hold(NVFP4[0], **{STACK: {projection: ("BF16", (4, 64, 96))}})
-    assert not dense.problems and not dense.layers
-
-
-@pytest.mark.parametrize(
-    "leaf, tensor, said",
-    [
-        ("up", ("I8", (4, 32, 96)), ".up: found I8 [4, 32, 96], expected dtype U8"),
-        ("up", ("U8", (4, 32, 95)), ".up_weight_scale: found F8_E4M3 [4, 4, 96], expected shape [4, 4, 95]"),
-        ("up_weight_scale", ("F8_E4M3", (3, 4, 96)),
-         ".up_weight_scale: found F8_E4M3 [3, 4, 96], expected shape [4, 4, 96]"),
-        ("up_weight_scale", ("F8_E4M3", (4, 96, 4)), ".up_weight_scale: found F8_E4M3 [4, 96, 4], expected [experts, "
-                                                     "k / 16 or 32, n] for codes U8 [4, 32, 96]"),
-        ("up_weight_scale", None, ".up_weight_scale: found no such tensor beside up, weight_scale_2, expected one "
-                                  "(ModelOpt NVFP4)"),
-        ("up_weight_scale_2", ("F32", (3,)), ".up_weight_scale_2: found F32 [3], expected one element"),
-    ],
-)  # fmt: skip
-def test_a_stack_of_modelopt_that_is_wrong(leaf, tensor, said):
-    tensors = {"up": ("U8", (4, 32, 96)), "up_weight_scale": ("F8_E4M3", (4, 4, 96)), "up_weight_scale_2": ONE}
-    assert problem(NVFP4[0], {**tensors, leaf: tensor}, STACK) == f"x.safetensors: {STACK}{said}"
-
-
-def test_a_stack_of_modelopt_in_groups_of_rows():
-    """Its MXFP4 packs the stacks of gpt-oss along their last axis, which the product does not sum over."""
-    tensors = {"down_proj": ("U8", (4, 160, 48)), "down_proj_weight_scale": ("U8", (4, 160, 3))}
-    expected = "found U8 [4, 160, 3], expected [experts, k / 32, n] for codes U8 [4, 160, 48]"
-    assert problem(MXFP4[0], tensors, STACK) == f"x.safetensors: {STACK}.down_proj_weight_scale: {expected}"
-
-
-def test_a_stack_of_matrices_is_no_linear():
-    tensors = {"weight": ("U8", (8, 4, 32)), "weight_scale": ("F8_E4M3", (8, 4, 4)), "weight_scale_2": ("F32", (1,))}
-    found = "found F8_E4M3 [8, 4, 4], expected [n, k / 16 or 32] for codes U8 [8, 4, 32]"
-    assert problem(NVFP4[0], tensors) == f"x.safetensors: {UP}.weight_scale: {found}"
 
 
 # What several layers share

@@ -12,6 +12,7 @@ from checkpoints.formats import write
 from checkpoints.models import FAMILIES
 from marlin_w4a16.__main__ import main
 from marlin_w4a16.checkpoints.registry import FORMATS
+from marlin_w4a16.cli import inspection
 from marlin_w4a16.cli.inspection import inspect
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -38,6 +39,13 @@ def test_what_the_model_needs_and_no_file_holds(folder):
         f"{DOWN}.weight: found no such tensor in any file, expected one (compressed-tensors mxfp4-pack-quantized)",
         "model.norm.weight: found no such tensor in any file, expected one of shape [96]",
     ]
+
+
+def test_without_transformers_it_is_not_held_against_a_model(folder, monkeypatch):
+    damage.drop(folder, "model.norm.weight")
+    monkeypatch.setattr(inspection, "find_spec", lambda name: None)
+    assert not problems(folder)
+    assert inspect(folder).notes == ("not held against a model: transformers is not installed",)
 
 
 def test_a_model_of_another_width(folder):

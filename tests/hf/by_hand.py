@@ -57,10 +57,19 @@ class Written:
 
     def pack(self, path: str, rows: int, columns: int) -> Tensor:
         """A new weight at a path of the checkpoint; its exact value."""
-        tensors = {f"{path}.{leaf}": tensor for leaf, tensor in nvfp4(rows, columns).items()}
-        self.packed[path] = "W4A16_NVFP4"
-        self.tensors |= tensors
-        return exact(tensors, path).float()
+        self.store(path, "W4A16_NVFP4", nvfp4(rows, columns))
+        return exact(self.tensors, path).float()
+
+    def drop(self, path: str) -> None:
+        """There is no weight at a path of the checkpoint."""
+        self.tensors = {name: t for name, t in self.tensors.items() if name.rpartition(".")[0] != path}
+        self.packed.pop(path, None)
+
+    def store(self, path: str, algorithm: str, tensors: dict[str, Tensor]) -> None:
+        """The tensors of a weight of an algorithm of ModelOpt by leaf."""
+        self.drop(path)
+        self.packed[path] = algorithm
+        self.tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
 
     def experts(self, module: str, stored: str, names: tuple[str, str, str]) -> None:
         """Those of a module become one by one: gate, up and down of each by these names below the stored path."""
@@ -85,8 +94,7 @@ class Written:
         weight = self.model.get_submodule(path).weight
         tensors, value = fp8(*weight.shape, block)
         weight.data.copy_(value.float())
-        self.packed[path] = algorithm
-        self.tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
+        self.store(path, algorithm, tensors)
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint; its config names each packed layer."""

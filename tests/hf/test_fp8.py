@@ -14,6 +14,7 @@ from marlin_w4a16.hf.linear import FP8Linear
     "algorithm, block, leaf",
     [
         ("FP8_PB_WO", (128, 128), "weight_scale"),
+        ("FP8_PB_WO", (128, 128), "of ModelOpt"),
         ("FP8_BLOCK_SCALES", (128, 128), "weight_scale_inv"),
         ("MXFP8", (1, 32), "weight_scale"),
     ],
@@ -23,7 +24,11 @@ def test_blocks_are_decoded_and_come_back(algorithm, block, leaf, tmp_path):
     paths = [f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("up", "down")]
     for path in paths:
         made.decode(path, algorithm, block)
-        made.tensors[f"{path}.{leaf}"] = made.tensors.pop(f"{path}.weight_scale")
+        scales = made.tensors.pop(f"{path}.weight_scale")
+        if leaf == "of ModelOpt":  # with its axes of blocks
+            made.tensors[f"{path}.weight_scale"] = scales[:, None, :, None]
+        else:
+            made.tensors[f"{path}.{leaf}"] = scales
     made.save(tmp_path / "before")
     model, tokens = read(tmp_path / "before"), torch.arange(3, 19).view(2, 8)
     for path in paths:

@@ -133,6 +133,18 @@ def test_shards_of_mixtures_load_the_same(name, family):
     assert torch.equal(logits(load(name, family, shards=True)), logits(loaded(name, family, torch.bfloat16)))
 
 
+@pytest.mark.parametrize("name", ["modelopt-awq", "modelopt-svdquant"])
+def test_layers_on_disk_run_and_are_saved(name, tmp_path):
+    """As they are stored, packed in each call."""
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = load(name, device_map={**places, "model.layers.0": "disk"}, offload_folder=tmp_path / "offloaded")
+    assert all(parameter.is_meta for parameter in model.model.layers[0].mlp.parameters())
+    assert torch.equal(logits(model), logits(loaded(name, "llama", torch.bfloat16)))
+    model.save_pretrained(tmp_path / "saved")
+    found, before = tensors_of(tmp_path / "saved"), stored(name)
+    assert found.keys() == before.keys() and all(same(found[key], tensor) for key, tensor in before.items())
+
+
 @pytest.mark.parametrize("name, family", MIXTURES)
 def test_experts_take_no_more_bytes_than_their_files(name, family):
     """But for a multiplier of each row and the rows that fill a tile."""

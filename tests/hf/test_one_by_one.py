@@ -10,11 +10,12 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from hf.by_hand import SMALL, Written
+from hf.by_hand import SMALL, Written, fp8, nvfp4
 from hf.dense import relative
 from hf.loading import same
 from marlin_w4a16 import PackedExperts, PackedLinear
 from marlin_w4a16.hf import CheckpointError, report
+from marlin_w4a16.hf.joined import FP8Parts
 
 FILE = "model.safetensors"
 PROJECTIONS, SHORT = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
@@ -116,6 +117,47 @@ def test_an_expert_that_is_missing(lost, problem, tmp_path):
         load(tmp_path, made)
     (said,) = str(caught.value).split("\n")[1:]
     assert problem in said
+
+
+@pytest.mark.parametrize(
+    "change, found, expected",
+    [
+        (lambda made, path: made.drop(path), "NVFP4 group 16 of 96 x 64", "2 of one format, 192 x 64 in all"),
+        (lambda made, path: made.store(path, "FP8_PB_WO", fp8(96, 64, (128, 128))[0]),
+         "NVFP4 group 16 of 96 x 64 and FP8 E4M3 in blocks of 128 x 128 of 96 x 64", "2 of one format"),
+        (lambda made, path: made.store(path, "W4A16_NVFP4", nvfp4(64, 64)),
+         "NVFP4 group 16 of 96 x 64 and NVFP4 group 16 of 64 x 64", "192 x 64 in all, as model."),
+    ],
+)  # fmt: skip
+def test_parts_that_make_no_linear(change, found, expected, tmp_path):
+    made = minimax_m3()
+    change(made, "language_model.model.layers.0.mlp.up_proj")
+    made.save(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be loaded") as caught:
+        load(tmp_path, made)
+    (said,) = str(caught.value).split("\n")[1:]
+    assert f"found {found}, expected" in said and expected in said
+
+
+def test_parts_in_fp8_are_dense_and_come_back(tmp_path):
+    made = minimax_m3()
+    weight = made.model.model.language_model.layers[0].mlp.gate_up_proj.weight
+    for name, rows in (("gate", slice(96)), ("up", slice(96, None))):
+        tensors, value = fp8(96, 64, (128, 128))
+        weight.data[rows] = value.float()
+        made.store(f"language_model.model.layers.0.mlp.{name}_proj", "FP8_PB_WO", tensors)
+    made.save(tmp_path / "before")
+    model = load(tmp_path / "before", made)
+    module = model.model.language_model.layers[0].mlp.gate_up_proj
+    assert isinstance(module, FP8Parts) and torch.equal(module.weight, weight)
+    assert relative(logits(model), logits(made.model)) <= 1e-5
+    model.save_pretrained(tmp_path / "after")
+    found, before = (load_file(tmp_path / folder / FILE) for folder in ("after", "before"))
+    packed = {key for key in before if key.rpartition(".")[0] in made.packed}
+    assert packed <= found.keys() and all(same(found[key], before[key]) for key in packed)
+    module.weight.data[0, 0] += 1
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight: found values that are no FP8 codes"):
+        model.save_pretrained(tmp_path / "after")
 
 
 def test_linears_that_files_hold_in_parts(tmp_path):

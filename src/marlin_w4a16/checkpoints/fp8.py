@@ -53,8 +53,10 @@ class FP8Storage:
         shape, scales = entries[self.leaf("codes")].shape, entries[self.leaf("scales")].shape
         if len(shape) != 2:
             return None
-        if self.block is not None and scales != tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True)):
-            return None
+        if self.block is not None:
+            rows, columns = (-(-n // b) for n, b in zip(shape, self.block, strict=True))
+            if scales not in ((rows, columns), (rows, 1, columns, 1)):  # the latter: FP8_PB_WO of ModelOpt 0.47
+                return None
         return (shape[0], shape[1], 0)
 
     def fits(self, part: Part, shape: tuple[int, ...], axes: Mapping[str, int]) -> bool:
@@ -116,6 +118,7 @@ class FP8Storage:
         scale = self._values(tensors[self.leaf("scales")])
         if self.block is None:
             return scale.reshape(-1, 1)[rows] if scale.numel() > 1 else scale.reshape(())
+        scale = scale.reshape(scale.shape[0], -1)
         first, wide = rows.start // self.block[0], self.block[1]
         blocks = scale[first : -(-rows.stop // self.block[0])].repeat_interleave(self.block[0], 0)
         start = rows.start - first * self.block[0]

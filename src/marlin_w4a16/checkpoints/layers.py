@@ -12,11 +12,11 @@ from marlin_w4a16.checkpoints.storage import LOW_RANK, OF_INPUTS, FP4Storage, Ro
 
 # Leaves that only a quantised weight has, of any producer.
 QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
-# Leaves that may stand beside them: a bias, and the scales of a quantised cache.
-BESIDE = {"bias", "k_scale", "v_scale", "q_scale"}
-# ModelOpt: self_attn.k_proj.k_scale, compressed-tensors: self_attn.k_scale
-SHARD = re.compile(r"shard_\d+")
-CACHE_SCALE = re.compile(r"\.[qkv]_scale$")
+# Leaves that may stand beside them: a bias, and the scales and offsets of a quantised cache.
+BESIDE = {"bias", "k_scale", "v_scale", "q_scale", "k_bias", "v_bias"}
+# ModelOpt: self_attn.k_proj.k_scale, with k_bias where the cache is NVFP4_AFFINE; compressed-tensors: self_attn.k_scale
+CACHE_SCALE = re.compile(r"\.[qkv]_scale$|\.k_proj\.k_bias$|\.v_proj\.v_bias$")
+SHARD = re.compile(r"shard_\d+")  # of an embedding
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,12 @@ class StoredLinear(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's tensors by leaf, in its dtypes."""
-        held = {leaf: self.get_parameter(leaf).detach() for leaf in self.layer.entries}
+        inner = {name: module() for name, module in self._modules.items() if isinstance(module, Nested)}
+        places = {leaf: leaf.rpartition(".") for leaf in self.layer.entries}
+        held = {
+            leaf: inner[within][name] if within else getattr(self, leaf).detach()
+            for leaf, (within, _, name) in places.items()
+        }
         # a model that keeps some modules in float32 widens theirs, which loses nothing
         return {leaf: tensor.to(DTYPES[self.layer.entries[leaf].dtype]) for leaf, tensor in held.items()}
 
@@ -83,6 +88,10 @@ class StoredLinear(nn.Module):
 
 class Nested(nn.Module):
     """Holds those of a `StoredLinear`'s tensors whose names have dots."""
+
+    def forward(self) -> dict[str, Tensor]:
+        """They by their last names; called, since accelerate brings offloaded ones back for the length of a call."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
 
 
 class CheckpointLinear(PackedLinear):
