@@ -5,6 +5,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from marlin_w4a16.cli import checks
 from marlin_w4a16.cli.checks import Check, Device, Machine, check_backend, check_error, check_machine, older
@@ -42,8 +43,10 @@ def test_versions_are_compared_as_numbers(version, minimum, expected):
 def test_the_minimums_are_those_of_the_package():
     required = {}
     for line in metadata.requires("marlin-w4a16") or []:
-        name, minimum, extra = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?(?:; .*?)?(?:extra == \"(\w+)\")?", line).groups()
-        required.setdefault(extra, {})[name] = minimum
+        package = Requirement(line)
+        minimums = [specifier.version for specifier in package.specifier if specifier.operator == ">="]
+        extra = re.search(r'extra == "(\w+)"', str(package.marker or ""))
+        required.setdefault(extra and extra[1], {})[package.name] = minimums[0] if minimums else None
     assert required[None] == {"torch": checks.TORCH, "triton": checks.TRITON}
     assert metadata.metadata("marlin-w4a16")["Requires-Python"] == f">={checks.PYTHON}"
     optional = {package.name: package.minimum for package in checks.OPTIONAL}

@@ -255,7 +255,7 @@ def test_device_maps_count_the_bytes_of_experts(name, family, monkeypatch):
         return whole(self, model, **kwargs)
 
     monkeypatch.setattr(quantizer.FP4Loading, "_process_model_after_weight_loading", count)
-    load(name, family)
+    load(name, family, device_map="auto")
     assert counted == [pytest.approx(sum(tensor.nbytes for tensor in stored(name, family).values()), rel=1e-3)]
 
 
@@ -279,7 +279,8 @@ def test_device_maps_count_the_bytes_that_layers_will_take(name, family, dequant
         return whole(self, model, **kwargs)
 
     monkeypatch.setattr(quantizer.FP4Loading, "_process_model_after_weight_loading", count)
-    load(name, family, quantization_config=choosing(name, dequantize=dequantize))
+    load(name, family, quantization_config=choosing(name, dequantize=dequantize), device_map="auto")
+    monkeypatch.undo()
     held = {path: 0 for path in counted}
     for key, tensor in stored(name, family).items():
         path, _, leaf = key.rpartition(".")

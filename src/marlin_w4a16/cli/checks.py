@@ -66,6 +66,7 @@ OPTIONAL = (
     Package("transformers", "5.17", "Hugging Face's models"),
     Package("safetensors", None, "files of checkpoints"),
     Package("accelerate", None, "transformers' device_map"),
+    Package("regex", None, "patterns of names in a checkpoint's config"),
     Package("compressed-tensors", None, "its nvfp4 and mxfp4 models"),
     Package("nvidia-modelopt", None, "its NVFP4 and MXFP4 models"),
     Package("torchao", None, "its NVFP4Tensor and MXTensor"),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.fp8 import FP8Storage
 from marlin_w4a16.checkpoints.layers import Layer
+from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.storage import DTYPES, LOW_RANK, Activations, FP4Storage
 from marlin_w4a16.hf.dense import beside, decoded, plain_linear, rotated
 from marlin_w4a16.kernels.inputs import fake_quantize
@@ -28,6 +29,7 @@ class StoredLinear(nn.Module):
         dtype: of the model.
         keep: quantise the inputs as the producer did.
         decoded: code of the model reads its weight, which is dense therefore.
+        alone: its tensors are no parameters, which transformers would load: `read` takes them from their files.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class StoredLinear(nn.Module):
         dtype: torch.dtype,
         keep: bool = False,
         decoded: bool = False,
+        alone: bool = False,
     ) -> None:
         super().__init__()
+        self.alone, self._read = alone, dict[str, Tensor]()
         self.layer, self.dtype, self.keep, self.decoded = layer, dtype, keep, decoded
         self.in_features, self.out_features = layer.k, layer.n
-        for leaf, entry in layer.entries.items():
+        for leaf, entry in layer.entries.items() if not alone else ():
             empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
             inner, _, name = leaf.rpartition(".")
             if inner and inner not in self._modules:
@@ -51,8 +55,14 @@ class StoredLinear(nn.Module):
 
     bias: nn.Parameter | None
 
+    def read(self, reader: Reader) -> None:
+        """Takes its tensors from their files."""
+        self._read = reader.tensors(self.layer)
+
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's tensors by leaf, in its dtypes."""
+        if self.alone:
+            return self._read
         inner = {name: module() for name, module in self._modules.items() if isinstance(module, Nested)}
         places = {leaf: leaf.rpartition(".") for leaf in self.layer.entries}
         held = {

@@ -78,11 +78,13 @@ class FP4Loading(HfQuantizer):
         self._beside = bytes_beside(model, placement.mixtures, dense)
         self._scaled = ScaledParameters(placement.scaled)
         own = [*(mixture.path for mixture in placement.mixtures), *placement.joined, *placement.elsewhere]
+        alone = _is_one_device(kwargs.get("device_map"))
+        own += placement.layers if alone else []
         scales = (re.escape(one.scale[1]) for one in placement.scaled)
         not_loaded = (*map(re.escape, self.cache_scales), *scales, *own_names(model, own))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *not_loaded}
-        swap_in(model, placement, self.model_dtype, keep=policy == "keep")
+        swap_in(model, placement, self.model_dtype, policy == "keep", alone)
         if self._shares:
             self._before_sharing(model, held.others, placement.others)
             super()._process_model_before_weight_loading(model, **kwargs)
@@ -97,10 +99,13 @@ class FP4Loading(HfQuantizer):
         paths = [path for path, module in model.named_modules() if isinstance(module, StoredLinear | _READ)]
         with Loader(model) as loader:
             for path in track(paths, "Packing weights"):
-                if isinstance(model.get_submodule(path), _READ):
+                stored = model.get_submodule(path)
+                if isinstance(stored, _READ):
                     loader.settle(path, dense)
-                else:
-                    _settle(model, path, dense)
+                    continue
+                if isinstance(stored, StoredLinear) and stored.alone:
+                    stored.read(loader.reader(path))
+                _settle(model, path, dense)
         if not self._dequantizes:
             compile_decode(model)
             refuse_resizing(model)
@@ -203,6 +208,13 @@ def _entries(name: str, checkpoint_files: list[Path]) -> dict[str, files.Entry]:
     for file in checkpoint_files:
         files.inside(folder, str(file.relative_to(folder) if file.is_relative_to(folder) else file))
     return files.entries(checkpoint_files)
+
+
+def _is_one_device(device_map: Any) -> bool:
+    """Whether all of a model goes to one device that computes, so that nothing of it is offloaded."""
+    if isinstance(device_map, dict):
+        return set(device_map) == {""} and device_map[""] != "disk"
+    return device_map not in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -118,12 +118,15 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     return Placement(layers, joined, read, tuple(scaled), gathered, *rest)
 
 
-def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, keep: bool) -> None:
-    """Puts a `StoredLinear` on the meta device in place of each linear, and `StoredExperts` in place of experts."""
+def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, keep: bool, alone: bool) -> None:
+    """Puts a `StoredLinear` on the meta device in place of each linear, and `StoredExperts` in place of experts.
+
+    ``keep`` and ``alone`` are of `StoredLinear`.
+    """
     untie(model, placement.layers)  # a head with FP4 tensors of its own, under a config that ties it (both producers)
     for path, layer in placement.layers.items():
         linear: Any = model.get_submodule(path)
-        stored = StoredLinear(layer, linear.bias, dtype, keep, decoded=path in placement.read)
+        stored = StoredLinear(layer, linear.bias, dtype, keep, path in placement.read, alone)
         put(model, path, stored.train(linear.training))
     for path, layers in placement.joined.items():
         linear = model.get_submodule(path)

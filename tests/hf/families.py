@@ -1,0 +1,317 @@
+"""Tiny models of classes whose FP4 checkpoints are published, stored as these are: names, config and layers in FP4."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf.by_hand import fp8, nvfp4
+from hf.dense import exact
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    **{name: value for name, value in SMALL.items() if name != "head_dim"}, "num_key_value_heads": 4, "q_lora_rank": 32,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+HYBRID = {
+    **SMALL, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
+    "in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
+}  # fmt: skip
+Rules = dict[str, str]  # by pattern of a path, the algorithm of ModelOpt; the first that matches counts
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A published checkpoint, small.
+
+    Attributes:
+        model: the class, in transformers.
+        config: makes its config.
+        rules: which weights are stored how; "" is dense.
+        quantization: the quantisation config, given the stored layers by path.
+        file: where that stands.
+        one_by_one: stacks of experts are stored as ModelOpt writes them, a matrix for each.
+        more: changes the tensors, and those that they stand for; returns entries of config.json.
+        surplus: a pattern of tensors that the model does not have.
+    """
+
+    model: str
+    config: Callable[[Any], Any]
+    rules: Rules
+    quantization: Callable[[Rules], dict[str, Any]]
+    file: str = "config.json"
+    one_by_one: bool = False
+    more: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Any]] = field(default=lambda *_: {})
+    surplus: str = "(?!)"
+
+
+def of_all(algorithm: str, *ignore: str, key: str = "ignore") -> Callable[[Rules], dict[str, Any]]:
+    """One algorithm, and what is ignored."""
+    values = {"quant_algo": algorithm, "group_size": 16, "kv_cache_quant_algo": "FP8", key: list(ignore)}
+    return lambda _: values
+
+
+def of_each(**more: Any) -> Callable[[Rules], dict[str, Any]]:
+    """Every layer by its path."""
+
+    def made(layers: Rules) -> dict[str, Any]:
+        named = {path: {"quant_algo": algorithm} for path, algorithm in layers.items()}
+        return {"quant_algo": "MIXED_PRECISION", "quantized_layers": named, **more}
+
+    return made
+
+
+def compressed(_: Rules) -> dict[str, Any]:
+    """As llm-compressor has it for Qwen3-Next."""
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    group = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}, "format": "nvfp4-pack-quantized"}
+    return {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*shared_expert_gate$"],
+        "kv_cache_scheme": None, "sparsity_config": {}, "transform_config": {},
+    }  # fmt: skip
+
+
+def as_compressed(tensors: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Any]:
+    """ModelOpt's names become those of compressed-tensors, and the multiplier a divisor."""
+    for name in [name for name in tensors if name.endswith(".weight_scale_2")]:
+        path, factor = name.removesuffix(".weight_scale_2"), tensors.pop(name)
+        tensors[f"{path}.weight_packed"] = tensors.pop(f"{path}.weight")
+        tensors[f"{path}.weight_global_scale"] = divisor = (1 / factor.double()).float().reshape(1)
+        dense[f"{path}.weight"] = (dense[f"{path}.weight"].double() / factor.double() / divisor.double()).float()
+    return {}
+
+
+def ngrams(tensors: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Any]:
+    """Qwen3.8's shards of an embedding are FP8 with one scale, and its MTP layer is no part of the class."""
+    scale = torch.tensor([0.003]).bfloat16()
+    shards = [name for name in tensors if "ngram_embedding.shard_" in name]
+    for name in shards:
+        tensors[name] = (torch.randn(tensors[name].shape) * 20).to(torch.float8_e4m3fn)
+        dense[name] = (tensors[name].double() * scale.double()).float()
+    tensors[f"{shards[0].partition('.shard_')[0]}.weight_scale"] = scale
+    mtp, _ = fp8(64, 64, (128, 128))
+    tensors |= {f"mtp.layers.0.mlp.experts.0.gate_proj.{leaf}": tensor for leaf, tensor in mtp.items()}
+    return {}
+
+
+def indexers(T: Any) -> Any:
+    return T.GlmMoeDsaConfig(
+        **LATENT, index_n_heads=4, index_head_dim=32, index_topk=64, pad_token_id=0, qk_head_dim=32
+    )
+
+
+def deepseek_v4(T: Any) -> Any:
+    sparse = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
+    return T.DeepseekV4Config(
+        **{**SMALL, "num_key_value_heads": 1, "head_dim": 64}, moe_intermediate_size=64, n_routed_experts=4,
+        num_experts_per_tok=2, n_shared_experts=1, q_lora_rank=64, o_groups=2, o_lora_rank=32, index_n_heads=2,
+        index_head_dim=32, index_topk=16, partial_rotary_factor=0.25, hc_mult=2, sliding_window=8,
+        compress_rates=sparse, layer_types=[*sparse][::-1],
+    )  # fmt: skip
+
+
+def kimi(T: Any) -> Any:
+    vision = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4}
+    text = {**LATENT, "model_type": "deepseek_v3"}
+    return T.Kimi_K25Config(
+        text_config=text, vision_config=vision, projection_hidden_size=64, tie_word_embeddings=False
+    )
+
+
+def nemotron(T: Any) -> Any:
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8}
+    return T.NemotronHConfig(
+        **{**SMALL, "num_hidden_layers": 4}, **mamba, conv_kernel=4, n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32, moe_shared_expert_intermediate_size=32, n_group=1, topk_group=1,
+        layers_block_type=["mamba", "moe", "attention", "moe"],
+    )  # fmt: skip
+
+
+def qwen4_exp(T: Any) -> Any:
+    from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
+
+    ngram = {"ple_layer_ids": [1], "ple_embed_dim": 64, "heads_per_ngram": 2, "ngram_vocab_size_base": 50}
+    ngram |= {"make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4, "ngram_size": 3}
+    indexer = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64}
+    sizes = {name: value for name, value in HYBRID.items() if name != "intermediate_size"}
+    return Qwen4ExpTextConfig(
+        **sizes, **MOE, **ngram, **indexer, indexer_compress_ratio=4, shared_expert_intermediate_size=32, hc_count=2,
+        hc_lowrank=16, eos_token_id=2,
+    )  # fmt: skip
+
+
+def gemma4(T: Any) -> Any:
+    text = {**SMALL, "tie_word_embeddings": True, "enable_moe_block": True, "top_k_experts": 2, "global_head_dim": 16}
+    text |= {"num_experts": 4, "moe_intermediate_size": 32, "hidden_size_per_layer_input": 0, "sliding_window": 8}
+    text |= {"vocab_size_per_layer_input": 128, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "global_head_dim": 16}
+    return T.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, tie_word_embeddings=True)
+
+
+EVERY, NVFP4 = "*", "NVFP4"
+MLA = ["lm_head", *(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("kv_b_proj", "q_a_proj"))]
+OUTSIDE = {"*embed*": "", "*norm*": "", "*.gate": "", "*lm_head": "", "*router*": "", "*vision*": "", "*visual*": ""}
+FAMILIES: dict[str, Family] = {
+    "DeepSeek-V3.1": Family(
+        "DeepseekV3ForCausalLM", lambda T: T.DeepseekV3Config(**LATENT),
+        {**dict.fromkeys(MLA, ""), **OUTSIDE, EVERY: NVFP4}, of_all(NVFP4, *MLA, key="exclude_modules"),
+        file="hf_quant_config.json",
+    ),
+    "GLM-5": Family(  # and its indexers, whose weights code of the model asks for their dtype
+        "GlmMoeDsaForCausalLM", indexers, {**OUTSIDE, EVERY: NVFP4},
+        of_all(NVFP4, "lm_head", "model.layers.1.mlp.gate"),
+    ),
+    "Gemma-4-26B-A4B": Family(
+        "Gemma4ForConditionalGeneration", gemma4, {"*self_attn*": "", **OUTSIDE, EVERY: NVFP4},
+        of_all(NVFP4, "lm_head", "model.vision_tower*", "model.embed_vision*", "*self_attn*", "*router*"),
+        one_by_one=True,
+    ),
+    "Kimi-K2.5": Family(
+        "Kimi_K25ForConditionalGeneration", kimi, {"*self_attn*": "", "*mm_projector*": "", **OUTSIDE, EVERY: NVFP4},
+        of_all(NVFP4, "language_model.lm_head", "*vision_tower*", "*mm_projector*", "*self_attn*"),
+    ),
+    "MiniMax-M2.5": Family(
+        "MiniMaxM2ForCausalLM", lambda T: T.MiniMaxM2Config(**SMALL, num_local_experts=4, num_experts_per_tok=2,
+                                                             rotary_dim=16),
+        {"*self_attn*": "", **OUTSIDE, EVERY: NVFP4},
+        of_all(NVFP4, "lm_head", *(f"model.layers.{i}.self_attn*" for i in range(2))),
+    ),
+    "Nemotron-3.5-Lightning": Family(
+        "NemotronHForCausalLM", nemotron,
+        {"*_proj_never": "", "*in_proj": "FP8", "*out_proj": "FP8", "*expert*": "W4A16_NVFP4", "lm_head": "W4A16_NVFP4",
+         EVERY: ""},
+        of_each(exclude_modules=["backbone.embeddings", "*conv1d", "lm_head*"]), file="hf_quant_config.json",
+    ),
+    "Qwen3.5-122B-A10B": Family(
+        "Qwen3_5MoeForConditionalGeneration",
+        lambda T: T.Qwen3_5MoeConfig(text_config={**HYBRID, **MOE, "shared_expert_intermediate_size": 32},
+                                     vision_config=VISION, tie_word_embeddings=False),
+        {"*.experts.*": NVFP4, EVERY: ""},
+        of_all(NVFP4, "lm_head", "*linear_attn*", "*self_attn*", "*shared_expert*", "model.visual*"), one_by_one=True,
+    ),
+    "Qwen3.6-27B": Family(
+        "Qwen3_5ForConditionalGeneration",
+        lambda T: T.Qwen3_5Config(text_config=HYBRID, vision_config=VISION, tie_word_embeddings=False),
+        {"*in_proj_qkv": "FP8", "*language_model*self_attn*_proj": "FP8", "*language_model*mlp*": "W4A16_NVFP4",
+         "lm_head": "W4A16_NVFP4", EVERY: ""},
+        of_each(ignore=["model.visual*", "mtp*"]),
+    ),
+    "Qwen3.8-Flash-Next": Family(
+        "Qwen4ExpForCausalLM", qwen4_exp, {"*.experts.*": NVFP4, EVERY: ""},
+        lambda layers: {"quant_algo": "MIXED_PRECISION", "ignore": ["lm_head"], "quantized_layers": {
+            **{path.partition(".experts.")[0] + ".experts": {"quant_algo": NVFP4} for path in layers},
+            "model.layers.0.ple.ple_embedding.ngram_embedding": {"quant_algo": "FP8"},
+            "mtp.layers.0.mlp.experts": {"quant_algo": "FP8_PB_WO", "group_size": 128}}},
+        one_by_one=True, more=ngrams, surplus=r"mtp\..*",
+    ),
+    "DeepSeek-V4-Flash": Family(
+        "DeepseekV4ForCausalLM", deepseek_v4, {"*.experts.*": NVFP4, EVERY: ""},
+        lambda layers: {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128],
+                        "activation_scheme": "dynamic", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": NVFP4,
+                        "quantized_layers": {f"layers.{i}.ffn.experts": {"quant_algo": NVFP4} for i in range(2)},
+                        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"]},
+        more=lambda *_: {"expert_dtype": "fp4"},
+    ),
+    "Qwen3-Next": Family(
+        "Qwen3NextForCausalLM",
+        lambda T: T.Qwen3NextConfig(**HYBRID, **MOE, shared_expert_intermediate_size=32, decoder_sparse_step=1),
+        {"*shared_expert_gate": "", **OUTSIDE, EVERY: NVFP4}, compressed, more=as_compressed,
+    ),
+}  # fmt: skip
+
+
+def write(family: Family, folder: Path, reference: Path) -> None:
+    """Writes the checkpoint, and the dense one of what it holds."""
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, family.model)(family.config(transformers)).float().eval()
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape) * (0.08 if parameter.ndim > 1 else 0.3)
+        model.save_pretrained(reference)
+        held = load_file(reference / "model.safetensors")
+        tensors = one_by_one(held) if family.one_by_one else dict(held)
+        dense, layers = dict(tensors), dict[str, str]()
+        for name in [name for name in tensors if name.endswith(".weight") and tensors[name].ndim == 2]:
+            path = name.removesuffix(".weight")
+            algorithm = next((of for pattern, of in family.rules.items() if fnmatchcase(path, pattern)), "")
+            if algorithm:
+                stored, dense[name] = quantised(algorithm, *tensors.pop(name).shape)
+                tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in stored.items()}
+                layers[path] = algorithm
+        more = family.more(tensors, dense)
+    shutil.copytree(reference, folder, dirs_exist_ok=True)
+    whole = json.loads((folder / "config.json").read_text())
+    said = {"quant_method": "modelopt", **family.quantization(layers)}
+    if family.file == "config.json":
+        more["quantization_config"] = said
+    else:
+        (folder / family.file).write_text(json.dumps({"quantization": {**said, "quant_method": None}}))
+    (folder / "config.json").write_text(json.dumps({**whole, **more}))
+    save(folder, tensors)
+    save(reference, stacked(dense, held))
+
+
+def quantised(algorithm: str, rows: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a random weight by leaf, and its exact value."""
+    if algorithm == "FP8":
+        stored, value = fp8(rows, columns, (rows, columns))
+        return {**stored, "weight_scale": stored["weight_scale"].reshape(())}, value.float()
+    stored = nvfp4(rows, columns)
+    return stored, exact({f"x.{leaf}": tensor for leaf, tensor in stored.items()}, "x").float()
+
+
+def one_by_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stacks of experts as a matrix for each expert and projection."""
+    found = dict(tensors)
+    for name, stack in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if not re.search(r"experts$", path) or stack.ndim != 3:
+            continue
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for number, both in enumerate(found.pop(name)):
+            for part, matrix in zip(leaves, both.chunk(len(leaves)), strict=True):
+                found[f"{path}.{number}.{part}.weight"] = matrix
+    return found
+
+
+def stacked(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `one_by_one`."""
+    found = {name: tensors[name] for name in like if name in tensors}
+    for name, stack in like.items():
+        if name in found:
+            continue
+        path, _, leaf = name.rpartition(".")
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        each = (torch.cat([tensors[f"{path}.{e}.{part}.weight"] for part in leaves]) for e in range(len(stack)))
+        found[name] = torch.stack(list(each))
+    return found
+
+
+def save(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """One file."""
+    kept = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
