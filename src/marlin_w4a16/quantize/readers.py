@@ -3,7 +3,7 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,8 +39,12 @@ class Readers:
         modules = list(model.modules())
         names = {name for module in modules for name in module._parameters}
         children = {name for module in modules for name in module._modules}
-        bodies = {function: _Body(function, names, children) for function in reached(model)}
-        takers = _takers(bodies)
+        mentioned = {function: set(names_in(function.function.__code__)) for function in reached(model)}
+        bodies = {one: _Body(one, names, children) for one, said in mentioned.items() if said & names}
+        takers = _takers(mentioned, bodies)
+        if any(takers.values()):  # or it does not matter who hands modules over
+            others = (one for one, said in mentioned.items() if said & children and one not in bodies)
+            bodies.update((one, _Body(one, names, children)) for one in others)
         for function, body in bodies.items():
             for read in (*body.reads, *_handed_over(body, takers)):
                 self._add(function, read, modules)
@@ -80,11 +84,12 @@ def _led(start: nn.Module, way: Way) -> Iterator[nn.Module]:
 _Takers = dict[str, list[tuple[int, "_Body"]]]
 
 
-def _takers(bodies: "Mapping[Function, _Body]") -> _Takers:
-    found: _Takers = {function.function.__name__: [] for function in bodies}
+def _takers(functions: Iterable[Function], bodies: "Mapping[Function, _Body]") -> _Takers:
+    found: _Takers = {function.function.__name__: [] for function in functions}
     for function, body in bodies.items():
-        if any(read.start in body.parameters for read in body.reads):
-            found[function.function.__name__].append((0 if function.owner is None else 1, body))
+        first = 0 if function.owner is None else 1
+        if any(read.start in body.parameters[first:] for read in body.reads):
+            found[function.function.__name__].append((first, body))
     return found
 
 
@@ -107,12 +112,10 @@ class _Body(ast.NodeVisitor):
         self.parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         self._names, self._values, self._harmless = names, dict[str, _Seen](), set[ast.AST]()
         self._self = self.parameters[0] if function.owner is not None and self.parameters else None
-        mentioned = set(names_in(code))
-        if not mentioned & (names | children):
-            return
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function.function)))
         except (OSError, SyntaxError, TypeError):  # made at run time, or a lambda in the middle of a line
+            mentioned = set(names_in(code))
             ways = [(child,) for child in mentioned & children]
             self.reads += [Read(UNKNOWN, way, name, None) for way in ways for name in mentioned & names]
             return
