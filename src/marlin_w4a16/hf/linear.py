@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.fp8 import FP8Storage
 from marlin_w4a16.checkpoints.layers import Layer
-from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.storage import DTYPES, LOW_RANK, Activations, FP4Storage
 from marlin_w4a16.hf.dense import beside, decoded, plain_linear, rotated
 from marlin_w4a16.kernels.inputs import fake_quantize
@@ -29,7 +28,7 @@ class StoredLinear(nn.Module):
         dtype: of the model.
         keep: quantise the inputs as the producer did.
         decoded: code of the model reads its weight, which is dense therefore.
-        alone: its tensors are no parameters, which transformers would load: `read` takes them from their files.
+        alone: its tensors are no parameters, which transformers would load: it is given them by `take`.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class StoredLinear(nn.Module):
         alone: bool = False,
     ) -> None:
         super().__init__()
-        self.alone, self._read = alone, dict[str, Tensor]()
+        self.alone, self._taken = alone, dict[str, Tensor]()
         self.layer, self.dtype, self.keep, self.decoded = layer, dtype, keep, decoded
         self.in_features, self.out_features = layer.k, layer.n
         for leaf, entry in layer.entries.items() if not alone else ():
@@ -55,14 +54,14 @@ class StoredLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def read(self, reader: Reader) -> None:
-        """Takes its tensors from their files."""
-        self._read = reader.tensors(self.layer)
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Gives it its tensors by leaf, in the checkpoint's dtypes."""
+        self._taken = tensors
 
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's tensors by leaf, in its dtypes."""
         if self.alone:
-            return self._read
+            return self._taken
         inner = {name: module() for name, module in self._modules.items() if isinstance(module, Nested)}
         places = {leaf: leaf.rpartition(".") for leaf in self.layer.entries}
         held = {

@@ -18,6 +18,7 @@ from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import contents
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.values import bad_values, read
+from marlin_w4a16.hf.ahead import Ahead, one_device
 from marlin_w4a16.hf.configs import checked
 from marlin_w4a16.hf.experts.load import Loader, bytes_beside, own_names
 from marlin_w4a16.hf.experts.modules import CheckpointExperts, StoredExperts
@@ -47,6 +48,7 @@ class FP4Loading(HfQuantizer):
     model_dtype: torch.dtype = torch.bfloat16
     report: Loaded | None = None
     cache_scales: Mapping[str, Tensor] = MappingProxyType({})
+    _ahead: Ahead | None = None
     _scaled: ScaledParameters = ScaledParameters(())
     _beside: Mapping[str, int] = MappingProxyType({})
 
@@ -78,13 +80,15 @@ class FP4Loading(HfQuantizer):
         self._beside = bytes_beside(model, placement.mixtures, dense)
         self._scaled = ScaledParameters(placement.scaled)
         own = [*(mixture.path for mixture in placement.mixtures), *placement.joined, *placement.elsewhere]
-        alone = _is_one_device(kwargs.get("device_map"))
-        own += placement.layers if alone else []
+        device = one_device(kwargs.get("device_map"))
+        own += placement.layers if device is not None else []
         scales = (re.escape(one.scale[1]) for one in placement.scaled)
         not_loaded = (*map(re.escape, self.cache_scales), *scales, *own_names(model, own))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *not_loaded}
-        swap_in(model, placement, self.model_dtype, policy == "keep", alone)
+        swap_in(model, placement, self.model_dtype, policy == "keep", device is not None)
+        if device is not None:
+            self._ahead = Ahead(model, placement.layers, device)
         if self._shares:
             self._before_sharing(model, held.others, placement.others)
             super()._process_model_before_weight_loading(model, **kwargs)
@@ -99,13 +103,14 @@ class FP4Loading(HfQuantizer):
         paths = [path for path, module in model.named_modules() if isinstance(module, StoredLinear | _READ)]
         with Loader(model) as loader:
             for path in track(paths, "Packing weights"):
-                stored = model.get_submodule(path)
+                stored: Any = model.get_submodule(path)
                 if isinstance(stored, _READ):
                     loader.settle(path, dense)
                     continue
-                if isinstance(stored, StoredLinear) and stored.alone:
-                    stored.read(loader.reader(path))
+                if self._ahead is not None:
+                    stored.take(self._ahead.take(path))
                 _settle(model, path, dense)
+        self._ahead = None
         if not self._dequantizes:
             compile_decode(model)
             refuse_resizing(model)
@@ -208,13 +213,6 @@ def _entries(name: str, checkpoint_files: list[Path]) -> dict[str, files.Entry]:
     for file in checkpoint_files:
         files.inside(folder, str(file.relative_to(folder) if file.is_relative_to(folder) else file))
     return files.entries(checkpoint_files)
-
-
-def _is_one_device(device_map: Any) -> bool:
-    """Whether all of a model goes to one device that computes, so that nothing of it is offloaded."""
-    if isinstance(device_map, dict):
-        return set(device_map) == {""} and device_map[""] != "disk"
-    return device_map not in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:

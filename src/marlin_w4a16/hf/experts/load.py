@@ -57,18 +57,14 @@ class Loader(ExitStack):
             from accelerate.hooks import remove_hook_from_module
 
             remove_hook_from_module(stored)
-        device, reader = self._device(path, dense is not None), self.reader(path, dense is not None)
+        device = self._device(path, dense is not None)
         for name, bias in stored._parameters.items():
             if bias is not None:
                 stored._parameters[name] = torch.nn.Parameter(bias.detach().to(device), bias.requires_grad)
-        put(self._model, path, stored.loaded(reader) if dense is None else stored.dense(reader, dense))
-
-    def reader(self, path: str, dense: bool = False) -> Reader:
-        """Reads to the device on which what stands at a path is to be."""
-        device = self._device(path, dense)
         if device not in self._readers:
             self._readers[device] = self.enter_context(Reader(device))
-        return self._readers[device]
+        reader = self._readers[device]
+        put(self._model, path, stored.loaded(reader) if dense is None else stored.dense(reader, dense))
 
     def _device(self, path: str, dense: bool) -> torch.device:
         """Where a device map puts experts."""

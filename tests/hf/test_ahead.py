@@ -1,0 +1,102 @@
+"""Linears are read ahead, by a thread of their own."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from hf.loading import load, stored, written
+from marlin_w4a16.checkpoints import files
+from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.hf.ahead import Ahead, one_device
+
+CPU = torch.device("cpu")
+
+
+class Layer:
+    """What is read of one."""
+
+    def __init__(self, entries: dict[str, Entry], name: str) -> None:
+        self.entries, self._name = entries, name
+
+    def name(self, leaf: str) -> str:
+        return f"{self._name}.{leaf}"
+
+
+def layers() -> dict[str, Layer]:
+    entries = files.entries([next(written("modelopt-nvfp4", "llama").glob("*.safetensors"))])
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in entries if "_proj" in name)
+    return {
+        path: Layer(
+            {name.removeprefix(f"{path}."): e for name, e in entries.items() if name.startswith(f"{path}.")}, path
+        )
+        for path in paths
+    }
+
+
+def reading() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "marlin_w4a16 reads"]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_every_tensor_is_the_files(backwards):
+    model, found, expected = nn.Linear(1, 1), layers(), stored("modelopt-nvfp4", "llama")
+    ahead = Ahead(model, found, CPU)
+    assert len(found) == 14 and copy.deepcopy(ahead) is ahead
+    for path in sorted(found, reverse=backwards):
+        for leaf, tensor in ahead.take(path).items():
+            bits, right = (one.reshape(-1).view(torch.uint8) for one in (tensor, expected[f"{path}.{leaf}"]))
+            assert torch.equal(bits, right), (path, leaf)
+
+
+def test_what_fails_is_told_where_it_is_taken():
+    model, found = nn.Linear(1, 1), layers()
+    bad, good = list(found)[:2]
+    found[bad] = Layer(found[bad].entries, "another")
+    ahead = Ahead(model, found, CPU)
+    assert ahead.take(good)
+    with pytest.raises(CheckpointError, match="found another file than before"):
+        ahead.take(bad)
+
+
+def test_the_thread_ends_with_its_model(monkeypatch):
+    go, started = threading.Event(), threading.Event()
+
+    class Slow(Layer):
+        def name(self, leaf: str) -> str:
+            started.set()
+            assert go.wait(10)
+            return super().name(leaf)
+
+    model, found = nn.Linear(1, 1), layers()
+    first = next(iter(found))
+    found[first] = Slow(found[first].entries, first)
+    Ahead(model, found, CPU)
+    (thread,) = reading()
+    assert started.wait(10)
+    del model
+    gc.collect()
+    go.set()
+    thread.join(10)
+    assert not thread.is_alive() and not reading()
+
+
+@pytest.mark.parametrize(
+    "device_map, expected",
+    [
+        (None, "cpu"), ({"": "cuda:1"}, "cuda:1"), ({"": torch.device("cpu")}, "cpu"),
+        ({"": "disk"}, None), ({"": "meta"}, None), ({"model": "cpu"}, None), ({"": "cpu", "lm_head": "disk"}, None),
+    ],
+)  # fmt: skip
+def test_one_device(device_map, expected):
+    assert one_device(device_map) == (None if expected is None else torch.device(expected))
+
+
+def test_a_model_leaves_no_thread_behind():
+    assert load("modelopt-nvfp4", "llama") is not None
+    for thread in reading():
+        thread.join(10)
+    assert not reading()
