@@ -67,6 +67,10 @@ def measure(folder: Path) -> dict[str, float]:
     from marlin_w4a16.hf.loading import FP4Loading
     from marlin_w4a16.tensors import held_tensors
 
+    try:
+        from marlin_w4a16.hf.ahead import Ahead
+    except ImportError:  # an older tree
+        Ahead = None
     clock, cuda = Clock(), DEVICE == "cuda"
     clock.on(FP4Loading, "_process_model_before_weight_loading", "checking")
     clock.on(FP4Loading, "_process_model_after_weight_loading", "after")
@@ -80,6 +84,8 @@ def measure(folder: Path) -> dict[str, float]:
 
     def after(*args: Any, **options: Any) -> Any:
         clock.on(Reader, reads, "reading")
+        if Ahead is not None:
+            clock.on(Ahead, "take", "reading")  # waits for what another thread reads
         return inner(*args, **options)
 
     FP4Loading._process_model_after_weight_loading = after

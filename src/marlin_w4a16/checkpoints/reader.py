@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ _DTYPES = {
     **DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool,
 }  # fmt: skip
 _THREADS = min(8, os.cpu_count() or 1)
-_PIECE = 1 << 20  # the most bytes of one read: threads share big tensors
+_PIECE = 4 << 20  # the most bytes of one read: threads share big tensors
 _ALONE = 1 << 18  # bytes that are read by the caller's thread: to hand them out takes as long
+_ALIGNED = 64  # bytes, of the first byte of a tensor in a buffer of several
+
+_Piece = tuple[int, int, int]  # a file's descriptor, an offset there, and how many bytes
 
 
 class Place(NamedTuple):
@@ -49,9 +52,25 @@ class Reader(ExitStack):
         """A tensor, or what it holds at an index of its first axis."""
         return self.stacked([Place(entry, name, index)])[0]
 
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """The tensors of a layer by leaf."""
-        return {leaf: self.tensor(entry, layer.name(leaf)) for leaf, entry in layer.entries.items()}
+    def tensors(self, layers: Sequence[Layer]) -> list[dict[str, Tensor]]:
+        """The tensors of some layers by leaf: read at once, so that threads have more to share.
+
+        Raises:
+            CheckpointError: see `stacked`.
+        """
+        places = [Place(entry, layer.name(leaf)) for layer in layers for leaf, entry in layer.entries.items()]
+        sizes = [-(-entry.nbytes // _ALIGNED) * _ALIGNED for entry, *_ in places]
+        if self._device.type == "cuda":
+            buffers = list(torch.split(self._buffer(sum(sizes), self._device), sizes))
+        else:  # one each, or what is kept of a layer would keep all
+            buffers = [self._buffer(size, self._device) for size in sizes]
+        buffers = [buffer[: entry.nbytes] for buffer, (entry, *_) in zip(buffers, places, strict=True)]
+        self._fill([(buffer, [place]) for buffer, place in zip(buffers, places, strict=True)])
+        found = (
+            buffer.view(_DTYPES[entry.dtype]).view(entry.shape).to(self._device)
+            for buffer, (entry, *_) in zip(buffers, places, strict=True)
+        )
+        return [{leaf: next(found) for leaf in layer.entries} for layer in layers]
 
     def stacked(self, places: Sequence[Place], device: torch.device | None = None) -> Tensor:
         """Tensors of one dtype and shape as one, ``[len(places), ...]``.
@@ -63,15 +82,36 @@ class Reader(ExitStack):
         Raises:
             CheckpointError: a file is not what its header said when it was read.
         """
-        device, like = device or self._device, places[0]
-        pieces = list(self._pieces(places))
-        size = sum(nbytes for _, _, nbytes in pieces)
-        buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        if size:
-            self._fill(memoryview((ctypes.c_ubyte * size).from_address(buffer.data_ptr())), pieces)
-        return buffer.view(_DTYPES[like.entry.dtype]).view(len(places), *like.shape).to(device)
+        device, (like, _, row) = device or self._device, places[0]
+        each = like.nbytes // (1 if row is None else like.shape[0])
+        buffer = self._buffer(len(places) * each, device)
+        self._fill([(buffer, places)])
+        return buffer.view(_DTYPES[like.dtype]).view(len(places), *places[0].shape).to(device)
 
-    def _pieces(self, places: Sequence[Place]) -> Iterator[tuple[int, int, int]]:
+    def _buffer(self, size: int, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+
+    def _fill(self, given: Sequence[tuple[Tensor, Sequence[Place]]]) -> None:
+        """Fills each buffer with what lies at places, one after the other."""
+        pieces: list[tuple[memoryview, _Piece]] = []
+        for buffer, places in given:
+            view, at = memoryview(_bytes(buffer)), 0
+            for piece in self._pieces(places):
+                pieces.append((view[at : at + piece[2]], piece))
+                at += piece[2]
+
+        def read(some: Sequence[tuple[memoryview, _Piece]]) -> None:
+            for view, (file, offset, _) in some:
+                _read(file, offset, view)
+
+        if _THREADS == 1 or sum(len(view) for view, _ in pieces) <= _ALONE:
+            read(pieces)
+            return
+        if self._threads is None:
+            self._threads = self.enter_context(ThreadPoolExecutor(_THREADS))
+        list(self._threads.map(read, (pieces[first::_THREADS] for first in range(min(_THREADS, len(pieces))))))
+
+    def _pieces(self, places: Sequence[Place]) -> Iterator[_Piece]:
         """Files, offsets and bytes of what is read, in order."""
         for entry, name, row in places:
             file, start, nbytes = self._find(entry, name)
@@ -92,22 +132,10 @@ class Reader(ExitStack):
             raise CheckpointError(f"{entry.file}: {name}: found another file than before, expected {entry}: load again")
         return descriptor, start, nbytes
 
-    def _fill(self, view: memoryview, pieces: Sequence[tuple[int, int, int]]) -> None:
-        starts, at = [], 0
-        for _, _, nbytes in pieces:
-            starts.append(at)
-            at += nbytes
 
-        def read(some: slice) -> None:
-            for (file, offset, nbytes), start in zip(pieces[some], starts[some], strict=True):
-                _read(file, offset, view[start : start + nbytes])
-
-        if len(view) <= _ALONE or _THREADS == 1:
-            read(slice(None))
-            return
-        if self._threads is None:
-            self._threads = self.enter_context(ThreadPoolExecutor(_THREADS))
-        list(self._threads.map(read, (slice(first, None, _THREADS) for first in range(_THREADS))))
+def _bytes(buffer: Tensor) -> Any:
+    """The memory of a tensor on the CPU."""
+    return (ctypes.c_ubyte * buffer.numel()).from_address(buffer.data_ptr()) if buffer.numel() else bytearray()
 
 
 def _read(file: int, offset: int, view: memoryview) -> None:

@@ -13,7 +13,7 @@ from marlin_w4a16.checkpoints.storage import OF_INPUTS, FP4Storage, Part
 from marlin_w4a16.kernels.fp4 import as_bytes
 from marlin_w4a16.kernels.scale_bytes import ScaleKind, any_nan, e8m0_values, is_nan, scale_bytes
 
-_AT_A_TIME = 4 << 20  # bytes, which caches hold
+_AT_A_TIME = 32 << 20  # bytes, some for each thread of the reader
 
 
 def read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Reads linears from their files while transformers loads the rest of a model."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -12,23 +13,38 @@ from transformers import PreTrainedModel
 
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.reader import Reader
+from marlin_w4a16.checkpoints.storage import DTYPES, FP4Storage
+from marlin_w4a16.hf.linear import CheckpointLinear
+
+_AT_ONCE = 128 << 20  # bytes: about a layer of a model
 
 _Found = dict[str, "Future[dict[str, Tensor]]"]
 
 
 class Ahead:
-    """Reads layers to a device, one after the other, by a thread that ends with them or with their model.
+    """Reads layers to a device by a thread that ends with them or with their model.
+
+    On a GPU another thread packs a weight of ones meanwhile: a new process takes half a second to load what packs.
 
     Args:
         model: whose layers they are.
         layers: by path, in the order in which they will be taken.
         device: one that computes.
+        dtype: of the model.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Mapping[str, Layer], device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: Mapping[str, Layer], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._found: _Found = {path: Future() for path in layers}
         given = dict(layers), dict(self._found), device, weakref.ref(model)
         Thread(target=_read, args=given, name="marlin_w4a16 reads", daemon=True).start()
+        fp4 = next((layer for layer in layers.values() if isinstance(layer.storage, FP4Storage)), None)
+        self._loads: Thread | None = None
+        if device.type == "cuda" and fp4 is not None:
+            loads = fp4, device, dtype
+            self._loads = Thread(target=_load_kernels, args=loads, name="marlin_w4a16 loads", daemon=True)
+            self._loads.start()
 
     def __deepcopy__(self, memo: Any) -> "Ahead":
         """Itself: transformers (5.23) copies renamings while it loads, and with them the quantizer."""
@@ -38,20 +54,50 @@ class Ahead:
         """The tensors of a layer by leaf, as soon as they are read.
 
         Raises:
-            CheckpointError: see `Reader.stacked`.
+            CheckpointError: of it or of a layer that is read at once with it; see `Reader.stacked`.
         """
+        if self._loads is not None:
+            self._loads.join()
         return self._found.pop(path).result()
 
 
-def _read(layers: dict[str, Layer], found: _Found, device: torch.device, model: "weakref.ref[Any]") -> None:
+def _read(layers: Mapping[str, Layer], found: _Found, device: torch.device, model: "weakref.ref[Any]") -> None:
     with Reader(device) as reader:
-        while layers and model() is not None:
-            path = next(iter(layers))
-            layer, read = layers.pop(path), found.pop(path)
+        for paths in _at_once(layers):
+            if model() is None:
+                return
+            futures = [found.pop(path) for path in paths]
             try:
-                read.set_result(reader.tensors(layer))
+                read = reader.tensors([layers[path] for path in paths])
             except BaseException as error:  # raised where they are taken
-                read.set_exception(error)
+                for future in futures:
+                    future.set_exception(error)
+            else:
+                for future in futures:
+                    future.set_result(read.pop(0))
+                del future, futures
+
+
+def _at_once(layers: Mapping[str, Layer]) -> Iterator[list[str]]:
+    """The paths of those that are read at once, in order."""
+    paths, nbytes = list[str](), 0
+    for path, layer in layers.items():
+        more = sum(entry.nbytes for entry in layer.entries.values())
+        if paths and nbytes + more > _AT_ONCE:
+            yield paths
+            paths, nbytes = [], 0
+        paths.append(path)
+        nbytes += more
+    if paths:
+        yield paths
+
+
+def _load_kernels(layer: Layer, device: torch.device, dtype: torch.dtype) -> None:
+    ones = {
+        leaf: torch.ones(entry.shape, dtype=DTYPES[entry.dtype], device=device) for leaf, entry in layer.entries.items()
+    }
+    with suppress(Exception):  # raised again where the first layer is packed
+        CheckpointLinear(layer, ones, None, dtype, keep=False)
 
 
 def one_device(device_map: Any) -> torch.device | None:

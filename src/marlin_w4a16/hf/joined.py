@@ -33,7 +33,7 @@ class StoredParts(nn.Module):
     def loaded(self, reader: Reader) -> "CheckpointParts | FP8Parts":
         """The linear that runs, packed on the device of the reader."""
         runs = CheckpointParts if isinstance(self.layers[0].storage, FP4Storage) else FP8Parts
-        tensors = [reader.tensors(layer) for layer in self.layers]
+        tensors = reader.tensors(self.layers)
         return runs(self.layers, tensors, self.bias, self.dtype).train(self.training)
 
     def dense(self, reader: Reader, dtype: torch.dtype) -> nn.Linear:

@@ -88,7 +88,7 @@ class FP4Loading(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*ignored, *not_loaded}
         swap_in(model, placement, self.model_dtype, policy == "keep", device is not None)
         if device is not None:
-            self._ahead = Ahead(model, placement.layers, device)
+            self._ahead = Ahead(model, placement.layers, device, self.model_dtype)
         if self._shares:
             self._before_sharing(model, held.others, placement.others)
             super()._process_model_before_weight_loading(model, **kwargs)
