@@ -52,6 +52,18 @@ def calibrate(module: nn.Module, scheme: QuantizationScheme) -> None:
             found.fill_(123.4 if "global" in name else 0.0123)
 
 
+def scale_caches(model: PreTrainedModel) -> None:
+    """Gives attention the scales of its cache where compressed-tensors has not.
+
+    It (0.20.1) knows attention by ``past_key_values``, which transformers 5.24 calls ``cache``.
+    """
+    for module in model.modules():
+        for name in ("k_scale", "v_scale"):
+            if hasattr(module, "k_proj") and not hasattr(module, name):
+                scale = torch.full((1,), 0.0123, dtype=model.dtype)
+                module.register_parameter(name, nn.Parameter(scale, requires_grad=False))
+
+
 def write(
     model: PreTrainedModel,
     folder: Path,
@@ -82,6 +94,8 @@ def write(
     cache = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True) if kv_cache else None
     config = QuantizationConfig(config_groups=schemes, ignore=list(ignore), kv_cache_scheme=cache)
     apply_quantization_config(model, config, show_progress=False)
+    if kv_cache:
+        scale_caches(model)
     for module in model.modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
             calibrate(module, scheme)
@@ -90,6 +104,7 @@ def write(
     if as_given:
         config.format = compressor.quantization_config.format
         compressor.quantization_config = config
+    compressor.quantization_config.kv_cache_scheme = cache
     compressor.compress_model(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     compressor.update_config(folder)

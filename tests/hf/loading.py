@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from checkpoints.formats import written
@@ -136,8 +138,9 @@ def linears(name: str, family: str) -> dict[str, str]:
 
 
 def upstream_keeps(name: str, dtype: torch.dtype) -> bool:
-    """Whether transformers' quantizer of FP8 leaves tensors in the dtype of the files."""
-    return name.startswith("deepseek") and dtype == torch.bfloat16
+    """Whether transformers' quantizer of FP8 leaves tensors in the dtype of the files (before 5.24)."""
+    is_older = Version(transformers.__version__) < Version("5.24")
+    return is_older and name.startswith("deepseek") and dtype == torch.bfloat16
 
 
 def same(found: Tensor, expected: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,7 +142,7 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     decoded = mlx.packed(held.others) if scheme is not None and scheme.producer == "MLX" else {}
     mine = {f"{path}.{leaf}" for path, tensors in decoded.items() for leaf in tensors}
     held = replace(held, others={name: entry for name, entry in held.others.items() if name not in mine})
-    problems, notes = _fit(folder, held, scheme) if scheme is not None else (_unread(config, entries), ())
+    problems, notes, wide = _fit(folder, held, scheme) if scheme is not None else (_unread(config, entries), (), ())
     return Inspection(
         folder,
         found[0] if found is not None else None,
@@ -151,24 +151,24 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
         len(paths),
         len(entries),
         tuple(held.layers.values()),
-        (*linears, *_decoded(decoded, config), *_others(held, scheme, quantised=bool(config))),
+        (*linears, *_decoded(decoded, config), *_others(held, scheme, wide, quantised=bool(config))),
         (*_notes(held, scheme), *notes),
         (*held.problems, *problems, *(bad_values(held.layers.values()) if values else ())),
     )
 
 
-def _fit(folder: Path, held: Contents, scheme: Scheme) -> tuple[Sequence[Problem], Sequence[str]]:
-    """What is wrong when a checkpoint is held against its model, and what else there is to be told."""
+def _fit(folder: Path, held: Contents, scheme: Scheme) -> tuple[Sequence[Problem], Sequence[str], Collection[str]]:
+    """What is wrong when a checkpoint is held against its model, what else is told, and what is kept in float32."""
     if held.problems:
-        return (), ()  # once these are gone, the rest can be told
+        return (), (), ()  # once these are gone, the rest can be told
     if scheme.producer == "MLX":
-        return (), ()  # its tensors get their names when they are loaded
+        return (), (), ()  # its tensors get their names when they are loaded
     if find_spec("transformers") is None:
-        return (), ("not held against a model: transformers is not installed",)
-    from marlin_w4a16.hf.fit import fit, notes_of, problems_of
+        return (), ("not held against a model: transformers is not installed",), ()
+    from marlin_w4a16.hf.fit import Fitted, fit, notes_of, problems_of
 
     found = fit(folder, held, scheme)
-    return tuple(problems_of(found)), tuple(notes_of(found))
+    return tuple(problems_of(found)), tuple(notes_of(found)), found.wide if isinstance(found, Fitted) else ()
 
 
 def _unread(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Sequence[Problem]:
@@ -217,7 +217,7 @@ def _decoded(found: Mapping[str, Mapping[str, Entry]], config: Mapping[str, Any]
     yield from collapsed(lines)
 
 
-def _others(held: Contents, scheme: Scheme | None, quantised: bool) -> Iterator[Line]:
+def _others(held: Contents, scheme: Scheme | None, wide: Collection[str], quantised: bool) -> Iterator[Line]:
     """What is no linear of ours: refused, left, unused, dense; all but the largest dense matrices in few lines."""
     modules: dict[str, dict[str, Entry]] = {}
     for name, entry in held.others.items():
@@ -227,7 +227,7 @@ def _others(held: Contents, scheme: Scheme | None, quantised: bool) -> Iterator[
     yield from collapsed(_odd(path, names, scheme, problems.get(path)) for path, names in odd.items())
     rest = {name: entry for path, names in modules.items() if path not in odd for name, entry in names.items()}
     yield from collapsed(_unused(name, entry) for name, entry in rest.items() if CACHE_SCALE.search(name))
-    dense = [_dense(name, entry) for name, entry in rest.items() if not CACHE_SCALE.search(name)]
+    dense = [_dense(name, entry, name in wide) for name, entry in rest.items() if not CACHE_SCALE.search(name)]
     vectors = [line for line in dense if len(line.shape or ()) <= 1]
     matrices = collapsed(line for line in dense if len(line.shape or ()) > 1)
     largest = sorted(matrices, key=lambda line: line.bytes, reverse=True)[:_MOST]
@@ -260,9 +260,9 @@ def _unused(name: str, entry: Entry) -> Line:
     return Line(name, 1, entry.shape, entry.dtype, "unused", reason, entry.nbytes, 0, 0)
 
 
-def _dense(name: str, entry: Entry) -> Line:
-    sizes = (entry.nbytes,) * len(SIZES)
-    return Line(name.removesuffix(".weight"), 1, entry.shape, entry.dtype, "dense", None, *sizes)
+def _dense(name: str, entry: Entry, is_widened: bool) -> Line:
+    held = entry.nbytes * (2 if is_widened else 1)
+    return Line(name.removesuffix(".weight"), 1, entry.shape, entry.dtype, "dense", None, entry.nbytes, held, held)
 
 
 def _without_embeddings(held: Contents, scheme: Scheme) -> Contents:
@@ -288,5 +288,3 @@ def _notes(held: Contents, scheme: Scheme | None) -> Iterator[str]:
         yield f"FP8 weights are decoded to the model's dtype ({decoded} linears)"
     yield from scheme.notes if scheme is not None else ()
     yield from held.notes
-    if scheme is not None and scheme.producer == "MLX":
-        yield "transformers does not know MLX: from_pretrained needs config=marlin_w4a16.hf.mlx_config(path)"

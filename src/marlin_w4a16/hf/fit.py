@@ -1,10 +1,13 @@
 """Whether a checkpoint fits the model that its config names, told from headers: what `from_pretrained` would refuse."""
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoConfig, PreTrainedModel
 
 from marlin_w4a16.checkpoints.layers import Contents, Problem
@@ -12,8 +15,21 @@ from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.hf.placing import Placement, place
 
 
-def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | str:
-    """Where the layers of a folder would go; or why no model can be made; or why that is not known."""
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """How a checkpoint fits its model.
+
+    Attributes:
+        placement: where its layers would go.
+        wide: the names of its tensors of 16 bits that transformers keeps in float32.
+    """
+
+    placement: Placement
+    wide: frozenset[str]
+
+
+def fit(folder: Path, held: Contents, scheme: Scheme) -> Fitted | Problem | str:
+    """How a folder fits its model; or why no model can be made; or why that is not known."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks the user, and waits
     except Exception as error:  # whatever transformers raises of a config
@@ -35,21 +51,32 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | s
         return Problem(
             "config.json", str(name), f"a config of which no model can be made: {_shown(error)}", "a valid one"
         )
-    return place(held, model, scheme)
+    found = place(held, model, scheme)
+    return Fitted(found, frozenset(_wide(found, held, model, scheme)))
 
 
-def problems_of(found: Placement | Problem | str) -> Iterator[Problem]:
+def _wide(found: Placement, held: Contents, model: PreTrainedModel, scheme: Scheme) -> Iterator[str]:
+    patterns = model._keep_in_fp32_modules_strict or ()
+    if scheme.shares and Version(transformers.__version__) < Version("5.24.0.dev0"):
+        return  # what its quantizer of FP8 loads stays in the dtype of the files
+    kept = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in patterns) or "(?!)")
+    for name, become in found.others.items():
+        if kept.search(become) and held.others[name].dtype in ("BF16", "F16"):
+            yield name
+
+
+def problems_of(found: Fitted | Problem | str) -> Iterator[Problem]:
     """What of that keeps a checkpoint from being loaded."""
-    if isinstance(found, Placement):
-        yield from found.problems
+    if isinstance(found, Fitted):
+        yield from found.placement.problems
     elif isinstance(found, Problem):
         yield found
 
 
-def notes_of(found: Placement | Problem | str) -> Iterator[str]:
+def notes_of(found: Fitted | Problem | str) -> Iterator[str]:
     """What else there is to be told."""
-    if isinstance(found, Placement):
-        yield from found.notes
+    if isinstance(found, Fitted):
+        yield from found.placement.notes
     elif isinstance(found, str):
         yield found
 

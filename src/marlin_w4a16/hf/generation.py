@@ -11,7 +11,7 @@ from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
 
 BACKEND = "marlin_w4a16"
-_CACHES = {"past_key_values", "past_key_value", "cache_params"}
+_CACHES = {"cache", "past_key_values", "past_key_value", "cache_params"}  # the first from transformers 5.24 on
 
 
 def compile_decode(model: PreTrainedModel) -> None:
