@@ -137,10 +137,14 @@ def linears(name: str, family: str) -> dict[str, str]:
     return {path: kind for path, kind in kinds(name, family).items() if kind != "CheckpointExperts"}
 
 
+def upstream_saves(name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers saves tensors in the dtype of the files: what its quantizer of FP8 has loaded."""
+    return name.startswith("deepseek") and dtype == torch.bfloat16
+
+
 def upstream_keeps(name: str, dtype: torch.dtype) -> bool:
-    """Whether transformers' quantizer of FP8 leaves tensors in the dtype of the files (before 5.24)."""
-    is_older = Version(transformers.__version__) < Version("5.24")
-    return is_older and name.startswith("deepseek") and dtype == torch.bfloat16
+    """Whether it holds them so too, and not in the float32 of its class: before 5.24."""
+    return upstream_saves(name, dtype) and Version(transformers.__version__) < Version("5.24")
 
 
 def same(found: Tensor, expected: Tensor) -> bool:

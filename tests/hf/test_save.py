@@ -26,7 +26,7 @@ from hf.loading import (
     reference,
     same,
     stored,
-    upstream_keeps,
+    upstream_saves,
 )
 from hf.matrix import FEW, FEW_ON_LLAMA, MIXTURES, ON_LLAMA, OWN_HEADS, SAVE, params
 from marlin_w4a16.hf import CheckpointError, ModelOptConfig
@@ -53,7 +53,7 @@ def dtype_of(key, tensor, name, family, dtype) -> torch.dtype:
     path, leaf = split(in_model)
     upstream = name.startswith("ct-") and linears(name, family).get(path) == "Linear" and leaf == "weight_scale"
     quantised = is_expert(path) or path in linears(name, family)
-    if upstream_keeps(name, dtype) or tensor.dtype == torch.uint8:
+    if upstream_saves(name, dtype) or tensor.dtype == torch.uint8:
         return tensor.dtype
     if upstream or leaf == "bias" or (in_model in plain and not quantised):
         return plain[in_model].dtype if in_model in plain else dtype
