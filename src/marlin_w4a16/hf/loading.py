@@ -1,4 +1,4 @@
-"""What the quantizers share that transformers asks to load FP4 checkpoints; hooks as in transformers 5.17 to 5.23."""
+"""What the quantizers share that transformers asks to load FP4 checkpoints; hooks as in transformers 5.17 to 5.24."""
 
 import logging
 import re
@@ -27,6 +27,7 @@ from marlin_w4a16.hf.joined import CheckpointParts, FP8Parts, StoredParts
 from marlin_w4a16.hf.linear import CheckpointLinear, DecodedLinear, FP8Linear, Nested, StoredLinear
 from marlin_w4a16.hf.loaded import Loaded, loaded
 from marlin_w4a16.hf.placing import place, put, swap_in
+from marlin_w4a16.hf.renaming import keep_names
 from marlin_w4a16.hf.resizing import allow_resizing, refuse_resizing
 from marlin_w4a16.hf.scaled import ScaledParameters
 from marlin_w4a16.report.problems import told
@@ -48,6 +49,7 @@ class FP4Loading(HfQuantizer):
     model_dtype: torch.dtype = torch.bfloat16
     report: Loaded | None = None
     cache_scales: Mapping[str, Tensor] = MappingProxyType({})
+    _files_names: tuple[str, ...] = ()
     _ahead: Ahead | None = None
     _scaled: ScaledParameters = ScaledParameters(())
     _beside: Mapping[str, int] = MappingProxyType({})
@@ -68,7 +70,8 @@ class FP4Loading(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError(f"{name}: found a state dict, expected a checkpoint's files: its headers are read")
         self._keep_config(checkpoint_files[0].parent)
-        held = contents(_entries(name, checkpoint_files), self.scheme)
+        entries = _entries(name, checkpoint_files)
+        self._files_names, held = tuple(entries), contents(entries, self.scheme)
         placement = place(held, model, self.scheme)
         policy = checked(getattr(self.quantization_config, "activation_quant", "drop"))
         problems = held.problems + placement.problems or tuple(bad_values(placement.every, policy == "keep"))
@@ -97,6 +100,7 @@ class FP4Loading(HfQuantizer):
         if self.scheme is None:
             return super()._process_model_after_weight_loading(model, **kwargs)
         start = time.perf_counter()
+        keep_names(model, self._files_names)
         _to_dtype(model, self.model_dtype)
         self._scaled.multiply(model)
         dense = self.model_dtype if self._dequantizes else None

@@ -1,6 +1,6 @@
-"""The names that transformers gives to a checkpoint's tensors, and what it makes of them; 5.17 to 5.23 were read."""
+"""The names that transformers gives to a checkpoint's tensors, and what it makes of them; 5.17 to 5.24 were read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -13,6 +13,60 @@ from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.hf.experts.gather import Destination
+
+
+class OwnNames(WeightRenaming):
+    """Gives tensors back the names of their files when they are saved, each exactly.
+
+    Renamings that are turned around may change other names too: Kimi-K2's ``blocks`` to ``layers`` of the vision tower
+    makes blocks of the language model's layers.
+
+    Args:
+        names: of all tensors in the files.
+        renamings: with which transformers loaded them; names that are in no file are given back by these.
+    """
+
+    __slots__ = ("_names", "_others", "_paths")
+
+    def __init__(self, names: Iterable[str], renamings: Sequence[WeightRenaming]) -> None:
+        super().__init__("(?!)", "(?!)")
+        self._others = [renaming.reverse_transform() for renaming in reversed(renamings)]
+        self._names, self._paths = dict[str, str](), dict[str, str]()
+        own = list(names)
+        for name in own:
+            become = name
+            for renaming in renamings:
+                become = renaming.rename_source_key(become)[0]
+            self._names[become] = name
+            path, _, leaf = become.rpartition(".")
+            if name.endswith(f".{leaf}"):
+                self._paths[path] = name[: -len(leaf) - 1]
+        for name in own:
+            self._names.setdefault(name, name)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The name in the files of what a model holds under a name; no pattern."""
+        path, _, leaf = source_key.rpartition(".")
+        if source_key in self._names:
+            return self._names[source_key], None
+        if path in self._paths:
+            return f"{self._paths[path]}.{leaf}", None
+        for renaming in self._others:
+            source_key = renaming.rename_source_key(source_key)[0]
+        return source_key, None
+
+    def reverse_transform(self) -> "OwnNames":
+        """Itself: it is used when a model is saved alone."""
+        return self
+
+
+def keep_names(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Has transformers save a model that it has just loaded under the names of its files."""
+    used = getattr(model, "_weight_conversions", None) or ()
+    renamings = [one for one in used if isinstance(one, WeightRenaming)]
+    if renamings:
+        others = [one for one in used if not isinstance(one, WeightRenaming)]
+        setattr(model, "_weight_conversions", [OwnNames(names, renamings), *others])  # noqa: B010
 
 
 class Renaming:
