@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,25 +17,20 @@ from torch import Tensor
 
 from hf.by_hand import fp8, nvfp4
 from hf.dense import exact
+from hf.family_models import (
+    HYBRID,
+    LATENT,
+    MOE,
+    SMALL,
+    VISION,
+    deepseek_v4,
+    gemma4,
+    indexers,
+    kimi,
+    nemotron,
+    qwen4_exp,
+)  # fmt: skip
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False,
-}  # fmt: skip
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LATENT = {
-    **{name: value for name, value in SMALL.items() if name != "head_dim"}, "num_key_value_heads": 4, "q_lora_rank": 32,
-    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-}  # fmt: skip
-HYBRID = {
-    **SMALL, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4,
-}  # fmt: skip
-VISION = {
-    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
-    "in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
-}  # fmt: skip
 Rules = dict[str, str]  # by pattern of a path, the algorithm of ModelOpt; the first that matches counts
 
 
@@ -52,6 +47,7 @@ class Family:
         one_by_one: stacks of experts are stored as ModelOpt writes them, a matrix for each.
         more: changes the tensors, and those that they stand for; returns entries of config.json.
         surplus: a pattern of tensors that the model does not have.
+        names: patterns in the names that the class saves, and what the published files have in their place.
     """
 
     model: str
@@ -62,6 +58,13 @@ class Family:
     one_by_one: bool = False
     more: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Any]] = field(default=lambda *_: {})
     surplus: str = "(?!)"
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def published(self, name: str) -> str:
+        """The name in the published files."""
+        for pattern, become in self.names.items():
+            name = re.sub(pattern, become, name)
+        return name
 
 
 def of_all(algorithm: str, *ignore: str, key: str = "ignore") -> Callable[[Rules], dict[str, Any]]:
@@ -114,65 +117,10 @@ def ngrams(tensors: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, An
     return {}
 
 
-def indexers(T: Any) -> Any:
-    return T.GlmMoeDsaConfig(
-        **LATENT, index_n_heads=4, index_head_dim=32, index_topk=64, pad_token_id=0, qk_head_dim=32
-    )
-
-
-def deepseek_v4(T: Any) -> Any:
-    sparse = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
-    return T.DeepseekV4Config(
-        **{**SMALL, "num_key_value_heads": 1, "head_dim": 64}, moe_intermediate_size=64, n_routed_experts=4,
-        num_experts_per_tok=2, n_shared_experts=1, q_lora_rank=64, o_groups=2, o_lora_rank=32, index_n_heads=2,
-        index_head_dim=32, index_topk=16, partial_rotary_factor=0.25, hc_mult=2, sliding_window=8,
-        compress_rates=sparse, layer_types=[*sparse][::-1],
-    )  # fmt: skip
-
-
-def kimi(T: Any) -> Any:
-    vision = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4}
-    text = {**LATENT, "model_type": "deepseek_v3"}
-    return T.Kimi_K25Config(
-        text_config=text, vision_config=vision, projection_hidden_size=64, tie_word_embeddings=False
-    )
-
-
-def nemotron(T: Any) -> Any:
-    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8}
-    return T.NemotronHConfig(
-        **{**SMALL, "num_hidden_layers": 4}, **mamba, conv_kernel=4, n_routed_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=32, moe_shared_expert_intermediate_size=32, n_group=1, topk_group=1,
-        layers_block_type=["mamba", "moe", "attention", "moe"],
-    )  # fmt: skip
-
-
-def qwen4_exp(T: Any) -> Any:
-    from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
-
-    ngram = {"ple_layer_ids": [1], "ple_embed_dim": 64, "heads_per_ngram": 2, "ngram_vocab_size_base": 50}
-    ngram |= {"make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4, "ngram_size": 3}
-    indexer = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64}
-    sizes = {name: value for name, value in HYBRID.items() if name != "intermediate_size"}
-    return Qwen4ExpTextConfig(
-        **sizes, **MOE, **ngram, **indexer, indexer_compress_ratio=4, shared_expert_intermediate_size=32, hc_count=2,
-        hc_lowrank=16, eos_token_id=2,
-    )  # fmt: skip
-
-
-def gemma4(T: Any) -> Any:
-    text = {**SMALL, "tie_word_embeddings": True, "enable_moe_block": True, "top_k_experts": 2, "global_head_dim": 16}
-    text |= {"num_experts": 4, "moe_intermediate_size": 32, "hidden_size_per_layer_input": 0, "sliding_window": 8}
-    text |= {"vocab_size_per_layer_input": 128, "layer_types": ["sliding_attention", "full_attention"]}
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "global_head_dim": 16}
-    return T.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, tie_word_embeddings=True)
-
-
 EVERY, NVFP4 = "*", "NVFP4"
 MLA = ["lm_head", *(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("kv_b_proj", "q_a_proj"))]
 OUTSIDE = {"*embed*": "", "*norm*": "", "*.gate": "", "*lm_head": "", "*router*": "", "*vision*": "", "*visual*": ""}
+GATES = [f"model.layers.{layer}.mlp.gate" for layer in range(2)]
 FAMILIES: dict[str, Family] = {
     "DeepSeek-V3.1": Family(
         "DeepseekV3ForCausalLM", lambda T: T.DeepseekV3Config(**LATENT),
@@ -191,6 +139,39 @@ FAMILIES: dict[str, Family] = {
     "Kimi-K2.5": Family(
         "Kimi_K25ForConditionalGeneration", kimi, {"*self_attn*": "", "*mm_projector*": "", **OUTSIDE, EVERY: NVFP4},
         of_all(NVFP4, "language_model.lm_head", "*vision_tower*", "*mm_projector*", "*self_attn*"),
+        names={r"^language_model\.model\.blocks\.": "language_model.model.layers."},
+    ),
+    "Kimi-K2.6": Family(
+        "Kimi_K25ForConditionalGeneration", kimi,
+        {"*.layers.0.*": "", "*.blocks.0.*": "", "*self_attn*": "", "*shared_experts*": "", "*mm_projector*": "",
+         **OUTSIDE, EVERY: NVFP4},
+        of_all(NVFP4, "language_model.lm_head", "language_model.model.layers.0*", "*vision_tower*", "*mm_projector*",
+               *(f"language_model.model.layers.1.{name}*" for name in ("mlp.shared_experts", "self_attn"))),
+        file="hf_quant_config.json", names={r"^language_model\.model\.blocks\.": "language_model.model.layers."},
+    ),
+    "Qwen3-235B-A22B": Family(
+        "Qwen3MoeForCausalLM", lambda T: T.Qwen3MoeConfig(**SMALL, **MOE, decoder_sparse_step=1),
+        {**OUTSIDE, EVERY: NVFP4}, of_all(NVFP4, "lm_head", *GATES, key="exclude_modules"),
+        file="hf_quant_config.json",
+    ),
+    "Nemotron-3-Nano": Family(
+        "NemotronHForCausalLM", nemotron,
+        {"*.2.mixer.*": "", "*.in_proj": NVFP4, "*.out_proj": NVFP4, "*expert*": NVFP4, EVERY: ""},
+        of_all(NVFP4, "lm_head", *(f"backbone.layers.2.mixer.{name}_proj" for name in "qkvo"),
+               "backbone.layers.0.mixer.conv1d", key="exclude_modules"),
+        file="hf_quant_config.json",
+    ),
+    "GLM-5.1": Family(
+        "GlmMoeDsaForCausalLM", indexers,
+        {"*.layers.0.*": "", "*self_attn*": "", "*shared_experts*": "", **OUTSIDE, EVERY: NVFP4},
+        of_all(NVFP4, "lm_head", "model.layers.0*", "model.layers.1.mlp.shared_experts*", "model.layers.1.self_attn*",
+               key="exclude_modules"),
+        file="hf_quant_config.json",
+    ),
+    "Gemma-4-26B-A4B by llm-compressor": Family(
+        "Gemma4ForConditionalGeneration", gemma4, {"*self_attn*": "", **OUTSIDE, EVERY: NVFP4},
+        lambda _: {**compressed(_), "ignore": ["lm_head", "re:.*vision.*", "re:.*self_attn.*", "re:.*router.*"]},
+        one_by_one=True, more=as_compressed,
     ),
     "MiniMax-M2.5": Family(
         "MiniMaxM2ForCausalLM", lambda T: T.MiniMaxM2Config(**SMALL, num_local_experts=4, num_experts_per_tok=2,
@@ -232,7 +213,7 @@ FAMILIES: dict[str, Family] = {
                         "activation_scheme": "dynamic", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": NVFP4,
                         "quantized_layers": {f"layers.{i}.ffn.experts": {"quant_algo": NVFP4} for i in range(2)},
                         "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"]},
-        more=lambda *_: {"expert_dtype": "fp4"},
+        more=lambda *_: {"expert_dtype": "fp4"}, names={r"^model\.(?=layers|embed|norm)": ""},
     ),
     "Qwen3-Next": Family(
         "Qwen3NextForCausalLM",
@@ -265,13 +246,14 @@ def write(family: Family, folder: Path, reference: Path) -> None:
         more = family.more(tensors, dense)
     shutil.copytree(reference, folder, dirs_exist_ok=True)
     whole = json.loads((folder / "config.json").read_text())
-    said = {"quant_method": "modelopt", **family.quantization(layers)}
+    named = {family.published(path): algorithm for path, algorithm in layers.items()}
+    said = {"quant_method": "modelopt", **family.quantization(named)}
     if family.file == "config.json":
         more["quantization_config"] = said
     else:
         (folder / family.file).write_text(json.dumps({"quantization": {**said, "quant_method": None}}))
     (folder / "config.json").write_text(json.dumps({**whole, **more}))
-    save(folder, tensors)
+    save(folder, {family.published(name): tensor for name, tensor in tensors.items()})
     save(reference, stacked(dense, held))
 
 
