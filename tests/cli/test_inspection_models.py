@@ -112,6 +112,8 @@ def plain(folder: Path, config: dict | None, *scales: str) -> Path:
         ({"quant_method": "gptq"}, ("weight_scale_2",), f"{UP}.weight_scale_2: found FP4 of gptq"),
         (None, ("weight_global_scale",), f"{UP}.weight_global_scale: found FP4 of a producer that no config names"),
         (None, ("comfy_quant",), f"{UP}.comfy_quant: found FP4 of a producer that no config names"),
+        (None, ("w_outer_scale_denominator",),
+         f"{UP}.w_outer_scale_denominator: found FP4 of a producer that no config names"),
     ],
 )  # fmt: skip
 def test_fp4_that_nobody_reads_is_a_problem(config, scales, found, tmp_path):

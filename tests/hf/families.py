@@ -27,6 +27,7 @@ from hf.family_models import (
     gemma4,
     indexers,
     kimi,
+    llama4,
     nemotron,
     qwen4_exp,
 )  # fmt: skip
@@ -101,6 +102,19 @@ def as_compressed(tensors: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[
         tensors[f"{path}.weight_packed"] = tensors.pop(f"{path}.weight")
         tensors[f"{path}.weight_global_scale"] = divisor = (1 / factor.double()).float().reshape(1)
         dense[f"{path}.weight"] = (dense[f"{path}.weight"].double() / factor.double() / divisor.double()).float()
+    return {}
+
+
+def stacks(tensors: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Any]:
+    """Llama-4's experts as ModelOpt has them: in stacks of ``[experts, k / 2, n]``, with one global scale for all."""
+    for name in [name for name in tensors if re.search(r"experts\.(gate_up|down)_proj$", name)]:
+        experts, columns, rows = tensors[name].shape
+        stored, value = quantised(NVFP4, experts * rows, columns)
+        for leaf in ("weight", "weight_scale"):
+            bits = stored[leaf].view(torch.uint8).unflatten(0, (experts, rows)).mT.contiguous()
+            stored[leaf] = bits.view(stored[leaf].dtype)
+        dense[name] = value.unflatten(0, (experts, rows)).mT.contiguous()
+        tensors |= {name: stored["weight"], **{f"{name}_{leaf}": stored[leaf] for leaf in stored if leaf != "weight"}}
     return {}
 
 
@@ -214,6 +228,10 @@ FAMILIES: dict[str, Family] = {
                         "quantized_layers": {f"layers.{i}.ffn.experts": {"quant_algo": NVFP4} for i in range(2)},
                         "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"]},
         more=lambda *_: {"expert_dtype": "fp4"}, names={r"^model\.(?=layers|embed|norm)": ""},
+    ),
+    "Llama-4-Scout": Family(
+        "Llama4ForCausalLM", llama4, {"*shared_expert*": NVFP4, EVERY: ""},
+        of_all(NVFP4, "lm_head", "*self_attn*", "*router*"), more=stacks,
     ),
     "Qwen3-Next": Family(
         "Qwen3NextForCausalLM",

@@ -47,6 +47,12 @@ def kimi(T: Any) -> Any:
     )
 
 
+def llama4(T: Any) -> Any:
+    experts = {"intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1}
+    kinds = ["chunked_attention", "full_attention"]
+    return T.Llama4TextConfig(**SMALL, **experts, interleave_moe_layer_step=1, layer_types=kinds)
+
+
 def nemotron(T: Any) -> Any:
     mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8}
     return T.NemotronHConfig(

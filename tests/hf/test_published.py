@@ -38,3 +38,15 @@ def test_it_is_loaded_and_saved(name, tmp_path: Path):
     assert {tensor for tensor in before if not re.fullmatch(family.surplus, tensor)} == after.keys()
     assert all(same(after[tensor], before[tensor]) for tensor in after)
     assert main(["inspect", str(folder)]) == 0
+
+
+def test_llama_4_is_dense_again(tmp_path: Path):
+    """Its Experts modules have a forward of their own."""
+    write(FAMILIES["Llama-4-Scout"], tmp_path / "model", tmp_path / "dense")
+    load = transformers.Llama4ForCausalLM.from_pretrained
+    model, dense = (load(tmp_path / name, dtype=torch.float32).eval() for name in ("model", "dense"))
+    model.dequantize()
+    assert type(model.model.layers[0].feed_forward.experts) is type(dense.model.layers[0].feed_forward.experts)
+    assert all(same(held, dense.state_dict()[name]) for name, held in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, dense(TOKENS).logits)

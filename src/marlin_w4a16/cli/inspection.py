@@ -26,7 +26,7 @@ _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST = 8
 # Names that scales of FP4 have, and methods whose FP4 transformers runs itself.
-_FP4_SCALES = (".weight_scale_2", ".weight_global_scale", ".comfy_quant", ".wscales")
+_FP4_SCALES = (".weight_scale_2", ".weight_global_scale", ".comfy_quant", ".wscales", "_outer_scale_denominator")
 _OF_TRANSFORMERS = ("bitsandbytes", "bitsandbytes_4bit", "nvfp4", "fouroversix")
 SIZES = ("bytes", "loaded_bytes", "bf16_bytes")  # of a line
 

@@ -14,6 +14,7 @@ from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import CACHE_SCALE, Contents, Layer, Problem, counted
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
+from marlin_w4a16.hf.experts.batched import as_experts
 from marlin_w4a16.hf.experts.gather import Destination, ExpertLayers, Gathered
 from marlin_w4a16.hf.experts.modules import StoredExperts
 from marlin_w4a16.hf.joined import StoredParts
@@ -132,7 +133,7 @@ def swap_in(model: PreTrainedModel, placement: Placement, dtype: torch.dtype, ke
         linear = model.get_submodule(path)
         put(model, path, StoredParts(layers, linear.bias, dtype).train(linear.training))
     for found in placement.experts:
-        experts = model.get_submodule(found.mixture.path)
+        experts = as_experts(model.get_submodule(found.mixture.path))
         put(model, found.mixture.path, StoredExperts(found, experts, dtype).train(experts.training))
 
 

@@ -12,9 +12,10 @@ from marlin_w4a16.checkpoints.experts import Stack, StoredMixture
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Layer, Problem
 from marlin_w4a16.checkpoints.storage import LOW_RANK, FP4Storage
+from marlin_w4a16.hf.experts.batched import as_experts
 from marlin_w4a16.kernels.activation import Activation
 from marlin_w4a16.kernels.expert_order import Order
-from marlin_w4a16.modules.transformers_experts import gating_of, is_experts, names_of
+from marlin_w4a16.modules.transformers_experts import gating_of, names_of
 from marlin_w4a16.passes.outcome import Rejected
 
 # The projections of an expert by name, where a checkpoint holds them one by one and transformers knows stacks alone:
@@ -62,7 +63,8 @@ class ExpertLayers:
     """Gathers the layers of experts, module by module."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules: dict[str, Any] = {path: m for path, m in model.named_modules() if is_experts(m)}
+        found = ((path, as_experts(module)) for path, module in model.named_modules())
+        self._modules: dict[str, Any] = {path: experts for path, experts in found if experts is not None}
         self._found: dict[str, _Layers] = {}
         self.elsewhere = set[str]()  # paths below which files hold experts that the model has at others
 

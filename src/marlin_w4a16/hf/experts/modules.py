@@ -12,9 +12,11 @@ from marlin_w4a16.checkpoints.experts import Stack, alike, read_weights, some_at
 from marlin_w4a16.checkpoints.reader import Reader
 from marlin_w4a16.checkpoints.storage import DTYPES
 from marlin_w4a16.hf.dense import decoded, joined
+from marlin_w4a16.hf.experts.batched import Llama4Experts
 from marlin_w4a16.hf.experts.gather import Gathered
 from marlin_w4a16.kernels.experts import fit_each, pack_each, pack_first, unpack_first
 from marlin_w4a16.kernels.fp4 import FP4Weight
+from marlin_w4a16.modules.batched_experts import BatchedExperts
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.state import PackedState
 from marlin_w4a16.modules.transformers_experts import biases_of, names_of
@@ -38,7 +40,8 @@ class StoredExperts(nn.Module):
 
     def loaded(self, reader: Reader) -> "CheckpointExperts":
         """The experts that run, read and packed some at a time."""
-        return CheckpointExperts(self, reader).train(self.training)
+        runs = CheckpointBatchedExperts if isinstance(self.like[0], Llama4Experts) else CheckpointExperts
+        return runs(self, reader).train(self.training)
 
     def dense(self, reader: Reader, dtype: torch.dtype) -> nn.Module:
         """The module of transformers with the exact weights rounded once to ``dtype``."""
@@ -163,6 +166,10 @@ class CheckpointExperts(PackedExperts):
         return layer.fp4.restore(held, self._unfitted.get((stack.name, expert)), small, layer.entries, layer.path)
 
 
+class CheckpointBatchedExperts(BatchedExperts, CheckpointExperts):  # type: ignore[misc]  # their forwards differ
+    """`CheckpointExperts` that are given rows in equal parts: those of Llama 4."""
+
+
 def dense_experts(
     experts: Any, products: tuple[Callable[[int], FP4Weight], ...], biases: Mapping[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
@@ -182,7 +189,8 @@ def dense_experts(
             made._parameters[name].data[expert] = matrix[: shape[1], : shape[2]]
     for name, bias in biases.items():
         made._parameters[name] = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
-    return made  # type: ignore[no-any-return]
+    plain: nn.Module = made.original[0] if isinstance(made, Llama4Experts) else made
+    return plain
 
 
 def _kept(stack: Stack, leaf: str) -> str:
