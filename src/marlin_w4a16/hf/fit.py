@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from packaging.version import Version
 from transformers import AutoConfig, PreTrainedModel
 
 from marlin_w4a16.checkpoints.layers import Contents, Problem
@@ -57,7 +56,7 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Fitted | Problem | str:
 
 def _wide(found: Placement, held: Contents, model: PreTrainedModel, scheme: Scheme) -> Iterator[str]:
     patterns = model._keep_in_fp32_modules_strict or ()
-    if scheme.shares and Version(transformers.__version__) < Version("5.24.0.dev0"):
+    if scheme.shares and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
         return  # what its quantizer of FP8 loads stays in the dtype of the files
     kept = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in patterns) or "(?!)")
     for name, become in found.others.items():
