@@ -3,7 +3,7 @@
 import ctypes
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.gguf_blocks import Blocks, Placed
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES
 
@@ -21,6 +22,7 @@ _DTYPES = {
 }  # fmt: skip
 _THREADS = min(8, os.cpu_count() or 1)
 _PIECE = 1 << 20  # the most bytes of one read: threads share big tensors
+_BLOCKS = 32 << 20  # bytes of blocks, of which tensors are made, that are there at a time
 _ALONE = 1 << 18  # bytes that are read by the caller's thread: to hand them out takes as long
 
 
@@ -42,7 +44,8 @@ class Reader(ExitStack):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._device, self._open = device, dict[Path, tuple[int, dict[str, tuple[int, int]]]]()
+        self._device, self._open = device, dict[Path, BinaryIO]()
+        self._headers = dict[Path, dict[str, tuple[int, int]]]()
         self._threads: ThreadPoolExecutor | None = None
 
     def tensor(self, entry: Entry, name: str, index: int | None = None) -> Tensor:
@@ -64,33 +67,59 @@ class Reader(ExitStack):
             CheckpointError: a file is not what its header said when it was read.
         """
         device, like = device or self._device, places[0]
-        pieces = list(self._pieces(places))
+        if isinstance(like.entry, Blocks):
+            return self._unpacked(places, like.entry, device)
+        ranges = [self._range(*place) for place in places]
+        return self._bytes(ranges, device).view(_DTYPES[like.entry.dtype]).view(len(places), *like.shape)
+
+    def _unpacked(self, places: Sequence[Place], like: Blocks, device: torch.device) -> Tensor:
+        """See `stacked`, of what files hold in blocks: some matrices at a time."""
+        matrices = [(place.entry, m) for place in places for m in _blocks(place.entry).matrices(place.row)]
+        out: Tensor | None = None
+        step = max(1, _BLOCKS // max(1, like.matrix_nbytes))
+        for at in range(0, len(matrices), step):
+            some = matrices[at : at + step]
+            ranges = [(self._file(entry.file), *one) for entry, matrix in some for one in matrix]
+            stored = self._bytes(ranges, device).view(len(some), like.matrix_nbytes)
+            made = [_blocks(entry).read(stored[i : i + 1]) for i, (entry, _) in enumerate(some)]
+            out = made[0].new_empty((len(matrices), *made[0].shape[1:])) if out is None else out
+            torch.cat(made, out=out[at : at + step])
+        assert out is not None
+        return out.view(_DTYPES[like.dtype]).view(len(places), *places[0].shape)
+
+    def _bytes(self, ranges: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+        """Bytes of files one after the other, of each a file, the first and how many."""
+        pieces = [
+            (file, at, min(_PIECE, start + nbytes - at))
+            for file, start, nbytes in ranges
+            for at in range(start, start + nbytes, _PIECE)
+        ]
         size = sum(nbytes for _, _, nbytes in pieces)
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         if size:
             self._fill(memoryview((ctypes.c_ubyte * size).from_address(buffer.data_ptr())), pieces)
-        return buffer.view(_DTYPES[like.entry.dtype]).view(len(places), *like.shape).to(device)
+        return buffer.to(device)
 
-    def _pieces(self, places: Sequence[Place]) -> Iterator[tuple[int, int, int]]:
-        """Files, offsets and bytes of what is read, in order."""
-        for entry, name, row in places:
-            file, start, nbytes = self._find(entry, name)
-            if row is not None:
-                nbytes //= entry.shape[0]
-                start += row * nbytes
-            for at in range(0, nbytes, _PIECE):
-                yield file, start + at, min(_PIECE, nbytes - at)
-
-    def _find(self, entry: Entry, name: str) -> tuple[int, int, int]:
-        """The file of a tensor, and its first byte and their number there."""
-        if entry.file not in self._open:
-            file = self.enter_context(entry.file.open("rb"))
-            self._open[entry.file] = file.fileno(), _places(file)
-        descriptor, found = self._open[entry.file]
-        start, nbytes = found.get(name, (0, -1))
+    def _range(self, entry: Entry, name: str, row: int | None) -> tuple[int, int, int]:
+        """The file of a tensor, its first byte and how many there are."""
+        file = self._file(entry.file)
+        if isinstance(entry, Placed):
+            start, nbytes = entry.start, entry.nbytes
+        else:
+            if entry.file not in self._headers:
+                self._headers[entry.file] = _places(self._open[entry.file])
+            start, nbytes = self._headers[entry.file].get(name, (0, -1))
         if nbytes != entry.nbytes:
             raise CheckpointError(f"{entry.file}: {name}: found another file than before, expected {entry}: load again")
-        return descriptor, start, nbytes
+        if row is not None:
+            nbytes //= entry.shape[0]
+            start += row * nbytes
+        return file, start, nbytes
+
+    def _file(self, path: Path) -> int:
+        if path not in self._open:
+            self._open[path] = self.enter_context(path.open("rb"))
+        return self._open[path].fileno()
 
     def _fill(self, view: memoryview, pieces: Sequence[tuple[int, int, int]]) -> None:
         starts, at = [], 0
@@ -108,6 +137,12 @@ class Reader(ExitStack):
         if self._threads is None:
             self._threads = self.enter_context(ThreadPoolExecutor(_THREADS))
         list(self._threads.map(read, (slice(first, None, _THREADS) for first in range(_THREADS))))
+
+
+def _blocks(entry: Entry) -> Blocks:
+    if not isinstance(entry, Blocks):
+        raise TypeError(f"{entry}: found a tensor of its own, expected one in blocks")
+    return entry
 
 
 def _read(file: int, offset: int, view: memoryview) -> None:
