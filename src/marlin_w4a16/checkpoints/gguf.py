@@ -14,7 +14,7 @@ from marlin_w4a16.checkpoints.scheme import Mismatch, Scheme
 from marlin_w4a16.checkpoints.storage import STORED_SCALES, FP4Storage, Part
 
 PRODUCER, SCALE, INPUT_SCALE = "GGUF", "scale", "input_scale"
-_SCALES = "block_scale"  # no leaf of a file: the scales in a weight's blocks
+BLOCK_SCALE = "block_scale"  # no leaf of a file: the scales in a weight's blocks
 INPUTS_NOTE = "its inputs were quantised (input_scale), which is left out"
 
 
@@ -34,7 +34,7 @@ def storage(number: int, stacked: bool = False) -> FP4Storage:
     block, first = BLOCKS[number], ("e",) if stacked else ()
     parts = [
         Part("weight", "codes", ("U8",), (*first, "n", "k/2")),
-        Part(_SCALES, "scales", STORED_SCALES[block.kind], (*first, "n", "k/g")),
+        Part(BLOCK_SCALE, "scales", STORED_SCALES[block.kind], (*first, "n", "k/g")),
     ]
     if block.kind == "e4m3":
         parts.append(Part(SCALE, "multiplier", ("F32",), first, optional=True))
@@ -63,7 +63,7 @@ def entries(header: Header) -> dict[str, Entry]:
     mine = matrices(header)
     for name, tensor in header.tensors.items():
         if name in mine:
-            found |= dict(_of_blocks(header, name, tensor))
+            found |= dict(of_blocks(header, name, tensor))
         elif not _is_of_inputs(name, mine):
             found[name] = plain(header, tensor)
     for name in header.tensors:  # some write the scale so
@@ -78,6 +78,17 @@ def plain(header: Header, tensor: Tensor) -> Placed:
     return Placed(header.file, tensor.type_name, tensor.shape, tensor.start, tensor.nbytes)
 
 
+def of_blocks(header: Header, name: str, tensor: Tensor) -> Iterator[tuple[str, Entry]]:
+    """The codes and the scales of a matrix or a stack by name."""
+    block, path = BLOCKS[tensor.type], name.removesuffix(".weight")
+    *experts, n, k = tensor.shape
+    more = (tensor.start,), block
+    rest = n, k, *experts
+    dtype = STORED_SCALES[block.kind][0]
+    yield name, Blocks(header.file, "U8", (*experts, n, k // 2), *more, "codes", *rest)
+    yield f"{path}.{BLOCK_SCALE}", Blocks(header.file, dtype, (*experts, n, k // block.group), *more, "scales", *rest)
+
+
 def part_of(entry: Entry, expert: int) -> Entry:
     """What a tensor of all experts holds of one of them."""
     if isinstance(entry, Blocks):
@@ -88,16 +99,6 @@ def part_of(entry: Entry, expert: int) -> Entry:
         size = entry.size // entry.shape[0]
         return Placed(entry.file, entry.dtype, (), entry.start + expert * size, size)
     raise TypeError(f"{entry}: found no tensor of GGUF")
-
-
-def _of_blocks(header: Header, name: str, tensor: Tensor) -> Iterator[tuple[str, Entry]]:
-    block, path = BLOCKS[tensor.type], name.removesuffix(".weight")
-    *experts, n, k = tensor.shape
-    more = (tensor.start,), block
-    rest = n, k, *experts
-    dtype = STORED_SCALES[block.kind][0]
-    yield name, Blocks(header.file, "U8", (*experts, n, k // 2), *more, "codes", *rest)
-    yield f"{path}.{_SCALES}", Blocks(header.file, dtype, (*experts, n, k // block.group), *more, "scales", *rest)
 
 
 def _is_of_inputs(name: str, mine: Mapping[str, Tensor]) -> bool:
