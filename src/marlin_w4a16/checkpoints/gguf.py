@@ -67,7 +67,7 @@ def entries(header: Header) -> dict[str, Entry]:
         elif not _is_of_inputs(name, mine):
             found[name] = plain(header, tensor)
     for name in header.tensors:  # some write the scale so
-        if name.removesuffix(f".{SCALE}") in mine:
+        if name.endswith(f".{SCALE}") and name.removesuffix(f".{SCALE}") in mine:
             stem = name.removesuffix(f".weight.{SCALE}")
             raise CheckpointError(f"{header.file}: {name}: found it beside FP4, expected {stem}.{SCALE}")
     return found
@@ -81,12 +81,11 @@ def plain(header: Header, tensor: Tensor) -> Placed:
 def of_blocks(header: Header, name: str, tensor: Tensor) -> Iterator[tuple[str, Entry]]:
     """The codes and the scales of a matrix or a stack by name."""
     block, path = BLOCKS[tensor.type], name.removesuffix(".weight")
-    *experts, n, k = tensor.shape
-    more = (tensor.start,), block
-    rest = n, k, *experts
-    dtype = STORED_SCALES[block.kind][0]
-    yield name, Blocks(header.file, "U8", (*experts, n, k // 2), *more, "codes", *rest)
-    yield f"{path}.{BLOCK_SCALE}", Blocks(header.file, dtype, (*experts, n, k // block.group), *more, "scales", *rest)
+    *lead, n, k = tensor.shape
+    starts, rest = (tensor.start,), (n, k, lead[0] if lead else 0)
+    yield name, Blocks(header.file, "U8", (*lead, n, k // 2), starts, block, "codes", *rest)
+    shape, dtype = (*lead, n, k // block.group), STORED_SCALES[block.kind][0]
+    yield f"{path}.{BLOCK_SCALE}", Blocks(header.file, dtype, shape, starts, block, "scales", *rest)
 
 
 def part_of(entry: Entry, expert: int) -> Entry:

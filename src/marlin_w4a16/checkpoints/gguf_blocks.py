@@ -51,7 +51,7 @@ class Block:
 
     def codes_of(self, rows: Tensor) -> Tensor:
         """Bytes ``[..., k / 2]``, the low nibble is the even column, of rows as they are stored."""
-        stored = self._blocks(rows)[..., self.scales :].unflatten(-1, (self.scales, self.group // 2))
+        stored = torch.unflatten(self._blocks(rows)[..., self.scales :], -1, (self.scales, self.group // 2))
         codes = torch.cat([stored & 0xF, stored >> 4], -1)
         return (codes[..., ::2] | codes[..., 1::2] << 4).flatten(-3)
 
@@ -61,7 +61,7 @@ class Block:
         return torch.where(scales == _NAN_OF_E4M3, 0, scales) if self.kind == "e4m3" else scales.contiguous()
 
     def _blocks(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (-1, self.nbytes))
+        return torch.unflatten(rows, -1, (-1, self.nbytes))
 
 
 BLOCKS = {39: Block("MXFP4", "e8m0", 32, 1), 40: Block("NVFP4", "e4m3", 16, 4)}  # by ggml's number of the type
@@ -120,7 +120,7 @@ class Blocks(Entry):
 
     def read(self, stored: Tensor) -> Tensor:
         """The part of some matrices ``[count, rows, ...]`` whose bytes are ``[count, matrix_nbytes]``."""
-        rows = stored.unflatten(-1, (len(self.starts), self.rows // len(self.starts), -1))
+        rows = torch.unflatten(stored, -1, (len(self.starts), self.rows // len(self.starts), -1))
         rows = rows.transpose(-2, -3).flatten(-3, -2)
         part = self.block.codes_of(rows) if self.part == "codes" else self.block.scales_of(rows)
         return part if self.order is None else part[:, self.order.to(part.device)]

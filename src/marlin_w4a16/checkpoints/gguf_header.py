@@ -146,8 +146,8 @@ def _header(file: Path, cursor: _Cursor) -> Header:
         if one.start + one.nbytes > len(cursor.held):
             missing = one.start + one.nbytes - len(cursor.held)
             raise CheckpointError(
-                f"{file}: {name}: found the end of the file {missing} bytes before that of the tensor, expected a whole "
-                "GGUF file: download it again"
+                f"{file}: {name}: found the end of the file {missing} bytes before that of the tensor, expected a "
+                "whole GGUF file: download it again"
             )
         found_tensors[name] = one
     return Header(file, metadata, found_tensors)

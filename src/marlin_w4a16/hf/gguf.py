@@ -47,7 +47,8 @@ class GGUFQuantizer(FP4Loading, GgufHfQuantizer):  # type: ignore[misc]  # it na
     def _contents(self, name: str, checkpoint_files: list[Path], model: PreTrainedModel) -> Contents:
         if self._header is None or self.scheme is None:
             raise CheckpointError(f"{name}: found no header, expected that of a GGUF file: name it by gguf_file")
-        self._placed = placed(self._header, self.scheme, model)
+        with torch.device("cpu"):  # where a model is made, new tensors are on the meta device
+            self._placed = placed(self._header, self.scheme, model)
         return self._placed.held
 
     def get_state_dict(self, checkpoint_file: str, model: PreTrainedModel) -> dict[str, Any]:

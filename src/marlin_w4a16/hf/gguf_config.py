@@ -23,7 +23,7 @@ _ALSO: Mapping[str, Mapping[str, str]] = {
     "llama": _HEAD,
     "mistral": _HEAD,
     "qwen3": _HEAD,
-    "gpt_oss": _HEAD,
+    "gpt_oss": {**_HEAD, "expert_feed_forward_length": "intermediate_size"},
     "qwen3_moe": {**_HEAD, "expert_feed_forward_length": "moe_intermediate_size"},
     "qwen2_moe": {
         "expert_feed_forward_length": "moe_intermediate_size",

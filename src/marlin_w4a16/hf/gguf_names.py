@@ -52,9 +52,8 @@ class GGUFNames:
         try:
             self._map: dict[str, str] = theirs.get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
-            raise CheckpointError(
-                f"{header.file}: {error}: expected an architecture of which gguf has names"
-            ) from error
+            expected = "an architecture of which gguf has names"
+            raise CheckpointError(f"{header.file}: {error}: expected {expected}") from error
 
     def name(self, tensor: str) -> str | None:
         """The parameter that a tensor becomes, or is a part of; None: transformers does not load it."""
@@ -125,7 +124,7 @@ class _GptOss(theirs.TensorProcessor):
         *shape, rows = values.shape
         whole = made.setdefault(names[name], values.new_zeros((*shape, 2 * rows)))
         whole[..., ("gate", "up").index(found["which"]) :: 2] = values
-        return theirs.GGUFTensor(weights, None, {})
+        return theirs.GGUFTensor(weights, "", {})  # no tensor bears that name
 
 
 _PROCESSORS: dict[str, Any] = {"gpt-oss": _GptOss}

@@ -124,14 +124,14 @@ def _alternating(path: str, stacks: _Landed) -> Layer | Problem:
     layers, height = [layer for layer, _ in stacks], stacks[0][1].height
     first = layers[0]
     step = [torch.equal(landing.rows, torch.arange(i, height, len(stacks))) for i, (_, landing) in enumerate(stacks)]
-    if not all(step) or first.storage.kind != "e8m0" or len({(one.format, one.k, one.experts) for one in layers}) > 1:
+    if not all(step) or first.fp4.kind != "e8m0" or len({(one.format, one.k, one.experts) for one in layers}) > 1:
         told = " and ".join(f"{one.path} in {one.format}" for one in layers)
         return Problem(first.file, path, told, "all rows of it in MXFP4, as OpenAI stores them")
     groups, entries = first.k // first.group, dict[str, Entry]()
     shapes = {"blocks": (groups, first.group // 2), "scales": (groups,)}
     for (leaf, shape), key in zip(shapes.items(), ("weight", gguf.BLOCK_SCALE), strict=True):
-        parts = [one.entries[key] for one in layers]
-        starts = tuple(part.starts[0] for part in parts if isinstance(part, Blocks))
+        parts = [entry for one in layers if isinstance(entry := one.entries[key], Blocks)]
+        starts = tuple(part.starts[0] for part in parts)
         entries[leaf] = replace(parts[0], shape=(first.experts, height, *shape), starts=starts, rows=height)
     return Layer(path, gpt_oss.EXPERTS, height, first.k, first.group, entries)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,9 +91,7 @@ class FP4Loading(HfQuantizer):
 
     def _contents(self, name: str, checkpoint_files: list[Path], model: PreTrainedModel) -> Contents:
         """What the files hold."""
-        return (
-            contents(_entries(name, checkpoint_files), self.scheme) if self.scheme is not None else Contents({}, {}, ())
-        )
+        return contents(_entries(name, checkpoint_files), cast(Scheme, self.scheme))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.scheme is None:
