@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,7 @@ def drawn(kind: str, shape: tuple[int, ...], rng: np.random.Generator, size: flo
 
 def decoded(kind: str, stored: np.ndarray) -> np.ndarray:
     """The values of such bytes in float64."""
-    columns, nbytes = SIZES[kind]
-    blocks = stored.reshape(*stored.shape[:-1], -1, nbytes)
+    blocks = stored.reshape(*stored.shape[:-1], -1, SIZES[kind][1])
     if kind == "MXFP4":
         scales = 2.0 ** (blocks[..., :1].astype(np.float64) - 127) / 2
         codes = blocks[..., None, 1:]
@@ -54,7 +54,10 @@ class Made:
 
     Attributes:
         values: of each tensor by its name in the file, in the file's shape, float64.
+        changes: see `write`.
     """
+
+    changes: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, file: Path, architecture: str, seed: int = 0) -> None:
         from gguf import GGUFWriter
@@ -64,6 +67,8 @@ class Made:
 
     def dense(self, name: str, values: np.ndarray) -> None:
         """A tensor in float32."""
+        if name == self.changes.get("left_out"):
+            return
         values = values.astype(np.float32)
         self.writer.add_tensor(name, values)
         self.values[name] = values.astype(np.float64)
@@ -72,14 +77,35 @@ class Made:
         """A tensor in FP4; with ``scale``, in NVFP4, one number beside it, or one for each expert."""
         from gguf import GGMLQuantizationType
 
+        if name == self.changes.get("left_out"):
+            return
+        if name == self.changes.get("wide"):
+            shape = (*shape[:-1], 2 * shape[-1])
         stored = drawn(kind, shape, self.rng, size)
+        if name == self.changes.get("nan"):
+            stored[0, 0] = 0xFF
         self.writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType[kind])
         self.values[name] = decoded(kind, stored)
         if kind == "NVFP4" and scale:
             factors = self.rng.uniform(0.5, 2, shape[0] if len(shape) == 3 else 1).astype(np.float32) * size / 2
-            self.writer.add_tensor(name.replace(".weight", ".scale"), factors)
+            own = name.replace(".weight", ".scale")
+            if name == "blk.0.attn_q.weight" and "scale" in self.changes:
+                own, factors = self.changes["scale"], np.repeat(factors, self.changes.get("scales", 1))
+            self.writer.add_tensor(own, factors)
             self.writer.add_tensor(name.replace(".weight", ".input_scale"), np.ones_like(factors))
+            factors = factors[: shape[0] if len(shape) == 3 else 1]
             self.values[name] = self.values[name] * factors.reshape(-1, *(1,) * (len(shape) - 1))
+
+    def q8(self, name: str, values: np.ndarray) -> None:
+        """A tensor in Q8_0: blocks of a float16 scale and 32 signed bytes."""
+        from gguf import GGMLQuantizationType
+
+        blocks = values.reshape(*values.shape[:-1], -1, 32)
+        scales = (np.abs(blocks).max(-1, keepdims=True) / 127).astype(np.float16)
+        codes = np.clip(np.round(blocks / scales), -127, 127).astype(np.int8)
+        stored = np.concatenate([scales.view(np.uint8), codes.view(np.uint8)], -1)
+        self.writer.add_tensor(name, stored.reshape(*values.shape[:-1], -1), raw_dtype=GGMLQuantizationType.Q8_0)
+        self.values[name] = (codes * scales.astype(np.float64)).reshape(values.shape)
 
     def finish(self) -> Path:
         """Writes the file."""
@@ -122,7 +148,7 @@ def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 CONFIG: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 208, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -148,13 +174,17 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
         file: to be written.
         architecture: as llama.cpp names it.
         kind: ``"MXFP4"``, ``"NVFP4"`` or ``"mixed"``: the first in the even layers.
-        changes: ``fp4``, a pattern of the names of what is FP4 (``dense`` else, in float32); ``embedding``: it is, too.
+        changes: ``fp4``, a pattern of the numbers and names of what is FP4 (``q8``: in Q8_0; else in float32);
+            ``embedding``: it is, too; ``head``: is there one; ``odd``: names of what else is; and damages: ``nan``, a
+            tensor whose first scale is; ``left_out``, one; ``wide``, one that is too wide; ``scale``, another name of
+            the scale of the first query, with ``scales`` numbers.
     """
     moe = architecture in ("qwen3moe", "gpt-oss")
     config = {**CONFIG, **(EXPERTS if moe else {}), **({"sliding_window": 16} if architecture == "gpt-oss" else {})}
     made, h, vocabulary = Made(file, architecture), config["hidden_size"], config["vocab_size"]
     described(made, config, vocabulary)
     pattern = changes.get("fp4", "_exps" if architecture == "gpt-oss" else ".")
+    made.changes, odd = changes, changes.get("odd", ())
 
     def random(*shape: int, around: float = 0.0, size: float = 0.1) -> np.ndarray:
         return around + size * made.rng.standard_normal(shape)
@@ -169,10 +199,15 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
     for layer in range(config["num_hidden_layers"]):
         of_layer = kind if kind != "mixed" else ("MXFP4", "NVFP4")[layer % 2]
         for name in ("attn_norm", "post_attention_norm" if architecture == "gpt-oss" else "ffn_norm"):
-            made.dense(f"blk.{layer}.{name}.weight", random(h, around=1))
+            if name in odd:
+                made.fp4(f"blk.{layer}.{name}.weight", (h,), kind, 1.0, scale=False)
+            else:
+                made.dense(f"blk.{layer}.{name}.weight", random(h, around=1))
         for name, shape in linears(config, moe).items():
-            if re.search(pattern, name):
+            if re.search(pattern, f"{layer}.{name}"):
                 made.fp4(f"blk.{layer}.{name}.weight", shape, of_layer, 0.125)
+            elif re.search(changes.get("q8", "$^"), name):
+                made.q8(f"blk.{layer}.{name}.weight", random(*shape))
             else:
                 made.dense(f"blk.{layer}.{name}.weight", random(*shape))
             if architecture == "gpt-oss":
@@ -181,7 +216,11 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
             for name in ("attn_q_norm", "attn_k_norm"):
                 made.dense(f"blk.{layer}.{name}.weight", random(config["head_dim"], around=1))
         if moe:
-            made.dense(f"blk.{layer}.ffn_gate_inp.weight", random(config["num_experts"], h, size=1.0))
+            router = f"blk.{layer}.ffn_gate_inp.weight"
+            if "ffn_gate_inp" in odd:
+                made.fp4(router, (config["num_experts"], h), kind, 1.0)
+            else:
+                made.dense(router, random(config["num_experts"], h, size=1.0))
         if architecture == "gpt-oss":
             made.dense(f"blk.{layer}.ffn_gate_inp.bias", random(config["num_experts"]))
             made.dense(f"blk.{layer}.attn_sinks.weight", random(config["num_attention_heads"]))

@@ -1,0 +1,252 @@
+"""GGUF files with tensors in MXFP4 and NVFP4: what is loaded is what an independent decode of the file says."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("gguf", reason="needs gguf, which reads and writes such files")
+
+from checkpoints import ggufs
+from hf.loading import logits, read
+from marlin_w4a16.cli.gguf_inspection import inspect_gguf
+from marlin_w4a16.hf import CheckpointError, report
+from marlin_w4a16.modules.packed_experts import PackedExperts
+from marlin_w4a16.modules.packed_linear import PackedLinear
+
+NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
+}  # fmt: skip
+CASES = [
+    *((family, kind) for family in ("llama", "qwen3", "qwen3moe") for kind in ("MXFP4", "NVFP4")),
+    ("llama", "mixed"), ("qwen3moe", "mixed"), ("gpt-oss", "MXFP4"),
+]  # fmt: skip
+
+
+def expected(made: ggufs.Made, architecture: str) -> dict[str, np.ndarray]:
+    """The state dict of transformers' class, in float64, of the values of a file."""
+    found: dict[str, np.ndarray] = {}
+    heads = {"attn_q": ggufs.CONFIG["num_attention_heads"], "attn_k": ggufs.CONFIG["num_key_value_heads"]}
+    for name, value in made.values.items():
+        layer, own, leaf = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", name).groups()
+        prefix = f"model.layers.{layer}." if layer else ""
+        if own in heads and architecture == "llama":
+            value = ggufs.unpermuted(value, heads[own])
+        if own == "attn_sinks":
+            found[f"{prefix}self_attn.sinks"] = value
+        elif not own.endswith("_exps"):
+            inner = "mlp.router" if architecture == "gpt-oss" and own == "ffn_gate_inp" else NAMES[own]
+            found[f"{prefix}{inner}.{leaf}"] = value
+        else:
+            found[f"{prefix}{own}.{leaf}"] = value
+    for layer in range(ggufs.CONFIG["num_hidden_layers"]):
+        of = {k: found.pop(k) for k in list(found) if k.startswith(f"model.layers.{layer}.ffn_")}
+        path = f"model.layers.{layer}.mlp.experts"
+        gates, ups, downs = (
+            {k.rpartition(".")[2]: v for k, v in of.items() if f"_{w}_" in k} for w in ("gate", "up", "down")
+        )
+        if architecture == "gpt-oss":
+            for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+                both = np.stack([gates[leaf], ups[leaf]], 2).reshape(gates[leaf].shape[0], -1, *gates[leaf].shape[2:])
+                turned = (both, downs[leaf]) if leaf == "bias" else (both.swapaxes(1, 2), downs[leaf].swapaxes(1, 2))
+                found[f"{path}.gate_up_proj{suffix}"], found[f"{path}.down_proj{suffix}"] = turned
+        elif of:
+            found[f"{path}.gate_up_proj"] = np.concatenate([gates["weight"], ups["weight"]], 1)
+            found[f"{path}.down_proj"] = downs["weight"]
+    return found
+
+
+def exact(made: ggufs.Made, architecture: str, config: Any) -> Any:
+    """A dense model of transformers' own class with these values in float32."""
+    from transformers import AutoModelForCausalLM
+
+    config = type(config)(**{k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    state = {name: torch.from_numpy(value).float() for name, value in expected(made, architecture).items()}
+    missing, surplus = model.load_state_dict(state, strict=False)
+    assert not surplus and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def difference(model: Any, other: Any) -> float:
+    """The relative distance of logits."""
+    ours, theirs = (logits(one) for one in (model, other))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("architecture, kind", CASES)
+def test_it_is_what_its_bytes_are(architecture, kind, tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", architecture, kind)
+    model = read(tmp_path, gguf_file="x.gguf")
+    dense = exact(made, architecture, model.config)
+    assert difference(model, dense) < 1e-5
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)]
+    assert len(packed) == {"qwen3moe": 11, "gpt-oss": 3}.get(architecture, 15)
+    assert report(model).scheme.producer == "GGUF"
+    model.dequantize()
+    wanted = expected(made, architecture)
+    state = model.state_dict()
+    assert state.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(state[name].double().numpy(), value, rtol=1e-7, atol=0, msg=name)
+
+
+def test_it_can_be_loaded_dense(tmp_path):
+    from transformers import GgufConfig
+
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "NVFP4")
+    model = read(tmp_path, gguf_file="x.gguf", quantization_config=GgufConfig(dequantize=True))
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert difference(model, exact(made, "llama", model.config)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype, tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "qwen3moe", "mixed")
+    model = read(tmp_path, gguf_file="x.gguf", dtype=dtype)
+    assert model.dtype == dtype and isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
+    dense = exact(made, "qwen3moe", model.config).to(dtype)
+    assert difference(model.float(), dense.float()) < 0.05
+    up = model.model.layers[1].self_attn.o_proj.to_fp4().decode(torch.float64).numpy()
+    np.testing.assert_array_equal(up, made.values["blk.1.attn_output.weight"])
+
+
+def test_an_embedding_in_fp4_is_dense_and_so_is_a_tied_head(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "MXFP4", embedding=True, head=False)
+    model = read(tmp_path, gguf_file="x.gguf")
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert difference(model, exact(made, "llama", model.config)) < 1e-5
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 14
+
+
+def test_a_router_and_a_norm_in_fp4_are_dense(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "qwen3moe", "NVFP4", odd=("ffn_gate_inp", "attn_norm"))
+    model = read(tmp_path, gguf_file="x.gguf")
+    assert difference(model, exact(made, "qwen3moe", model.config)) < 1e-5
+
+
+def test_other_tensors_are_decoded_as_transformers_does(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "MXFP4", fp4="ffn", q8="attn")
+    model = read(tmp_path, gguf_file="x.gguf")
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 7
+    assert difference(model, exact(made, "llama", model.config)) < 1e-5
+
+
+def test_experts_that_are_dense_in_one_layer(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "gpt-oss", "MXFP4", fp4=r"^0.*_exps")
+    model = read(tmp_path, gguf_file="x.gguf")
+    assert difference(model, exact(made, "gpt-oss", model.config)) < 1e-5
+    assert [isinstance(layer.mlp.experts, PackedExperts) for layer in model.model.layers] == [True, False]
+
+
+def test_a_file_without_fp4_is_left_to_transformers(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "MXFP4", fp4="none", head=False)
+    model = read(tmp_path, gguf_file="x.gguf")
+    assert report(model) is None and difference(model, exact(made, "llama", model.config)) < 1e-5
+
+
+@pytest.mark.parametrize("architecture, kind", [("llama", "NVFP4"), ("llama", "mixed"), ("qwen3moe", "NVFP4")])
+def test_it_is_saved_as_a_checkpoint_of_modelopt(architecture, kind, tmp_path):
+    ggufs.write(tmp_path / "x.gguf", architecture, kind)
+    model = read(tmp_path, gguf_file="x.gguf")
+    model.save_pretrained(tmp_path / "saved")
+    again = read(tmp_path / "saved")
+    assert report(again).scheme.producer == "ModelOpt"
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_gpt_oss_is_not_saved(tmp_path):
+    ggufs.write(tmp_path / "x.gguf", "gpt-oss", "MXFP4")
+    model = read(tmp_path, gguf_file="x.gguf")
+    with pytest.raises(CheckpointError, match="cannot be saved as a checkpoint of ModelOpt"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("architecture, kind", CASES)
+def test_it_is_inspected(architecture, kind, tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", architecture, kind)
+    found = inspect_gguf(made.file, values=True)
+    assert found.producer == "GGUF" and not found.problems
+    assert found.formats.total() == {"qwen3moe": 33, "gpt-oss": 25}.get(architecture, 15)
+    names = {"MXFP4": {"MXFP4 group 32"}, "NVFP4": {"NVFP4 group 16"}}
+    assert set(found.formats) == names.get(kind, names["MXFP4"] | names["NVFP4"])
+    assert {line.outcome for line in found.lines} == {"packed", "dense"}
+    assert found.totals["bytes"] <= made.file.stat().st_size
+
+
+def refused(file: Path, **options: Any) -> str:
+    """What loading says, and inspection too."""
+    with pytest.raises(CheckpointError) as raised:
+        read(file.parent, gguf_file=file.name, **options)
+    try:
+        told = [str(problem) for problem in inspect_gguf(file, values=True).problems]
+    except CheckpointError as error:
+        told = [str(error)]
+    assert told and any(part in str(raised.value) for part in (told[0], told[0].partition(": found ")[2]))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("keep", [0.99, 0.3, 30, 5, 0])
+def test_a_truncated_file(keep, tmp_path):
+    file = ggufs.write(tmp_path / "x.gguf", "llama", "MXFP4").file
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    assert "expected a whole GGUF file: download it again" in refused(file)
+
+
+def test_malformed_files(tmp_path):
+    file = ggufs.write(tmp_path / "x.gguf", "llama", "MXFP4").file
+    whole = file.read_bytes()
+    count = struct.pack("<Q", 1 << 60)
+    for changed, said in (
+        (b"GGML" + whole[4:], "found b'GGML' at its beginning, expected b'GGUF'"),
+        (whole[:4] + struct.pack("<I", 9) + whole[8:], "found version 9, expected 2 or 3"),
+        (whole[:8] + count + whole[16:], "expected a whole GGUF file"),
+        (whole[:16] + count + whole[24:], "expected a whole GGUF file"),
+        (whole.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "blk.0.attn_q.weight: found it twice"),
+        (whole.replace(b"general.architecture", b"general.architectura"), "general.architecture: found none"),
+        (re.sub(rb"(?s)(blk\.0\.ffn_up\.weight.{4}.{16})\x27", rb"\1\x63", whole), "found ggml's type 99"),
+    ):
+        assert changed != whole
+        file.write_bytes(changed)
+        assert said in refused(file)
+
+
+def test_a_scale_that_is_nan(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "MXFP4", nan="blk.1.ffn_up.weight")
+    assert "NaN (byte 0xff) at [0, 0]" in refused(made.file)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"scale": "blk.0.attn_q.weight.scale"}, "expected blk.0.attn_q.scale"),
+        ({"scale": "blk.0.attn_q.scale", "scales": 3}, "blk.0.attn_q.scale: found F32 [3], expected one element"),
+        ({"left_out": "blk.1.ffn_up.weight"}, "model.layers.1.mlp.up_proj.weight: found no such tensor"),
+        ({"left_out": "blk.1.ffn_norm.weight"}, "model.layers.1.post_attention_layernorm.weight: found no such tensor"),
+        ({"wide": "blk.0.ffn_up.weight"}, "blk.0.ffn_up"),
+    ],
+)
+def test_files_that_do_not_fit(changes, said, tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "NVFP4", **changes)
+    assert said in refused(made.file)
+
+
+def test_an_architecture_that_transformers_does_not_read(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "arcee", "NVFP4")
+    said = refused(made.file)
+    assert "general.architecture: found 'arcee', expected one that transformers reads" in said
