@@ -118,10 +118,18 @@ def test_other_dtypes(dtype, tmp_path):
     made = ggufs.write(tmp_path / "x.gguf", "qwen3moe", "mixed")
     model = read(tmp_path, gguf_file="x.gguf", dtype=dtype)
     assert model.dtype == dtype and isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
-    dense = exact(made, "qwen3moe", model.config).to(dtype)
-    assert difference(model.float(), dense.float()) < 0.05
-    up = model.model.layers[1].self_attn.o_proj.to_fp4().decode(torch.float64).numpy()
-    np.testing.assert_array_equal(up, made.values["blk.1.attn_output.weight"])
+    for leaf, name in (("o_proj", "attn_output"), ("v_proj", "attn_v")):
+        linear = model.model.layers[1].self_attn.get_submodule(leaf)
+        np.testing.assert_array_equal(linear.to_fp4().decode(torch.float64), made.values[f"blk.1.{name}.weight"])
+    assert torch.equal(model.model.norm.weight, torch.from_numpy(made.values["output_norm.weight"]).to(dtype))
+
+
+def test_a_device_map_that_spreads_the_model(tmp_path):
+    """Linears are loaded by transformers then, in which they are as the file has them."""
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "mixed")
+    model = read(tmp_path, gguf_file="x.gguf", device_map="auto")
+    assert difference(model, exact(made, "llama", model.config)) < 1e-5
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 15
 
 
 def test_an_embedding_in_fp4_is_dense_and_so_is_a_tied_head(tmp_path):
@@ -219,7 +227,10 @@ def test_malformed_files(tmp_path):
         (whole[:16] + count + whole[24:], "expected a whole GGUF file"),
         (whole.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "blk.0.attn_q.weight: found it twice"),
         (whole.replace(b"general.architecture", b"general.architectura"), "general.architecture: found none"),
-        (re.sub(rb"(?s)(blk\.0\.ffn_up\.weight.{4}.{16})\x27", rb"\1\x63", whole), "found ggml's type 99"),
+        (
+            re.sub(rb"(?s)(blk\.0\.ffn_up\.weight.{4}.{16})\x27", lambda m: m[1] + b"\x63", whole),
+            "found ggml's type 99",
+        ),
     ):
         assert changed != whole
         file.write_bytes(changed)
@@ -238,7 +249,7 @@ def test_a_scale_that_is_nan(tmp_path):
         ({"scale": "blk.0.attn_q.scale", "scales": 3}, "blk.0.attn_q.scale: found F32 [3], expected one element"),
         ({"left_out": "blk.1.ffn_up.weight"}, "model.layers.1.mlp.up_proj.weight: found no such tensor"),
         ({"left_out": "blk.1.ffn_norm.weight"}, "model.layers.1.post_attention_layernorm.weight: found no such tensor"),
-        ({"wide": "blk.0.ffn_up.weight"}, "blk.0.ffn_up"),
+        ({"wide": "blk.0.ffn_up.weight"}, "found NVFP4 group 16 of 192 x 256, expected 192 x 128"),
     ],
 )
 def test_files_that_do_not_fit(changes, said, tmp_path):
