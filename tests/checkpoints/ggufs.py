@@ -175,7 +175,7 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
         architecture: as llama.cpp names it.
         kind: ``"MXFP4"``, ``"NVFP4"`` or ``"mixed"``: the first in the even layers.
         changes: ``fp4``, a pattern of the numbers and names of what is FP4 (``q8``: in Q8_0; else in float32);
-            ``embedding``: it is, too; ``head``: is there one; ``odd``: names of what else is; and damages: ``nan``, a
+            ``embedding``: it is, too; ``head``: is there one, or a ``"dense"`` one; ``yarn``; ``qwen35``: metadata of it; ``split``: files; ``odd``: names of what else is; and damages: ``nan``, a
             tensor whose first scale is; ``left_out``, one; ``wide``, one that is too wide; ``scale``, another name of
             the scale of the first query, with ``scales`` numbers.
     """
@@ -185,6 +185,24 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
     described(made, config, vocabulary)
     pattern = changes.get("fp4", "_exps" if architecture == "gpt-oss" else ".")
     made.changes, odd = changes, changes.get("odd", ())
+    if changes.get("yarn"):
+        made.writer.add_string(f"{architecture}.rope.scaling.type", "yarn")
+        made.writer.add_rope_scaling_factor(32.0)
+        made.writer.add_rope_scaling_orig_ctx_len(4096)
+    if "split" in changes:
+        made.writer.add_uint16("split.count", changes["split"])
+    if changes.get("qwen35"):
+        made.writer.add_uint32("qwen35.full_attention_interval", 2)
+        for name, value in {
+            "conv_kernel": 4,
+            "state_size": 32,
+            "group_count": 2,
+            "time_step_rank": 4,
+            "inner_size": 128,
+        }.items():
+            made.writer.add_uint32(f"qwen35.ssm.{name}", value)
+        made.writer.add_array("qwen35.rope.dimension_sections", [2, 1, 1, 0])
+        made.writer.add_rope_dimension_count(8)
 
     def random(*shape: int, around: float = 0.0, size: float = 0.1) -> np.ndarray:
         return around + size * made.rng.standard_normal(shape)
@@ -194,7 +212,9 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
     else:
         made.dense("token_embd.weight", random(vocabulary, h, size=1.0))
     made.dense("output_norm.weight", random(h, around=1))
-    if changes.get("head", True):
+    if changes.get("head", True) == "dense":
+        made.dense("output.weight", random(vocabulary, h))
+    elif changes.get("head", True):
         made.fp4("output.weight", (vocabulary, h), "NVFP4" if kind == "mixed" else kind, 0.125)
     for layer in range(config["num_hidden_layers"]):
         of_layer = kind if kind != "mixed" else ("MXFP4", "NVFP4")[layer % 2]

@@ -176,7 +176,16 @@ def test_it_is_saved_as_a_checkpoint_of_modelopt(architecture, kind, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_gpt_oss_is_not_saved(tmp_path):
+def test_gpt_oss_is_saved_as_openai_has_it(tmp_path):
+    ggufs.write(tmp_path / "x.gguf", "gpt-oss", "MXFP4", head="dense")
+    model = read(tmp_path, gguf_file="x.gguf")
+    model.save_pretrained(tmp_path / "saved")
+    again = read(tmp_path / "saved")
+    assert report(again).scheme.producer == "OpenAI"
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_gpt_oss_with_other_linears_in_fp4_is_not_saved(tmp_path):
     ggufs.write(tmp_path / "x.gguf", "gpt-oss", "MXFP4")
     model = read(tmp_path, gguf_file="x.gguf")
     with pytest.raises(CheckpointError, match="cannot be saved as a checkpoint of ModelOpt"):
@@ -255,6 +264,33 @@ def test_a_scale_that_is_nan(tmp_path):
 def test_files_that_do_not_fit(changes, said, tmp_path):
     made = ggufs.write(tmp_path / "x.gguf", "llama", "NVFP4", **changes)
     assert said in refused(made.file)
+
+
+def test_gpt_oss_has_its_rotary_embeddings(tmp_path):
+    """Of whose metadata transformers 5.23 and 5.24 read the lengths of the keys."""
+    ggufs.write(tmp_path / "x.gguf", "gpt-oss", "MXFP4", yarn=True)
+    scaling = read(tmp_path, gguf_file="x.gguf").config.rope_parameters
+    assert scaling == {
+        "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0,
+        "beta_slow": 1.0, "truncate": False, "rope_theta": 10000.0,
+    }  # fmt: skip
+
+
+def test_one_of_several_files(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "NVFP4", split=3)
+    assert "found one of 3 files, expected all in one" in refused(made.file)
+
+
+def test_transformers_that_asks_no_quantizer(tmp_path, monkeypatch):
+    made = ggufs.write(tmp_path / "x.gguf", "llama", "NVFP4")
+    monkeypatch.setattr("marlin_w4a16.hf.gguf_config.QUANTIZER", "transformers.quantizers.none")
+    assert "expected 5.23 or later" in refused(made.file)
+
+
+def test_an_architecture_that_is_not_mapped(tmp_path):
+    """transformers reads it by conversions of its own, which know nothing of FP4."""
+    made = ggufs.write(tmp_path / "x.gguf", "qwen35", "NVFP4", qwen35=True)
+    assert "general.architecture: found 'qwen35' with FP4" in refused(made.file)
 
 
 def test_an_architecture_that_transformers_does_not_read(tmp_path):

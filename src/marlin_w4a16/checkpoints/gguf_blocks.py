@@ -119,8 +119,7 @@ class Blocks(Entry):
             yield [(start + expert * size, size) for start in self.starts]
 
     def read(self, stored: Tensor) -> Tensor:
-        """The part of some matrices ``[count, rows, ...]`` whose bytes are ``[count, matrix_nbytes]``."""
+        """The part ``[count, rows, ...]`` of matrices, given bytes ``[count, matrix_nbytes]``; not in `order` yet."""
         rows = torch.unflatten(stored, -1, (len(self.starts), self.rows // len(self.starts), -1))
         rows = rows.transpose(-2, -3).flatten(-3, -2)
-        part = self.block.codes_of(rows) if self.part == "codes" else self.block.scales_of(rows)
-        return part if self.order is None else part[:, self.order.to(part.device)]
+        return self.block.codes_of(rows) if self.part == "codes" else self.block.scales_of(rows)

@@ -81,9 +81,12 @@ class Reader(ExitStack):
             some = matrices[at : at + step]
             ranges = [(self._file(entry.file), *one) for entry, matrix in some for one in matrix]
             stored = self._bytes(ranges, device).view(len(some), like.matrix_nbytes)
-            made = [_blocks(entry).read(stored[i : i + 1]) for i, (entry, _) in enumerate(some)]
-            out = made[0].new_empty((len(matrices), *made[0].shape[1:])) if out is None else out
-            torch.cat(made, out=out[at : at + step])
+            part = like.read(stored)
+            for one, (entry, _) in zip(part, some, strict=True):
+                if (order := _blocks(entry).order) is not None:
+                    one.copy_(one[order.to(device)])
+            out = part.new_empty((len(matrices), *part.shape[1:])) if out is None else out
+            out[at : at + step] = part
         assert out is not None
         return out.view(_DTYPES[like.dtype]).view(len(places), *places[0].shape)
 

@@ -4,6 +4,7 @@
 5.24, and takes the state dict from it. A file without FP4 is left to transformers' own.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,26 @@ from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 from marlin_w4a16.checkpoints import gguf
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.gguf_header import Header, header
+from marlin_w4a16.checkpoints.gpt_oss import EXPERTS
 from marlin_w4a16.checkpoints.layers import Contents
 from marlin_w4a16.checkpoints.reader import Reader
+from marlin_w4a16.hf.configs import Mxfp4Config
+from marlin_w4a16.hf.dense_modules import packed_in
+from marlin_w4a16.hf.experts.modules import CheckpointExperts
 from marlin_w4a16.hf.gguf_placing import GGUFModel, placed
 from marlin_w4a16.hf.linear import StoredLinear
 from marlin_w4a16.hf.loading import FP4Loading
 from marlin_w4a16.hf.saved import checkpoint_of
+
+OPENAI = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}  # of gpt-oss
 
 
 class GGUFQuantizer(FP4Loading, GgufHfQuantizer):  # type: ignore[misc]  # it names one keyword
@@ -31,8 +46,8 @@ class GGUFQuantizer(FP4Loading, GgufHfQuantizer):  # type: ignore[misc]  # it na
 
     def read_header(self, gguf_file: str) -> None:
         """Looks for FP4 in a file; transformers' own class does not know its types."""
-        found = header(Path(gguf_file))
-        if not gguf.fp4(found):
+        found = header(Path(gguf_file)) if find_spec("gguf") is not None else None
+        if found is None or not gguf.fp4(found):
             super().read_header(gguf_file)
             return
         self._header, self.scheme = found, gguf.scheme(found)
@@ -63,7 +78,7 @@ class GGUFQuantizer(FP4Loading, GgufHfQuantizer):  # type: ignore[misc]  # it na
         return found
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """The state dict in ModelOpt's format, as after ``quantize``; the config of the model is given its own.
+        """The state dict in ModelOpt's format, as after ``quantize``, or in OpenAI's; the config is given its own.
 
         Raises:
             CheckpointError: there is no such checkpoint of the model.
@@ -73,7 +88,12 @@ class GGUFQuantizer(FP4Loading, GgufHfQuantizer):  # type: ignore[misc]  # it na
         stored = next((path for path, module in model.named_modules() if isinstance(module, StoredLinear)), None)
         if stored is not None:
             raise CheckpointError(f"{stored}: found a layer that is offloaded, expected all on devices to save them")
-        return checkpoint_of(model), {}
+        experts = [module for module in model.modules() if isinstance(module, CheckpointExperts)]
+        if len(packed_in(model)) > len(experts) or any(one.mixture.second.storage != EXPERTS for one in experts):
+            return checkpoint_of(model), {}
+        state, metadata = super().get_state_dict_and_metadata(model)
+        model.config.quantization_config = Mxfp4Config.like(Mxfp4Config(), dict(OPENAI))  # gpt-oss, as OpenAI has it
+        return state, metadata
 
 
 class _Later:

@@ -42,6 +42,8 @@ def read(file: Path, theirs: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     Raises:
         CheckpointError: it is damaged, or has FP4 and transformers reads nothing of its architecture, or is too old.
     """
+    if find_spec("gguf") is None:
+        return theirs()
     found = header(file)
     if not gguf.fp4(found):
         return theirs()

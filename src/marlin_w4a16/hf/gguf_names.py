@@ -52,8 +52,10 @@ class GGUFNames:
         try:
             self._map: dict[str, str] = theirs.get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
-            expected = "an architecture of which gguf has names"
-            raise CheckpointError(f"{header.file}: {error}: expected {expected}") from error
+            raise CheckpointError(
+                f"{header.file}: general.architecture: found {header.architecture!r} with FP4, expected one whose "
+                "tensors transformers finds by gguf's map of names, as those of llama, qwen3, qwen3moe and gpt-oss"
+            ) from error
 
     def name(self, tensor: str) -> str | None:
         """The parameter that a tensor becomes, or is a part of; None: transformers does not load it."""
