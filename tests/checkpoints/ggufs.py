@@ -175,9 +175,10 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
         architecture: as llama.cpp names it.
         kind: ``"MXFP4"``, ``"NVFP4"`` or ``"mixed"``: the first in the even layers.
         changes: ``fp4``, a pattern of the numbers and names of what is FP4 (``q8``: in Q8_0; else in float32);
-            ``embedding``: it is, too; ``head``: is there one, or a ``"dense"`` one; ``yarn``; ``qwen35``: metadata of it; ``split``: files; ``odd``: names of what else is; and damages: ``nan``, a
-            tensor whose first scale is; ``left_out``, one; ``wide``, one that is too wide; ``scale``, another name of
-            the scale of the first query, with ``scales`` numbers.
+            ``embedding``: it is, too; ``head``: is there one, or a ``"dense"`` one; ``odd``: names of what else is;
+            ``yarn``, ``qwen35``: metadata of these; ``split``: files; and damages: ``nan``, a tensor whose first
+            scale is; ``left_out``, one; ``wide``, one that is too wide; ``scale``, another name of the scale of the
+            first query, with ``scales`` numbers.
     """
     moe = architecture in ("qwen3moe", "gpt-oss")
     config = {**CONFIG, **(EXPERTS if moe else {}), **({"sliding_window": 16} if architecture == "gpt-oss" else {})}
@@ -193,13 +194,8 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
         made.writer.add_uint16("split.count", changes["split"])
     if changes.get("qwen35"):
         made.writer.add_uint32("qwen35.full_attention_interval", 2)
-        for name, value in {
-            "conv_kernel": 4,
-            "state_size": 32,
-            "group_count": 2,
-            "time_step_rank": 4,
-            "inner_size": 128,
-        }.items():
+        sizes = {"conv_kernel": 4, "state_size": 32, "group_count": 2, "time_step_rank": 4, "inner_size": 128}
+        for name, value in sizes.items():
             made.writer.add_uint32(f"qwen35.ssm.{name}", value)
         made.writer.add_array("qwen35.rope.dimension_sections", [2, 1, 1, 0])
         made.writer.add_rope_dimension_count(8)
