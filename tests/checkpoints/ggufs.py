@@ -107,6 +107,19 @@ class Made:
         self.writer.add_tensor(name, stored.reshape(*values.shape[:-1], -1), raw_dtype=GGMLQuantizationType.Q8_0)
         self.values[name] = (codes * scales.astype(np.float64)).reshape(values.shape)
 
+    def half(self, name: str, values: np.ndarray, brain: bool) -> None:
+        """A tensor in bfloat16, of which the low bits are cut off, or in float16."""
+        from gguf import GGMLQuantizationType
+
+        if not brain:
+            self.writer.add_tensor(name, values.astype(np.float16))
+            self.values[name] = values.astype(np.float16).astype(np.float64)
+            return
+        bits = values.astype(np.float32).view(np.uint32) >> 16
+        stored = bits.astype(np.uint16).view(np.uint8).reshape(*values.shape[:-1], -1)
+        self.writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType.BF16)
+        self.values[name] = (bits << 16).view(np.float32).astype(np.float64)
+
     def finish(self) -> Path:
         """Writes the file."""
         self.writer.write_header_to_file()
@@ -174,7 +187,8 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
         file: to be written.
         architecture: as llama.cpp names it.
         kind: ``"MXFP4"``, ``"NVFP4"`` or ``"mixed"``: the first in the even layers.
-        changes: ``fp4``, a pattern of the numbers and names of what is FP4 (``q8``: in Q8_0; else in float32);
+        changes: ``fp4``, a pattern of the numbers and names of what is FP4 (``q8``, ``f16``, ``bf16``:
+            in these; else in float32);
             ``embedding``: it is, too; ``head``: is there one, or a ``"dense"`` one; ``odd``: names of what else is;
             ``yarn``, ``qwen35``: metadata of these; ``split``: files; and damages: ``nan``, a tensor whose first
             scale is; ``left_out``, one; ``wide``, one that is too wide; ``scale``, another name of the scale of the
@@ -224,6 +238,8 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
                 made.fp4(f"blk.{layer}.{name}.weight", shape, of_layer, 0.125)
             elif re.search(changes.get("q8", "$^"), name):
                 made.q8(f"blk.{layer}.{name}.weight", random(*shape))
+            elif re.search(changes.get("f16", "$^"), name) or re.search(changes.get("bf16", "$^"), name):
+                made.half(f"blk.{layer}.{name}.weight", random(*shape), bool(re.search(changes["bf16"], name)))
             else:
                 made.dense(f"blk.{layer}.{name}.weight", random(*shape))
             if architecture == "gpt-oss":

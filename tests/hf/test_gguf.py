@@ -153,6 +153,12 @@ def test_other_tensors_are_decoded_as_transformers_does(tmp_path):
     assert difference(model, exact(made, "llama", model.config)) < 1e-5
 
 
+def test_sixteen_bits(tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", "qwen3moe", "MXFP4", fp4="_exps", f16="attn_[qk]", bf16="attn_[vo]")
+    model = read(tmp_path, gguf_file="x.gguf")
+    assert difference(model, exact(made, "qwen3moe", model.config)) < 1e-5
+
+
 def test_experts_that_are_dense_in_one_layer(tmp_path):
     made = ggufs.write(tmp_path / "x.gguf", "gpt-oss", "MXFP4", fp4=r"^0.*_exps")
     model = read(tmp_path, gguf_file="x.gguf")
@@ -291,6 +297,12 @@ def test_an_architecture_that_is_not_mapped(tmp_path):
     """transformers reads it by conversions of its own, which know nothing of FP4."""
     made = ggufs.write(tmp_path / "x.gguf", "qwen35", "NVFP4", qwen35=True)
     assert "general.architecture: found 'qwen35' with FP4" in refused(made.file)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "gpt-oss"])
+def test_experts_of_which_a_projection_is_dense(architecture, tmp_path):
+    made = ggufs.write(tmp_path / "x.gguf", architecture, "MXFP4", fp4="(gate|down)_exps", head="dense")
+    assert "_exps in MXFP4 group 32 alone, expected all of it in FP4" in refused(made.file)
 
 
 def test_an_architecture_that_transformers_does_not_read(tmp_path):

@@ -103,6 +103,10 @@ def _experts(path: str, module: Any, landed: _Landed) -> Iterator[Layer | Proble
         found.setdefault(landing.name.rpartition(".")[2], []).append((layer, landing))
     for name, stacks in found.items():
         stacks.sort(key=lambda one: int(one[1].rows[0]))
+        if sum(layer.n for layer, _ in stacks) != stacks[0][1].height:
+            told = " and ".join(f"{layer.path} in {layer.format}" for layer, _ in stacks)
+            yield Problem(stacks[0][0].file, f"{path}.{name}", f"{told} alone", "all of it in FP4")
+            continue
         if all(landing.turned for _, landing in stacks):
             yield _alternating(f"{path}.{name}", stacks)
             continue
