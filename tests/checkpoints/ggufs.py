@@ -181,7 +181,7 @@ def linears(config: Mapping[str, Any], experts: bool) -> dict[str, tuple[int, ..
 
 
 def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
-    """A small model: ``llama``, ``qwen3``, ``qwen3moe`` or ``gpt-oss``, its linears and experts in FP4.
+    """A small model: ``llama``, ``qwen2``, ``qwen3``, ``qwen3moe`` or ``gpt-oss``, its linears and experts in FP4.
 
     Args:
         file: to be written.
@@ -242,7 +242,7 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
                 made.half(f"blk.{layer}.{name}.weight", random(*shape), bool(re.search(changes["bf16"], name)))
             else:
                 made.dense(f"blk.{layer}.{name}.weight", random(*shape))
-            if architecture == "gpt-oss":
+            if architecture == "gpt-oss" or (architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v")):
                 made.dense(f"blk.{layer}.{name}.bias", random(*shape[:-1]))
         if architecture in ("qwen3", "qwen3moe"):
             for name in ("attn_q_norm", "attn_k_norm"):

@@ -31,7 +31,7 @@ NAMES = {
 }  # fmt: skip
 CASES = [
     *((family, kind) for family in ("llama", "qwen3", "qwen3moe") for kind in ("MXFP4", "NVFP4")),
-    ("llama", "mixed"), ("qwen3moe", "mixed"), ("gpt-oss", "MXFP4"),
+    ("llama", "mixed"), ("qwen2", "NVFP4"), ("qwen3moe", "mixed"), ("gpt-oss", "MXFP4"),
 ]  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ def placed(header: Header, scheme: Scheme, model: PreTrainedModel) -> GGUFModel:
             stacks.setdefault(parent, []).append((layer, landing))
             packed.add(path)
     for parent, landed in stacks.items():
-        for one in _experts(parent, model.get_submodule(parent), landed):
+        for one in _experts(parent, landed):
             if isinstance(one, Layer):
                 layers[one.path] = one
             else:
@@ -96,7 +95,7 @@ def _linear(layer: Layer, path: str, landing: Landing) -> Layer:
     return replace(layer, path=path, entries=entries)
 
 
-def _experts(path: str, module: Any, landed: _Landed) -> Iterator[Layer | Problem]:
+def _experts(path: str, landed: _Landed) -> Iterator[Layer | Problem]:
     """The layers of the experts of a module: one for each projection and expert, or as gpt-oss has them."""
     found: dict[str, _Landed] = {}
     for layer, landing in landed:
