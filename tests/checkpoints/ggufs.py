@@ -190,7 +190,7 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
         changes: ``fp4``, a pattern of the numbers and names of what is FP4 (``q8``, ``f16``, ``bf16``:
             in these; else in float32);
             ``embedding``: it is, too; ``head``: is there one, or a ``"dense"`` one; ``odd``: names of what else is;
-            ``yarn``, ``qwen35``: metadata of these; ``split``: files; and damages: ``nan``, a tensor whose first
+            ``yarn``: metadata of it; ``split``: files; and damages: ``nan``, a tensor whose first
             scale is; ``left_out``, one; ``wide``, one that is too wide; ``scale``, another name of the scale of the
             first query, with ``scales`` numbers.
     """
@@ -206,13 +206,6 @@ def write(file: Path, architecture: str, kind: str, **changes: Any) -> Made:
         made.writer.add_rope_scaling_orig_ctx_len(4096)
     if "split" in changes:
         made.writer.add_uint16("split.count", changes["split"])
-    if changes.get("qwen35"):
-        made.writer.add_uint32("qwen35.full_attention_interval", 2)
-        sizes = {"conv_kernel": 4, "state_size": 32, "group_count": 2, "time_step_rank": 4, "inner_size": 128}
-        for name, value in sizes.items():
-            made.writer.add_uint32(f"qwen35.ssm.{name}", value)
-        made.writer.add_array("qwen35.rope.dimension_sections", [2, 1, 1, 0])
-        made.writer.add_rope_dimension_count(8)
 
     def random(*shape: int, around: float = 0.0, size: float = 0.1) -> np.ndarray:
         return around + size * made.rng.standard_normal(shape)

@@ -1,8 +1,8 @@
 """What transformers makes of the tensors of a GGUF file; all of its private interfaces that this takes stand here.
 
-Read in transformers 5.23 and 5.24 (``modeling_gguf_pytorch_utils.py``): a map of names, and for some architectures a
-processor that changes tensors, such as the rows of llama's queries, which llama.cpp's converter permutes. Where the
-rows of a matrix go is told by numbers that are put through the processor.
+Read in transformers 5.23 and 5.24: a map of names, and for some architectures a processor that changes tensors, such as
+the rows of llama's queries, which llama.cpp's converter permutes (``modeling_gguf_pytorch_utils.py``); or, of a few,
+conversions (``integrations/gguf``). Where the rows of a matrix go is told by numbers that are put through them.
 """
 
 import re
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import modeling_gguf_pytorch_utils as theirs
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+from transformers.integrations.gguf.utils import get_gguf_conversion_mapping
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.gguf_header import Header
@@ -44,31 +47,16 @@ class GGUFNames:
     """
 
     def __init__(self, header: Header, model: PreTrainedModel) -> None:
-        config = model.config.get_text_config().to_dict()
-        kind = _PROCESSORS.get(header.architecture) or theirs.TENSOR_PROCESSORS.get(
-            header.architecture, theirs.TensorProcessor
-        )
-        self._processor = kind(config=config)
-        try:
-            self._map: dict[str, str] = theirs.get_gguf_hf_weights_map(model, self._processor)
-        except NotImplementedError as error:
-            raise CheckpointError(
-                f"{header.file}: general.architecture: found {header.architecture!r} with FP4, expected one whose "
-                "tensors transformers finds by gguf's map of names, as those of llama, qwen3, qwen3moe and gpt-oss"
-            ) from error
+        by_conversions = header.architecture in GGUF_ARCHS
+        self._way: _Map | _Conversions = (_Conversions if by_conversions else _Map)(header, model)
 
     def name(self, tensor: str) -> str | None:
         """The parameter that a tensor becomes, or is a part of; None: transformers does not load it."""
-        return self._map.get(tensor) or self._map.get(tensor.removesuffix(".weight"))
+        return self._way.name(tensor)
 
     def made(self, tensor: str, values: Tensor, made: dict[str, Tensor]) -> None:
         """Adds to ``made`` what a tensor becomes, given its values in float32."""
-        held: dict[str, Any] = {"tensors": made}
-        found = self._processor.process(
-            weights=values.numpy(), name=tensor, tensor_key_mapping=self._map, parsed_parameters=held
-        )
-        if found.name in self._map:
-            made[self._map[found.name]] = torch.from_numpy(found.weights.copy())
+        self._way.made(tensor, values, made)
 
     def landing(self, tensor: str, shape: tuple[int, ...]) -> Landing | None:
         """Where the rows of a matrix or of a stack go; None: nowhere, or it is changed in another way."""
@@ -92,6 +80,73 @@ class GGUFNames:
         if at.numel() != n or not torch.equal(found[at], numbers[order]):
             return None
         return Landing(name, at[order.argsort()], len(found), turned)
+
+
+class _Map:
+    """Architectures of which gguf has names; for some, transformers has a processor of tensors."""
+
+    def __init__(self, header: Header, model: PreTrainedModel) -> None:
+        name = header.architecture
+        kind = _PROCESSORS.get(name) or theirs.TENSOR_PROCESSORS.get(name, theirs.TensorProcessor)
+        self._processor = kind(config=model.config.get_text_config().to_dict())
+        try:
+            self._map: dict[str, str] = theirs.get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{header.file}: general.architecture: found {name!r} with FP4, expected one whose tensors gguf has "
+                "names for, such as llama, qwen3, qwen3moe and gpt-oss"
+            ) from error
+
+    def name(self, tensor: str) -> str | None:
+        return self._map.get(tensor) or self._map.get(tensor.removesuffix(".weight"))
+
+    def made(self, tensor: str, values: Tensor, made: dict[str, Tensor]) -> None:
+        held: dict[str, Any] = {"tensors": made}
+        found = self._processor.process(
+            weights=values.numpy(), name=tensor, tensor_key_mapping=self._map, parsed_parameters=held
+        )
+        if found.name in self._map:
+            made[self._map[found.name]] = torch.from_numpy(found.weights.copy())
+
+
+class _Conversions:
+    """Architectures whose tensors transformers renames and converts as it does those of safetensors (qwen35)."""
+
+    def __init__(self, header: Header, model: PreTrainedModel) -> None:
+        conversions = get_gguf_conversion_mapping(header.architecture, model.config)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
+        self._prefix, self._state = model.base_model_prefix, model.state_dict()
+
+    def name(self, tensor: str) -> str | None:
+        return name if (name := self._renamed(tensor)[0]) in self._state else None
+
+    def made(self, tensor: str, values: Tensor, made: dict[str, Tensor]) -> None:
+        name, pattern = self._renamed(tensor)
+        if name not in self._state:
+            return
+        if pattern is None:
+            made[name] = values
+            return
+        converter = self._by_pattern[pattern]
+        sources, operations = converter.source_patterns, converter.operations
+        if len(sources) == 1:
+            for operation in operations:
+                values = next(iter(operation.convert({pattern: values}, [pattern], [name]).values()))
+            made[name] = values
+            return
+        (joins,) = operations
+        if not isinstance(joins, Concatenate):
+            raise TypeError(f"{tensor}: found {type(joins).__name__} of several tensors, expected Concatenate")
+        shape = list(values.shape)
+        shape[joins.dim] *= len(sources)
+        whole = made.setdefault(name, values.new_zeros(shape))
+        whole.narrow(joins.dim, sources.index(pattern) * values.shape[joins.dim], values.shape[joins.dim]).copy_(values)
+
+    def _renamed(self, tensor: str) -> tuple[str, str | None]:
+        name, pattern = rename_source_key(tensor, self._renamings, self._converters, self._prefix, self._state)
+        return str(name), pattern
 
 
 class _GptOss(theirs.TensorProcessor):
