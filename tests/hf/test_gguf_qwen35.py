@@ -17,7 +17,7 @@ from marlin_w4a16.cli.gguf_inspection import inspect_gguf
 from marlin_w4a16.modules.packed_experts import PackedExperts
 from marlin_w4a16.modules.packed_linear import PackedLinear
 
-H, HEADS, GROUPS, D, KEYS, VALUES, DK, DV, I = 128, 4, 2, 32, 2, 4, 32, 64, 192  # widths of the model
+H, HEADS, GROUPS, D, KEYS, VALUES, DK, DV, WIDE = 128, 4, 2, 32, 2, 4, 32, 64, 192  # widths of the model
 
 
 def grouped(value: np.ndarray, size: int, skip: int = 0) -> np.ndarray:
@@ -52,8 +52,8 @@ def full_attention(made: ggufs.Made, layer: int, kind: str, wanted: dict[str, np
     """Tensors of a layer of full attention."""
     at, path = f"blk.{layer}.", f"model.layers.{layer}.self_attn."
     for name, own, n, k in (
-        ("attn_q", "q_proj", 2 * HEADS * D, H), ("attn_k", "k_proj", GROUPS * D, H), ("attn_v", "v_proj", GROUPS * D, H),
-        ("attn_output", "o_proj", H, HEADS * D),
+        ("attn_q", "q_proj", 2 * HEADS * D, H), ("attn_k", "k_proj", GROUPS * D, H),
+        ("attn_v", "v_proj", GROUPS * D, H), ("attn_output", "o_proj", H, HEADS * D),
     ):  # fmt: skip
         made.fp4(f"{at}{name}.weight", (n, k), kind, 0.125)
         wanted[f"{path}{own}.weight"] = made.values[f"{at}{name}.weight"]
@@ -87,17 +87,11 @@ def write(file: Path, kind: str, experts: bool) -> tuple[ggufs.Made, dict[str, n
     """A file, and the state dict of transformers' class."""
     made, wanted = ggufs.Made(file, "qwen35moe" if experts else "qwen35"), dict[str, np.ndarray]()
     of_experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64} if experts else {}
-    ggufs.described(made, {**ggufs.CONFIG, **of_experts, "intermediate_size": I}, 208)
+    ggufs.described(made, {**ggufs.CONFIG, **of_experts, "intermediate_size": WIDE}, 208)
     arch = "qwen35moe" if experts else "qwen35"
-    sizes = {
-        "conv_kernel": 4,
-        "state_size": DK,
-        "group_count": KEYS,
-        "time_step_rank": VALUES,
-        "inner_size": VALUES * DV,
-    }
-    for name, value in {f"ssm.{name}": value for name, value in sizes.items()}.items():
-        made.writer.add_uint32(f"{arch}.{name}", value)
+    sizes = {"conv_kernel": 4, "state_size": DK, "group_count": KEYS, "time_step_rank": VALUES}
+    for name, value in {**sizes, "inner_size": VALUES * DV}.items():
+        made.writer.add_uint32(f"{arch}.ssm.{name}", value)
     made.writer.add_uint32(f"{arch}.full_attention_interval", 2)
     if experts:
         made.writer.add_uint32(f"{arch}.expert_shared_feed_forward_length", 64)
@@ -114,7 +108,7 @@ def write(file: Path, kind: str, experts: bool) -> tuple[ggufs.Made, dict[str, n
             norm(made, f"blk.{layer}.{name}.weight", H, f"model.layers.{layer}.{own}.weight", wanted)
         if experts:
             mixture(made, layer, kind, wanted)
-        for which, shape in (("gate", (I, H)), ("up", (I, H)), ("down", (H, I))) if not experts else ():
+        for which, shape in (("gate", (WIDE, H)), ("up", (WIDE, H)), ("down", (H, WIDE))) if not experts else ():
             made.fp4(f"blk.{layer}.ffn_{which}.weight", shape, kind, 0.125)
             name = f"model.layers.{layer}.mlp.{which}_proj.weight"
             wanted[name] = made.values[f"blk.{layer}.ffn_{which}.weight"]

@@ -133,7 +133,8 @@ class _Conversions:
         sources, operations = converter.source_patterns, converter.operations
         if len(sources) == 1:
             for operation in operations:
-                values = next(iter(operation.convert({pattern: values}, [pattern], [name]).values()))
+                changed: dict[str, Any] = operation.convert({pattern: values}, [pattern], [name])
+                values = next(iter(changed.values()))
             made[name] = values
             return
         (joins,) = operations
