@@ -64,7 +64,12 @@ ALLOWED_IN = {
     "marlin_w4a16.checkpoints": {"safetensors"},
 }
 ALLOWED_IN_FUNCTIONS = {"rich", "depyf"}
-ALLOWED_IN_FUNCTIONS_OF = {"marlin_w4a16.cli": {"transformers"}, "marlin_w4a16.checkpoints.names": {"regex"}}
+ALLOWED_IN_FUNCTIONS_OF = {
+    "marlin_w4a16.cli": {"transformers"},
+    "marlin_w4a16.checkpoints.names": {"regex"},
+    "marlin_w4a16.checkpoints.gguf_header": {"gguf"},
+    "marlin_w4a16.hf.gguf_placing": {"gguf"},
+}
 
 
 def within(name: str, module: str) -> bool:

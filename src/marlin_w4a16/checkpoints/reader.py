@@ -3,7 +3,7 @@
 import ctypes
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
+from marlin_w4a16.checkpoints.gguf_blocks import Blocks, Placed
 from marlin_w4a16.checkpoints.layers import Layer
 from marlin_w4a16.checkpoints.storage import DTYPES
 
@@ -20,11 +21,12 @@ _DTYPES = {
     **DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool,
 }  # fmt: skip
 _THREADS = min(8, os.cpu_count() or 1)
+_BLOCKS = 32 << 20  # bytes of blocks, of which tensors are made, that are there at a time
 _PIECE = 4 << 20  # the most bytes of one read: threads share big tensors
 _ALONE = 1 << 18  # bytes that are read by the caller's thread: to hand them out takes as long
 _ALIGNED = 64  # bytes, of the first byte of a tensor in a buffer of several
 
-_Piece = tuple[int, int, int]  # a file's descriptor, an offset there, and how many bytes
+_Range = tuple[int, int, int]  # a file's descriptor, the first byte there, and how many
 
 
 class Place(NamedTuple):
@@ -45,7 +47,8 @@ class Reader(ExitStack):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._device, self._open = device, dict[Path, tuple[int, dict[str, tuple[int, int]]]]()
+        self._device, self._open = device, dict[Path, BinaryIO]()
+        self._headers = dict[Path, dict[str, tuple[int, int]]]()
         self._threads: ThreadPoolExecutor | None = None
 
     def tensor(self, entry: Entry, name: str, index: int | None = None) -> Tensor:
@@ -59,17 +62,8 @@ class Reader(ExitStack):
             CheckpointError: see `stacked`.
         """
         places = [Place(entry, layer.name(leaf)) for layer in layers for leaf, entry in layer.entries.items()]
-        sizes = [-(-entry.nbytes // _ALIGNED) * _ALIGNED for entry, *_ in places]
-        if self._device.type == "cuda":
-            buffers = list(torch.split(self._buffer(sum(sizes), self._device), sizes))
-        else:  # one each, or what is kept of a layer would keep all
-            buffers = [self._buffer(size, self._device) for size in sizes]
-        buffers = [buffer[: entry.nbytes] for buffer, (entry, *_) in zip(buffers, places, strict=True)]
-        self._fill([(buffer, [place]) for buffer, place in zip(buffers, places, strict=True)])
-        found = (
-            buffer.view(_DTYPES[entry.dtype]).view(entry.shape).to(self._device)
-            for buffer, (entry, *_) in zip(buffers, places, strict=True)
-        )
+        read = iter(self._each([place for place in places if not isinstance(place.entry, Blocks)]))
+        found = (self.tensor(*place) if isinstance(place.entry, Blocks) else next(read) for place in places)
         return [{leaf: next(found) for leaf in layer.entries} for layer in layers]
 
     def stacked(self, places: Sequence[Place], device: torch.device | None = None) -> Tensor:
@@ -82,60 +76,107 @@ class Reader(ExitStack):
         Raises:
             CheckpointError: a file is not what its header said when it was read.
         """
-        device, (like, _, row) = device or self._device, places[0]
-        each = like.nbytes // (1 if row is None else like.shape[0])
-        buffer = self._buffer(len(places) * each, device)
-        self._fill([(buffer, places)])
-        return buffer.view(_DTYPES[like.dtype]).view(len(places), *places[0].shape).to(device)
+        device, like = device or self._device, places[0]
+        if isinstance(like.entry, Blocks):
+            return self._unpacked(places, like.entry, device)
+        ranges = [self._range(*place) for place in places]
+        return self._bytes(ranges, device).view(_DTYPES[like.entry.dtype]).view(len(places), *like.shape)
 
-    def _buffer(self, size: int, device: torch.device) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    def _each(self, places: Sequence[Place]) -> list[Tensor]:
+        """Tensors of any dtypes and shapes, each on its own."""
+        ranges = [self._range(*place) for place in places]
+        sizes = [-(-nbytes // _ALIGNED) * _ALIGNED for _, _, nbytes in ranges]
+        if self._device.type == "cuda":
+            buffers = list(torch.split(_buffer(sum(sizes), self._device), sizes))
+        else:  # one for each, or what is kept of a layer would keep all
+            buffers = [_buffer(size, self._device) for size in sizes]
+        buffers = [buffer[:nbytes] for buffer, (_, _, nbytes) in zip(buffers, ranges, strict=True)]
+        self._fill([(buffer, [one]) for buffer, one in zip(buffers, ranges, strict=True)])
+        return [
+            buffer.view(_DTYPES[place.entry.dtype]).view(place.shape).to(self._device)
+            for buffer, place in zip(buffers, places, strict=True)
+        ]
 
-    def _fill(self, given: Sequence[tuple[Tensor, Sequence[Place]]]) -> None:
-        """Fills each buffer with what lies at places, one after the other."""
-        pieces: list[tuple[memoryview, _Piece]] = []
-        for buffer, places in given:
-            view, at = memoryview(_bytes(buffer)), 0
-            for piece in self._pieces(places):
-                pieces.append((view[at : at + piece[2]], piece))
-                at += piece[2]
+    def _unpacked(self, places: Sequence[Place], like: Blocks, device: torch.device) -> Tensor:
+        """See `stacked`, of what files hold in blocks: some matrices at a time."""
+        matrices = [(place.entry, m) for place in places for m in _blocks(place.entry).matrices(place.row)]
+        out: Tensor | None = None
+        step = max(1, _BLOCKS // max(1, like.matrix_nbytes))
+        for at in range(0, len(matrices), step):
+            some = matrices[at : at + step]
+            ranges = [(self._file(entry.file), *one) for entry, matrix in some for one in matrix]
+            part = like.read(self._bytes(ranges, device).view(len(some), like.matrix_nbytes))
+            for one, (entry, _) in zip(part, some, strict=True):
+                if (order := _blocks(entry).order) is not None:
+                    one.copy_(one[order.to(device)])
+            out = part.new_empty((len(matrices), *part.shape[1:])) if out is None else out
+            out[at : at + step] = part
+        assert out is not None
+        return out.view(_DTYPES[like.dtype]).view(len(places), *places[0].shape)
 
-        def read(some: Sequence[tuple[memoryview, _Piece]]) -> None:
-            for view, (file, offset, _) in some:
+    def _bytes(self, ranges: Sequence[_Range], device: torch.device) -> Tensor:
+        """Bytes of files, one range after the other."""
+        buffer = _buffer(sum(nbytes for _, _, nbytes in ranges), device)
+        self._fill([(buffer, ranges)])
+        return buffer.to(device)
+
+    def _range(self, entry: Entry, name: str, row: int | None) -> _Range:
+        """Where a tensor lies, or a row of it."""
+        file = self._file(entry.file)
+        if isinstance(entry, Placed):
+            start, nbytes = entry.start, entry.nbytes
+        else:
+            if entry.file not in self._headers:
+                self._headers[entry.file] = _places(self._open[entry.file])
+            start, nbytes = self._headers[entry.file].get(name, (0, -1))
+        if nbytes != entry.nbytes:
+            raise CheckpointError(f"{entry.file}: {name}: found another file than before, expected {entry}: load again")
+        if row is not None:
+            nbytes //= entry.shape[0]
+            start += row * nbytes
+        return file, start, nbytes
+
+    def _file(self, path: Path) -> int:
+        if path not in self._open:
+            self._open[path] = self.enter_context(path.open("rb"))
+        return self._open[path].fileno()
+
+    def _fill(self, given: Sequence[tuple[Tensor, Sequence[_Range]]]) -> None:
+        """Fills each buffer with ranges, one after the other."""
+        pieces: list[tuple[int, int, memoryview]] = []
+        for buffer, ranges in given:
+            view, at = memoryview(_memory(buffer)), 0
+            for file, start, nbytes in ranges:
+                cuts = range(0, nbytes, _PIECE)
+                pieces += [(file, start + cut, view[at + cut : at + min(cut + _PIECE, nbytes)]) for cut in cuts]
+                at += nbytes
+
+        def read(some: Sequence[tuple[int, int, memoryview]]) -> None:
+            for file, offset, view in some:
                 _read(file, offset, view)
 
-        if _THREADS == 1 or sum(len(view) for view, _ in pieces) <= _ALONE:
+        if _THREADS == 1 or sum(len(view) for _, _, view in pieces) <= _ALONE:
             read(pieces)
             return
         if self._threads is None:
             self._threads = self.enter_context(ThreadPoolExecutor(_THREADS))
         list(self._threads.map(read, (pieces[first::_THREADS] for first in range(min(_THREADS, len(pieces))))))
 
-    def _pieces(self, places: Sequence[Place]) -> Iterator[_Piece]:
-        """Files, offsets and bytes of what is read, in order."""
-        for entry, name, row in places:
-            file, start, nbytes = self._find(entry, name)
-            if row is not None:
-                nbytes //= entry.shape[0]
-                start += row * nbytes
-            for at in range(0, nbytes, _PIECE):
-                yield file, start + at, min(_PIECE, nbytes - at)
 
-    def _find(self, entry: Entry, name: str) -> tuple[int, int, int]:
-        """The file of a tensor, and its first byte and their number there."""
-        if entry.file not in self._open:
-            file = self.enter_context(entry.file.open("rb"))
-            self._open[entry.file] = file.fileno(), _places(file)
-        descriptor, found = self._open[entry.file]
-        start, nbytes = found.get(name, (0, -1))
-        if nbytes != entry.nbytes:
-            raise CheckpointError(f"{entry.file}: {name}: found another file than before, expected {entry}: load again")
-        return descriptor, start, nbytes
+def _buffer(size: int, device: torch.device) -> Tensor:
+    """Bytes on the CPU, from where they go to a device."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
 
 
-def _bytes(buffer: Tensor) -> Any:
+def _memory(buffer: Tensor) -> Any:
     """The memory of a tensor on the CPU."""
     return (ctypes.c_ubyte * buffer.numel()).from_address(buffer.data_ptr()) if buffer.numel() else bytearray()
+
+
+def _blocks(entry: Entry) -> Blocks:
+    if not isinstance(entry, Blocks):
+        raise TypeError(f"{entry}: found a tensor of its own, expected one in blocks")
+    return entry
 
 
 def _read(file: int, offset: int, view: memoryview) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from marlin_w4a16.checkpoints import registry
+from marlin_w4a16.cli.gguf_inspection import inspect_gguf
 from marlin_w4a16.cli.inspection import Inspection, Line, Outcome, inspect, local
 from marlin_w4a16.cli.show import Cells, show_table
 from marlin_w4a16.report.data import Report
@@ -32,13 +33,14 @@ _STYLES = {"packed": "green", "cannot be loaded": "bold red", "left to transform
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder, and whether values are read."""
-    parser.add_argument("path", help="folder of a checkpoint: its config.json and safetensors files")
+    parser.add_argument("path", help="folder of a checkpoint: its config.json and safetensors files; or a GGUF file")
     parser.add_argument("--values", action="store_true", help="read the scales too, and look for NaN and infinity")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what a checkpoint is; 1 if it cannot be loaded."""
-    found = inspect(local(args.path), args.values)
+    path = local(args.path)
+    found = (inspect_gguf if path.is_file() else inspect)(path, args.values)
     if args.json:
         print(json.dumps(as_dict(found), indent=2))
     else:

@@ -113,10 +113,10 @@ def local(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.name == files.INDEX and folder.is_file():
         return folder.parent
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file()):
         return folder
     if folder.exists():
-        raise CheckpointError(f"{path}: found a file, expected the folder of a checkpoint")
+        raise CheckpointError(f"{path}: found a file, expected the folder of a checkpoint, or a GGUF file")
     if _HUB_NAME.fullmatch(path):
         raise CheckpointError(
             f"{path}: found no such folder, expected one on this machine: if it is a name on the hub, download it by "
@@ -138,7 +138,7 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     where = found[0] if found is not None else "config.json"
     scheme = scheme_of(config, files.model_config_of(folder), paths, where)
     held = Contents({}, entries, ()) if scheme is None else _without_embeddings(contents(entries, scheme), scheme)
-    linears = collapsed(_linear(layer) for layer in held.layers.values())
+    linears = collapsed(line_of(layer) for layer in held.layers.values())
     decoded = mlx.packed(held.others) if scheme is not None and scheme.producer == "MLX" else {}
     mine = {f"{path}.{leaf}" for path, tensors in decoded.items() for leaf in tensors}
     held = replace(held, others={name: entry for name, entry in held.others.items() if name not in mine})
@@ -151,7 +151,7 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
         len(paths),
         len(entries),
         tuple(held.layers.values()),
-        (*linears, *_decoded(decoded, config), *_others(held, scheme, wide, quantised=bool(config))),
+        (*linears, *_decoded(decoded, config), *other_lines(held, scheme, quantised=bool(config), wide=wide)),
         (*_notes(held, scheme), *notes),
         (*held.problems, *problems, *(bad_values(held.layers.values()) if values else ())),
     )
@@ -195,7 +195,7 @@ def _sum(path: str, lines: list[Line]) -> Line:
     return replace(lines[0], path=path, shape=shape, format=" + ".join(formats), **sums)
 
 
-def _linear(layer: Layer) -> Line:
+def line_of(layer: Layer) -> Line:
     """A weight that is loaded; beside it the checkpoint's small tensors are kept, such as global scales."""
     count, is_fp4 = layer.experts or 1, isinstance(layer.storage, FP4Storage)
     dense = 2 * count * layer.n * layer.k
@@ -217,7 +217,7 @@ def _decoded(found: Mapping[str, Mapping[str, Entry]], config: Mapping[str, Any]
     yield from collapsed(lines)
 
 
-def _others(held: Contents, scheme: Scheme | None, wide: Collection[str], quantised: bool) -> Iterator[Line]:
+def other_lines(held: Contents, scheme: Scheme | None, quantised: bool, wide: Collection[str] = ()) -> Iterator[Line]:
     """What is no linear of ours: refused, left, unused, dense; all but the largest dense matrices in few lines."""
     modules: dict[str, dict[str, Entry]] = {}
     for name, entry in held.others.items():

@@ -7,12 +7,14 @@ experts of a module of transformers, for which ``model.set_experts_implementatio
 ``compile_blocks`` compiles models that cannot decode with a static cache.
 """
 
+from importlib.util import find_spec
+
 from transformers import PreTrainedModel
 from transformers.quantizers import auto
 
 from marlin_w4a16.checkpoints import registry
 from marlin_w4a16.checkpoints.files import CheckpointError
-from marlin_w4a16.hf import announced, configs, mlx, producers, quantizer
+from marlin_w4a16.hf import announced, configs, gguf_config, mlx, producers, quantizer
 from marlin_w4a16.hf.configs import CompressedTensorsConfig, ModelOptConfig
 from marlin_w4a16.hf.experts import implementation as implementation
 from marlin_w4a16.hf.generation import compile_blocks
@@ -54,6 +56,10 @@ def _register() -> None:
         )
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[row.method] = options
         auto.AUTO_QUANTIZER_MAPPING[row.method] = loads
+    if find_spec(gguf_config.QUANTIZER) is not None:
+        from marlin_w4a16.hf.gguf import GGUFQuantizer
+
+        auto.AUTO_QUANTIZER_MAPPING["gguf"] = GGUFQuantizer
 
 
 _register()

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from marlin_w4a16.checkpoints import files, mlx
 from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError
+from marlin_w4a16.hf import gguf_config
 
 _MAY_BE_MISSING = {
     "_raise_exceptions_for_missing_entries": False,
@@ -58,6 +59,9 @@ def wrap() -> None:
     def get_config_dict(cls: type[Any], pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[Any, Any]:
         path = str(pretrained_model_name_or_path)
         of_the_hub = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
+        file = gguf_config.located(path, str(kwargs["gguf_file"]), **of_the_hub) if kwargs.get("gguf_file") else None
+        if file is not None:
+            return gguf_config.read(file, lambda: read(cls, pretrained_model_name_or_path, **kwargs))
         try:
             config, rest = read(cls, pretrained_model_name_or_path, **kwargs)
         except RecursionError as error:

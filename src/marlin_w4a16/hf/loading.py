@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from marlin_w4a16.checkpoints import files
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
-from marlin_w4a16.checkpoints.layers import contents
+from marlin_w4a16.checkpoints.layers import Contents, contents
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.values import bad_values, read
 from marlin_w4a16.hf.ahead import Ahead, one_device
@@ -70,8 +70,7 @@ class FP4Loading(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError(f"{name}: found a state dict, expected a checkpoint's files: its headers are read")
         self._keep_config(checkpoint_files[0].parent)
-        entries = _entries(name, checkpoint_files)
-        self._files_names, held = tuple(entries), contents(entries, self.scheme)
+        held = self._contents(name, checkpoint_files, model)
         placement = place(held, model, self.scheme)
         policy = checked(getattr(self.quantization_config, "activation_quant", "drop"))
         problems = held.problems + placement.problems or tuple(bad_values(placement.every, policy == "keep"))
@@ -95,6 +94,12 @@ class FP4Loading(HfQuantizer):
         if self._shares:
             self._before_sharing(model, held.others, placement.others)
             super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _contents(self, name: str, checkpoint_files: list[Path], model: PreTrainedModel) -> Contents:
+        """What the files hold."""
+        entries = _entries(name, checkpoint_files)
+        self._files_names = tuple(entries)
+        return contents(entries, cast(Scheme, self.scheme))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.scheme is None:
@@ -139,7 +144,7 @@ class FP4Loading(HfQuantizer):
 
     def _keep_config(self, folder: Path) -> None:
         """Keeps the quantisation config as it stands in the checkpoint, to save it so."""
-        found = files.quantization_of(folder)
+        found = files.quantization_of(folder) if self._config is not None else None
         if self._config is not None and found is not None and found[0] == "config.json":
             self.quantization_config = self._config.like(self.quantization_config, found[1])
 

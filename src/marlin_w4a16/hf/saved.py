@@ -60,10 +60,7 @@ class QuantizedHere(HfQuantizer):
                 f"{type(model).__name__}: found modules that quantize() packed in a model that was loaded quantised, "
                 f"expected one or the other: no checkpoint holds both; {WHAT_TO_DO}"
             )
-        state, values = _checkpoint(model)
-        producer = {"name": "marlin_w4a16", "version": __version__}
-        model.config.quantization_config = ModelOptConfig(**values, producer=producer)
-        return state, {}
+        return checkpoint_of(model), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
@@ -91,6 +88,18 @@ class QuantizedHere(HfQuantizer):
     def is_compileable(self) -> bool:
         """Decode is compiled by generate()."""
         return True
+
+
+def checkpoint_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict in ModelOpt's format; the config of the model is given its own.
+
+    Raises:
+        CheckpointError: there is no such checkpoint of the model.
+    """
+    state, values = _checkpoint(model)
+    producer = {"name": "marlin_w4a16", "version": __version__}
+    model.config.quantization_config = ModelOptConfig(**values, producer=producer)
+    return state
 
 
 def _checkpoint(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
