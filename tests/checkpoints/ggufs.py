@@ -29,6 +29,7 @@ def drawn(kind: str, shape: tuple[int, ...], rng: np.random.Generator, size: flo
     else:
         blocks[..., :4] = rng.integers(0x20, 0x48, (*blocks.shape[:-1], 4))
         blocks[..., 0, :2] = 0x7F, 0  # both are zero
+        blocks[..., 0, 2] |= 0x80  # a sign that nothing looks at
     return blocks.reshape(*shape[:-1], -1)
 
 
@@ -40,7 +41,7 @@ def decoded(kind: str, stored: np.ndarray) -> np.ndarray:
         codes = blocks[..., None, 1:]
     else:
         byte = blocks[..., :4]
-        exponent, mantissa = byte >> 3, byte & 7
+        exponent, mantissa = byte >> 3 & 15, byte & 7
         normal = (1 + mantissa / 8) * 2.0 ** (exponent.astype(np.float64) - 7)
         scales = np.where(exponent == 0, mantissa / 512, normal) / 2
         scales = np.where((byte == 0) | (byte == 0x7F), 0, scales)

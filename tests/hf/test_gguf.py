@@ -14,6 +14,7 @@ pytest.importorskip("gguf", reason="needs gguf, which reads and writes such file
 
 from checkpoints import ggufs
 from hf.loading import logits, read
+from marlin_w4a16.__main__ import main
 from marlin_w4a16.cli.gguf_inspection import inspect_gguf
 from marlin_w4a16.hf import CheckpointError, report
 from marlin_w4a16.modules.packed_experts import PackedExperts
@@ -217,3 +218,16 @@ def test_gpt_oss_has_its_rotary_embeddings(tmp_path):
         "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0,
         "beta_slow": 1.0, "truncate": False, "rope_theta": 10000.0,
     }  # fmt: skip
+
+
+def test_the_command_tells_of_a_file(tmp_path, capsys):
+    file = ggufs.write(tmp_path / "x.gguf", "qwen3moe", "NVFP4", q8="attn", fp4="_exps", embedding=True).file
+    assert main(["inspect", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{file}: GGUF NVFP4 (by x.gguf), ") and "25 FP4 linears (25 NVFP4 group 16)" in out
+    assert re.search(r"blk\.\{0\.\.1\}\.attn_q +2 +128 x 128 +Q8_0 .* dense: decoded", out)
+    assert re.search(r"token_embd +1 +208 x 128 +NVFP4 .* dense: decoded", out)
+    assert main(["inspect", str(file), "--json"]) == 0
+    file = ggufs.write(tmp_path / "y.gguf", "llama", "NVFP4", fp4="none", q8="attn", head="dense").file
+    assert main(["inspect", str(file)]) == 0
+    assert "nothing here is FP4" in (out := capsys.readouterr().out) and "GGUF is left to transformers" in out

@@ -7,7 +7,8 @@ The blocks are those of ggml (``block_mxfp4``, ``block_nvfp4`` in ggml-common.h)
 
     the g columns of a scale: byte j holds the code of column j in its low nibble, that of j + g/2 in its high one
 
-ggml doubles the values of codes and halves scales, which is the same. A UE4M3 byte has no sign, and 0x7F is zero.
+ggml doubles the values of codes and halves scales, which is the same. Of a UE4M3 byte the sign is not looked at, and
+0x7F is zero.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,8 @@ from torch import Tensor
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.kernels.scale_bytes import ScaleKind
 
-_NAN_OF_E4M3 = 0x7F
+_ZERO = 0x7F
+_UNKNOWN = 0xFF  # 480 to ggml, which E4M3 has not: it stays the NaN that is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,10 @@ class Block:
     def scales_of(self, rows: Tensor) -> Tensor:
         """Scale bytes ``[..., k / group]`` of rows as they are stored."""
         scales = self._blocks(rows)[..., : self.scales].flatten(-2)
-        return torch.where(scales == _NAN_OF_E4M3, 0, scales) if self.kind == "e4m3" else scales.contiguous()
+        if self.kind != "e4m3":
+            return scales.contiguous()
+        unsigned = torch.where(scales == _UNKNOWN, scales, scales & 0x7F)
+        return torch.where(scales == _ZERO, 0, unsigned)
 
     def _blocks(self, rows: Tensor) -> Tensor:
         return torch.unflatten(rows, -1, (-1, self.nbytes))

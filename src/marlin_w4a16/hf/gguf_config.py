@@ -65,9 +65,7 @@ def read(file: Path, theirs: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
 
 
 def located(path: str, name: str, **of_the_hub: Any) -> Path | None:
-    """Where a GGUF file lies: the file itself, or in a folder, or from the hub; None: transformers will say so."""
-    if Path(name).is_file():
-        return Path(name)
+    """Where a GGUF file lies, in a folder or from the hub; None: transformers will say so."""
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **of_the_hub)
     return None if found is None else Path(found)
 
