@@ -32,7 +32,15 @@ def _patch_once(function: FunctionType) -> Any:
     return _patch(function) if any(tl.core.is_builtin(language.load) for language in languages) else None
 
 
-interpreter._patch_lang = _patch_once  # read in Triton 3.7
+def _splat_once(self: Any, ret_ty: Any, arg: Any) -> Any:
+    """Comparisons of scalars stay bool, as masks have to be from Triton 3.9 on: it makes numbers of them."""
+    made = _splat(self, ret_ty, arg)
+    made.data = made.data.astype(bool) if arg.data.dtype == bool else made.data
+    return made
+
+
+interpreter._patch_lang = _patch_once  # read in Triton 3.7 to 3.9
+_splat, interpreter.InterpreterBuilder.create_splat = interpreter.InterpreterBuilder.create_splat, _splat_once
 
 
 @triton.jit
