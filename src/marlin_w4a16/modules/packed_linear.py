@@ -16,10 +16,10 @@ from marlin_w4a16.report.table import size
 class PackedLinear(PackedState, nn.modules.linear.NonDynamicallyQuantizableLinear):
     """``x @ weight.T + bias`` from a weight that is held packed, and nowhere else.
 
-    A ``nn.Linear`` whose ``weight`` is empty, ``[0, 0]``, so that libraries which look for linears find it: PEFT puts
-    adapters on it (`merge` fails there, since no dense weight is of that shape). Its dtype and device are those of the
-    activations, as ``x.to(linear.weight.dtype)`` expects. It is of torch's class of linears that nothing quantises, so
-    that torchao's ``quantize_`` passes it by.
+    A ``nn.Linear`` whose ``weight`` is empty (absent.py), so that libraries which look for linears find it: PEFT puts
+    adapters on it, and a merge gets an error. Its dtype and device are those of the activations, as
+    ``x.to(linear.weight.dtype)`` expects. It is of torch's class of linears that nothing quantises, so that torchao's
+    ``quantize_`` passes it by.
 
     Runs in eager mode and under any torch.compile backend, as one op; captured in a CUDA graph it sees what is loaded
     in place later (``load_state_dict``). Its parameters are the bias and the empty weight; the packed tensors are plain
