@@ -49,7 +49,7 @@ def reading() -> list[threading.Thread]:
 def test_every_tensor_is_the_files(backwards, at_once, monkeypatch):
     model, found, expected = nn.Linear(1, 1), layers(), stored("modelopt-nvfp4", "llama")
     monkeypatch.setattr(ahead, "_AT_ONCE", at_once)
-    reads = Ahead(model, found, CPU, torch.bfloat16)
+    reads = Ahead(model, found, CPU)
     assert len(found) == 14 and copy.deepcopy(reads) is reads
     for path in sorted(found, reverse=backwards):
         for leaf, tensor in reads.take(path).items():
@@ -62,7 +62,7 @@ def test_what_fails_is_told_where_it_is_taken(monkeypatch):
     monkeypatch.setattr(ahead, "_AT_ONCE", 1)
     bad, good = list(found)[:2]
     found[bad] = Layer(found[bad].entries, "another")
-    reads = Ahead(model, found, CPU, torch.bfloat16)
+    reads = Ahead(model, found, CPU)
     assert reads.take(good)
     with pytest.raises(CheckpointError, match="found another file than before"):
         reads.take(bad)
@@ -82,7 +82,7 @@ def test_the_thread_ends_with_its_model(monkeypatch):
     first = next(iter(found))
     others = reading()
     found[first] = Slow(found[first].entries, first)
-    Ahead(model, found, CPU, torch.bfloat16)
+    Ahead(model, found, CPU)
     (thread,) = (one for one in reading() if one not in others)
     assert started.wait(10)
     del model

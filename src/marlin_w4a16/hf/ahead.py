@@ -1,7 +1,7 @@
 """Reads linears from their files while transformers loads the rest of a model."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from threading import Thread
@@ -18,33 +18,25 @@ from marlin_w4a16.hf.linear import CheckpointLinear
 
 _AT_ONCE = 128 << 20  # bytes: about a layer of a model
 
-_Found = dict[str, "Future[dict[str, Tensor]]"]
+_Found = dict[str, Future[dict[str, Tensor]]]
 
 
 class Ahead:
     """Reads layers to a device by a thread that ends with them or with their model.
 
-    On a GPU another thread packs a weight of ones meanwhile: a new process takes half a second to load what packs.
-
     Args:
         model: whose layers they are.
         layers: by path, in the order in which they will be taken.
         device: one that computes.
-        dtype: of the model.
+        loads: what `load_kernels` has started.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Mapping[str, Layer], device: torch.device, dtype: torch.dtype
+        self, model: PreTrainedModel, layers: Mapping[str, Layer], device: torch.device, loads: Thread | None = None
     ) -> None:
-        self._found: _Found = {path: Future() for path in layers}
+        self._loads, self._found = loads, _Found((path, Future()) for path in layers)
         given = dict(layers), dict(self._found), device, weakref.ref(model)
         Thread(target=_read, args=given, name="marlin_w4a16 reads", daemon=True).start()
-        fp4 = next((layer for layer in layers.values() if isinstance(layer.storage, FP4Storage)), None)
-        self._loads: Thread | None = None
-        if device.type == "cuda" and fp4 is not None:
-            loads = fp4, device, dtype
-            self._loads = Thread(target=_load_kernels, args=loads, name="marlin_w4a16 loads", daemon=True)
-            self._loads.start()
 
     def __deepcopy__(self, memo: Any) -> "Ahead":
         """Itself: transformers (5.23) copies renamings while it loads, and with them the quantizer."""
@@ -92,7 +84,20 @@ def _at_once(layers: Mapping[str, Layer]) -> Iterator[list[str]]:
         yield paths
 
 
-def _load_kernels(layer: Layer, device: torch.device, dtype: torch.dtype) -> None:
+def load_kernels(layers: Iterable[Layer], device: torch.device | None, dtype: torch.dtype) -> Thread | None:
+    """Has a thread pack a weight of ones, shaped as the first in FP4: a new process takes a second to load what packs.
+
+    None where there is nothing to load.
+    """
+    fp4 = next((layer for layer in layers if isinstance(layer.storage, FP4Storage)), None)
+    if device is None or device.type != "cuda" or fp4 is None:
+        return None
+    loads = Thread(target=_pack_ones, args=(fp4, device, dtype), name="marlin_w4a16 loads", daemon=True)
+    loads.start()
+    return loads
+
+
+def _pack_ones(layer: Layer, device: torch.device, dtype: torch.dtype) -> None:
     ones = {
         leaf: torch.ones(entry.shape, dtype=DTYPES[entry.dtype], device=device) for leaf, entry in layer.entries.items()
     }

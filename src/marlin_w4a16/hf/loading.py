@@ -18,7 +18,7 @@ from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import Contents, contents
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.values import bad_values, read
-from marlin_w4a16.hf.ahead import Ahead, one_device
+from marlin_w4a16.hf.ahead import Ahead, load_kernels, one_device
 from marlin_w4a16.hf.configs import checked
 from marlin_w4a16.hf.experts.load import Loader, bytes_beside, own_names
 from marlin_w4a16.hf.experts.modules import CheckpointExperts, StoredExperts
@@ -73,7 +73,9 @@ class FP4Loading(HfQuantizer):
         held = self._contents(name, checkpoint_files, model)
         placement = place(held, model, self.scheme)
         policy = checked(getattr(self.quantization_config, "activation_quant", "drop"))
-        problems = held.problems + placement.problems or tuple(bad_values(placement.every, policy == "keep"))
+        problems, device = held.problems + placement.problems, one_device(kwargs.get("device_map"))
+        loads = None if problems else load_kernels(placement.layers.values(), device, self.model_dtype)
+        problems = problems or tuple(bad_values(placement.every, policy == "keep"))
         if problems:
             raise CheckpointError(told(name, problems))
         self.report = loaded(self.scheme, placement, policy, self._dequantizes, held.notes)
@@ -82,7 +84,6 @@ class FP4Loading(HfQuantizer):
         self._beside = bytes_beside(model, placement.mixtures, dense)
         self._scaled = ScaledParameters(placement.scaled)
         own = [*(mixture.path for mixture in placement.mixtures), *placement.joined, *placement.elsewhere]
-        device = one_device(kwargs.get("device_map"))
         own += placement.layers if device is not None else []
         scales = (re.escape(one.scale[1]) for one in placement.scaled)
         not_loaded = (*map(re.escape, self.cache_scales), *scales, *own_names(model, own))
@@ -90,7 +91,7 @@ class FP4Loading(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*ignored, *not_loaded}
         swap_in(model, placement, self.model_dtype, policy == "keep", device is not None)
         if device is not None:
-            self._ahead = Ahead(model, placement.layers, device, self.model_dtype)
+            self._ahead = Ahead(model, placement.layers, device, loads)
         if self._shares:
             self._before_sharing(model, held.others, placement.others)
             super()._process_model_before_weight_loading(model, **kwargs)
