@@ -10,6 +10,8 @@ from marlin_w4a16.kernels.expert_order import PAIR, gates_and_ups
 
 Function = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
+# Whether a gradient passes where a number is its limit, as through torch.clamp: from torch 2.14 on it does not.
+_PASSES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +65,14 @@ class Activation:
         z = gate if self.gate_limit is None else gate.clamp(max=self.gate_limit)
         slope = self._slope(z)
         if self.gate_limit is not None:
-            slope = slope * (gate <= self.gate_limit)
+            slope = slope * _below(gate, self.gate_limit)
         if up is None:
             return grad * slope
         grad = grad.unflatten(-1, (-1, PAIR))
         limited = up if self.up_limit is None else up.clamp(-self.up_limit, self.up_limit)
         of_gate, of_up = grad * slope * (limited + self.up_offset), grad * self._function(z)
         if self.up_limit is not None:
-            of_up = of_up * (up.abs() <= self.up_limit)
+            of_up = of_up * _below(up.abs(), self.up_limit)
         return torch.stack((of_gate, of_up), -2).flatten(-3)
 
     def _slope(self, z: Tensor) -> Tensor:
@@ -93,3 +95,7 @@ class Activation:
         up = "up" if self.up_limit is None else f"up in +-{self.up_limit:g}"
         up = f"({up} + {self.up_offset:g})" if self.up_offset else up
         return f"{self.function}({', '.join(of)})" + (f" * {up}" if self.gated else "")
+
+
+def _below(numbers: Tensor, limit: float) -> Tensor:
+    return numbers <= limit if _PASSES else numbers < limit

@@ -253,7 +253,7 @@ def test_the_gradient_of_an_activation_is_that_of_autograd(name):
     activation, _ = ACTIVATIONS[name]
     limits = [n for n in (activation.gate_limit, activation.up_limit) if n is not None]
     draw = 3 * torch.randn(5, 192, dtype=torch.float64)
-    for limit in limits:  # at a limit the gradient passes, as with torch.clamp
+    for limit in limits:  # what the gradient is at a limit depends on torch
         draw[0, ::3], draw[1, ::3] = limit, -limit
     sums = draw.requires_grad_()
     out = activation.of_rows(sums)
