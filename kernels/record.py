@@ -33,7 +33,8 @@ def submit(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **options: An
     key = None if current is not None else _key_of(kernel, grid, arguments, options)
     if key is not None and _LAUNCHES.run(key, [a for a in arguments if isinstance(a, Tensor)]):
         return
-    compiled = kernel[grid](*arguments, **options)
+    # products and sums become one instruction: from Triton 3.10 on that has to be asked for
+    compiled = kernel[grid](*arguments, enable_fp_fusion=True, **options)
     if current is not None:
         current.add(kernel, compiled, grid, arguments, options)
     elif key is not None and not hooked():

@@ -14,11 +14,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 # Instructions of a lane for each weight that it decodes, in the loop of a launch for a few tokens.
-INSTRUCTIONS = {
+_INSTRUCTIONS = {
     ("bf16", "e4m3", 16): 4.4, ("bf16", "e4m3", 32): 4.15, ("bf16", "e8m0", 16): 4.8, ("bf16", "e8m0", 32): 4.6,
     ("fp16", "e4m3", 16): 4.65, ("fp16", "e4m3", 32): 4.45, ("fp16", "e8m0", 16): 6.4, ("fp16", "e8m0", 32): 5.6,
 }  # fmt: skip
+INSTRUCTIONS = {form: most + (0.14 if NEWER else 0.0) for form, most in _INSTRUCTIONS.items()}
 
 
 @dataclass
@@ -133,9 +135,9 @@ def overwritten_operands(loop: list[str], *, across: bool) -> list[str]:
     return found
 
 
-def assert_no_spills(code: Compiled) -> None:
-    """There are LDL and STL where there is a stack, and nowhere else."""
-    assert code.stack == 0
+def assert_no_spills(code: Compiled, most: int = 0) -> None:
+    """There are LDL and STL where there is a stack, and nowhere else; ``most`` bytes of it are let pass."""
+    assert code.stack <= most
 
 
 def assert_wgmma_is_awaited(code: Compiled) -> None:

@@ -14,7 +14,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {
     torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", **{dtype: name for name, dtype in DTYPES.items()},
 }  # fmt: skip
-RUNTIME = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+RUNTIME = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
 
 
 def weight_without_memory(n: int, k: int, kind: str, group: int, *lead: int) -> PackedFP4:
