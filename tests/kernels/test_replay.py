@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_w4a16.kernels import private, record, replay
+from marlin_w4a16.kernels import private, record, recording, replay
 from marlin_w4a16.kernels.record import Recording, Replays, multiply, scratch, submit
 from marlin_w4a16.kernels.replay import Replay
 
@@ -76,6 +76,8 @@ class Driver:
 def driver(monkeypatch) -> Driver:
     driver = Driver()
     monkeypatch.setattr(private, "_driver", lambda: driver)
+    for module in (record, recording):  # a build with CUDA asks its driver, which there may not be
+        monkeypatch.setattr(module, "current_device", lambda: -2)
     monkeypatch.setattr(replay, "raw_stream", lambda device: 1234)
     monkeypatch.setattr(replay, "empty", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
     private._fill.cache_clear()
