@@ -174,7 +174,10 @@ def elsewhere(parts: Parts, rng: Random) -> Words:
 def of_text(parts: Parts, rng: Random) -> Words:
     """A file is no JSON, or no UTF-8, or an object twice."""
     file = OTHER if parts.other is not None and rng.random() < 0.7 else CONFIG
-    way, cut = rng.choice(["cut", "empty", "utf-16", "bom", "bytes", "list", "twice", "deep", "nul", "folder"]), rng.random()
+    way, cut = (
+        rng.choice(["cut", "empty", "utf-16", "bom", "bytes", "list", "twice", "deep", "nul", "folder"]),
+        rng.random(),
+    )
 
     def change(folder: Path) -> None:
         path = folder / file

@@ -90,7 +90,7 @@ def types(parts: Parts, rng: Random) -> Words:
 def huge(parts: Parts, rng: Random) -> Words:
     held = _map(parts)
     file = sorted(parts.shards)[0]
-    new = f"x{{}}.safetensors" if rng.random() < 0.5 else file
+    new = "x{}.safetensors" if rng.random() < 0.5 else file
     held.update({f"model.layers.{i}.x": new.format(i) for i in range(100_000)})
     return (INDEX, "x")
 

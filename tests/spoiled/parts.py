@@ -17,7 +17,12 @@ from torch import Tensor
 
 from spoiled.healthy import Healthy
 
-CONFIG, OTHER, INDEX, SINGLE = "config.json", "hf_quant_config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG, OTHER, INDEX, SINGLE = (
+    "config.json",
+    "hf_quant_config.json",
+    "model.safetensors.index.json",
+    "model.safetensors",
+)
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 DEEP = 10_000
 _MARKS = {'"@lists@"': "[" * DEEP + "]" * DEEP, '"@objects@"': '{"a":' * DEEP + "1" + "}" * DEEP}

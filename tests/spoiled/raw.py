@@ -12,7 +12,23 @@ from spoiled.configs import ODD, Words
 from spoiled.parts import Parts, text
 
 Header = dict[str, Any]
-DTYPES = ["F32", "F64", "U8", "I64", "F4", "F8_E8M0", "F6_E2M3", "BOOL", "C64", "X", "", "f32", "U32", "F8_E4M3", "BF16"]
+DTYPES = [
+    "F32",
+    "F64",
+    "U8",
+    "I64",
+    "F4",
+    "F8_E8M0",
+    "F6_E2M3",
+    "BOOL",
+    "C64",
+    "X",
+    "",
+    "f32",
+    "U32",
+    "F8_E4M3",
+    "BF16",
+]
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
