@@ -67,7 +67,7 @@ def main() -> int:
     for result in results:
         if result.outcome in BAD or given.told:
             said = f"{result.seed} {result.outcome}: {result.kind}, {' + '.join(result.spoilers)}: {result.detail}"
-            console.print(said, markup=False, soft_wrap=True)
+            console.print(said.encode(errors="replace").decode(), markup=False, soft_wrap=True)
     return int(any(result.outcome in BAD for result in results))
 
 

@@ -69,7 +69,10 @@ def index_of(folder: Path) -> Mapping[str, str]:
         CheckpointError: it is no index, or it points outside the folder.
     """
     path = folder / INDEX
-    found = read_json(path).get("weight_map")
+    index = read_json(path)
+    found, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(metadata, dict):  # transformers reads it, too
+        raise CheckpointError(f"{path}: metadata: found {type(metadata).__name__}, expected an object")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{path}: weight_map: found {type(found).__name__}, expected tensors and their files")
     for name, file in found.items():

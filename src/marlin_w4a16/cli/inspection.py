@@ -141,8 +141,8 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     linears = collapsed(_linear(layer) for layer in held.layers.values())
     decoded = mlx.packed(held.others) if scheme is not None and scheme.producer == "MLX" else {}
     mine = {f"{path}.{leaf}" for path, tensors in decoded.items() for leaf in tensors}
-    held = replace(held, others={name: entry for name, entry in held.others.items() if name not in mine})
     problems, notes = _fit(folder, held, scheme) if scheme is not None else (_unread(config, entries), ())
+    held = replace(held, others={name: entry for name, entry in held.others.items() if name not in mine})
     return Inspection(
         folder,
         found[0] if found is not None else None,
@@ -161,8 +161,6 @@ def _fit(folder: Path, held: Contents, scheme: Scheme) -> tuple[Sequence[Problem
     """What is wrong when a checkpoint is held against its model, and what else there is to be told."""
     if held.problems:
         return (), ()  # once these are gone, the rest can be told
-    if scheme.producer == "MLX":
-        return (), ()  # its tensors get their names when they are loaded
     if find_spec("transformers") is None:
         return (), ("not held against a model: transformers is not installed",)
     from marlin_w4a16.hf.fit import fit, notes_of, problems_of

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.quantizers import auto
 from transformers.utils.hub import cached_file
 
-from marlin_w4a16.checkpoints import files, mlx
+from marlin_w4a16.checkpoints import files, mlx, registry
 from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError
+from marlin_w4a16.checkpoints.layers import QUANTISED
 
 _MAY_BE_MISSING = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
 }
+# Leaves that no dense model has, also where one name is that of all experts.
+_PACKED = QUANTISED | {"qweight", "_weight_qdata", "gate_up_proj_blocks", "down_proj_blocks"}
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -26,17 +30,20 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
     """Completes a config that was read from a path: its quantisation config is a well-formed one, and is found.
 
     Raises:
-        CheckpointError: it is no object that names a ``quant_method``.
+        CheckpointError: it is no object that names a ``quant_method`` which somebody reads, or the index is none.
     """
     text = config.get("text_config")
-    held = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    found = (part.get("quantization_config") for part in (config, text) if isinstance(part, dict))
+    held = next((one for one in found if one is not None and one != {}), None)
     held = held or config.get("quantization")  # of MLX, which names no method
     if isinstance(held, dict) and mlx.is_mlx(held) and mlx.is_fp4(held):
         held = config["quantization_config"] = {**held, "quant_method": "mlx"}
     if held is None and "model_type" in config:
-        found = cached_file(path, HF_QUANT_CONFIG, **_MAY_BE_MISSING, **of_the_hub)
-        if found is not None:
-            held = config["quantization_config"] = {**files.read_json(Path(found)), "quant_method": "modelopt"}
+        other = cached_file(path, HF_QUANT_CONFIG, **_MAY_BE_MISSING, **of_the_hub)
+        if other is not None:
+            held = config["quantization_config"] = {**files.read_json(Path(other)), "quant_method": "modelopt"}
+        elif _packed(Path(path)) is not None:  # whose quantizer asks for what is missing, unless the user gives it
+            held = config["quantization_config"] = {"quant_method": "modelopt"}
     if held is None:
         return
     where = f"{path}: config.json: quantization_config"
@@ -45,7 +52,26 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
     method = held.get("quant_method")
     if not isinstance(method, str) and not (held.get("load_in_8bit") or held.get("load_in_4bit")):
         raise CheckpointError(f"{where}.quant_method: found {method!r}, expected a name such as 'modelopt'")
+    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING and (name := _packed(Path(path))) is not None:
+        known = ", ".join(row.method for row in registry.FORMATS)
+        raise CheckpointError(f"{where}.quant_method: found {method[:80]!r} beside {name}, expected one of {known}")
+    if any(row.method == method for row in registry.FORMATS) and _has_index(Path(path)):
+        files.index_of(Path(path))  # before transformers reads it, which expects that it is one
     config.setdefault("name_or_path", path)  # the quantizers are told of the config alone, and look at its folder
+
+
+def _has_index(folder: Path) -> bool:
+    return (folder / files.INDEX).is_file() and not (folder / files.SINGLE).is_file()
+
+
+def _packed(folder: Path) -> str | None:
+    """A tensor of a folder of this machine that only a quantised checkpoint has, by its name."""
+    try:
+        single = folder / files.SINGLE
+        names = files.entries([single]) if single.is_file() else files.index_of(folder) if _has_index(folder) else ()
+    except CheckpointError:
+        return None  # which is told when weights are read
+    return next((name for name in names if name.rpartition(".")[2] in _PACKED), None)
 
 
 def wrap() -> None:
@@ -61,7 +87,7 @@ def wrap() -> None:
         try:
             config, rest = read(cls, pretrained_model_name_or_path, **kwargs)
         except RecursionError as error:
-            raise CheckpointError(f"{path}: found a config that is nested too deeply, expected a JSON file") from error
+            raise CheckpointError(f"{path}: config.json: found deep nesting, expected a JSON file") from error
         if isinstance(config, dict) and not kwargs.get("gguf_file"):
             announce(config, path, **of_the_hub)
         return config, rest

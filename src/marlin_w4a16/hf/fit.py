@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
+from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Contents, Problem
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.hf.placing import Placement, place
@@ -24,6 +26,13 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | s
         return Problem(
             "config.json", "the config", f"one of which transformers can make no model: {text}", "a valid one"
         )
+    try:
+        AutoQuantizationConfig.from_dict(config.quantization_config)
+    except ImportError as error:
+        return f"not held against a model: {_shown(error)}"
+    except CheckpointError as error:
+        where, _, found = str(error).partition(": found ")
+        return Problem("config.json", where.removeprefix("config.json: "), found, "a valid one")
     name = next(iter(config.architectures or ()), None)
     cls = getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
