@@ -51,15 +51,11 @@ def generate(seed: int) -> Case:
         name = rng.choice(sorted(room))
         if name in done:
             continue
-        words.append(_spoil(name, parts, rng))
+        if name in configs.SPOILERS and not (parts.quantization[1] and isinstance(parts.quantization[1], dict)):
+            name = "config: of text"  # there is nothing left to be spoiled
+        words.append(SPOILERS[name](parts, rng))
         done.append(name)
     return Case(seed, kind, tuple(done), tuple(words), parts)
-
-
-def _spoil(name: str, parts: Parts, rng: Random) -> tuple[str, ...]:
-    if name in configs.SPOILERS and not (parts.quantization[1] and isinstance(parts.quantization[1], dict)):
-        name = "config: of text"  # there is nothing left to be spoiled
-    return SPOILERS[name](parts, rng)
 
 
 @functools.cache

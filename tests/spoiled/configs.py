@@ -84,7 +84,7 @@ def unknown_key(parts: Parts, rng: Random) -> Words:
 
 def deep(parts: Parts, rng: Random) -> Words:
     root, path = _node(parts, rng)
-    return _set(root, path, rng.choice(["@lists@", "@objects@"]))
+    return (*_set(root, path, rng.choice(["@lists@", "@objects@"])), "deep nesting", "recursion")
 
 
 def huge(parts: Parts, rng: Random) -> Words:
@@ -134,7 +134,7 @@ def patterns(parts: Parts, rng: Random) -> Words:
         return ("extra_config", *evil)
     held = at(root, path) if path[-1] in at(root, path[:-1]) else []
     at(root, path[:-1])[path[-1]] = [*evil, *(held if isinstance(held, list) and rng.random() < 0.7 else [])]
-    return (str(path[-1]), *(evil))
+    return (str(path[-1]), "what is ignored", "what is quantised", *evil)
 
 
 def empty(parts: Parts, rng: Random) -> Words:

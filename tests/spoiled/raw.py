@@ -64,7 +64,7 @@ def _header(change: Callable[[Header, Random], Any]) -> Callable[[Parts, Random]
         header, rest = _split(data)
         try:
             held = json.loads(header)
-        except ValueError:  # spoiled before
+        except (ValueError, RecursionError):  # spoiled before
             return data
         if not isinstance(held, dict) or not held:
             return data

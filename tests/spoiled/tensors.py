@@ -1,4 +1,4 @@
-"""Spoils tensors: the files are safetensors files still. A spoiler returns the words of which a refusal must have one."""
+"""Spoils tensors, in files that are safetensors still; see `configs` for what a spoiler returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 from random import Random
 
 import torch
-from torch import Tensor
 
 from spoiled.configs import ODD, Words
 from spoiled.parts import Parts
@@ -30,13 +29,14 @@ def _weight(parts: Parts, rng: Random) -> tuple[str, list[str]]:
 
 def _words(*names: str) -> Words:
     """A refusal may name a tensor, its module or its layer's experts."""
-    return tuple(dict.fromkeys(word for name in names for word in (name, name.rpartition(".")[0]) if word))
+    words = [word for name in names for word in (name, name.rpartition(".")[0]) if word]
+    return tuple(dict.fromkeys([*words, *("experts." for word in words if "experts" in word or "switch_mlp" in word)]))
 
 
 def dtype(parts: Parts, rng: Random) -> Words:
     name = rng.choice(_weight(parts, rng)[1] if rng.random() < 0.8 else parts.names)
     tensor, new = parts.tensor(name), rng.choice(DTYPES)
-    if tensor.dtype == new or (tensor.is_floating_point() and new in (torch.float32, torch.float64)):
+    if tensor.dtype == new or (tensor.is_floating_point() and new.itemsize > 1 and new.is_floating_point):
         new = torch.int32
     tensor = tensor.view(torch.int32) if tensor.dtype == torch.uint32 else tensor
     parts.put(name, tensor.float().to(new) if new.is_floating_point else tensor.float().nan_to_num().to(new))
@@ -82,7 +82,7 @@ def surplus(parts: Parts, rng: Random) -> Words:
     path, names = _weight(parts, rng)
     new = rng.choice([
         f"{path}.weight_zero_point", f"{path}.weight_scale_2", f"{path}.weight_global_scale", f"{path}.bias",
-        f"{path}.pre_quant_scale", f"{path}.weight_shape", f"{path}.weight", f"{path}.x", "x", "x.weight", "", ".", "..",
+        f"{path}.pre_quant_scale", f"{path}.weight_shape", f"{path}.weight", f"{path}.x", "x", "x.weight", "", ".",
         "model", "model.", f"{path}..weight", "model.layers.9.mlp.up_proj.weight", "model.layers.0.extra.weight_scale",
         "é.\u200b", f"{path}.input_scale", f"{path}.k_scale", "lm_head.bias", f"{names[0]}.{names[0]}", path,
     ])  # fmt: skip
@@ -175,7 +175,7 @@ def experts(parts: Parts, rng: Random) -> Words:
     path = rng.choice(numbered or stacked or sorted(parts.quantised()) or ["x"])
     gone = [name for name in parts.names if name.startswith(path)]
     parts.drop(*gone)
-    return (path, *_words(*gone), path.split(".experts")[0])
+    return (path, *_words(*gone))
 
 
 def metadata(parts: Parts, rng: Random) -> Words:
@@ -194,13 +194,10 @@ def metadata(parts: Parts, rng: Random) -> Words:
     return (key, "metadata", "tensor")
 
 
-def _none(tensor: Tensor) -> bool:
-    return not tensor.numel()
-
-
 SPOILERS = {
     f"tensors: {function.__name__.replace('_', ' ')}": function
     for function in (
-        dtype, shape, transposed, lost, surplus, dense, nan_scale, global_scale, twice, outside_layers, experts, metadata
+        dtype, shape, transposed, lost, surplus, dense, nan_scale, global_scale, twice, outside_layers, experts,
+        metadata,
     )
 }  # fmt: skip

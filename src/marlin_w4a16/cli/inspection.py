@@ -171,8 +171,13 @@ def _fit(folder: Path, held: Contents, scheme: Scheme) -> tuple[Sequence[Problem
 
 def _unread(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Sequence[Problem]:
     """FP4 that nobody here reads, nor transformers itself."""
+    method = config.get("quant_method")
     scales = next((name for name in entries if name.endswith(_FP4_SCALES)), None)
-    if config.get("quant_method") in _OF_TRANSFORMERS or ("fp4" not in str(config).lower() and scales is None):
+    if scales is None and method in (None, "fp8", *_OF_TRANSFORMERS[:2]):
+        scales = registry.stray(method, entries)
+    if scales is None and (method in _OF_TRANSFORMERS or "fp4" not in str(config).lower()):
+        return ()
+    if method in _OF_TRANSFORMERS[2:]:
         return ()
     producer = config.get("quant_method") or "a producer that no config names"
     expected = f"that of {', '.join(row.producer for row in registry.FORMATS)}"

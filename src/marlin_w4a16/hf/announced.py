@@ -13,16 +13,13 @@ from transformers.quantizers import auto
 from transformers.utils.hub import cached_file
 
 from marlin_w4a16.checkpoints import files, mlx, registry
-from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError
-from marlin_w4a16.checkpoints.layers import QUANTISED
+from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError, Entry
 
 _MAY_BE_MISSING = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
 }
-# Leaves that no dense model has, also where one name is that of all experts.
-_PACKED = QUANTISED | {"qweight", "_weight_qdata", "gate_up_proj_blocks", "down_proj_blocks"}
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -42,7 +39,7 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
         other = cached_file(path, HF_QUANT_CONFIG, **_MAY_BE_MISSING, **of_the_hub)
         if other is not None:
             held = config["quantization_config"] = {**files.read_json(Path(other)), "quant_method": "modelopt"}
-        elif _packed(Path(path)) is not None:  # whose quantizer asks for what is missing, unless the user gives it
+        elif _is_quantised(Path(path)):  # the quantizer asks for what is missing, unless the user gives it
             held = config["quantization_config"] = {"quant_method": "modelopt"}
     if held is None:
         return
@@ -52,9 +49,7 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
     method = held.get("quant_method")
     if not isinstance(method, str) and not (held.get("load_in_8bit") or held.get("load_in_4bit")):
         raise CheckpointError(f"{where}.quant_method: found {method!r}, expected a name such as 'modelopt'")
-    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING and (name := _packed(Path(path))) is not None:
-        known = ", ".join(row.method for row in registry.FORMATS)
-        raise CheckpointError(f"{where}.quant_method: found {method[:80]!r} beside {name}, expected one of {known}")
+    _expect_read(where, method, Path(path))
     if any(row.method == method for row in registry.FORMATS) and _has_index(Path(path)):
         files.index_of(Path(path))  # before transformers reads it, which expects that it is one
     config.setdefault("name_or_path", path)  # the quantizers are told of the config alone, and look at its folder
@@ -64,14 +59,33 @@ def _has_index(folder: Path) -> bool:
     return (folder / files.INDEX).is_file() and not (folder / files.SINGLE).is_file()
 
 
-def _packed(folder: Path) -> str | None:
-    """A tensor of a folder of this machine that only a quantised checkpoint has, by its name."""
+def _expect_read(where: str, method: str | None, folder: Path) -> None:
+    """Raises where FP4 tensors would be taken for something else: transformers goes on without a method it knows."""
+    if method in auto.AUTO_QUANTIZATION_CONFIG_MAPPING and method != "fp8":
+        return
+    deepseek = method == "fp8" and "fp4" in (folder / "config.json").read_text().lower()
+    name = None if deepseek or method is None else registry.stray(method, _tensors(folder))
+    if name is not None:
+        known = ", ".join(row.method for row in registry.FORMATS)
+        raise CheckpointError(f"{where}.quant_method: found {str(method)[:80]!r} beside {name}, expected one of {known}")
+
+
+def _is_quantised(folder: Path) -> bool:
     try:
-        single = folder / files.SINGLE
-        names = files.entries([single]) if single.is_file() else files.index_of(folder) if _has_index(folder) else ()
+        return registry.stray(None, _tensors(folder)) is not None
     except CheckpointError:
-        return None  # which is told when weights are read
-    return next((name for name in names if name.rpartition(".")[2] in _PACKED), None)
+        return False  # dense as far as is known: what is wrong with the files is told when they are read
+
+
+def _tensors(folder: Path) -> dict[str, Entry | None]:
+    """The tensors of a folder of this machine, of which those that its index names are known by their names only."""
+    if (folder / files.SINGLE).is_file():
+        return {**files.entries([folder / files.SINGLE])}
+    if not _has_index(folder):
+        return {}
+    index = files.index_of(folder)
+    first = folder / next(iter(index.values()))
+    return {**dict.fromkeys(index), **(files.entries([first]) if first.is_file() else {})}
 
 
 def wrap() -> None:

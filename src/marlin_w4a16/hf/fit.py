@@ -27,7 +27,7 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | s
             "config.json", "the config", f"one of which transformers can make no model: {text}", "a valid one"
         )
     try:
-        AutoQuantizationConfig.from_dict(config.quantization_config)
+        AutoQuantizationConfig.from_dict(getattr(config, "quantization_config", {"quant_method": "modelopt"}))
     except ImportError as error:
         return f"not held against a model: {_shown(error)}"
     except CheckpointError as error:
