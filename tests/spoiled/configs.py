@@ -48,7 +48,7 @@ def _set(root: Any, path: tuple[Any, ...], value: Any) -> Words:
 
 
 def _words(path: tuple[Any, ...]) -> Words:
-    return (*(str(key) for key in path if isinstance(key, str)),)
+    return (*(str(key) for key in path if isinstance(key, str)), "quantization")
 
 
 def wrong_type(parts: Parts, rng: Random) -> Words:
@@ -120,7 +120,7 @@ def algorithms(parts: Parts, rng: Random) -> Words:
 def method(parts: Parts, rng: Random) -> Words:
     root = parts.quantization[1]
     root["quant_method"] = rng.choice(METHODS)
-    return ("quant_method",)
+    return ("quant_method", "quantization_config")
 
 
 def patterns(parts: Parts, rng: Random) -> Words:

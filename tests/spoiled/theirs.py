@@ -24,8 +24,12 @@ ALLOWED: tuple[tuple[type[Exception], str, tuple[str, ...]], ...] = (
     # no config says that anything is quantised, so that all is left to transformers, and it finds what is wrong itself
     (SafetensorError, "deserializing header", _GONE),
     (RuntimeError, "You set `ignore_mismatched_sizes` to `False`", _GONE),
+    # a text_config in the config of a class that has none: transformers itself expects no dict there
+    (AttributeError, "^'dict' object has no attribute 'to_dict'$", _GONE),
+    # a method of transformers' own, whose config lacks what that method needs
+    (TypeError, r"^GPTQConfig\.__init__\(\) missing", ("config: method",)),
 )
-LEFT = (ImportError, ValueError, NotImplementedError)
+LEFT = (ImportError, ValueError, NotImplementedError, SafetensorError)
 
 
 def is_theirs(case: Case, error: Exception) -> bool:

@@ -73,8 +73,6 @@ def index_of(folder: Path) -> Mapping[str, str]:
     path = folder / INDEX
     index = read_json(path)
     found, metadata = index.get("weight_map"), index.get("metadata")
-    if not isinstance(metadata, dict):  # transformers reads it, too
-        raise CheckpointError(f"{path}: metadata: found {type(metadata).__name__}, expected an object")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{path}: weight_map: found {type(found).__name__}, expected tensors and their files")
     for name, file in found.items():
@@ -86,6 +84,8 @@ def index_of(folder: Path) -> Mapping[str, str]:
         inside(folder, file)
         if Path(file).suffix != ".safetensors" or len(file) > _LONGEST or not file.isprintable():
             raise CheckpointError(f"{path}: weight_map: found the file {file[:200]!r}, expected one of safetensors")
+    if not isinstance(metadata, dict):  # transformers reads it, too
+        raise CheckpointError(f"{path}: metadata: found {type(metadata).__name__}, expected an object")
     return found
 
 

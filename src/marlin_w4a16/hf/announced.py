@@ -49,7 +49,8 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
     method = held.get("quant_method")
     if not isinstance(method, str) and not (held.get("load_in_8bit") or held.get("load_in_4bit")):
         raise CheckpointError(f"{where}.quant_method: found {method!r}, expected a name such as 'modelopt'")
-    _expect_read(where, method, Path(path))
+    if method is not None and not _is_read(held, config):
+        _expect_nothing_packed(where, method, Path(path))
     if any(row.method == method for row in registry.FORMATS) and _has_index(Path(path)):
         files.index_of(Path(path))  # before transformers reads it, which expects that it is one
     config.setdefault("name_or_path", path)  # the quantizers are told of the config alone, and look at its folder
@@ -59,15 +60,19 @@ def _has_index(folder: Path) -> bool:
     return (folder / files.INDEX).is_file() and not (folder / files.SINGLE).is_file()
 
 
-def _expect_read(where: str, method: str | None, folder: Path) -> None:
-    """Raises where FP4 tensors would be taken for something else: transformers goes on without a method it knows."""
-    if method in auto.AUTO_QUANTIZATION_CONFIG_MAPPING and method != "fp8":
-        return
-    deepseek = method == "fp8" and "fp4" in (folder / "config.json").read_text().lower()
-    name = None if deepseek or method is None else registry.stray(method, _tensors(folder))
+def _is_read(held: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a quantizer takes care of FP4; without one that it knows, transformers goes on as if all were dense."""
+    method = held["quant_method"]
+    if method == "fp8" or (method == "compressed-tensors" and not held.get("config_groups")):
+        return registry.scheme_of(held, config) is not None
+    return method in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def _expect_nothing_packed(where: str, method: str, folder: Path) -> None:
+    name = registry.stray(method, _tensors(folder))
     if name is not None:
         known = ", ".join(row.method for row in registry.FORMATS)
-        raise CheckpointError(f"{where}.quant_method: found {str(method)[:80]!r} beside {name}, expected one of {known}")
+        raise CheckpointError(f"{where}.quant_method: found {method[:80]!r} beside {name}, expected one of {known}")
 
 
 def _is_quantised(folder: Path) -> bool:

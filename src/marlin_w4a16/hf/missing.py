@@ -39,7 +39,7 @@ def missing(
     """
     made = renamed.made(others)
     own = {f"{path}." for path in mine}
-    stored_otherwise = {renamed(name).rpartition(".")[0] for name in others if _BESIDE.search(name)}
+    stored_otherwise = {renamed(f"{name.rpartition('.')[0]}.weight") for name in others if _BESIDE.search(name)}
     for name, tensor in renamed.state.items():
         if f"{name.rpartition('.')[0]}." in own or not _is_needed(name, model):
             continue
@@ -59,7 +59,7 @@ def missing(
 
 def _is_stored_otherwise(name: str, entry: Entry, quantised: Collection[str]) -> bool:
     """Whether a tensor may be what another quantizer makes a parameter of."""
-    return entry.dtype not in _FLOATS and name.rpartition(".")[0] in quantised
+    return entry.dtype not in _FLOATS and name in quantised
 
 
 def _is_needed(name: str, model: PreTrainedModel) -> bool:
