@@ -166,6 +166,10 @@ def test_an_index_that_leads_outside(name, shards):
         (b'{"weight_map": {"b": ""}}', "weight_map: found the file '', expected one of safetensors"),
         (b'{"weight_map": {"b": "\\u0000.safetensors"}}', ".safetensors', expected one of safetensors"),
         (b'{"weight_map": {"b": "%s.safetensors"}}' % (b"x" * 5000), "xxx', expected one of safetensors"),
+        (
+            json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(10_001)}}).encode(),
+            "weight_map: found 10001 files, expected at most 10000",
+        ),
         (b'{"weight_map": {"b": "b.safetensors"}}', "metadata: found NoneType, expected an object"),
         (b'{"weight_map": {"b": "b.safetensors"}, "metadata": []}', "metadata: found list, expected an object"),
         (b"[" * 100_000, "expected a JSON file"),

@@ -11,6 +11,7 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HF_QUANT_CONFIG = "hf_quant_config.json"  # all that older exports of ModelOpt have
+_MOST = 10_000  # files of an index
 _LONGEST = 1000  # characters of the name of a file; a path may have 4096 bytes
 # Bits of an element, by the name safetensors gives its dtype; all others have 8.
 BITS = {
@@ -80,7 +81,9 @@ def index_of(folder: Path) -> Mapping[str, str]:
             raise CheckpointError(
                 f"{path}: weight_map.{name}: found {type(file).__name__}, expected the name of a file"
             )
-    for file in set(found.values()):
+    if len(named := set(found.values())) > _MOST:
+        raise CheckpointError(f"{path}: weight_map: found {len(named)} files, expected at most {_MOST}")
+    for file in named:
         inside(folder, file)
         if Path(file).suffix != ".safetensors" or len(file) > _LONGEST or not file.isprintable():
             raise CheckpointError(f"{path}: weight_map: found the file {file[:200]!r}, expected one of safetensors")

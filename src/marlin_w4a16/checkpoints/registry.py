@@ -140,4 +140,3 @@ def stray(method: str | None, tensors: Mapping[str, Entry | None]) -> str | None
         if leaf in leaves or (leaf == "scales" and getattr(tensors.get(f"{path}.weight"), "dtype", "") == "U32"):
             return name
     return None
-

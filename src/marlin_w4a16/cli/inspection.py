@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from marlin_w4a16.checkpoints import files, mlx, registry
+from marlin_w4a16.checkpoints import files, mlx
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import CACHE_SCALE, QUANTISED, Contents, Layer, Problem, contents
 from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.checkpoints.values import bad_values
+from marlin_w4a16.cli.unread import unread
 from marlin_w4a16.kernels.layout import packed_nbytes
 from marlin_w4a16.report.progress import track
 from marlin_w4a16.report.table import collapse_paths
@@ -25,9 +26,6 @@ PACKED = {"U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}  # in which 
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST = 8
-# Names that scales of FP4 have, and methods whose FP4 transformers runs itself.
-_FP4_SCALES = (".weight_scale_2", ".weight_global_scale", ".comfy_quant", ".wscales")
-_OF_TRANSFORMERS = ("bitsandbytes", "bitsandbytes_4bit", "nvfp4", "fouroversix")
 SIZES = ("bytes", "loaded_bytes", "bf16_bytes")  # of a line
 
 
@@ -141,7 +139,7 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     linears = collapsed(_linear(layer) for layer in held.layers.values())
     decoded = mlx.packed(held.others) if scheme is not None and scheme.producer == "MLX" else {}
     mine = {f"{path}.{leaf}" for path, tensors in decoded.items() for leaf in tensors}
-    problems, notes = _fit(folder, held, scheme) if scheme is not None else (_unread(config, entries), ())
+    problems, notes = _fit(folder, held, scheme) if scheme is not None else (unread(config, entries), ())
     held = replace(held, others={name: entry for name, entry in held.others.items() if name not in mine})
     return Inspection(
         folder,
@@ -167,21 +165,6 @@ def _fit(folder: Path, held: Contents, scheme: Scheme) -> tuple[Sequence[Problem
 
     found = fit(folder, held, scheme)
     return tuple(problems_of(found)), tuple(notes_of(found))
-
-
-def _unread(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Sequence[Problem]:
-    """FP4 that nobody here reads, nor transformers itself."""
-    method = config.get("quant_method")
-    scales = next((name for name in entries if name.endswith(_FP4_SCALES)), None)
-    if scales is None and method in (None, "fp8", *_OF_TRANSFORMERS[:2]):
-        scales = registry.stray(method, entries)
-    if scales is None and (method in _OF_TRANSFORMERS or "fp4" not in str(config).lower()):
-        return ()
-    if method in _OF_TRANSFORMERS[2:]:
-        return ()
-    producer = config.get("quant_method") or "a producer that no config names"
-    expected = f"that of {', '.join(row.producer for row in registry.FORMATS)}"
-    return (Problem(None, scales or "quantization_config", f"FP4 of {producer}, which is not read here", expected),)
 
 
 def collapsed(lines: Iterable[Line]) -> list[Line]:

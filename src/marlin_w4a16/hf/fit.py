@@ -1,7 +1,8 @@
 """Whether a checkpoint fits the model that its config names, told from headers: what `from_pretrained` would refuse."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,13 +27,9 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | s
         return Problem(
             "config.json", "the config", f"one of which transformers can make no model: {text}", "a valid one"
         )
-    try:
-        AutoQuantizationConfig.from_dict(getattr(config, "quantization_config", {"quant_method": "modelopt"}))
-    except ImportError as error:
-        return f"not held against a model: {_shown(error)}"
-    except CheckpointError as error:
-        where, _, found = str(error).partition(": found ")
-        return Problem("config.json", where.removeprefix("config.json: "), found, "a valid one")
+    found = config_problem(getattr(config, "quantization_config", {}))
+    if found is not None:
+        return found
     name = next(iter(config.architectures or ()), None)
     cls = getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
@@ -45,6 +42,18 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | s
             "config.json", str(name), f"a config of which no model can be made: {_shown(error)}", "a valid one"
         )
     return place(held, model, scheme)
+
+
+def config_problem(config: Mapping[str, Any]) -> Problem | None:
+    """Why no quantizer takes a quantisation config, as far as its entries tell."""
+    try:
+        AutoQuantizationConfig.from_dict({**config})
+    except CheckpointError as error:
+        where, _, found = str(error).partition(": found ")
+        return Problem("config.json", where.removeprefix("config.json: "), found, "a valid one")
+    except Exception:  # of a package that is missing, or of a quantizer that is none of ours
+        return None
+    return None
 
 
 def problems_of(found: Placement | Problem | str) -> Iterator[Problem]:

@@ -40,6 +40,8 @@ class OwnQuantizer(FP4Loading):
         values = quantization_config.to_dict()
         where = files.HF_QUANT_CONFIG if "quantization" in values else "config.json"  # which nests it
         self.scheme = scheme_of(values, {}, where=where)
+        if self.scheme is None:
+            raise CheckpointError(f"{where}: quantization_config: found no layer in FP4, expected one")
 
 
 class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):
