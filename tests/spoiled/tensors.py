@@ -52,7 +52,7 @@ def shape(parts: Parts, rng: Random) -> Words:
         "scalar": lambda: t.reshape(-1)[:1].reshape(()), "zeros": lambda: t.new_zeros((0, *t.shape)),
         "vector": lambda: t.new_zeros(7), "cut": lambda: t[..., :-1] if t.ndim else t.new_zeros(2),
         "rows": lambda: t[1:] if t.ndim else t.new_zeros(3), "last": lambda: t.unsqueeze(-1),
-        "double": lambda: torch.cat([t.view(torch.uint8).reshape(-1)] * 2).view(t.dtype).view(2, *t.shape),
+        "double": lambda: torch.cat([t.reshape(-1).view(torch.uint8)] * 2).view(t.dtype).view(2, *t.shape),
     }  # fmt: skip
     made = ways[rng.choice(sorted(ways))]()
     parts.put(name, made.clone())

@@ -1,4 +1,4 @@
-"""Why a checkpoint cannot be loaded of which this project reads no layer: FP4 that nobody reads, or a config of nobody."""
+"""Why a checkpoint cannot be loaded of which this project reads no layer: FP4 or a config that nobody reads."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from marlin_w4a16.checkpoints.layers import Problem
 _FP4_SCALES = (".weight_scale_2", ".weight_global_scale", ".comfy_quant", ".wscales")
 _OF_BITSANDBYTES = ("bitsandbytes", "bitsandbytes_4bit")
 _OF_TRANSFORMERS = ("nvfp4", "fouroversix")
-_METHODS = {row.method for row in registry.FORMATS}
+_OF_PACKAGES = ("quark", "auto-round", "fp_quant", "torchao")  # to which transformers hands what is not FP4
 
 
 def unread(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Sequence[Problem]:
@@ -28,7 +28,7 @@ def unread(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Sequence[
         producer = method or "a producer that no config names"
         expected = f"that of {', '.join(row.producer for row in registry.FORMATS)}"
         return (Problem(None, scales or "quantization_config", f"FP4 of {producer}, which is not read here", expected),)
-    if find_spec("transformers") is None or method not in _METHODS:
+    if find_spec("transformers") is None or method not in _OF_PACKAGES:
         return ()
     from marlin_w4a16.hf.fit import config_problem
 
