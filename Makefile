@@ -4,6 +4,7 @@
 #   make test-wide    the whole matrices too
 #   make test-producers   what is read of files, held against the packages of their producers
 #   make attack N=1000    near misses of linears, and a tenth as many of mixtures, by seeds from SEED=0 on
+#   make spoil N=2000     checkpoints that are spoiled, by seeds from SEED=0 on: loaded and inspected
 #   make lint         ruff and mypy
 # Versions are pinned in constraints.txt. TORCH chooses another torch, and with it triton:
 #   make test TORCH=torch==2.11.0
@@ -17,7 +18,7 @@ PYTEST := .venv/bin/pytest -q -n auto --maxprocesses 4 --durations 10
 N ?= 1000
 SEED ?= 0
 
-.PHONY: test test-wide test-producers attack demo lint
+.PHONY: test test-wide test-producers attack spoil demo lint
 test: .venv/installed
 	$(PYTEST)
 
@@ -30,6 +31,9 @@ test-producers: .venv/installed
 
 attack: .venv/installed
 	PYTHONPATH=tests .venv/bin/python -m attacks --count $(N) --seed $(SEED)
+
+spoil: .venv/installed
+	PYTHONPATH=tests .venv/bin/python -m spoiled --count $(N) --seed $(SEED)
 
 demo: .venv/installed
 	.venv/bin/python examples/quickstart.py

@@ -162,8 +162,19 @@ def test_an_index_that_leads_outside(name, shards):
         (b'{"weight_map": {}}', "weight_map: found dict, expected tensors and their files"),
         (b'{"weight_map": {"b": 2}}', "weight_map.b: found int, expected the name of a file"),
         (b'{"weight_map": {"b": null}}', "weight_map.b: found NoneType, expected the name of a file"),
+        (b'{"weight_map": {"b": "x.bin"}}', "weight_map: found the file 'x.bin', expected one of safetensors"),
+        (b'{"weight_map": {"b": ""}}', "weight_map: found the file '', expected one of safetensors"),
+        (b'{"weight_map": {"b": "\\u0000.safetensors"}}', ".safetensors', expected one of safetensors"),
+        (b'{"weight_map": {"b": "%s.safetensors"}}' % (b"x" * 5000), "xxx', expected one of safetensors"),
+        (
+            json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(10_001)}}).encode(),
+            "weight_map: found 10001 files, expected at most 10000",
+        ),
+        (b'{"weight_map": {"b": "b.safetensors"}}', "metadata: found NoneType, expected an object"),
+        (b'{"weight_map": {"b": "b.safetensors"}, "metadata": []}', "metadata: found list, expected an object"),
         (b"[" * 100_000, "expected a JSON file"),
     ],
+    ids=lambda value: value[-40:],
 )
 def test_an_index_that_is_none(content, says, shards):
     (shards / INDEX).write_bytes(content)

@@ -197,8 +197,9 @@ def test_a_low_rank_part_that_is_wrong(changes, leaf, said):
 def test_a_reason_that_many_layers_share_is_told_once():
     paths = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
     held = hold(of_modelopt("NVFP4_NEW"), **dict.fromkeys(paths, NVFP4[1]), **{"model.norm": DENSE})
-    assert held.problems == (Problem(None, f"{paths[0]} and 2 more", "ModelOpt's NVFP4_NEW", f"one of {NAMES}"),)
-    assert str(held.problems[0]) == f"{paths[0]} and 2 more: found ModelOpt's NVFP4_NEW, expected one of {NAMES}"
+    where, what = "config.json: quantization_config", f"{paths[0]} and 2 more"
+    assert held.problems == (Problem(where, what, "ModelOpt's NVFP4_NEW", f"one of {NAMES}"),)
+    assert str(held.problems[0]) == f"{where}: {what}: found ModelOpt's NVFP4_NEW, expected one of {NAMES}"
     assert not held.layers and len(held.others) == 10
     two = hold(of_modelopt("NVFP4_NEW"), a=NVFP4[1], b=NVFP4[1])
     assert [problem.tensor for problem in two.problems] == ["a and 1 more"]

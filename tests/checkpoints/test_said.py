@@ -48,7 +48,7 @@ def test_anything_may_stand_anywhere(name):
             try:
                 scheme = scheme_of(config, {})
             except CheckpointError as error:
-                assert str(error).startswith("quantization_config: ") and ", expected " in str(error)
+                assert str(error).startswith("config.json: quantization_config") and ", expected " in str(error)
             else:
                 found = None if scheme is None else scheme.storage("model.layers.0.mlp.up_proj")
                 assert found is None or isinstance(found, Storage | Mismatch)
@@ -68,4 +68,4 @@ def test_anything_may_stand_anywhere(name):
 def test_what_is_wrong_is_named(name, entries, said):
     with pytest.raises(CheckpointError) as raised:
         scheme_of(CONFIGS[name] | entries, {})
-    assert str(raised.value) == f"quantization_config: {said}"
+    assert str(raised.value) == f"config.json: quantization_config.{said}"

@@ -95,5 +95,6 @@ def test_a_name_is_a_path_and_a_leaf(name, joined, path, leaf):
 
 def test_patterns_that_cannot_be_matched_are_named_with_their_place():
     for targets, ignore, what in (({"re:(": FIRST}, (), "what is quantised"), ({}, ("re:(",), "what is ignored")):
-        with pytest.raises(CheckpointError, match=rf"^quantization_config: {what}: found 're:\(', expected a regular"):
+        where = "^config.json: quantization_config"
+        with pytest.raises(CheckpointError, match=rf"{where}: {what}: found 're:\(', expected a regular"):
             scheme(targets, ignore, "re")

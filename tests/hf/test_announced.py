@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from checkpoints.formats import write, written
+from hf.damaged import SINGLE
 from hf.loading import loaded, logits, read
-from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG
-from marlin_w4a16.hf import CheckpointError, announced, report
+from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, INDEX
+from marlin_w4a16.cli.inspection import inspect
+from marlin_w4a16.hf import CheckpointError, ModelOptConfig, announced, report
 
 NAME = "modelopt-nvfp4"
 
@@ -81,7 +84,7 @@ def test_a_config_of_bitsandbytes_need_not_name_itself(tmp_path):
 
 def test_a_config_that_is_nested_too_deeply(tmp_path):
     (tmp_path / "config.json").write_text('{"a": ' * 100_000)
-    with pytest.raises(CheckpointError, match="found a config that is nested too deeply, expected a JSON file"):
+    with pytest.raises(CheckpointError, match=r"config\.json: found deep nesting, expected a JSON file"):
         AutoConfig.from_pretrained(tmp_path)
 
 
@@ -104,3 +107,98 @@ def test_wrapping_twice_changes_nothing():
     announced.wrap()
     assert PreTrainedConfig.get_config_dict.__func__ is before and before.announces
     assert AutoConfig.from_pretrained(written(NAME, "llama")).quantization_config["quant_method"] == "modelopt"
+
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize("name", ["modelopt-nvfp4", "ct-nvfp4", "ct-mxfp4a16"])
+@pytest.mark.parametrize(
+    "entries",
+    [{"quant_method": "mine"}, {"quant_method": ""}, {"quant_method": "fp8"},
+     {"quant_method": "compressed-tensors", "config_groups": {}, "format": None}],
+)  # fmt: skip
+def test_fp4_tensors_that_nobody_would_read(entries, name, tmp_path):
+    """transformers would give their weights random values."""
+    folder = write(name, "llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    change(folder, quantization_config={**config, "ignore": [], **entries})
+    where = r"config\.json: quantization_config\.quant_method"
+    with pytest.raises(
+        CheckpointError, match=rf"{where}: found {entries['quant_method']!r} beside {LAYER}\.\w+, expect"
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["whole", "shards"])
+@pytest.mark.parametrize("name", ["modelopt-nvfp4", "ct-mxfp4a16"])
+def test_fp4_tensors_without_any_config(name, shards, tmp_path):
+    folder = write(name, "llama", tmp_path, shards)
+    (folder / HF_QUANT_CONFIG).unlink(missing_ok=True)
+    values = json.loads((folder / "config.json").read_text())["quantization_config"]
+    change(folder, quantization_config=None)
+    with pytest.raises(CheckpointError, match=r"^config\.json: quantization_config\.quant_algo: found null, expected "):
+        read(folder)
+    assert inspect(folder).problems
+    if name.startswith("modelopt"):  # the user may give it
+        model = read(folder, quantization_config=ModelOptConfig(**values))
+        assert torch.equal(logits(model), logits(loaded(name, "llama", torch.bfloat16)))
+
+
+def test_files_of_a_dense_checkpoint_are_not_judged(tmp_path):
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    for content in (b"", b"\xff" * 100):
+        (tmp_path / SINGLE).write_bytes(content)
+        assert not hasattr(AutoConfig.from_pretrained(tmp_path), "quantization_config")
+    (tmp_path / SINGLE).unlink()
+    (tmp_path / INDEX).write_text("{")
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path), "quantization_config")
+
+
+@pytest.mark.parametrize("value", [False, 0, "", []])
+def test_an_empty_value_of_another_type(value, tmp_path):
+    folder = write(NAME, "llama", tmp_path)
+    change(folder, quantization_config=value)
+    with pytest.raises(
+        CheckpointError, match=rf"quantization_config: found {type(value).__name__}, expected an object"
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": null}', '{"weight_map": {"a": "b.safetensors"}}'])
+def test_an_index_that_transformers_cannot_read(content, tmp_path):
+    folder = write(NAME, "llama", tmp_path, shards=True)
+    (folder / INDEX).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{INDEX}: .*expected "):
+        read(folder)
+
+
+def test_an_error_names_the_file_in_which_the_config_stands(tmp_path):
+    folder = write(NAME, "llama", tmp_path)
+    change(folder, quantization_config=None)
+    (folder / HF_QUANT_CONFIG).write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "exclude_modules": 3}}))
+    with pytest.raises(
+        CheckpointError, match=r"^hf_quant_config\.json\.quantization\.exclude_modules: found 3, expected"
+    ):
+        read(folder)
+
+
+def test_what_compressed_tensors_does_not_take(tmp_path):
+    folder = write("ct-nvfp4", "llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config["config_groups"]["group_0"]["weights"]["unknown"] = 1
+    change(folder, quantization_config=config)
+    said = "config.json: quantization_config: found one that CompressedTensorsConfig does not take: "
+    with pytest.raises(CheckpointError, match=said):
+        read(folder)
+    (problem,) = inspect(folder).problems
+    assert str(problem).startswith(said[:40]) and "unknown" in problem.found
+
+
+def test_the_dtype_of_mlx_is_looked_at(tmp_path):
+    """Names alone do not tell it."""
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    for dtype, is_quantised in ((torch.uint32, True), (torch.float32, False)):
+        weight = torch.zeros(4, 4, dtype=torch.int32).view(dtype)
+        save_file({"a.weight": weight, "a.scales": torch.zeros(4, 1)}, tmp_path / SINGLE)
+        assert hasattr(AutoConfig.from_pretrained(tmp_path), "quantization_config") == is_quantised

@@ -104,8 +104,8 @@ def test_experts_of_classes_with_stacks(name, tmp_path):
 @pytest.mark.parametrize(
     "lost, problem",
     [
-        ("1.w3", "experts.gate_up_proj: found no FP4 tensors of expert 1, expected those of 4 experts"),
-        ("3.w2", "experts.down_proj: found no FP4 tensors of expert 3, expected those of 4 experts"),
+        ("1.w3", "experts.gate_up_proj: found no FP4 tensors of expert 1 in any file, expected those of 4 experts"),
+        ("3.w2", "experts.down_proj: found no FP4 tensors of expert 3 in any file, expected those of 4 experts"),
     ],
 )
 def test_an_expert_that_is_missing(lost, problem, tmp_path):

@@ -258,3 +258,62 @@ def test_e5m3_in_the_name_of_compressed_tensors_is_refused(tmp_path):
     assert found.problems and all("NVFP4_E5M3" in problem.found for problem in found.problems)
     with pytest.raises(CheckpointError, match=r"found NVFP4_E5M3: unsigned E5M3 scales .* expected NVFP4"):
         read(folder)
+
+
+@pytest.mark.parametrize("name, family", [("auto-round-nvfp4", "llama"), ("mlx-mxfp4", "llama")])
+@pytest.mark.parametrize(
+    "tensor, found",
+    [(torch.ones(95), "found shape [95], expected [96], as the model has"),
+     (torch.ones(96, dtype=torch.uint8), "found ")],
+)  # fmt: skip
+def test_dense_tensors_are_looked_at_though_others_load_some(tensor, found, name, family, tmp_path):
+    folder, _ = written(name, family, tmp_path / "made")
+    file, norm = folder / "model.safetensors", "model.layers.1.input_layernorm.weight"
+    save_file({**load_file(file), norm: tensor}, file)
+    with pytest.raises(CheckpointError) as raised:
+        loaded(folder)
+    (problem,) = inspect(folder).problems
+    for said in (str(raised.value), str(problem)):
+        assert f"model.safetensors: {norm}" in said and found in said
+
+
+def test_folders_of_mlx_are_held_against_their_model(tmp_path):
+    folder, _ = written("mlx-mxfp4", "llama", tmp_path / "made")
+    file = folder / "model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if not k.startswith("model.embed_tokens.")}, file)
+    (problem,) = inspect(folder).problems
+    assert str(problem).startswith("model.embed_tokens.weight: found no such tensor in any file")
+
+
+def test_a_header_of_torchao_that_is_none(tmp_path):
+    folder, _ = written("torchao-nvfp4", "llama", tmp_path / "made")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="expected a whole safetensors file: download it again"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("quant_type", [[], {}, {"default": {"_type": [], "_data": {}}}])
+def test_a_config_of_torchao_that_its_package_does_not_expect(quant_type, tmp_path):
+    pytest.importorskip("torchao")
+    folder, _ = written("torchao-nvfp4", "llama", tmp_path / "made")
+    packed.changed(folder, quant_type=quant_type)
+    with pytest.raises(CheckpointError, match=r"^config\.json: quantization_config: found one that TorchAoConfig does"):
+        loaded(folder)
+
+
+def test_a_name_of_auto_round_that_nests_too_deeply_for_a_pattern(tmp_path):
+    folder, exact = written("auto-round-nvfp4", "llama", tmp_path / "made")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]["extra_config"]
+    packed.changed(folder, extra_config={**config, "(" * 5000: {"bits": 16}})
+    torch.testing.assert_close(logits(loaded(folder)), logits(exact), rtol=0, atol=1e-5)
+
+
+def test_mlx_in_which_nothing_is_fp4(tmp_path):
+    folder, _ = written("auto-round-mxfp4", "llama", tmp_path / "made")
+    packed.changed(folder, quant_method="mlx")
+    with pytest.raises(
+        CheckpointError, match=r"^config\.json: quantization_config: found no layer in FP4, expected one"
+    ):
+        loaded(folder)
+    assert inspect(folder).problems

@@ -57,7 +57,7 @@ def _keys(name: str) -> tuple[str, ...]:
     """A name is that of a layer, or a pattern where it is one."""
     try:
         re.compile(name)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return (name,)
     return name, f"re:.*(?:{name})"
 

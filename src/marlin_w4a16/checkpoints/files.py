@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HF_QUANT_CONFIG = "hf_quant_config.json"  # all that older exports of ModelOpt have
+_MOST = 10_000  # files of an index
+_LONGEST = 1000  # characters of the name of a file; a path may have 4096 bytes
 # Bits of an element, by the name safetensors gives its dtype; all others have 8.
 BITS = {
     "F4": 4, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64,
@@ -69,7 +72,8 @@ def index_of(folder: Path) -> Mapping[str, str]:
         CheckpointError: it is no index, or it points outside the folder.
     """
     path = folder / INDEX
-    found = read_json(path).get("weight_map")
+    index = read_json(path)
+    found, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{path}: weight_map: found {type(found).__name__}, expected tensors and their files")
     for name, file in found.items():
@@ -77,8 +81,14 @@ def index_of(folder: Path) -> Mapping[str, str]:
             raise CheckpointError(
                 f"{path}: weight_map.{name}: found {type(file).__name__}, expected the name of a file"
             )
-    for file in set(found.values()):
+    if len(named := set(found.values())) > _MOST:
+        raise CheckpointError(f"{path}: weight_map: found {len(named)} files, expected at most {_MOST}")
+    for file in named:
         inside(folder, file)
+        if Path(file).suffix != ".safetensors" or len(file) > _LONGEST or not file.isprintable():
+            raise CheckpointError(f"{path}: weight_map: found the file {file[:200]!r}, expected one of safetensors")
+    if not isinstance(metadata, dict):  # transformers reads it, too
+        raise CheckpointError(f"{path}: metadata: found {type(metadata).__name__}, expected an object")
     return found
 
 
@@ -89,7 +99,7 @@ def inside(folder: Path, name: str) -> None:
         CheckpointError: it leads out of the folder.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CheckpointError(f"{folder / INDEX}: found the file {name!r}, expected one inside the folder")
+        raise CheckpointError(f"{folder / INDEX}: found the file {name[:200]!r}, expected one inside the folder")
 
 
 def entries(files: Iterable[Path]) -> dict[str, Entry]:
@@ -146,14 +156,30 @@ def model_config_of(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
+def metadata_of(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file holds beside its tensors.
+
+    Raises:
+        CheckpointError: see `entries`.
+    """
+    with _opened(file) as opened:
+        return dict(opened.metadata() or {})
+
+
 def _header(file: Path) -> dict[str, Entry]:
+    with _opened(file) as opened:
+        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: Entry(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file}: found a {file.suffix or 'nameless'} file, expected safetensors")
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {name: Entry(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+            yield opened
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: {error}: expected a whole safetensors file: download it again") from error

@@ -16,6 +16,7 @@ QUANTISED = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_s
 BESIDE = {"bias", "k_scale", "v_scale", "q_scale", "k_bias", "v_bias"}
 # ModelOpt: self_attn.k_proj.k_scale, with k_bias where the cache is NVFP4_AFFINE; compressed-tensors: self_attn.k_scale
 CACHE_SCALE = re.compile(r"\.[qkv]_scale$|\.k_proj\.k_bias$|\.v_proj\.v_bias$")
+_SHOWN = 300  # characters of what a config says
 SHARD = re.compile(r"shard_\d+")  # of an embedding
 
 
@@ -161,7 +162,7 @@ def contents(entries: Mapping[str, Entry], scheme: Scheme) -> Contents:
         elif isinstance(found, Mismatch):
             refused.setdefault(found, []).append(path)
     for why, paths in refused.items():  # once, not for each of hundreds of layers
-        problems.append(Problem(None, counted(paths), why.found, why.expected))
+        problems.append(Problem(scheme.where, counted(paths), why.found[:_SHOWN], why.expected))
     told = []
     for (form, said), paths in unsaid.items():
         told.append(f"{counted(paths)}: {form} as stored, though the config says {said}")

@@ -83,7 +83,7 @@ def scheme(config: Fields) -> Scheme:
     notes = (CACHE_NOTE,) if cached else ()
     return Scheme(
         "ModelOpt", algorithm, targets, ignore, notes=notes, joined=STACKED, nested=NESTED, known=KNOWN,
-        where=config.where,
+        where=values.where,
     )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from marlin_w4a16.checkpoints import (
     torchao,
 )
 from marlin_w4a16.checkpoints.fields import Fields
+from marlin_w4a16.checkpoints.files import Entry
+from marlin_w4a16.checkpoints.layers import QUANTISED
 from marlin_w4a16.checkpoints.scheme import Scheme
 
 
@@ -99,6 +101,9 @@ FORMATS = (
     ),
 )
 
+# Leaves of FP-Quant, torchao and gpt-oss beside those of `QUANTISED`.
+_PACKED = {"qweight", "_weight_qdata", "gate_up_proj_blocks", "down_proj_blocks"}
+
 
 def scheme_of(
     config: Mapping[str, Any], model: Mapping[str, Any], files: Iterable[Path] = (), where: str = "config.json"
@@ -120,3 +125,18 @@ def scheme_of(
     scheme = row.scheme(fields, Fields(model, "config.json")) if row is not None else None
     held = tuple(files)
     return row.of_headers(scheme, held) if row is not None and scheme is not None and held else scheme
+
+
+def stray(method: str | None, tensors: Mapping[str, Entry | None]) -> str | None:
+    """A tensor that only a quantised weight has and that nobody reads, by its name.
+
+    Args:
+        method: the ``quant_method``; ``"fp8"`` where no layer is FP4, or None: no config says how weights are stored.
+        tensors: by name, as far as they are known.
+    """
+    leaves = (QUANTISED | _PACKED) - ({"weight_scale"} if method == "fp8" else set())
+    for name in tensors:
+        path, _, leaf = name.rpartition(".")
+        if leaf in leaves or (leaf == "scales" and getattr(tensors.get(f"{path}.weight"), "dtype", "") == "U32"):
+            return name
+    return None

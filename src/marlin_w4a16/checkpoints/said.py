@@ -61,4 +61,4 @@ def number(config: Config, name: str, default: int) -> int:
 
 
 def _wrong(name: str, found: object, expected: str) -> CheckpointError:
-    return CheckpointError(f"quantization_config: {name}: found {str(found)[:80]!r}, expected {expected}")
+    return CheckpointError(f"config.json: quantization_config.{name}: found {str(found)[:80]!r}, expected {expected}")

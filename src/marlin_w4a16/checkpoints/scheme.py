@@ -48,7 +48,7 @@ class Scheme:
     decodes: bool = False
     nested: tuple[str, ...] = ()
     known: tuple[Storage, ...] = ()
-    where: str = "quantization_config"
+    where: str = "config.json: quantization_config"
     _ignored: Names = field(init=False, repr=False, compare=False)
     _targets: Names = field(init=False, repr=False, compare=False)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_w4a16.checkpoints import said
-from marlin_w4a16.checkpoints.files import CheckpointError
+from marlin_w4a16.checkpoints.files import CheckpointError, metadata_of
 from marlin_w4a16.checkpoints.layouts import Layout
 from marlin_w4a16.checkpoints.scheme import LINEAR, Scheme
 from marlin_w4a16.checkpoints.storage import Activations, FP4Storage, Part
@@ -76,12 +76,9 @@ def of_headers(scheme: Scheme, files: Iterable[Path]) -> Scheme:
 
 def metadata(files: Iterable[Path]) -> dict[str, str]:
     """What the headers of all files hold beside their tensors; the names of tensors are those of all."""
-    from safetensors import safe_open
-
     found, names = dict[str, str](), dict[str, None]()
     for file in files:
-        with safe_open(file, "pt") as opened:
-            held = opened.metadata() or {}
+        held = metadata_of(file)
         names |= dict.fromkeys(_parsed("tensor_names", held.get("tensor_names", "[]")))
         found |= held
     return found | ({"tensor_names": json.dumps([*names])} if names else {})

@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from marlin_w4a16.checkpoints import files, mlx, registry
+from marlin_w4a16.checkpoints import files, mlx
 from marlin_w4a16.checkpoints.files import CheckpointError, Entry
 from marlin_w4a16.checkpoints.layers import CACHE_SCALE, QUANTISED, Contents, Layer, Problem, contents
 from marlin_w4a16.checkpoints.registry import scheme_of
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.checkpoints.values import bad_values
+from marlin_w4a16.cli.unread import unread
 from marlin_w4a16.kernels.layout import packed_nbytes
 from marlin_w4a16.report.progress import track
 from marlin_w4a16.report.table import collapse_paths
@@ -25,9 +26,6 @@ PACKED = {"U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}  # in which 
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST = 8
-# Names that scales of FP4 have, and methods whose FP4 transformers runs itself.
-_FP4_SCALES = (".weight_scale_2", ".weight_global_scale", ".comfy_quant", ".wscales", "_outer_scale_denominator")
-_OF_TRANSFORMERS = ("bitsandbytes", "bitsandbytes_4bit", "nvfp4", "fouroversix")
 SIZES = ("bytes", "loaded_bytes", "bf16_bytes")  # of a line
 
 
@@ -141,8 +139,8 @@ def inspect(folder: Path, values: bool = False) -> Inspection:
     linears = collapsed(line_of(layer) for layer in held.layers.values())
     decoded = mlx.packed(held.others) if scheme is not None and scheme.producer == "MLX" else {}
     mine = {f"{path}.{leaf}" for path, tensors in decoded.items() for leaf in tensors}
+    problems, notes, wide = _fit(folder, held, scheme) if scheme is not None else (unread(config, entries), (), ())
     held = replace(held, others={name: entry for name, entry in held.others.items() if name not in mine})
-    problems, notes, wide = _fit(folder, held, scheme) if scheme is not None else (_unread(config, entries), (), ())
     return Inspection(
         folder,
         found[0] if found is not None else None,
@@ -161,24 +159,12 @@ def _fit(folder: Path, held: Contents, scheme: Scheme) -> tuple[Sequence[Problem
     """What is wrong when a checkpoint is held against its model, what else is told, and what is kept in float32."""
     if held.problems:
         return (), (), ()  # once these are gone, the rest can be told
-    if scheme.producer == "MLX":
-        return (), (), ()  # its tensors get their names when they are loaded
     if find_spec("transformers") is None:
         return (), ("not held against a model: transformers is not installed",), ()
     from marlin_w4a16.hf.fit import Fitted, fit, notes_of, problems_of
 
     found = fit(folder, held, scheme)
     return tuple(problems_of(found)), tuple(notes_of(found)), found.wide if isinstance(found, Fitted) else ()
-
-
-def _unread(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Sequence[Problem]:
-    """FP4 that nobody here reads, nor transformers itself."""
-    scales = next((name for name in entries if name.endswith(_FP4_SCALES)), None)
-    if config.get("quant_method") in _OF_TRANSFORMERS or ("fp4" not in str(config).lower() and scales is None):
-        return ()
-    producer = config.get("quant_method") or "a producer that no config names"
-    expected = f"that of {', '.join(row.producer for row in registry.FORMATS)}"
-    return (Problem(None, scales or "quantization_config", f"FP4 of {producer}, which is not read here", expected),)
 
 
 def collapsed(lines: Iterable[Line]) -> list[Line]:

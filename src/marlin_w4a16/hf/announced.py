@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.quantizers import auto
 from transformers.utils.hub import cached_file
 
-from marlin_w4a16.checkpoints import files, mlx
-from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError
+from marlin_w4a16.checkpoints import files, mlx, registry
+from marlin_w4a16.checkpoints.files import HF_QUANT_CONFIG, CheckpointError, Entry
 from marlin_w4a16.hf import gguf_config
 
 _MAY_BE_MISSING = {
@@ -27,17 +28,20 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
     """Completes a config that was read from a path: its quantisation config is a well-formed one, and is found.
 
     Raises:
-        CheckpointError: it is no object that names a ``quant_method``.
+        CheckpointError: it is no object that names a ``quant_method`` which somebody reads, or the index is none.
     """
     text = config.get("text_config")
-    held = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    found = (part.get("quantization_config") for part in (config, text) if isinstance(part, dict))
+    held = next((one for one in found if one is not None and one != {}), None)
     held = held or config.get("quantization")  # of MLX, which names no method
     if isinstance(held, dict) and mlx.is_mlx(held) and mlx.is_fp4(held):
         held = config["quantization_config"] = {**held, "quant_method": "mlx"}
     if held is None and "model_type" in config:
-        found = cached_file(path, HF_QUANT_CONFIG, **_MAY_BE_MISSING, **of_the_hub)
-        if found is not None:
-            held = config["quantization_config"] = {**files.read_json(Path(found)), "quant_method": "modelopt"}
+        other = cached_file(path, HF_QUANT_CONFIG, **_MAY_BE_MISSING, **of_the_hub)
+        if other is not None:
+            held = config["quantization_config"] = {**files.read_json(Path(other)), "quant_method": "modelopt"}
+        elif _is_quantised(Path(path)):  # the quantizer asks for what is missing, unless the user gives it
+            held = config["quantization_config"] = {"quant_method": "modelopt"}
     if held is None:
         return
     where = f"{path}: config.json: quantization_config"
@@ -46,7 +50,48 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
     method = held.get("quant_method")
     if not isinstance(method, str) and not (held.get("load_in_8bit") or held.get("load_in_4bit")):
         raise CheckpointError(f"{where}.quant_method: found {method!r}, expected a name such as 'modelopt'")
+    if method is not None and not _is_read(held, config):
+        _expect_nothing_packed(where, method, Path(path))
+    if any(row.method == method for row in registry.FORMATS) and _has_index(Path(path)):
+        files.index_of(Path(path))  # before transformers reads it, which expects that it is one
     config.setdefault("name_or_path", path)  # the quantizers are told of the config alone, and look at its folder
+
+
+def _has_index(folder: Path) -> bool:
+    return (folder / files.INDEX).is_file() and not (folder / files.SINGLE).is_file()
+
+
+def _is_read(held: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a quantizer takes care of FP4; without one that it knows, transformers goes on as if all were dense."""
+    method = held["quant_method"]
+    if method == "fp8" or (method == "compressed-tensors" and not held.get("config_groups")):
+        return registry.scheme_of(held, config) is not None
+    return method in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def _expect_nothing_packed(where: str, method: str, folder: Path) -> None:
+    name = registry.stray(method, _tensors(folder))
+    if name is not None:
+        known = ", ".join(row.method for row in registry.FORMATS)
+        raise CheckpointError(f"{where}.quant_method: found {method[:80]!r} beside {name}, expected one of {known}")
+
+
+def _is_quantised(folder: Path) -> bool:
+    try:
+        return registry.stray(None, _tensors(folder)) is not None
+    except CheckpointError:
+        return False  # dense as far as is known: what is wrong with the files is told when they are read
+
+
+def _tensors(folder: Path) -> dict[str, Entry | None]:
+    """The tensors of a folder of this machine, of which those that its index names are known by their names only."""
+    if (folder / files.SINGLE).is_file():
+        return {**files.entries([folder / files.SINGLE])}
+    if not _has_index(folder):
+        return {}
+    index = files.index_of(folder)
+    first = folder / next(iter(index.values()))
+    return {**dict.fromkeys(index), **(files.entries([first]) if first.is_file() else {})}
 
 
 def wrap() -> None:
@@ -65,7 +110,7 @@ def wrap() -> None:
         try:
             config, rest = read(cls, pretrained_model_name_or_path, **kwargs)
         except RecursionError as error:
-            raise CheckpointError(f"{path}: found a config that is nested too deeply, expected a JSON file") from error
+            raise CheckpointError(f"{path}: config.json: found deep nesting, expected a JSON file") from error
         if isinstance(config, dict) and not kwargs.get("gguf_file"):
             announce(config, path, **of_the_hub)
         return config, rest

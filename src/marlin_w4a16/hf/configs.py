@@ -30,6 +30,7 @@ class ModelOptConfig(of_transformers.Mxfp4Config):
     def __init__(self, dequantize: bool = False, activation_quant: ActivationQuant = "drop", **values: Any) -> None:
         self.quant_method = values.get("quant_method", "modelopt")
         self.values = {**values, "quant_method": self.quant_method}
+        self.given: dict[str, Any] = values  # or the user's, beside that of a checkpoint
         self.dequantize = dequantize
         self.activation_quant = checked(activation_quant)
 
@@ -51,11 +52,11 @@ class ModelOptConfig(of_transformers.Mxfp4Config):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What goes over a checkpoint's own config."""
-        return {"dequantize": self.dequantize, "activation_quant": self.activation_quant}
+        return {"dequantize": self.dequantize, "activation_quant": self.activation_quant, "given": self.values}
 
     def to_dict(self) -> dict[str, Any]:
-        """The checkpoint's config as it was."""
-        return copy.deepcopy(self.values)
+        """The checkpoint's config as it was; what the user gave where there is none."""
+        return copy.deepcopy(self.values if len(self.values) > 1 else self.given)
 
 
 class _AsStored:
@@ -67,9 +68,16 @@ class _AsStored:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The config, checked before transformers reads it; see `scheme_of` for errors."""
-        scheme_of(config_dict.get("quantization_config", config_dict), {})
+        scheme = scheme_of(config_dict.get("quantization_config", config_dict), {})
         otherwise: Any = super()
-        made = otherwise.from_dict(config_dict, *args, **kwargs)
+        try:
+            made = otherwise.from_dict(config_dict, *args, **kwargs)
+        except ImportError:
+            raise
+        except Exception as error:  # whatever the producer's code raises of a config
+            if scheme is None:
+                raise
+            raise CheckpointError(f"{scheme.where}: found one that {cls.__name__} does not take: {error}") from error
         config = made[0] if isinstance(made, tuple) else made
         config.given = config_dict.get("quantization_config", config_dict)
         return made

@@ -1,14 +1,17 @@
 """Whether a checkpoint fits the model that its config names, told from headers: what `from_pretrained` would refuse."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
+from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Contents, Problem
 from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.hf.placing import Placement, place
@@ -39,6 +42,9 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Fitted | Problem | str:
         return Problem(
             "config.json", "the config", f"one of which transformers can make no model: {text}", "a valid one"
         )
+    found = config_problem(getattr(config, "quantization_config", {}))
+    if found is not None:
+        return found
     name = next(iter(config.architectures or ()), None)
     cls = getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
@@ -50,8 +56,8 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Fitted | Problem | str:
         return Problem(
             "config.json", str(name), f"a config of which no model can be made: {_shown(error)}", "a valid one"
         )
-    found = place(held, model, scheme)
-    return Fitted(found, frozenset(_wide(found, held, model, scheme)))
+    placement = place(held, model, scheme)
+    return Fitted(placement, frozenset(_wide(placement, held, model, scheme)))
 
 
 def _wide(found: Placement, held: Contents, model: PreTrainedModel, scheme: Scheme) -> Iterator[str]:
@@ -62,6 +68,18 @@ def _wide(found: Placement, held: Contents, model: PreTrainedModel, scheme: Sche
     for name, become in found.others.items():
         if kept.search(become) and held.others[name].dtype in ("BF16", "F16"):
             yield name
+
+
+def config_problem(config: Mapping[str, Any]) -> Problem | None:
+    """Why no quantizer takes a quantisation config, as far as its entries tell."""
+    try:
+        AutoQuantizationConfig.from_dict({**config})
+    except CheckpointError as error:
+        where, _, found = str(error).partition(": found ")
+        return Problem("config.json", where.removeprefix("config.json: "), found, "a valid one")
+    except Exception:  # of a package that is missing, or of a quantizer that is none of ours
+        return None
+    return None
 
 
 def problems_of(found: Fitted | Problem | str) -> Iterator[Problem]:

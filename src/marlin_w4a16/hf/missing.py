@@ -12,6 +12,7 @@ from marlin_w4a16.checkpoints.scheme import Scheme
 from marlin_w4a16.checkpoints.storage import FP4Storage
 from marlin_w4a16.hf.renaming import Renaming
 
+_BESIDE = re.compile(r"scale|qzeros|absmax|biases$")  # what stands beside a quantised weight
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
@@ -38,6 +39,7 @@ def missing(
     """
     made = renamed.made(others)
     own = {f"{path}." for path in mine}
+    stored_otherwise = {renamed(f"{name.rpartition('.')[0]}.weight") for name in others if _BESIDE.search(name)}
     for name, tensor in renamed.state.items():
         if f"{name.rpartition('.')[0]}." in own or not _is_needed(name, model):
             continue
@@ -47,12 +49,17 @@ def missing(
                 yield Problem(None, name, "no such tensor in any file", _wanted(name, tensor, model, scheme))
         elif isinstance(found, str):
             yield Problem(None, name, found, f"shape {list(tensor.shape)}")
-        elif not scheme.shares:
+        elif not (scheme.shares and _is_stored_otherwise(name, found[0], stored_otherwise)):
             entry, shape = found
             if shape != tuple(tensor.shape):
                 yield Problem(entry.file.name, name, f"shape {list(shape)}", f"{list(tensor.shape)}, as the model has")
             elif tensor.is_floating_point() and name not in scaled and entry.dtype not in _FLOATS:
                 yield Problem(entry.file.name, name, str(entry), f"dtype {' or '.join(_FLOATS)}")
+
+
+def _is_stored_otherwise(name: str, entry: Entry, quantised: Collection[str]) -> bool:
+    """Whether a tensor may be what another quantizer makes a parameter of."""
+    return entry.dtype not in _FLOATS and name in quantised
 
 
 def _is_needed(name: str, model: PreTrainedModel) -> bool:

@@ -40,8 +40,19 @@ class ProducerConfig(ModelOptConfig):
         scheme = scheme_of(config_dict, {})
         refused = scheme is not None and any(isinstance(stored, Mismatch) for stored in scheme.targets.values())
         if scheme is None or ((refused or left_to_transformers()) and cls.installed()):
-            return cls.theirs.from_dict(config_dict, *args, **kwargs)
+            return cls._of_theirs(config_dict, *args, **kwargs)
         return super().from_dict(config_dict, *args, **kwargs)
+
+    @classmethod
+    def _of_theirs(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return cls.theirs.from_dict(config_dict, *args, **kwargs)
+        except (ImportError, NotImplementedError, ValueError):
+            raise
+        except Exception as error:  # an assertion, or whatever comes of a value of another type
+            found = f"{type(error).__name__}: {str(error)[:200]}"
+            where = "config.json: quantization_config"
+            raise CheckpointError(f"{where}: found one that {cls.__name__} does not take: {found}") from error
 
 
 class ProducerQuantizer(OwnQuantizer):

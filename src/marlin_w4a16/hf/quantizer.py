@@ -37,7 +37,11 @@ class OwnQuantizer(FP4Loading):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = True  # also where config.json does not say so: see ModelOptConfig.of
-        self.scheme = scheme_of(quantization_config.to_dict(), {})
+        values = quantization_config.to_dict()
+        where = files.HF_QUANT_CONFIG if "quantization" in values else "config.json"  # which nests it
+        self.scheme = scheme_of(values, {}, where=where)
+        if self.scheme is None:
+            raise CheckpointError(f"{where}: quantization_config: found no layer in FP4, expected one")
 
 
 class CompressedTensorsQuantizer(FP4Loading, CompressedTensorsHfQuantizer):

@@ -166,7 +166,7 @@ def _stacks(path: str, module: Any, name: str, found: _Layers) -> Iterator[Stack
         missing = [e for e in range(shape[0]) if e not in layers] if one is None or not one.experts else []
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            found_text = f"no FP4 tensors of expert {missing[0]}{more}"
+            found_text = f"no FP4 tensors of expert {missing[0]}{more} in any file"
             yield Problem(None, f"{path}.{name}", found_text, f"those of {shape[0]} experts, as the model has")
         elif surplus := [e for e in layers if e >= shape[0]]:
             extra, expected = layers[surplus[0]], f"{shape[0]} experts, as the model has"
