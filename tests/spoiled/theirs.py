@@ -29,7 +29,8 @@ ALLOWED: tuple[tuple[type[Exception], str, tuple[str, ...]], ...] = (
     # a method of transformers' own, whose config lacks what that method needs
     (TypeError, r"^GPTQConfig\.__init__\(\) missing", ("config: method",)),
 )
-LEFT = (ImportError, ValueError, NotImplementedError, SafetensorError)
+LEFT = (ImportError, ValueError, NotImplementedError, SafetensorError, RuntimeError)
+_CONVERSION = "issues during automatic conversion of the weights"
 
 
 def is_theirs(case: Case, error: Exception) -> bool:
@@ -37,6 +38,8 @@ def is_theirs(case: Case, error: Exception) -> bool:
     rows = (row for row in ALLOWED if set(row[2]) & set(case.spoilers))
     if any(isinstance(error, kind) and re.search(pattern, str(error)) for kind, pattern, _ in rows):
         return True
+    if isinstance(error, RuntimeError) and not re.search(_CONVERSION, str(error)):
+        return False
     return is_left(case) and isinstance(error, LEFT) and not isinstance(error, JSONDecodeError)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Contents, Problem
@@ -42,6 +42,11 @@ def fit(folder: Path, held: Contents, scheme: Scheme) -> Placement | Problem | s
             "config.json", str(name), f"a config of which no model can be made: {_shown(error)}", "a valid one"
         )
     return place(held, model, scheme)
+
+
+def is_known(method: str) -> bool:
+    """Whether transformers has a quantizer of this name."""
+    return method in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def config_problem(config: Mapping[str, Any]) -> Problem | None:
