@@ -246,3 +246,10 @@ def test_a_json_file_that_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match=r"No such file.*x\.json.*: expected a JSON file"):
         files.read_json(tmp_path / "x.json")
     assert issubclass(CheckpointError, ValueError)
+
+
+def test_more_axes_than_a_tensor_may_have(tmp_path):
+    header = json.dumps({"x": {"dtype": "U8", "shape": [1] * 65, "data_offsets": [0, 1]}}).encode()
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with pytest.raises(CheckpointError, match="x: found 65 axes, expected at most 64"):
+        files.entries([tmp_path / SINGLE])

@@ -317,3 +317,31 @@ def test_mlx_in_which_nothing_is_fp4(tmp_path):
     ):
         loaded(folder)
     assert inspect(folder).problems
+
+
+EMBEDDING = "model.embed_tokens"
+
+
+@pytest.mark.parametrize(
+    "leaf, change",
+    [("scales", lambda t: t[:, :-1]), ("scales", lambda t: t[:-1]), ("scales", lambda t: t[..., None]),
+     ("weight", lambda t: t[:, :-1]), ("weight", lambda t: t[0, 0]), ("scales", lambda t: t.float())],
+)  # fmt: skip
+def test_matrices_of_mlx_that_cannot_be_decoded(leaf, change, tmp_path):
+    folder, _ = written("mlx-mxfp4", "llama", tmp_path / "made")
+    file, name = folder / "model.safetensors", f"{EMBEDDING}.{leaf}"
+    tensors = load_file(file)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, file)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {EMBEDDING}\.weight: found .* in a mode of MLX"):
+        loaded(folder)
+    assert f"{EMBEDDING}.weight" in [problem.tensor for problem in inspect(folder).problems]
+
+
+def test_metadata_of_torchao_are_named_with_their_file(tmp_path):
+    folder, _ = written("torchao-nvfp4", "llama", tmp_path / "made")
+    file = folder / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    save_file(load_file(file), file, {**said, "model.norm.weight": "x"})
+    with pytest.raises(CheckpointError, match=r"^model\.safetensors: model\.norm\.weight: found the metadata 'x'"):
+        loaded(folder)

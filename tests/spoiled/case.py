@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from random import Random
 
@@ -56,9 +55,3 @@ def generate(seed: int) -> Case:
         words.append(SPOILERS[name](parts, rng))
         done.append(name)
     return Case(seed, kind, tuple(done), tuple(words), parts)
-
-
-@functools.cache
-def families() -> tuple[str, ...]:
-    """The names of all spoilers."""
-    return tuple(SPOILERS)

@@ -90,7 +90,7 @@ def deep(parts: Parts, rng: Random) -> Words:
 def huge(parts: Parts, rng: Random) -> Words:
     root, path = _node(parts, rng)
     names = [f"model.layers.{i}.x" for i in range(LONG)]
-    values = ["x" * LONG * 10, names, {name: {} for name in names}, [f"re:.*{name}" for name in names[:2000]],
+    values = ["x" * LONG * 10, names, {name: {} for name in names[:50_000]}, [f"re:.*{name}" for name in names[:2000]],
               [f"*{i}*" for i in range(LONG)], 10**4000]  # fmt: skip
     return _set(root, path, rng.choice(values))
 
@@ -134,7 +134,7 @@ def patterns(parts: Parts, rng: Random) -> Words:
         return ("extra_config", *evil)
     held = at(root, path) if path[-1] in at(root, path[:-1]) else []
     at(root, path[:-1])[path[-1]] = [*evil, *(held if isinstance(held, list) and rng.random() < 0.7 else [])]
-    return (str(path[-1]), "what is ignored", "what is quantised", *evil)
+    return (str(path[-1]), "what is ignored", "what is quantised", ".weight", *evil)
 
 
 def empty(parts: Parts, rng: Random) -> Words:

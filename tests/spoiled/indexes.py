@@ -42,7 +42,7 @@ def outside(parts: Parts, rng: Random) -> Words:
         "../x.safetensors", "/etc/passwd", "/dev/zero", "..", ".", "", "a/../../x.safetensors", "~/x.safetensors",
         "file:///x.safetensors", "\0", "x" * 5000, "con\n.safetensors", "../" * 200, "é.safetensors", "\ud800",
     ])  # fmt: skip
-    return (INDEX, name, held[name])
+    return (INDEX, name, held[name], "x.safetensors")
 
 
 def absent(parts: Parts, rng: Random) -> Words:

@@ -42,7 +42,6 @@ class Parts:
         metadata: of the headers.
         index: or None, where there is a single file.
         values: what the dense model has instead, by name: of weights that are others, and nothing wrong with them.
-        sizes: entries of the model's config that are others.
         after: what is done to the folder at last.
     """
 

@@ -52,7 +52,7 @@ def _file(change: Callable[[bytes, Random], bytes]) -> Callable[[Parts, Random],
                 path.write_bytes(change(path.read_bytes(), own))
 
         parts.after.append(apply)
-        return (file,)
+        return (file, "in any file")
 
     return spoil
 

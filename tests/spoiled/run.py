@@ -6,10 +6,8 @@ import contextlib
 import io
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +121,3 @@ def is_named(message: str, case: Case) -> bool:
 
 def _shown(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-
-
-Steps = Iterator[tuple[str, Callable[[], Any]]]

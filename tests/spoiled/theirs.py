@@ -23,13 +23,15 @@ ALLOWED: tuple[tuple[type[Exception], str, tuple[str, ...]], ...] = (
     (OSError, r"no file named model\.safetensors, or pytorch_model\.bin, found in directory", ("index: gone",)),
     # no config says that anything is quantised, so that all is left to transformers, and it finds what is wrong itself
     (SafetensorError, "deserializing header", _GONE),
+    (FileNotFoundError, r"^No such file or directory: .*\.safetensors$", _GONE),
     (RuntimeError, "You set `ignore_mismatched_sizes` to `False`", _GONE),
     # a text_config in the config of a class that has none: transformers itself expects no dict there
     (AttributeError, "^'dict' object has no attribute 'to_dict'$", _GONE),
     # a method of transformers' own, whose config lacks what that method needs
     (TypeError, r"^GPTQConfig\.__init__\(\) missing", ("config: method",)),
 )
-LEFT = (ImportError, ValueError, NotImplementedError, SafetensorError)
+LEFT = (ImportError, ValueError, NotImplementedError, SafetensorError, RuntimeError)
+_CONVERSION = "issues during automatic conversion of the weights"
 
 
 def is_theirs(case: Case, error: Exception) -> bool:
@@ -37,6 +39,8 @@ def is_theirs(case: Case, error: Exception) -> bool:
     rows = (row for row in ALLOWED if set(row[2]) & set(case.spoilers))
     if any(isinstance(error, kind) and re.search(pattern, str(error)) for kind, pattern, _ in rows):
         return True
+    if type(error) is RuntimeError and not re.search(_CONVERSION, str(error)):
+        return False
     return is_left(case) and isinstance(error, LEFT) and not isinstance(error, JSONDecodeError)
 
 

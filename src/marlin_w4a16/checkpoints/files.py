@@ -11,6 +11,7 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HF_QUANT_CONFIG = "hf_quant_config.json"  # all that older exports of ModelOpt have
+_AXES = 64  # that a tensor of torch may have
 _MOST = 10_000  # files of an index
 _LONGEST = 1000  # characters of the name of a file; a path may have 4096 bytes
 # Bits of an element, by the name safetensors gives its dtype; all others have 8.
@@ -169,7 +170,11 @@ def metadata_of(file: Path) -> dict[str, str]:
 def _header(file: Path) -> dict[str, Entry]:
     with _opened(file) as opened:
         parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        return {name: Entry(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+        found = {name: Entry(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    for name, entry in found.items():
+        if len(entry.shape) > _AXES:
+            raise CheckpointError(f"{file}: {name}: found {len(entry.shape)} axes, expected at most {_AXES}")
+    return found
 
 
 @contextmanager

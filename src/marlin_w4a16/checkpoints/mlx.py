@@ -76,7 +76,7 @@ def decode(tensors: Mapping[str, Tensor], k: int, dtype: torch.dtype, name: str)
 
 def columns(entries: Mapping[str, Entry], layer: Config) -> int:
     """The columns of a matrix in some tensors, by their headers and what the config says of its bits."""
-    words, groups = entries["weight"].shape[-1], entries["scales"].shape[-1]
+    words, groups = ((entries[leaf].shape or (1,))[-1] for leaf in ("weight", "scales"))
     if entries["scales"].dtype == "U8":  # 4 bits in groups of 16 or 32, or 8 in groups of 32
         return words * (8 if words * 8 // max(groups, 1) in KINDS else 4)
     return words * 32 // max(said.number(layer, "bits", 4), 1)
@@ -90,6 +90,23 @@ def packed(others: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
         if f"{path}.scales" in others and leaf in ("weight", "scales", "biases", "global_scale"):
             found.setdefault(path, {})[leaf] = entry
     return {path: held for path, held in found.items() if "weight" in held and held["weight"].dtype == "U32"}
+
+
+def misfit(entries: Mapping[str, Entry], shape: tuple[int, ...]) -> str | None:
+    """What is found in place of a matrix of that shape that `decode` can read, if anything is."""
+    told = ", ".join(f"{leaf} {entry}" for leaf, entry in entries.items())
+    words, scales, biases = (entries.get(leaf) for leaf in ("weight", "scales", "biases"))
+    if words is None or scales is None or len(shape) != 2 or len(words.shape) != 2 or len(scales.shape) != 2:
+        return told
+    (n, k), groups = shape, scales.shape[1]
+    if (words.shape[0], scales.shape[0]) != (n, n) or not groups or k % groups or words.shape[1] * 32 % k:
+        return told
+    bits, group = words.shape[1] * 32 // k, k // groups
+    if biases is not None:
+        right = bits in (2, 4, 8) and biases.shape == scales.shape and {biases.dtype, scales.dtype} <= set(FLOATS)
+    else:
+        right = scales.dtype == "U8" and ((bits == 8 and group == 32) or (bits == 4 and group in KINDS))
+    return None if right else told
 
 
 def _own(config: Config) -> dict[str, Config]:

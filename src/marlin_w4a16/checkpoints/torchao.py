@@ -66,7 +66,15 @@ def of_headers(scheme: Scheme, files: Iterable[Path]) -> Scheme:
     Raises:
         CheckpointError: they say nothing, or name something else than the weights of linears in FP4.
     """
-    held = metadata(files)
+    listed = tuple(files)
+    try:
+        return _of_metadata(scheme, metadata(listed))
+    except CheckpointError as error:
+        where = ", ".join(file.name for file in listed[:4])
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _of_metadata(scheme: Scheme, held: Mapping[str, str]) -> Scheme:
     if "tensor_names" not in held:
         raise CheckpointError("found no metadata of torchao in the headers, expected those that its safetensors have")
     named = {name: _parsed(name, held[name]) for name in _parsed("tensor_names", held["tensor_names"]) if name in held}

@@ -197,7 +197,7 @@ def _decoded(found: Mapping[str, Mapping[str, Entry]], config: Mapping[str, Any]
     lines = []
     for path, tensors in found.items():
         k, nbytes = mlx.columns(tensors, config.get(path) or config), sum(entry.nbytes for entry in tensors.values())
-        *rows, words = tensors["weight"].shape
+        *rows, words = tensors["weight"].shape or (1,)
         dense, told = 2 * math.prod(rows) * k, f"{words * 32 // max(k, 1)} bits of MLX"
         lines.append(Line(path, 1, (*rows, k), told, "dense", "decoded", nbytes, dense, dense))
     yield from collapsed(lines)

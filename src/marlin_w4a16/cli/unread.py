@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from marlin_w4a16.checkpoints import registry
+from marlin_w4a16.checkpoints import mlx, registry
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import Problem
 
@@ -20,6 +20,9 @@ def unread(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Sequence[
     method = config.get("quant_method")
     if method in _OF_TRANSFORMERS:
         return ()
+    is_named = isinstance(method, str) or config.get("load_in_8bit") or config.get("load_in_4bit")
+    if config and not is_named and not mlx.is_mlx(config):
+        return (Problem("config.json", "quantization_config.quant_method", repr(method)[:80], "a name"),)
     scales = next((name for name in entries if name.endswith(_FP4_SCALES)), None)
     if scales is None and _is_of_nobody(config):
         scales = registry.stray(method, entries)
@@ -40,4 +43,10 @@ def _is_of_nobody(config: Mapping[str, Any]) -> bool:
     """Whether transformers, without FP4 layers, would take packed tensors for nothing."""
     method = config.get("quant_method")
     without_groups = method == "compressed-tensors" and not config.get("config_groups")
-    return not config or without_groups or method in ("fp8", "mlx", *_OF_BITSANDBYTES)
+    if not config or without_groups or method in ("fp8", "mlx", *_OF_BITSANDBYTES):
+        return True
+    if mlx.is_mlx(config) or any(row.method == method for row in registry.FORMATS) or find_spec("transformers") is None:
+        return False
+    from marlin_w4a16.hf.fit import is_known
+
+    return not is_known(method)  # type: ignore[arg-type]  # a name, or that of MLX

@@ -33,7 +33,7 @@ def announce(config: dict[str, Any], path: str, **of_the_hub: Any) -> None:
     text = config.get("text_config")
     found = (part.get("quantization_config") for part in (config, text) if isinstance(part, dict))
     held = next((one for one in found if one is not None and one != {}), None)
-    held = held or config.get("quantization")  # of MLX, which names no method
+    held = config.get("quantization") if held is None else held  # of MLX, which names no method
     if isinstance(held, dict) and mlx.is_mlx(held) and mlx.is_fp4(held):
         held = config["quantization_config"] = {**held, "quant_method": "mlx"}
     if held is None and "model_type" in config:

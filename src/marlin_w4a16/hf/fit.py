@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
 from marlin_w4a16.checkpoints.files import CheckpointError
 from marlin_w4a16.checkpoints.layers import Contents, Problem
@@ -68,6 +68,11 @@ def _wide(found: Placement, held: Contents, model: PreTrainedModel, scheme: Sche
     for name, become in found.others.items():
         if kept.search(become) and held.others[name].dtype in ("BF16", "F16"):
             yield name
+
+
+def is_known(method: str) -> bool:
+    """Whether transformers has a quantizer of this name."""
+    return method in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def config_problem(config: Mapping[str, Any]) -> Problem | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from marlin_w4a16.checkpoints import mlx
 from marlin_w4a16.checkpoints.experts import StoredMixture
 from marlin_w4a16.checkpoints.files import Entry
 from marlin_w4a16.checkpoints.layers import CACHE_SCALE, Contents, Layer, Problem, counted
@@ -109,6 +110,7 @@ def place(contents: Contents, model: PreTrainedModel, scheme: Scheme) -> Placeme
     wrong |= {name.rpartition(".")[0] for name in names}
     mine = {*layers, *parts, *experts.paths, *wrong}
     problems += missing(model, loose, renamed, mine, scheme, {one.parameter for one in scaled})
+    problems += _undecodable(loose, renamed) if scheme.decodes else ()
     cache_scales = {name: entry for name, entry in held.items() if CACHE_SCALE.search(name)}
     read, notes = dict(_read_by_code(model, layers)), [*_dense(model, others, scheme)]
     notes += [f"{counted(surplus)}: not loaded, the model has no such layer"] if surplus else []
@@ -189,6 +191,16 @@ def _joined(parts: _Parts, model: nn.Module) -> tuple[dict[str, tuple[Layer, ...
         expected = f"{target.places} of one format, {linear.out_features} x {linear.in_features} in all, as {path} has"
         problems.append(Problem(first.file, counted([layer.path for layer in layers]), told, expected))
     return joined, problems
+
+
+def _undecodable(others: Mapping[str, Entry], renamed: Renaming) -> Iterator[Problem]:
+    """What is wrong with the matrices that the quantizer of MLX decodes."""
+    for path, entries in mlx.packed(others).items():
+        parameter = renamed.state.get(renamed(f"{path}.weight"))
+        found = None if parameter is None else mlx.misfit(entries, tuple(parameter.shape))
+        if found is not None and parameter is not None:
+            expected = f"a matrix of {list(parameter.shape)} in a mode of MLX"
+            yield Problem(entries["weight"].file.name, f"{path}.weight", found, expected)
 
 
 def _dense(model: nn.Module, others: Mapping[str, str], scheme: Scheme) -> Iterator[str]:
