@@ -109,3 +109,10 @@ def test_a_model_leaves_no_thread_behind():
     for thread in reading():
         thread.join(10)
     assert set(reading()) <= set(others)
+
+
+def test_the_current_device_is_the_callers(monkeypatch):
+    """A thread has one of its own."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert one_device({"": "cuda"}) == torch.device("cuda", 3)
+    assert one_device({"": "cuda:1"}) == torch.device("cuda", 1)

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import Thread
 from typing import Any
 
@@ -54,7 +54,7 @@ class Ahead:
 
 
 def _read(layers: Mapping[str, Layer], found: _Found, device: torch.device, model: "weakref.ref[Any]") -> None:
-    with Reader(device) as reader:
+    with _current(device), Reader(device) as reader:
         for paths in _at_once(layers):
             if model() is None:
                 return
@@ -98,11 +98,15 @@ def load_kernels(layers: Iterable[Layer], device: torch.device | None, dtype: to
 
 
 def _pack_ones(layer: Layer, device: torch.device, dtype: torch.dtype) -> None:
-    ones = {
-        leaf: torch.ones(entry.shape, dtype=DTYPES[entry.dtype], device=device) for leaf, entry in layer.entries.items()
-    }
-    with suppress(Exception):  # raised again where the first layer is packed
+    shapes = {leaf: (entry.shape, DTYPES[entry.dtype]) for leaf, entry in layer.entries.items()}
+    with _current(device), suppress(Exception):  # raised again where the first layer is packed
+        ones = {leaf: torch.ones(shape, dtype=of, device=device) for leaf, (shape, of) in shapes.items()}
         CheckpointLinear(layer, ones, None, dtype, keep=False)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """A thread starts with the first device as the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def one_device(device_map: Any) -> torch.device | None:
@@ -111,4 +115,6 @@ def one_device(device_map: Any) -> torch.device | None:
         return torch.device("cpu")
     whole = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else None
     device = None if whole in (None, "disk") else torch.device(whole)
+    if device is not None and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # of the caller's thread
     return None if device is None or device.type == "meta" else device
