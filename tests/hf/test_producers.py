@@ -281,8 +281,9 @@ def test_dense_tensors_are_looked_at_though_others_load_some(tensor, found, name
 def test_packed_tensors_of_layers_that_the_config_leaves_dense_are_named(tmp_path):
     folder, _ = written("auto-round-nvfp4", "llama", tmp_path / "made")
     packed.changed(folder, extra_config={".*q_proj": {"bits": 16}})
-    path = "model.layers.0.self_attn.q_proj"
-    with pytest.raises(CheckpointError, match=rf"q_proj\.weight: found no such tensor in any file, but {path[:14]}"):
+    with pytest.raises(
+        CheckpointError, match=r"q_proj\.weight: found no such tensor in any file, but \w+scale, expected"
+    ):
         loaded(folder)
     assert inspect(folder).problems
 

@@ -46,7 +46,7 @@ def missing(
         found = made.get(name)
         if found is None:
             if not _is_tied(name, model, made, own) and not _is_optional(name, model):
-                but = f", but {stored_otherwise[name]}" if name in stored_otherwise else ""
+                but = f", but {stored_otherwise[name].rpartition('.')[2]}" if name in stored_otherwise else ""
                 yield Problem(None, name, f"no such tensor in any file{but}", _wanted(name, tensor, model, scheme))
         elif isinstance(found, str):
             yield Problem(None, name, found, f"shape {list(tensor.shape)}")
