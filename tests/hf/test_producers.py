@@ -277,6 +277,16 @@ def test_dense_tensors_are_looked_at_though_others_load_some(tensor, found, name
         assert f"model.safetensors: {norm}" in said and found in said
 
 
+def test_packed_tensors_of_layers_that_the_config_leaves_dense_are_named(tmp_path):
+    folder, _ = written("auto-round-nvfp4", "llama", tmp_path / "made")
+    packed.changed(folder, extra_config={".*q_proj": {"bits": 16}})
+    with pytest.raises(
+        CheckpointError, match=r"q_proj\.weight: found no such tensor in any file, but \w+scale, expected"
+    ):
+        loaded(folder)
+    assert inspect(folder).problems
+
+
 def test_folders_of_mlx_are_held_against_their_model(tmp_path):
     folder, _ = written("mlx-mxfp4", "llama", tmp_path / "made")
     file = folder / "model.safetensors"

@@ -131,7 +131,7 @@ def patterns(parts: Parts, rng: Random) -> Words:
     if path[-1] == "extra_config":
         inner = dict(at(root, path) or {}) if len(path) == 1 and path[0] in root else {}
         root["extra_config"] = inner | {one.removeprefix("re:"): {"bits": 16} for one in evil}
-        return ("extra_config", *evil)
+        return ("extra_config", "weight_scale", *evil)
     held = at(root, path) if path[-1] in at(root, path[:-1]) else []
     at(root, path[:-1])[path[-1]] = [*evil, *(held if isinstance(held, list) and rng.random() < 0.7 else [])]
     return (str(path[-1]), "what is ignored", "what is quantised", ".weight", *evil)

@@ -39,14 +39,15 @@ def missing(
     """
     made = renamed.made(others)
     own = {f"{path}." for path in mine}
-    stored_otherwise = {renamed(f"{name.rpartition('.')[0]}.weight") for name in others if _BESIDE.search(name)}
+    stored_otherwise = {renamed(f"{name.rpartition('.')[0]}.weight"): name for name in others if _BESIDE.search(name)}
     for name, tensor in renamed.state.items():
         if f"{name.rpartition('.')[0]}." in own or not _is_needed(name, model):
             continue
         found = made.get(name)
         if found is None:
             if not _is_tied(name, model, made, own) and not _is_optional(name, model):
-                yield Problem(None, name, "no such tensor in any file", _wanted(name, tensor, model, scheme))
+                but = f", but {stored_otherwise[name].rpartition('.')[2]}" if name in stored_otherwise else ""
+                yield Problem(None, name, f"no such tensor in any file{but}", _wanted(name, tensor, model, scheme))
         elif isinstance(found, str):
             yield Problem(None, name, found, f"shape {list(tensor.shape)}")
         elif not (scheme.shares and _is_stored_otherwise(name, found[0], stored_otherwise)):
