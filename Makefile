@@ -27,7 +27,7 @@ test-wide: .venv/installed
 
 test-producers: .venv/installed
 	@$(PIP) -e '.[producers]'
-	.venv/bin/pytest -q tests/producers/test_files.py
+	.venv/bin/pytest -q tests/producers/test_files.py tests/hf/test_diffusers.py
 
 attack: .venv/installed
 	PYTHONPATH=tests .venv/bin/python -m attacks --count $(N) --seed $(SEED)

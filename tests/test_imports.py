@@ -62,6 +62,7 @@ ALLOWED = {"marlin_w4a16", "torch", "triton", *sys.stdlib_module_names}
 ALLOWED_IN = {
     "marlin_w4a16.hf": {"transformers", "safetensors", "accelerate"},
     "marlin_w4a16.checkpoints": {"safetensors"},
+    "marlin_w4a16.diffusers": {"diffusers"},
 }
 ALLOWED_IN_FUNCTIONS = {"rich", "depyf"}
 ALLOWED_IN_FUNCTIONS_OF = {

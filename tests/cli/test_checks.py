@@ -50,7 +50,7 @@ def test_the_minimums_are_those_of_the_package():
     assert required[None] == {"torch": checks.TORCH, "triton": checks.TRITON}
     assert metadata.metadata("marlin-w4a16")["Requires-Python"] == f">={checks.PYTHON}"
     optional = {package.name: package.minimum for package in checks.OPTIONAL}
-    assert all(required[extra].items() <= optional.items() for extra in ("hf", "gguf", "debug"))
+    assert all(required[extra].items() <= optional.items() for extra in ("hf", "gguf", "diffusers", "debug"))
 
 
 @pytest.mark.parametrize("name, version", [("torch", "2.10.0+cu128"), ("python", "3.9.18")])

@@ -71,6 +71,7 @@ OPTIONAL = (
     Package("nvidia-modelopt", None, "its NVFP4 and MXFP4 models"),
     Package("torchao", None, "its NVFP4Tensor and MXTensor"),
     Package("gguf", "0.19", "GGUF files"),
+    Package("diffusers", "0.42", "single files of diffusion models"),
     Package("peft", None, "adapters on FP4 models"),
     Package("rich", None, "tables in colour"),
     Package("depyf", None, "marlin_w4a16.debug"),
